@@ -218,7 +218,7 @@ def _unknown(catalog: Catalog, setup: Setup) -> dict[str, float]:
     views = [catalog.view(caller) for caller in callers]
     snapshot = catalog.snapshot()
     in_memory = [_refusal_s(partial(snapshot.resolve, name, caller)) for name in names for caller in callers]
-    in_database = [_refusal_s(partial(view.resolve, name)) for name in names for view in views]
+    in_database = [_refusal_s(partial(view.adapters.resolve, name)) for name in names for view in views]
     return {"unknown_ms": 1e3 * quantile(in_memory, 0.95), "unknown_database_ms": 1e3 * quantile(in_database, 0.95)}
 
 
@@ -286,7 +286,8 @@ def _pages(catalog: Catalog, setup: Setup) -> dict[str, float]:
         ],
     }
     return {
-        name: 1e3 * max(_median_s(partial(view.names, limit=_PAGE, **q)) for q in kinds for view in (catalog, tenant))
+        name: 1e3
+        * max(_median_s(partial(view.adapters.page, limit=_PAGE, **q)) for q in kinds for view in (catalog, tenant))
         for name, kinds in queries.items()
     }
 
@@ -309,7 +310,7 @@ def change(url: str, name: str) -> None:
     for i in range(_CHANGES):
         time.sleep(_PAUSE_S)
         version = (i + 1) % 3 + 1
-        catalog.promote(name, "prod", version)
+        catalog.aliases.move(name, "prod", version)
         click.echo(f"{version} {time.monotonic()}")  # it flushes
         sys.stdin.readline()
     catalog.close()

@@ -75,7 +75,7 @@ def train(
     whole = Catalog(settings.catalog)
     catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, recipe.spec.name)
     with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
-        catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
+        catalog.adapters.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         try:
             connected = partial(connect, recipe.spec, settings, interrupts)
@@ -84,7 +84,7 @@ def train(
             prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
-        whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
+        whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
         run = runs.resumable(name) if resume else None
         published = None if run is None else already_published(run, recipe)

@@ -225,7 +225,7 @@ class Authenticator:
 
     def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
         before = self._empty if whole else self.ring
-        return before.updated(catalog.key_changes(before.counter), time.monotonic())
+        return before.updated(catalog.keys.changes(before.counter), time.monotonic())
 
     def read_kept(self) -> StoredSnapshot[KeyRing] | None:
         found = None if self._kept is None else self._kept.read()
@@ -257,10 +257,10 @@ class Authenticator:
         self._wrote_at = time.monotonic()
         if self._used:
             used, self._used = self._used, {}
-            self.follower.soon(lambda catalog: catalog.record_key_use(used))
+            self.follower.soon(lambda catalog: catalog.keys.record_use(used))
         if self._refused:
             refused, self._refused = self._refused, {}
-            self.follower.soon(lambda catalog: catalog.note_refused(refused))
+            self.follower.soon(lambda catalog: catalog.audit.record_refused(refused))
 
     def _note_refused(self, action: Action, headers: Mapping[str, str]) -> None:
         address, request_id = origin()

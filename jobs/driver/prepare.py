@@ -93,7 +93,7 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
     from loray.adapters.peft_format import read_adapter
 
     assert spec.init_adapter is not None
-    ref = catalog.resolve(spec.init_adapter)
+    ref = catalog.adapters.resolve(spec.init_adapter)
     ref.check_base(base.name, base.fingerprint)
     with tempfile.TemporaryDirectory(prefix="loray-initial-") as scratch:
         folder = Path(scratch) / "adapter"

@@ -136,7 +136,7 @@ def _publish(
             created_at=state.saved_at,
         )
         whole = Catalog.of(settings)
-        whole.add_base(base.name, base.fingerprint)
+        whole.bases.add(base.name, base.fingerprint)
         catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None

@@ -92,7 +92,7 @@ class JobRecord:
     def end(self, status: EndStatus, *, message: str = "", version: int | None = None) -> None:
         """Records how the job ended. The catalog keeps the first end."""
         try:
-            self._catalog.end_job(self.job_id, status, message=message, version=version)
+            self._catalog.jobs.end(self.job_id, status, message=message, version=version)
         except LorayError as e:
             log.warning("the end of job %s (%s) is not recorded: %s", self.job_id, status, e)
 
@@ -104,8 +104,8 @@ def recorded(catalog: Catalog, spec: TrainSpec) -> Iterator[JobRecord]:
     The block itself records success.
     """
     job_id = submission_id() or f"run_{secrets.token_hex(8)}"
-    catalog.add_job(job_id, name=spec.name, recipe=spec)
-    catalog.start_job(job_id)
+    catalog.jobs.add(job_id, name=spec.name, recipe=spec)
+    catalog.jobs.start(job_id)
     record = JobRecord(catalog, job_id)
     try:
         yield record

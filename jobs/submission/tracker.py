@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.commands import Submission, from_spec
 from loray.adapters.manifest import check_recipe
-from loray.catalog import Catalog, Job, JobPage
+from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
+from loray.schemas.resources import Page
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger
@@ -151,7 +152,7 @@ class JobTracker:
             return self._submit(catalog, job_id, spec, submission)
 
     def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
-        catalog.check_name(spec.name, spec.publish.aliases)
+        catalog.adapters.check_name(spec.name, spec.publish.aliases)
         check_recipe(spec)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
@@ -159,15 +160,15 @@ class JobTracker:
         cluster = None
         with suppress(ClusterError):  # submitting raises it again
             cluster = self._server.cluster()
-        job = catalog.add_job(
+        job = catalog.jobs.add(
             job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers, cluster=cluster
         )
         try:
-            self._server.submit(submission, job_id, lambda: not catalog.job(job_id).has_ended)
+            self._server.submit(submission, job_id, lambda: not catalog.jobs.get(job_id).has_ended)
         except ConflictError:
             raise  # Ray has another job with this id, or this one has ended
         except LorayError as e:
-            catalog.end_job(job_id, "failed", message=f"not submitted: {e}")
+            catalog.jobs.end(job_id, "failed", message=f"not submitted: {e}")
             raise
         return job
 
@@ -183,19 +184,19 @@ class JobTracker:
             log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
-    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
+    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> Page[Job]:
         """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
         matches `status` is left out.
         """
-        page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
-        active = [job.id for job in page.jobs if not job.has_ended]
+        page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)
+        active = [job.id for job in page.items if not job.has_ended]
         try:
             known = self._server.find_all(active) if active else {}
-            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.jobs)
+            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.items)
         except ClusterError as e:
             log.warning("jobs are shown as the catalog has them: %s", e)
             return page
-        return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
+        return page.model_copy(update={"items": tuple(job for job in settled if status in (None, job.status))})
 
     def stop(self, job_id: str) -> Job:
         """Stops a job that has not ended. Its status becomes stopped once its driver has ended. Raises JobNotFound."""
@@ -204,7 +205,7 @@ class JobTracker:
             return job
         if self._server.find(job.id) is None:
             message = "recorded as stopped: this cluster does not know the job, so there was nothing to stop"
-            return self._open().end_job(job.id, "stopped", message=message)
+            return self._open().jobs.end(job.id, "stopped", message=message)
         self._server.stop(job.id)
         return self.get(job.id)
 
@@ -226,7 +227,7 @@ class JobTracker:
         """Notes that this cluster is there, and ends the jobs that are lost; called each half minute. Raises
         ClusterError and CatalogError.
         """
-        self._open().note_cluster(self._server.cluster())
+        self._open().jobs.record_cluster(self._server.cluster())
         self.settle_active()
 
     def settle_active(self) -> None:
@@ -249,18 +250,18 @@ class JobTracker:
         catalog = self._open()
         match ray.status if ray else None:
             case None if self._is_lost(job):
-                return catalog.end_job(
+                return catalog.jobs.end(
                     job.id, "failed", message="the Ray cluster that it ran on is gone, or has forgotten it"
                 )
             case "RUNNING" if job.status == "pending":
-                return catalog.start_job(job.id)
+                return catalog.jobs.start(job.id)
             case "SUCCEEDED":
-                return catalog.end_job(job.id, "succeeded")
+                return catalog.jobs.end(job.id, "succeeded")
             case "FAILED":
                 assert ray is not None
-                return catalog.end_job(job.id, "failed", message=ray.message)
+                return catalog.jobs.end(job.id, "failed", message=ray.message)
             case "STOPPED":
-                return catalog.end_job(job.id, "stopped", message="stopped")
+                return catalog.jobs.end(job.id, "stopped", message="stopped")
         return job
 
     def _is_lost(self, job: Job) -> bool:
@@ -275,14 +276,14 @@ class JobTracker:
             return True
         if job.cluster is None:
             return False
-        return job.cluster == self._server.cluster() or not self._open().is_cluster_there(job.cluster)
+        return job.cluster == self._server.cluster() or not self._open().jobs.is_cluster_there(job.cluster)
 
     def _find(self, job_id: str) -> Job:
         """Finds the caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
         catalog = self._open()
         with suppress(JobNotFound):
-            return catalog.job(id_of(catalog.own_tenant, job_id))
-        return catalog.job(job_id)
+            return catalog.jobs.get(id_of(catalog.own_tenant, job_id))
+        return catalog.jobs.get(job_id)
 
     def _is_known(self, job_id: str) -> bool:
         with suppress(JobNotFound):

@@ -283,7 +283,7 @@ def sweep(
     whole = Catalog(settings.catalog)
     catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, plan.name)
     with Interrupts() as interrupts, recorded(catalog, plan.recipe) as job:
-        catalog.check_name(plan.name, plan.recipe.publish.aliases)
+        catalog.adapters.check_name(plan.name, plan.recipe.publish.aliases)
         open_store(settings.store).check()
         try:
             connected = partial(connect, plan.recipe, settings, interrupts)
@@ -292,7 +292,7 @@ def sweep(
             prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
-        whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
+        whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
         for each in prepared:
             connect(each.spec, settings, interrupts)
         folder = folder or runs.new(name, job.job_id)

@@ -61,7 +61,6 @@ from loray.text.templates import ChatTemplate
 T = TypeVar("T")
 
 _PAGE = 1000
-_OF_MANIFEST = frozenset({"method", "base_fingerprint", "context_length", "nbytes"})
 
 
 class CatalogService:
@@ -98,8 +97,8 @@ class CatalogService:
     def bases(self) -> tuple[BaseResource, ...]:
         catalog = self.catalog
         found = []
-        for name, fingerprint in catalog.bases().items():
-            projections = catalog.projections(fingerprint)
+        for name, fingerprint in catalog.bases.fingerprints().items():
+            projections = catalog.bases.projections(fingerprint)
             first = canonical_digests(projections)
             shown = (ProjectionResource(**p.model_dump(), canonical=p.sha256 in first) for p in projections)
             found.append(BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown)))
@@ -135,7 +134,7 @@ class CatalogService:
         """Adapters in the order of their names. `search` is a part of the name, in any case; `tags`: key → value, None
         for any.
         """
-        found = self.catalog.names(
+        found = self.catalog.adapters.page(
             limit=limit + 1,
             after=cursor or "",
             tenant=tenant,
@@ -149,34 +148,33 @@ class CatalogService:
         return Page[AdapterResource](items=items, next=items[-1].name if len(found) > limit else None)
 
     def adapter(self, name: str) -> AdapterResource:
-        return _adapter(self.catalog.entry(name), self._base_names())
+        return _adapter(self.catalog.adapters.get(name), self._base_names())
 
     def share(self, name: str, visibility: Visibility, shared_with: Sequence[str] = ()) -> AdapterResource:
         """Sets who sees the adapter beside its tenant: nobody, the tenants of `shared_with`, or everybody."""
-        return _adapter(self.catalog.share(name, visibility, shared_with), self._base_names())
+        return _adapter(self.catalog.adapters.share(name, visibility, shared_with), self._base_names())
 
     def transfer(self, name: str, tenant: str, new_name: str | None = None) -> AdapterResource:
         """Hands the adapter to another tenant; for administrators."""
-        return _adapter(self.catalog.transfer(name, tenant, new_name), self._base_names())
+        return _adapter(self.catalog.adapters.transfer(name, tenant, new_name), self._base_names())
 
     def tags(self, name: str) -> dict[str, str]:
-        return dict(self.catalog.tags(name))
+        return dict(self.catalog.tags.of(name))
 
     def set_tag(self, name: str, key: str, value: str = "") -> TagResource:
-        self.catalog.set_tag(name, key, value)
+        self.catalog.tags.set(name, key, value)
         return TagResource(key=key, value=value)
 
     def delete_tag(self, name: str, key: str) -> None:
-        self.catalog.delete_tag(name, key)
+        self.catalog.tags.delete(name, key)
 
     def version_page(self, name: str, limit: int, cursor: int | None = None) -> Page[VersionResource]:
         """Versions, newest first."""
-        found = self.catalog.versions(name, limit=limit, before=cursor)
-        items = tuple(VersionResource.model_validate(v) for v in found.versions)
-        return Page[VersionResource](items=items, next=None if found.next is None else str(found.next))
+        found = self.catalog.adapters.versions(name, limit=limit, before=cursor)
+        return Page[VersionResource](items=found.items, next=found.next)
 
     def version(self, name: str, version: int) -> VersionDetail:
-        return detail_of(self.catalog.version(name, version))
+        return self.catalog.adapters.version(name, version)
 
     def register(
         self,
@@ -197,13 +195,13 @@ class CatalogService:
         """
         to = Destination(name, self.store, self.catalog, aliases, version, no_gate)
         if digest is not None:
-            return detail_of(register_stored(digest, to))
+            return register_stored(digest, to)
         if upload is None:
             raise SpecError("give either digest or upload")
         uploads = self._uploads()
         num_bytes = 2 * sum(file.num_bytes for file in uploads.files(upload))  # as it came, and with its manifest
         with nullcontext() if self._scratch is None else self._scratch.reserve(num_bytes):
-            made = uploads.publish(
+            return uploads.publish(
                 upload,
                 to,
                 home=self.settings.home,
@@ -213,29 +211,28 @@ class CatalogService:
                 description=description,
                 tool_parser=tool_parser,
             )
-        return detail_of(made)
 
     def report_evaluations(self, name: str, version: int, measured: Sequence[Evaluation]) -> VersionDetail:
         """Keeps with a version what was measured of it elsewhere; the gate may not believe it."""
-        return detail_of(self.catalog.report_evaluations(name, version, measured))
+        return self.catalog.evaluations.report(name, version, measured)
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a name, or one version of it; it can be restored."""
         if version is None:
-            self.catalog.delete_adapter(name)
+            self.catalog.removal.delete_adapter(name)
         else:
-            self.catalog.delete_version(name, version)
+            self.catalog.removal.delete_version(name, version)
 
     def restore(self, name: str, version: int | None = None) -> None:
         restore(name, version, self.store, self.catalog)
 
     def release(self, name: str, version: int) -> None:
         """Lifts the quarantine of a version on which replicas have died."""
-        self.catalog.release(name, version)
+        self.catalog.quarantine.release(name, version)
 
     def fetch(self, name: str, version: int, path: Path, form: DownloadForm = "peft") -> None:
         """Writes a version to the new folder `path`; as GGUF, to the new file `path`."""
-        ref = self.catalog.version(name, version).ref
+        ref = self.catalog.adapters.version(name, version).ref
         if form == "peft":
             with appearing(path) as made:
                 self.store.fetch(ref.digest, made)
@@ -243,20 +240,20 @@ class CatalogService:
         convert = merge_into_base if form == "merged" else save_as_gguf
         convert(ref, path, base=base_with(self.settings.home, ref.base_fingerprint, "its base"), store=self.store)
 
-    def record_download(self, name: str, version: int, form: DownloadForm = "peft") -> VersionDetail:
+    def record_download(self, name: str, version: int, form: DownloadForm = "peft") -> AdapterVersion:
         """Finds the version that the caller downloads now, of which the audit log has an entry then."""
         catalog = self.catalog
-        found = catalog.version(name, version)
-        catalog.note("download", found.label, tenant=found.tenant, form=form)
-        return detail_of(found)
+        found = catalog.adapters.version(name, version)
+        catalog.audit.record("download", found.label, tenant=found.tenant, form=form)
+        return found
 
     # -- aliases ------------------------------------------------------------------------------------------------------
 
     def aliases(self, name: str) -> tuple[AliasResource, ...]:
-        return tuple(AliasResource.model_validate(state) for state in self.catalog.aliases(name))
+        return self.catalog.aliases.of(name)
 
     def alias(self, name: str, alias: str) -> AliasResource:
-        return AliasResource.model_validate(self.catalog.alias(name, alias))
+        return self.catalog.aliases.get(name, alias)
 
     def promote(
         self,
@@ -273,16 +270,14 @@ class CatalogService:
         `no_gate`: the reason for moving it although LongLoRA's gate refuses.
         """
         expected = 0 if create else _revision(etag)
-        moved = self.catalog.promote(name, alias, version, expected_revision=expected, no_gate=no_gate)
-        return AliasResource.model_validate(moved)
+        return self.catalog.aliases.move(name, alias, version, expected_revision=expected, no_gate=no_gate)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
-        moved = self.catalog.rollback(name, alias, expected_revision=_revision(etag))
-        return AliasResource.model_validate(moved)
+        return self.catalog.aliases.rollback(name, alias, expected_revision=_revision(etag))
 
     def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryResource:
         """The canary of an alias that runs, else the last one."""
-        return CanaryResource.of(self.catalog.canary(name, alias))
+        return CanaryResource.of(self.catalog.canaries.get(name, alias))
 
     def set_canary(
         self,
@@ -297,26 +292,26 @@ class CatalogService:
     ) -> CanaryResource:
         """Gives a version a share of the alias's requests. `bounds` None: those that its canary has, else defaults."""
         expected = _revision(etag)
-        state = self.catalog.set_canary(
+        state = self.catalog.canaries.set(
             name, alias, version, percent, bounds=bounds, expected_revision=expected, no_gate=no_gate
         )
         return CanaryResource.of(state)
 
     def end_canary(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> CanaryResource:
-        return CanaryResource.of(self.catalog.end_canary(name, alias, expected_revision=_revision(etag)))
+        return CanaryResource.of(self.catalog.canaries.end(name, alias, expected_revision=_revision(etag)))
 
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
-        self.catalog.delete_alias(name, alias, expected_revision=_revision(etag))
+        self.catalog.aliases.delete(name, alias, expected_revision=_revision(etag))
 
     # -- what a server does not tell ----------------------------------------------------------------------------------
 
     def moves(self, name: str) -> tuple[AliasMove, ...]:
         """How the adapter's aliases moved, in the order of time."""
-        return self.catalog.adapter(name).moves
+        return self.catalog.adapters.detail(name).moves
 
     def canaries(self, name: str) -> tuple[CanaryResource, ...]:
         """All canaries of the adapter, those that have ended too; the newest first."""
-        return tuple(CanaryResource.of(state) for state in self.catalog.canaries(name))
+        return tuple(CanaryResource.of(state) for state in self.catalog.canaries.of(name))
 
     # -- uploads ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +330,7 @@ class CatalogService:
         """
         uploads = self._uploads()
         uploads.check_open(id)
-        self.catalog.check_stored_bytes(lambda: uploads.num_bytes(beside=(id, name)) + held())
+        self.catalog.adapters.check_stored_bytes(lambda: uploads.num_bytes(beside=(id, name)) + held())
 
     def put_file(self, id: str, path: Path) -> FileResource:
         """Keeps one file, instead of one of that name that has come before."""
@@ -349,7 +344,7 @@ class CatalogService:
 
     def create_key(self, wanted: KeyCreation) -> NewKeyResource:
         """The key itself is in the answer, and nowhere else."""
-        made = self.catalog.create_key(
+        made = self.catalog.keys.create(
             wanted.key_alias,
             tenant=wanted.tenant,
             scopes=wanted.scopes,
@@ -368,19 +363,19 @@ class CatalogService:
         self, limit: int, cursor: str | None = None, *, tenant: str | None = None, key_alias: str | None = None
     ) -> Page[KeyResource]:
         """Keys, newest first."""
-        found = self.catalog.keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-        return Page[KeyResource](items=tuple(KeyResource.of(key) for key in found.keys), next=found.next)
+        found = self.catalog.keys.page(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
+        return Page[KeyResource](items=tuple(KeyResource.of(key) for key in found.items), next=found.next)
 
     def key(self, key_id: str = "self") -> KeyResource:
         """One key; the caller's own by default."""
         own = self.catalog.principal.key_id
         if key_id == "self" and own is None:
             raise KeyNotFound("this request has no key, and needs none")
-        return KeyResource.of(self.catalog.key(own if key_id == "self" and own else key_id))
+        return KeyResource.of(self.catalog.keys.get(own if key_id == "self" and own else key_id))
 
     def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
         given = change.model_fields_set
-        changed = self.catalog.update_key(
+        changed = self.catalog.keys.update(
             key_id,
             alias=change.key_alias,
             blocked=change.blocked,
@@ -394,24 +389,24 @@ class CatalogService:
 
     def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
         """With those that it was rotated from and into, or `only_this`."""
-        return KeyResource.of(self.catalog.revoke_key(key_id, only_this=only_this))
+        return KeyResource.of(self.catalog.keys.revoke(key_id, only_this=only_this))
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
         """A new key instead of this one, which goes on for `grace_period`."""
-        return _new_key(self.catalog.rotate_key(key_id, grace=Rotation(grace_period=grace_period).grace))
+        return _new_key(self.catalog.keys.rotate(key_id, grace=Rotation(grace_period=grace_period).grace))
 
     def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
-        return TenantResource.of(self.catalog.create_tenant(name, limits))
+        return TenantResource.of(self.catalog.tenants.create(name, limits))
 
     def tenants(self, *, limit: int | None = None) -> tuple[TenantResource, ...]:
         """All tenants by name, or the first `limit`."""
-        return tuple(TenantResource.of(tenant) for tenant in self.catalog.tenants(limit=limit))
+        return tuple(TenantResource.of(tenant) for tenant in self.catalog.tenants.all(limit=limit))
 
     def tenant(self, name: str) -> TenantResource:
-        return TenantResource.of(self.catalog.tenant(name))
+        return TenantResource.of(self.catalog.tenants.get(name))
 
     def change_tenant(self, name: str, change: TenantChange) -> TenantResource:
-        changed = self.catalog.update_tenant(name, limits=change.limits, blocked=change.blocked)
+        changed = self.catalog.tenants.update(name, limits=change.limits, blocked=change.blocked)
         return TenantResource.of(changed)
 
     def audit_page(
@@ -426,7 +421,7 @@ class CatalogService:
         since: datetime | None = None,
     ) -> Page[AuditResource]:
         """Entries of the audit log, newest first: the own tenant's; for administrators all, or those of `tenant`."""
-        found = self.catalog.audit(
+        return self.catalog.audit.page(
             limit=limit,
             cursor=cursor,
             tenant=self._seen(tenant),
@@ -435,8 +430,6 @@ class CatalogService:
             subject=subject,
             since=since,
         )
-        items = tuple(AuditResource.model_validate(entry) for entry in found.entries)
-        return Page[AuditResource](items=items, next=None if found.next is None else str(found.next))
 
     # -- usage --------------------------------------------------------------------------------------------------------
 
@@ -477,7 +470,7 @@ class CatalogService:
         until: datetime | None = None,
     ) -> Page[UsageResource]:
         """Sums over the requests of the own tenant; for administrators of all, or of `tenant`."""
-        found = self.catalog.usage(
+        found = self.catalog.usage.sums(
             group_by,
             tenant=self._seen(tenant),
             key_id=key_id,
@@ -487,12 +480,11 @@ class CatalogService:
             limit=limit + 1,
             offset=cursor,
         )
-        items = tuple(UsageResource.model_validate(row) for row in found[:limit])
-        return Page[UsageResource](items=items, next=str(cursor + limit) if len(found) > limit else None)
+        return Page[UsageResource](items=found[:limit], next=str(cursor + limit) if len(found) > limit else None)
 
     def _base_names(self) -> dict[str, str]:
         """Fingerprint → name."""
-        return {fingerprint: name for name, fingerprint in self.catalog.bases().items()}
+        return {fingerprint: name for name, fingerprint in self.catalog.bases.fingerprints().items()}
 
     def _uploads(self) -> Uploads:
         return Uploads(self.store, self.catalog.own_tenant)
@@ -501,14 +493,6 @@ class CatalogService:
         """The tenant whose records the caller is told; None: all."""
         principal = self.catalog.principal
         return tenant if principal.is_admin else principal.tenant
-
-
-def detail_of(v: AdapterVersion) -> VersionDetail:
-    """A version by itself, with its manifest."""
-    fields = VersionDetail.model_fields
-    return VersionDetail.model_validate(
-        {name: getattr(v.manifest if name in _OF_MANIFEST else v, name) for name in fields}
-    )
 
 
 def _adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:

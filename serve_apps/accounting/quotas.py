@@ -133,11 +133,11 @@ class SharedOwner:
             self._catalog = self._open()
         catalog, used = self._catalog, dict[Rule, float]()
         if self._known_at is None:
-            for key, (units, at) in catalog.known_quotas(now).items():
+            for key, (units, at) in catalog.quotas.known(now).items():
                 rule = _rule_of(key)
                 used[rule] = max(0.0, units - rule.rate * max(0.0, now - at))
         keys = {_key(one.rule, one.period): one.rule for one in counted}
-        state = catalog.count_quotas(self._name, [self._use(catalog, one, now) for one in counted], now)
+        state = catalog.quotas.count(self._name, [self._use(catalog, one, now) for one in counted], now)
         return state.num_owners, used | {keys[key]: units for key, units in state.used.items()}
 
     def _use(self, catalog: Catalog, one: Counted, now: float) -> QuotaUse:
@@ -148,13 +148,13 @@ class SharedOwner:
         if one.is_new:
             since = datetime.fromtimestamp(one.period * rule.period_s, UTC)
             key_id, tenant = (rule.subject, None) if rule.owner == "key" else (None, rule.subject)
-            before = float(catalog.tokens_used(tenant=tenant, key_id=key_id, since=since))
+            before = float(catalog.usage.tokens(tenant=tenant, key_id=key_id, since=since))
         return QuotaUse(key, one.units, 0.0, (one.period + 1) * rule.period_s, before)
 
     def _leave(self) -> None:
         try:
             if self._catalog is not None:
-                self._catalog.leave_quotas(self._name)
+                self._catalog.quotas.leave(self._name)
         except LorayError as e:
             _log.warning("others wait until this owner of limits is forgotten: %s", e)
         finally:

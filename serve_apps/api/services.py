@@ -160,7 +160,7 @@ def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
         return
     for base in bases:
         try:
-            catalog.add_base(base.name, base.fingerprint)
+            catalog.bases.add(base.name, base.fingerprint)
         except ConflictError as e:
             _log.warning("%s", e)
 

@@ -96,7 +96,7 @@ def list_adapters(
         is_filtered=bool(given),
         first="" if after is None else "?" + urlencode(given),
         more="" if found.next is None else urlencode(given | {"after": found.next}),
-        choices=list(service.catalog.bases())[:MOST_SUGGESTED],
+        choices=list(service.catalog.bases.fingerprints())[:MOST_SUGGESTED],
         methods=get_args(Method),
     )
 
@@ -112,18 +112,18 @@ def show_adapter(
     done: Annotated[str, Query(max_length=16)] = "",
 ) -> Response:
     adapter = service.adapter(name)
-    shown, older = service.catalog.versions(name, limit=_VERSIONS, before=before)
+    page = service.catalog.adapters.versions(name, limit=_VERSIONS, before=before)
     return console.renderer.page(
         request,
         "adapter.html",
         **_places(adapter),
         adapter=adapter,
-        versions=shown,
-        older=older,
+        versions=page.items,
+        older=page.next,
         aliases=service.aliases(name),
         canaries=[c for i, c in enumerate(service.canaries(name)) if i < _DRAWN or c.outcome is None],
         tags=service.tags(name),
-        lineage=lineage_of(shown[:_DRAWN]),
+        lineage=lineage_of(page.items[:_DRAWN]),
         done=_DONE.get(done, ""),
     )
 

@@ -10,8 +10,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from loray.catalog import AdapterVersion
 from loray.publishing.uploads import Archive, adapter_as_tar, check_file_name
-from loray.schemas.resources import DownloadForm, FileResource, VersionDetail
+from loray.schemas.resources import DownloadForm, FileResource
 from loray.spec import Principal
 from serve_apps.console.backend import Backend
 from serve_apps.http import length_of, receive_file
@@ -22,7 +23,7 @@ TAR, FILE = "application/x-tar", "application/octet-stream"
 class ArchiveResponse(StreamingResponse):
     """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
 
-    def __init__(self, archive: Archive, held: AsyncExitStack, found: VersionDetail, form: DownloadForm) -> None:
+    def __init__(self, archive: Archive, held: AsyncExitStack, found: AdapterVersion, form: DownloadForm) -> None:
         suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
         headers = {
             "Content-Disposition": f'attachment; filename="{label_of(found)}{suffix}"',
@@ -39,7 +40,7 @@ class ArchiveResponse(StreamingResponse):
             await self._held.aclose()
 
 
-async def send_adapter(backend: Backend, asking: Principal, found: VersionDetail) -> ArchiveResponse:
+async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersion) -> ArchiveResponse:
     """Send the version's folder, read from the store meanwhile, in one of the tenant's places.
 
     Raises Overloaded where none is free, and as `adapter_as_tar`. A file that is damaged in the store ends the
@@ -51,7 +52,7 @@ async def send_adapter(backend: Backend, asking: Principal, found: VersionDetail
         return ArchiveResponse(archive, held.pop_all(), found, "peft")
 
 
-def label_of(version: VersionDetail) -> str:
+def label_of(version: AdapterVersion) -> str:
     """Name the archive's folder, and the file without its suffix."""
     return f"{version.name.replace('/', '-')}-{version.version}"
 

@@ -52,20 +52,20 @@ class Sessions:
     def begin(self, key: str, principal: Principal) -> str:
         """Begin a session, and return the value of its cookie. `principal` is the key's."""
         value = secrets.token_urlsafe(32)
-        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex())
+        self._catalog_of(principal).logins.begin(_sha256(value), _sealed(value, key.encode()).hex())
         return value
 
     def find(self, value: str | None) -> Session | None:
         if value is None:
             return None
-        sealed = self._catalog_of(Principal()).find_login(_sha256(value))
+        sealed = self._catalog_of(Principal()).logins.find(_sha256(value))
         if sealed is None:
             return None
         return Session(_sealed(value, bytes.fromhex(sealed)).decode(), _derived(value, "csrf", 32).hex())
 
     def end(self, value: str | None, principal: Principal) -> None:
         if value is not None:
-            self._catalog_of(principal).end_login(_sha256(value))
+            self._catalog_of(principal).logins.end(_sha256(value))
 
 
 def _sha256(value: str) -> str:

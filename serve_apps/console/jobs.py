@@ -39,7 +39,7 @@ def list_jobs(
     """Jobs of the own tenant, newest first."""
     page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
     return console.renderer.page(
-        request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
+        request, "jobs.html", jobs=page.items, more=page.next, chosen=status, statuses=get_args(JobStatus)
     )
 
 
@@ -47,7 +47,7 @@ def list_jobs(
 @may("train")
 def show_form(console: ConsoleDep, service: Service, request: Request) -> Response:
     """Show the form of a recipe."""
-    bases = list(service.catalog.bases())[:MOST_SUGGESTED]
+    bases = list(service.catalog.bases.fingerprints())[:MOST_SUGGESTED]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 

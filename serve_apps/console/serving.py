@@ -92,7 +92,7 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
 def _recent(service: CatalogService, asking: Principal) -> dict[str, Any]:
     may_audit, may_follow = is_allowed(asking, "audit"), is_allowed(asking, "follow")
     newest = service.audit_page(_NUM_NEWEST, action="register").items if may_audit else ()
-    jobs = service.catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if may_follow else ()
+    jobs = service.catalog.jobs.page(limit=_NUM_NEWEST, status="running").items if may_follow else ()
     return {"newest": newest, "jobs": jobs}
 
 
@@ -218,7 +218,7 @@ def show_playground(
     model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
 ) -> Response:
     adapters = [adapter.name for adapter in service.adapter_page(_SUGGESTED).items]
-    bases = list(service.catalog.bases())[:_SUGGESTED]
+    bases = list(service.catalog.bases.fingerprints())[:_SUGGESTED]
     return console.renderer.page(
         request,
         "playground.html",
@@ -243,7 +243,7 @@ async def find_tier(
 ) -> Response:
     """Say where the model's adapter is now: the next request takes it from there."""
     try:
-        ref = await run_in_threadpool(lambda: service.catalog.resolve(model))
+        ref = await run_in_threadpool(lambda: service.catalog.adapters.resolve(model))
     except LorayError:  # a base; or no model at all, which its answer will say
         return JSONResponse({"tier": ""})
     try:

@@ -36,21 +36,21 @@ def register(catalog: Catalog, name: str, draw: random.Random) -> None:
             "files": manifest(number).files | of_template,
         }
     )
-    catalog.register(name, digest(number), content, draw.choice([(), ("prod",), ("canary",)]))
+    catalog.adapters.register(name, digest(number), content, draw.choice([(), ("prod",), ("canary",)]))
 
 
 WRITES: tuple[Callable[[Catalog, str, random.Random], object], ...] = (
     *(register, register, register, register, register),
-    lambda c, name, draw: c.promote(name, draw.choice(["prod", "beta"]), draw.randrange(1, 4)),
-    lambda c, name, draw: c.rollback(name, "prod"),
-    lambda c, name, draw: c.delete_alias(name, draw.choice(["prod", "canary", "beta"])),
-    lambda c, name, draw: c.set_canary(name, "prod", draw.randrange(1, 4), 10),
-    lambda c, name, draw: c.share(name, draw.choice(OPEN)),
-    lambda c, name, draw: c.share(name, "shared", [f"t{draw.randrange(3)}"]),
-    lambda c, name, draw: c.delete_version(name, draw.randrange(1, 4)),
-    lambda c, name, draw: c.delete_adapter(name),
-    lambda c, name, draw: c.restore(name, draw.choice([None, None, 1, 2])),
-    lambda c, name, draw: c.transfer(name, *draw.choice([("t0", "a0"), ("t0", "z1"), ("default", "b0")])),
+    lambda c, name, draw: c.aliases.move(name, draw.choice(["prod", "beta"]), draw.randrange(1, 4)),
+    lambda c, name, draw: c.aliases.rollback(name, "prod"),
+    lambda c, name, draw: c.aliases.delete(name, draw.choice(["prod", "canary", "beta"])),
+    lambda c, name, draw: c.canaries.set(name, "prod", draw.randrange(1, 4), 10),
+    lambda c, name, draw: c.adapters.share(name, draw.choice(OPEN)),
+    lambda c, name, draw: c.adapters.share(name, "shared", [f"t{draw.randrange(3)}"]),
+    lambda c, name, draw: c.removal.delete_version(name, draw.randrange(1, 4)),
+    lambda c, name, draw: c.removal.delete_adapter(name),
+    lambda c, name, draw: c.removal.restore(name, draw.choice([None, None, 1, 2])),
+    lambda c, name, draw: c.adapters.transfer(name, *draw.choice([("t0", "a0"), ("t0", "z1"), ("default", "b0")])),
 )
 
 
@@ -60,8 +60,8 @@ def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkey
     monkeypatch.setattr("loray.catalog.snapshot._FULL", 4)
     draw = random.Random(seed)
     for number in range(2):
-        catalog.add_base(f"base-{number}", f"{number:064x}")
-    catalog.create_tenant("t0")
+        catalog.bases.add(f"base-{number}", f"{number:064x}")
+    catalog.tenants.create("t0")
     follower = CatalogSnapshot()
     for _ in range(25):
         for _ in range(draw.randrange(1, 5)):
@@ -72,14 +72,14 @@ def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkey
         follower, fresh = catalog.snapshot(follower), catalog.snapshot()
         assert follower == fresh
         assert list(follower.adapters) == sorted(follower.adapters)
-        listed = {e.name for e in catalog.names(limit=100)}
+        listed = {e.name for e in catalog.adapters.page(limit=100)}
         assert listed == set(fresh.adapters)
         for method in ("lora", "dora"):
-            assert [e.name for e in catalog.names(limit=100, method=method)] == [
+            assert [e.name for e in catalog.adapters.page(limit=100, method=method)] == [
                 name for name, e in fresh.adapters.items() if e.default.method == method
             ]
         for number in range(2):
-            assert [e.name for e in catalog.names(limit=100, base=f"base-{number}")] == [
+            assert [e.name for e in catalog.adapters.page(limit=100, base=f"base-{number}")] == [
                 name for name, e in fresh.adapters.items() if int(e.default.base_fingerprint, 16) == number
             ]
         of_bases = [ref.base_fingerprint for e in fresh.models() for ref in [e.default]]
@@ -92,7 +92,7 @@ def test_a_change_is_read_alone_and_the_rest_is_shared(catalog: Catalog) -> None
     publish(catalog, "tone", 1)
     publish(catalog, "dates", 1)
     before = catalog.snapshot()
-    catalog.promote("tone", "prod", 1)
+    catalog.aliases.move("tone", "prod", 1)
     after = catalog.snapshot(before)
     assert after.adapters["dates"] is before.adapters["dates"]
     assert after.adapters["tone"] != before.adapters["tone"]
@@ -101,13 +101,13 @@ def test_a_change_is_read_alone_and_the_rest_is_shared(catalog: Catalog) -> None
 
 
 def test_what_changes_nothing_does_not_count(catalog: Catalog) -> None:
-    first = catalog.register("tone", digest(1), manifest(1), ["prod"])
-    revision, counter = catalog.alias("tone", "prod").revision, catalog.change_counter()
+    first = catalog.adapters.register("tone", digest(1), manifest(1), ["prod"])
+    revision, counter = catalog.aliases.get("tone", "prod").revision, catalog.change_counter()
     for _ in range(2):
-        assert catalog.register("tone", digest(1), manifest(1)) == first
-        assert catalog.register("tone", digest(1), manifest(1), ["prod"]) == first
-        assert catalog.promote("tone", "prod", 1).revision == revision
-        catalog.add_base("smollm2", BASE)
+        assert catalog.adapters.register("tone", digest(1), manifest(1)) == first
+        assert catalog.adapters.register("tone", digest(1), manifest(1), ["prod"]) == first
+        assert catalog.aliases.move("tone", "prod", 1).revision == revision
+        catalog.bases.add("smollm2", BASE)
         counter = counter if catalog.change_counter() == counter else counter + 1  # the base, the first time
         assert catalog.change_counter() == counter
     assert revision < counter
@@ -117,7 +117,7 @@ def test_a_restored_catalog_is_read_again(catalog: Catalog) -> None:
     for name in ("tone", "dates", "gone"):
         publish(catalog, name, 1)
     before = catalog.snapshot()
-    with writing(catalog._engine) as c:  # as if another copy took its place: its counter is no longer this one's
+    with writing(catalog._db.engine) as c:  # as if another copy took its place: its counter is no longer this one's
         gone = adapters.c.name == "gone"
         c.execute(versions.delete().where(versions.c.adapter_id.in_(sa.select(adapters.c.id).where(gone))))
         c.execute(adapters.delete().where(gone))
@@ -126,7 +126,7 @@ def test_a_restored_catalog_is_read_again(catalog: Catalog) -> None:
     after = catalog.snapshot(before, whole=True)
     assert after == catalog.snapshot() != before
     assert after.adapters["dates"] is before.adapters["dates"]
-    with writing(catalog._engine) as c:
+    with writing(catalog._db.engine) as c:
         c.execute(changes.update().values(counter=1))
     assert catalog.snapshot(before) == catalog.snapshot()
 

@@ -41,13 +41,13 @@ def client(api: Api) -> Iterator[CatalogClient]:
 
 
 def test_adapters_across_pages(api: Api, client: CatalogClient) -> None:
-    api.catalog.add_base("smollm2", BASE)
+    api.catalog.bases.add("smollm2", BASE)
     names = [f"adapter-{i:03}" for i in range(103)]
     for name in names:
         publish(api.catalog, name, 1)
     assert [a.name for a in client.adapters(base="smollm2")] == names
     for number, key in ((3, 0), (4, 7)):
-        api.catalog.register("adapter-000", digest(number), vera_manifest(number, key=key))
+        api.catalog.adapters.register("adapter-000", digest(number), vera_manifest(number, key=key))
     (base,) = client.bases()
     assert (base.name, base.fingerprint) == ("smollm2", BASE)
     assert [(p.key, p.rank, p.canonical) for p in base.projections] == [(0, 256, True), (7, 256, False)]

@@ -22,7 +22,7 @@ from tests.fixtures.recipes import write
 
 
 def test_other_weights_under_a_known_base_are_refused_before_training(tmp_path: Path, settings: Settings) -> None:
-    Catalog(settings.catalog).add_base("tiny", "0" * 64)
+    Catalog(settings.catalog).bases.add("tiny", "0" * 64)
     with pytest.raises(ConflictError, match="knows base model 'tiny' with fingerprint 000000000000"):
         driver.train(write(tmp_path), settings, print)
     assert not (settings.home / "runs").exists()

@@ -245,16 +245,16 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         await directory.start()
         assert not access.is_limited.is_set()
         register(catalog, "tone", base.fingerprint)
-        secret, key = catalog.create_key("ci", limits=Limits(rpm_limit=5))
+        secret, key = catalog.keys.create("ci", limits=Limits(rpm_limit=5))
         headers = {"authorization": f"Bearer {secret}"}
         assert (await directory.resolve("tone", OPERATOR)).adapter is not None
         assert (await access.admit("POST", "infer", headers)) is not None  # the look for the name brought the key too
         assert access.is_limited.is_set()
-        catalog.update_key(key.id, limits=Limits(max_jobs=1))
+        catalog.keys.update(key.id, limits=Limits(max_jobs=1))
         await access.refresh()
         assert not access.is_limited.is_set()
         began = time.monotonic()
-        catalog.revoke_key(key.id)
+        catalog.keys.revoke(key.id)
         await until(lambda: not access.ring.state.keys)
         assert time.monotonic() - began < 10
         await directory.stop()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import AdapterEntry, AdapterVersion, AliasState, check_alias
+from loray.catalog.database import Database
+from loray.catalog.entries import AdapterEntry, AdapterVersion, check_alias, weights_of
 from loray.catalog.queries import (
     alias_is,
     count_change,
     load_canaries,
     load_entry,
     load_version,
-    lock,
+    next_revision,
     now,
     utc,
     version_id_of,
@@ -25,6 +26,7 @@ from loray.catalog.queries import (
 from loray.catalog.schema import adapters, alias_moves, aliases, canaries, versions
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
 from loray.policy.canary import Bound, breach
+from loray.schemas.resources import AliasResource
 from loray.spec import (
     DEFAULT_ALIAS,
     PERPLEXITY,
@@ -34,6 +36,7 @@ from loray.spec import (
     CanaryOutcome,
     CanaryState,
     Evaluation,
+    Principal,
     Subject,
 )
 
@@ -182,10 +185,13 @@ def _state(row: sa.Row[Any]) -> CanaryState:
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
-class Aliases(Database):
+@dataclass
+class Aliases:
     """The catalog's operations on aliases."""
 
-    def promote(
+    db: Database
+
+    def move(
         self,
         name: str,
         alias: str,
@@ -194,7 +200,7 @@ class Aliases(Database):
         expected: int | None = None,
         expected_revision: int | None = None,
         no_gate: str | None = None,
-    ) -> AliasState:
+    ) -> AliasResource:
         """Point `alias` at `version`, and end its canary. If it points there already, it does not move.
 
         `expected` is the version that it must point at now, `expected_revision` the revision that it must have now; 0
@@ -205,21 +211,21 @@ class Aliases(Database):
         such name or version, and GateRefused where the gate refuses the alias.
         """
         check_alias(alias)
-        with writing(self._engine) as c:
-            counter = lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            revision = next_revision(c)
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             entry.select(str(version))
             current = entry.aliases.get(alias, 0)
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
             _check_revision(c, adapter_id, name, alias, expected_revision)
-            where = (c, adapter_id, entry.tenant, name, alias)
-            if self._move(*where, version, counter + 1, no_gate) or self._end(*where, counter + 1):
+            where = (self.db, c, adapter_id, entry.tenant, name, alias)
+            if move_alias(*where, version, revision, no_gate) or _end(*where, revision):
                 count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
-    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasResource:
         """Point `alias` at its target before the last move; where it has a canary, end that instead. Each further
         rollback goes one move further back.
 
@@ -227,13 +233,13 @@ class Aliases(Database):
         RevisionConflict as `promote` does.
         """
         check_alias(alias)
-        with writing(self._engine) as c:
-            counter = lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            revision = next_revision(c)
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             _check_revision(c, adapter_id, name, alias, expected_revision)
             current = entry.select(alias).version
-            if self._end(c, adapter_id, entry.tenant, name, alias, counter + 1):
+            if _end(self.db, c, adapter_id, entry.tenant, name, alias, revision):
                 count_change(c, adapter_id)
                 return _states(c, adapter_id, name)[alias]
             stack = c.execute(
@@ -250,105 +256,98 @@ class Aliases(Database):
                 )
             (move_id, _, _), (_, version_id, version) = stack
             c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
-            target = {"version_id": version_id, "revision": counter + 1}
+            target = {"version_id": version_id, "revision": revision}
             c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-            log(c, self._actor, "rollback", f"{name}@{alias}", tenant=entry.tenant, version=version, previous=current)
+            log(c, self.db.actor, "rollback", f"{name}@{alias}", tenant=entry.tenant, version=version, previous=current)
             count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
-    def delete_alias(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
+    def delete(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
         """Delete `alias` and its stack of earlier targets. Versions stay.
 
         Raises AdapterNotFound where name or alias do not exist, and RevisionConflict as `promote` does.
         """
         check_alias(alias)
-        with writing(self._engine) as c:
-            counter = lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            revision = next_revision(c)
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             _check_revision(c, adapter_id, name, alias, expected_revision)
             version = entry.select(alias).version
-            self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
+            _end(self.db, c, adapter_id, entry.tenant, name, alias, revision)
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
             c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
-            log(c, self._actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
+            log(c, self.db.actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
             count_change(c, adapter_id)
 
-    def aliases(self, name: str) -> tuple[AliasState, ...]:
+    def of(self, name: str) -> tuple[AliasResource, ...]:
         """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
-        with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, self._principal, name)
+        with self.db.reading() as c:
+            adapter_id, entry = load_entry(c, self.db.principal, name)
             return tuple(_states(c, adapter_id, entry.name).values())
 
-    def alias(self, name: str, alias: str) -> AliasState:
+    def get(self, name: str, alias: str) -> AliasResource:
         """One alias. Raises AdapterNotFound where there is no such name or alias."""
-        states = {state.alias: state for state in self.aliases(name)}
+        states = {state.alias: state for state in self.of(name)}
         if alias not in states:
             raise AdapterNotFound(
                 f"adapter {name!r} has no alias {alias!r}; its aliases: {', '.join(states) or 'none'}"
             )
         return states[alias]
 
-    def _move(
-        self,
-        c: sa.Connection,
-        adapter_id: int,
-        tenant: str,
-        name: str,
-        alias: str,
-        version: int,
-        revision: int,
-        no_gate: str | None,
-    ) -> bool:
-        """Move within a transaction that sets the change counter to `revision`; False: it points there already.
 
-        Raises GateRefused.
-        """
-        version_id = version_id_of(c, adapter_id, version)
-        current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
-        if current == version_id:
-            return False
-        against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
-        canary = _end_running(c, adapter_id, alias, revision, "moved", target=version)
-        target = {"version_id": version_id, "revision": revision}
-        if current is None:
-            c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
-        else:
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-        move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
-        c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
-        detail = {"no_gate": no_gate, "against": against} if against else {}
-        ended = {} if canary is None else {"canary": canary.version}
-        log(c, self._actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **detail, **ended)
-        return True
+def move_alias(
+    db: Database,
+    c: sa.Connection,
+    adapter_id: int,
+    tenant: str,
+    name: str,
+    alias: str,
+    version: int,
+    revision: int,
+    no_gate: str | None,
+) -> bool:
+    """Move within a transaction that sets the change counter to `revision`; False: it points there already.
 
-    def _end(
-        self,
-        c: sa.Connection,
-        adapter_id: int,
-        tenant: str,
-        name: str,
-        alias: str,
-        revision: int,
-    ) -> bool:
-        """End the alias's canary, as `_move` moves; False: it has none."""
-        canary = _end_running(c, adapter_id, alias, revision, "ended")
-        if canary is not None:
-            log(c, self._actor, "end_canary", f"{name}@{alias}", tenant=tenant, version=canary.version)
-        return canary is not None
+    Raises GateRefused.
+    """
+    version_id = version_id_of(c, adapter_id, version)
+    current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
+    if current == version_id:
+        return False
+    against = _check_gate(db, load_version(c, name, adapter_id, version), alias, no_gate)
+    canary = _end_running(c, adapter_id, alias, revision, "moved", target=version)
+    target = {"version_id": version_id, "revision": revision}
+    if current is None:
+        c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
+    else:
+        c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
+    move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
+    c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
+    detail = {"no_gate": no_gate, "against": against} if against else {}
+    ended = {} if canary is None else {"canary": canary.version}
+    log(c, db.actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **detail, **ended)
+    return True
 
-    def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
-        """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
-        against = failures(
-            version.manifest, version.evaluations, self._gate_tolerance, trusts_keys=self._gate_trusts_keys
+
+def _end(db: Database, c: sa.Connection, adapter_id: int, tenant: str, name: str, alias: str, revision: int) -> bool:
+    """End the alias's canary, as `move_alias` moves; False: it has none."""
+    canary = _end_running(c, adapter_id, alias, revision, "ended")
+    if canary is not None:
+        log(c, db.actor, "end_canary", f"{name}@{alias}", tenant=tenant, version=canary.version)
+    return canary is not None
+
+
+def _check_gate(db: Database, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
+    """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
+    against = failures(version.manifest, version.evaluations, db.gate_tolerance, trusts_keys=db.gate_trusts_keys)
+    if against and no_gate is None:
+        raise GateRefused(
+            f"alias {alias!r} is refused to {version.label}: {'; '.join(against)}. "
+            f"Measure it (`loray eval perplexity {version.label} --compare --data FILE`), train it further, "
+            "or give the reason why it needs no gate (--no-gate, no_gate)"
         )
-        if against and no_gate is None:
-            raise GateRefused(
-                f"alias {alias!r} is refused to {version.label}: {'; '.join(against)}. "
-                f"Measure it (`loray eval perplexity {version.label} --compare --data FILE`), train it further, "
-                "or give the reason why it needs no gate (--no-gate, no_gate)"
-            )
-        return against
+    return against
 
 
 def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
@@ -361,7 +360,7 @@ def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, ex
         raise RevisionConflict(f"{_where(name, alias, version)} with revision {revision}, not {wanted}: look again")
 
 
-def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasState]:
+def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasResource]:
     """States by alias, sorted."""
     rows = c.execute(
         sa.select(aliases.c.alias, versions.c.version, versions.c.digest, aliases.c.revision)
@@ -371,7 +370,10 @@ def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasStat
     )
     running = load_canaries(c, adapter_id).get(adapter_id, ())
     by_alias = {canary.alias: canary for canary in running}
-    return {row.alias: AliasState(name, *row, by_alias.get(row.alias)) for row in rows}
+    return {
+        row.alias: AliasResource(name=name, **row._asdict(), weights=weights_of(row.version, by_alias.get(row.alias)))
+        for row in rows
+    }
 
 
 def _where(name: str, alias: str, version: int) -> str:
@@ -401,14 +403,17 @@ class ReportAnswer(NamedTuple):
     ended: tuple[EndedCanary, ...]
 
 
-class Canaries(Aliases):
+@dataclass
+class Canaries:
     """The catalog's operations on canaries.
 
     Gateways report what they have counted since a canary began; the catalog adds it up and decides, in one transaction,
     so that all of them see the same end.
     """
 
-    def set_canary(
+    db: Database
+
+    def set(
         self,
         name: str,
         alias: str,
@@ -431,9 +436,9 @@ class Canaries(Aliases):
         check_alias(alias)
         if not 1 <= percent <= 99:
             raise SpecError(f"a canary gets 1 to 99 % of the requests, not {percent}; promote gives it all")
-        with writing(self._engine) as c:
-            counter = lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            revision = next_revision(c)
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             stable, new = entry.select(alias), entry.select(str(version))
             _check_revision(c, adapter_id, name, alias, expected_revision)
@@ -448,7 +453,7 @@ class Canaries(Aliases):
                 )
             grows = before is None or percent > before.percent
             new_version = load_version(c, name, adapter_id, version)
-            against = self._check_gate(new_version, alias, no_gate) if grows else ()
+            against = _check_gate(self.db, new_version, alias, no_gate) if grows else ()
             bounds = bounds or (before.bounds if before else CanaryBounds())
             if before is not None and (before.percent, before.bounds) == (percent, bounds):
                 return before
@@ -458,57 +463,52 @@ class Canaries(Aliases):
             else:
                 numbers = {"stable_id": stable.version, "version_id": version}
                 ids = {column: version_id_of(c, adapter_id, number) for column, number in numbers.items()}
-                row = {"id": counter + 1, "adapter_id": adapter_id, "alias": alias, "reports": "{}"}
+                row = {"id": revision, "adapter_id": adapter_id, "alias": alias, "reports": "{}"}
                 c.execute(canaries.insert().values(row | ids | values | {"created_at": now()}))
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=counter + 1))
+            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=revision))
             detail = {"version": version, "stable": stable.version, "percent": percent, "bounds": bounds.model_dump()}
             override = {"no_gate": no_gate, "against": against} if against else {}
-            log(c, self._actor, "canary", f"{name}@{alias}", tenant=entry.tenant, **detail, **override)
+            log(c, self.db.actor, "canary", f"{name}@{alias}", tenant=entry.tenant, **detail, **override)
             count_change(c, adapter_id)
             return _load_states(c, _running(adapter_id, alias))[0]
 
-    def end_canary(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> CanaryState:
+    def end(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> CanaryState:
         """Give all requests of `alias` to its stable version again.
 
         Raises AdapterNotFound as `alias`, NotFoundError where no canary runs, and RevisionConflict as `promote` does.
         """
         check_alias(alias)
-        with writing(self._engine) as c:
-            counter = lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            revision = next_revision(c)
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             entry.select(alias)
             _check_revision(c, adapter_id, entry.name, alias, expected_revision)
-            if not self._end(c, adapter_id, entry.tenant, entry.name, alias, counter + 1):
+            if not _end(self.db, c, adapter_id, entry.tenant, entry.name, alias, revision):
                 raise _no_canary(entry.name, alias)
             count_change(c, adapter_id)
             return _load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
 
-    def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
+    def get(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
         """The canary of an alias that runs, else the last one. Raises AdapterNotFound, NotFoundError, and
         PermissionDenied for another tenant's adapter: what was counted speaks of that tenant's requests.
         """
-        with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.reading() as c:
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             found = _load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)
         if not found:
             raise _no_canary(entry.name, alias)
         return found[0]
 
-    def canaries(self, name: str) -> tuple[CanaryState, ...]:
+    def of(self, name: str) -> tuple[CanaryState, ...]:
         """Canaries of all aliases of a name, the running ones and then the newest first; none of another tenant's.
 
         Raises AdapterNotFound.
         """
-        with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, self._principal, name)
-            return self._known(c, adapter_id, entry)
+        with self.db.reading() as c:
+            adapter_id, entry = load_entry(c, self.db.principal, name)
+            return known_canaries(c, self.db.principal, adapter_id, entry)
 
-    def _known(self, c: sa.Connection, adapter_id: int, entry: AdapterEntry) -> tuple[CanaryState, ...]:
-        if not self._principal.is_admin and entry.tenant != self._principal.tenant:
-            return ()
-        return tuple(_load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
-
-    def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
+    def report(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
         """Keep what a gateway has counted of each canary since it began, by the canary's id. It replaces the gateway's
         last report, so that one which comes twice counts once.
 
@@ -516,8 +516,8 @@ class Canaries(Aliases):
         """
         over: set[int] = set()
         ended: list[EndedCanary] = []
-        with writing(self._engine) as c:
-            counter = lock(c)
+        with self.db.changing() as c:
+            revision = next_revision(c)
             query = sa.select(canaries.c.reports, adapters.c.id, adapters.c.name, adapters.c.tenant)
             query = query.join(adapters, adapters.c.id == canaries.c.adapter_id).where(canaries.c.ended_at.is_(None))
             for canary_id, counts in counted.items():
@@ -532,14 +532,23 @@ class Canaries(Aliases):
                 state = _load_states(c, this)[0]
                 left = breach(state.bounds, state.counts)
                 if left is not None:
-                    _end_running(c, row.id, state.alias, counter + 1, "rolled_back", left.reason)
+                    _end_running(c, row.id, state.alias, revision, "rolled_back", left.reason)
                     model, label = f"{row.name}@{state.alias}", f"{row.name}@{state.version}"
                     detail = {"version": state.version, "stable": state.stable, "reason": left.reason}
-                    log(c, self._actor, "rollback_canary", model, tenant=row.tenant, **detail)
+                    log(c, self.db.actor, "rollback_canary", model, tenant=row.tenant, **detail)
                     count_change(c, row.id)
                     over.add(canary_id)
                     ended.append(EndedCanary(label, model, *left))
         return ReportAnswer(frozenset(over), tuple(ended))
+
+
+def known_canaries(
+    c: sa.Connection, principal: Principal, adapter_id: int, entry: AdapterEntry
+) -> tuple[CanaryState, ...]:
+    """What `Canaries.of` tells this caller."""
+    if not principal.is_admin and entry.tenant != principal.tenant:
+        return ()
+    return tuple(_load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
 
 
 def _no_canary(name: str, alias: str) -> NotFoundError:

@@ -18,8 +18,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import HEAD, Database, reading, writing
-from loray.catalog.queries import lock, now, utc
+from loray.catalog.database import HEAD, Database
+from loray.catalog.queries import now, utc
 from loray.catalog.schema import (
     adapters,
     changes,
@@ -54,34 +54,36 @@ class BackupSummary:
     num_versions: int
 
 
-class Backups(Database):
+@dataclass
+class Backup:
     """The catalog's operations that write and read backups."""
 
-    def write_backup(self, path: Path) -> BackupSummary:
+    db: Database
+
+    def write(self, path: Path) -> BackupSummary:
         """Write all rows as they are at one moment, beside readers and writers. `path` is replaced when it is complete,
         and readable by this user only.
         """
         created_at = now()
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             with replacing_private(path) as f:
                 write_json_lines(f, _lines(c, created_at))
             return _summary(c, created_at)
 
-    def read_backup(self, path: Path) -> BackupSummary:
+    def read(self, path: Path) -> BackupSummary:
         """Read a backup into this catalog, which must be empty, in one transaction. Its servers must not run.
 
         Raises ConflictError where it is not empty, DataError where there is no such file, IntegrityError where the file
         is damaged or not whole, and UnsupportedError where another revision of the tables has made it.
         """
         try:
-            with path.open("rb") as f, writing(self._engine) as c:
-                lock(c)
+            with path.open("rb") as f, self.db.changing() as c:
                 _refuse_used(c)
                 lines: Iterator[Line] = read_json_lines(f)
                 created_at = _read_header(next(lines))
                 _insert(c, lines)
                 c.execute(changes.update().values(counter=changes.c.counter + _SKIPPED))
-                log(c, self._actor, "restore_backup", "catalog", created_at=created_at.isoformat())
+                log(c, self.db.actor, "restore_backup", "catalog", created_at=created_at.isoformat())
                 return _summary(c, created_at)
         except OSError as e:
             raise DataError(f"the backup {path} cannot be read: {e.strerror}") from e

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,9 +23,9 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from loray.catalog.schema import changes
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.files import file_lock
-from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
 
 HEAD = "0014"  # the revision in migrations/versions; those below it were made before the first release
@@ -52,65 +52,50 @@ _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, Program
 
 
 class Database:
-    """The base class of the catalog's parts: engine, the principal that asks, what the gate lets pass, and what the
-    names may take of each gateway's memory.
+    """What each part of the catalog holds: the engine, the principal that asks, and the settings of the catalog.
 
-    Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
+    `gate_tolerance` and `gate_trusts_keys` are those of `aliases.failures`; `max_snapshot_bytes` is what the names may
+    take of each gateway's memory. Who opens it acts as the administrator of the default tenant, since the database's
+    password allows more than that.
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        actor: str = "local",
-        gate_tolerance: float = DEFAULT_GATE_TOLERANCE,
-        gate_trusts_keys: bool = False,
-        max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
+        self, url: str, actor: str, *, gate_tolerance: float, gate_trusts_keys: bool, max_snapshot_bytes: int
     ) -> None:
-        self._engine = open_database(url)
-        self._principal = Principal(actor=actor)
-        self._gate_tolerance, self._gate_trusts_keys = gate_tolerance, gate_trusts_keys
-        self._max_snapshot_bytes = max_snapshot_bytes
+        self.engine = open_database(url)
+        self.principal = Principal(actor=actor)
+        self.gate_tolerance, self.gate_trusts_keys = gate_tolerance, gate_trusts_keys
+        self.max_snapshot_bytes = max_snapshot_bytes
         self._root: Database = self
         # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
-        self._finalizer = weakref.finalize(self, self._engine.dispose)
+        weakref.finalize(self, self.engine.dispose)
 
-    @classmethod
-    def of(cls, settings: Settings, actor: str = "local") -> Self:
-        """Open the catalog of these settings."""
-        return cls(
-            settings.catalog,
-            actor=actor,
-            gate_tolerance=settings.gate_tolerance,
-            gate_trusts_keys=settings.gate_trusts_keys,
-            max_snapshot_bytes=settings.snapshot_bytes,
-        )
-
-    def view(self, principal: Principal) -> Self:
-        """The same database for this principal: what exists for it, what it may change, and who does it.
-
-        Names that it adds belong to its tenant. It costs nothing, and needs no `close`.
-        """
+    def view(self, principal: Principal) -> Database:
+        """The same database for this principal."""
         view = copy.copy(self)
-        view._principal = principal  # `_root` keeps the engine open
+        view.principal = principal  # `_root` keeps the engine open
         return view
 
     @property
-    def principal(self) -> Principal:
-        """The one who asks."""
-        return self._principal
+    def actor(self) -> str:
+        return self.principal.actor
 
-    @property
-    def own_tenant(self) -> str:
-        """The tenant of the names that this view adds."""
-        return self._principal.tenant
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction with one consistent view of all tables."""
+        return reading(self.engine)
 
-    @property
-    def _actor(self) -> str:
-        return self._principal.actor
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that waits for no other writer, but for those of the same rows."""
+        return writing(self.engine)
 
-    def close(self) -> None:
-        self._engine.dispose()
+    @contextmanager
+    def changing(self) -> Iterator[sa.Connection]:
+        """A transaction that has the catalog's lock. On PostgreSQL a row lock makes writers wait for each other, so
+        that rows do not change after a writer has read them.
+        """
+        with writing(self.engine) as c:
+            c.execute(sa.select(changes.c.counter).with_for_update())
+            yield c
 
 
 def insert_into(c: sa.Connection, table: sa.Table) -> Any:

@@ -17,7 +17,6 @@ from loray.catalog.entries import (
     AdapterVersion,
     Canary,
     Quarantined,
-    VersionPage,
     VersionSummary,
     check_name,
     check_qualified,
@@ -41,6 +40,7 @@ from loray.catalog.schema import (
 )
 from loray.catalog.schema import tags as tags_table
 from loray.errors import ConflictError, PermissionDenied, SpecError
+from loray.schemas.resources import Page
 from loray.spec import (
     DEFAULT_ALIAS,
     AdapterRef,
@@ -52,11 +52,14 @@ from loray.spec import (
 )
 
 
-def lock(c: sa.Connection) -> int:
-    """The first statement of every write. On PostgreSQL its row lock makes writers wait for each other, so that rows do
-    not change after a writer has read them. Returns the change counter.
-    """
-    return int(c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one())
+def read_counter(c: sa.Connection) -> int:
+    """The change counter."""
+    return int(c.execute(sa.select(changes.c.counter)).scalar_one())
+
+
+def next_revision(c: sa.Connection) -> int:
+    """The value of the change counter after this write, which has the catalog's lock."""
+    return read_counter(c) + 1
 
 
 def count_change(c: sa.Connection, *adapter_ids: int) -> int:
@@ -245,21 +248,31 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
     row = c.execute(query.where(adapters.c.id == adapter_id, versions.c.version == version)).one()
     pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
     died = c.execute(sa.select(quarantine).where(quarantine.c.digest == row.digest)).first()
+    manifest = parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}")
     return AdapterVersion(
         name=name,
         version=row.version,
         digest=row.digest,
-        manifest=parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}"),
         created_at=utc(row.created_at),
         aliases=tuple(pointing.scalars()),
-        later_evaluations=load_evaluations(c, row.tenant, row.digest),
+        method=manifest.method,
+        base_fingerprint=manifest.base_fingerprint,
+        context_length=manifest.context_length,
+        nbytes=manifest.nbytes,
+        evaluations=manifest.evaluations + load_evaluations(c, row.tenant, row.digest),
         quarantine=None if died is None else make_quarantined(died),
+        manifest=manifest,
     )
 
 
 def make_quarantined(row: sa.Row[Any]) -> Quarantined:
     until = row.refused_until
-    return Quarantined(row.deaths, row.replica, utc(row.died_at), None if until is None else utc(until))
+    return Quarantined(
+        deaths=row.deaths,
+        replica=row.replica,
+        died_at=utc(row.died_at),
+        refused_until=None if until is None else utc(until),
+    )
 
 
 def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
@@ -356,7 +369,7 @@ def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElemen
 
 def list_versions(
     c: sa.Connection, adapter_id: int, entry: AdapterEntry, limit: int, before: int | None
-) -> VersionPage:
+) -> Page[VersionSummary]:
     """`Catalog.versions` of an entry. Two statements, however many versions there are."""
     manifest = manifest_as_json(c)
     texts = (manifest[name].as_string().label(name) for name in ("data_fingerprint", "job_id", "sweep"))
@@ -378,9 +391,9 @@ def list_versions(
             made = _summary(entry.name, row, later.get(row.digest, []))
             num_evaluations += len(made.evaluations)
             if len(found) == limit or (found and num_evaluations > _MOST_EVALUATIONS):
-                return VersionPage(tuple(found), found[-1].version)
+                return Page(items=tuple(found), next=str(found[-1].version))
             found.append(made)
-    return VersionPage(tuple(found), None)
+    return Page(items=tuple(found))
 
 
 _SUMMARY = ("version", "digest", "method", "base_fingerprint", "context_length", "nbytes", "created_at")

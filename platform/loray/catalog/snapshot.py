@@ -12,9 +12,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
+from loray.catalog.database import Database
 from loray.catalog.entries import NUM_COMPARED, AdapterEntry, split_model, unknown_adapter
-from loray.catalog.queries import load_entries
-from loray.catalog.schema import adapters, bases, changes, versions
+from loray.catalog.queries import load_entries, read_counter
+from loray.catalog.schema import adapters, bases, versions
 from loray.spec import OPERATOR, AdapterRef, Principal, meanings
 
 # -- sorted maps ------------------------------------------------------------------------------------------------------
@@ -299,6 +300,14 @@ _LAST_ID = 2**31 - 1  # what the column holds
 _PAGE = 500  # adapters that are read at once: drivers hold Python's lock while they make the rows of a result
 
 
+def load_snapshot(db: Database, before: CatalogSnapshot | None = None, *, whole: bool = False) -> CatalogSnapshot:
+    """`Catalog.snapshot`."""
+    before = before or CatalogSnapshot()
+    with db.reading() as c:
+        whole = whole or read_counter(c) < before.counter
+        return before.after(changes_since(c, db.principal, before, whole=whole))
+
+
 def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapshot, *, whole: bool = False) -> Changes:
     """The changes for the caller since the snapshot was taken; all its names where that is empty.
 
@@ -320,10 +329,6 @@ def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapsho
         adapters=found,
         templates=_templates(c, before.templates),
     )
-
-
-def read_counter(c: sa.Connection) -> int:
-    return int(c.execute(sa.select(changes.c.counter)).scalar_one())
 
 
 def _changed(c: sa.Connection, since: int) -> Iterator[list[int]]:

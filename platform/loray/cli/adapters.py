@@ -23,7 +23,7 @@ from loray.files import file_sha256
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.schemas.resources import AliasResource, DownloadForm
-from loray.service import CatalogService, detail_of
+from loray.service import CatalogService
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
 
@@ -428,7 +428,7 @@ def import_(
             description=description,
             tool_parser=tool_parser,
         )
-    _tell(f"published {published.label}", describe.version_json(detail_of(published)), as_json)
+    _tell(f"published {published.label}", describe.version_json(published), as_json)
 
 
 @adapters.command("ls")
@@ -512,8 +512,8 @@ def convert(
     if given[needed] is None or any(given[option] for option in given.keys() - {needed, *may}):
         raise click.UsageError(f"--to {form} needs --{needed}, and nothing of the other forms")
     with open_services() as services:
-        ref = services.catalog.resolve(model)
-        manifest = services.catalog.version(ref.name, ref.version).manifest
+        ref = services.catalog.adapters.resolve(model)
+        manifest = services.catalog.adapters.version(ref.name, ref.version).manifest
         base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
         if name is None:
             if folder is not None:
@@ -528,7 +528,7 @@ def convert(
         version = convert_to_lora(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
-    _tell(f"published {version.label}, converted from {ref.label}", describe.version_json(detail_of(version)), as_json)
+    _tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
 
 
 @adapters.command()
@@ -541,9 +541,9 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
         raise click.UsageError("give either MODEL or --all")
     with open_services() as services:
         if every:
-            refs = [ref for entry in services.catalog.adapters() for _, ref in sorted(entry.versions.items())]
+            refs = [ref for entry in services.catalog.adapters.all() for _, ref in sorted(entry.versions.items())]
         else:
-            refs = [services.catalog.resolve(model or "")]
+            refs = [services.catalog.adapters.resolve(model or "")]
         verified: list[Verification] = []
         with progress_bar() as progress:
             for i, ref in enumerate(refs):

@@ -125,9 +125,9 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     try:
         name, at, _ = incomplete.partition("@")
         if at:
-            return [f"{name}@{alias}" for alias, _ in catalog.adapter(name).entry.pointers]
+            return [f"{name}@{alias}" for alias, _ in catalog.adapters.get(name).pointers]
         return bases + [
-            entry.name for entry in islice(catalog.names(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
+            entry.name for entry in islice(catalog.adapters.page(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
         ]
     finally:
         catalog.close()

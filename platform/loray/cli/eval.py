@@ -235,12 +235,12 @@ def _folder(folder: Path, settings: Settings, base_name: str | None) -> Evaluate
 def _published(model: str) -> Iterator[EvaluatedModel]:
     with open_services() as services:
         try:
-            ref = services.catalog.resolve(model)
+            ref = services.catalog.adapters.resolve(model)
         except AdapterNotFound as e:
             raise AdapterNotFound(
                 f"{e}; `loray base ls` lists bases, and a folder is named by a path: ./{model}"
             ) from e
-        version = services.catalog.version(ref.name, ref.version)
+        version = services.catalog.adapters.version(ref.name, ref.version)
         with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
             folder = Path(scratch) / "adapter"
             services.store.fetch(ref.digest, folder)
@@ -452,8 +452,8 @@ def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluat
     known = version.evaluations + tuple(measured)
     with open_services() as services:
         if options.record:
-            services.catalog.record_evaluations(version.digest, measured)
-            known = services.catalog.version(version.name, version.version).evaluations
+            services.catalog.evaluations.record(version.digest, measured)
+            known = services.catalog.adapters.version(version.name, version.version).evaluations
     return describe.objections(version.manifest, known, services.settings)
 
 

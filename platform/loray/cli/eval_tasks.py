@@ -88,7 +88,7 @@ def _record(version: VersionDetail, measured: Sequence[Evaluation]) -> None:
             client.report_evaluations(version.name, version.version, measured)
             return
     with open_services() as services:
-        services.catalog.record_evaluations(version.digest, measured)
+        services.catalog.evaluations.record(version.digest, measured)
 
 
 def _run(

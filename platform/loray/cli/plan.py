@@ -108,8 +108,8 @@ def _with_parent(spec: TrainSpec, model: ModelConfig) -> TrainSpec:
     from loray.cli.connect import open_services  # the catalog, which other plans do not need
 
     with open_services() as services:
-        ref = services.catalog.resolve(spec.init_adapter)
-        parent = services.catalog.version(ref.name, ref.version).manifest
+        ref = services.catalog.adapters.resolve(spec.init_adapter)
+        parent = services.catalog.adapters.version(ref.name, ref.version).manifest
     return continued(spec, parent, ref.label, model)
 
 

@@ -34,7 +34,7 @@ def backup(file: Path, as_json: bool) -> None:
     Others publish and serve meanwhile. The bytes of the adapters are in the store: copy that after the catalog.
     """
     with open_services() as services, Console(stderr=True).status("writing the backup"):
-        made = services.catalog.write_backup(file)
+        made = services.catalog.backup.write(file)
     _report("backed up", made, as_json)
 
 
@@ -47,7 +47,7 @@ def restore(file: Path, as_json: bool) -> None:
     `loray store verify` says afterwards whether the store has the bytes of every version.
     """
     with open_services() as services, Console(stderr=True).status("reading the backup"):
-        restored = services.catalog.read_backup(file)
+        restored = services.catalog.backup.read(file)
     _report("restored", restored, as_json)
 
 
@@ -64,7 +64,7 @@ def verify_audit(known: str | None, as_json: bool) -> None:
     if known is not None and not (number.isdigit() and sha256):
         raise click.UsageError("--known is ID:HASH, as `loray catalog verify` prints it")
     with open_services() as services, Console(stderr=True).status("reading the audit log"):
-        state = services.catalog.verify_audit(None if known is None else (int(number), sha256))
+        state = services.catalog.audit.verify(None if known is None else (int(number), sha256))
     if as_json:
         emit(state._asdict())
         return
@@ -143,7 +143,7 @@ def verify_objects(as_json: bool) -> None:
 def stats(as_json: bool) -> None:
     """Show what the store holds: versions by tenant, method and base; and the objects, equal files once."""
     with open_services() as services:
-        used = services.catalog.stored_use()
+        used = services.catalog.removal.stored_use()
         sizes = {kind: [e.num_bytes for e in services.store.objects.entries(f"{kind}/")] for kind in _KINDS}
     if as_json:
         objects = {kind: {"objects": len(found), "bytes": sum(found)} for kind, found in sizes.items()}

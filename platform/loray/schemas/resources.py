@@ -38,7 +38,6 @@ from loray.spec import (
     DEFAULT_TENANT,
     MAX_EVALUATIONS,
     AdapterManifest,
-    AdapterRef,
     Alias,
     CanaryBounds,
     CanaryOutcome,
@@ -81,11 +80,9 @@ _PRINTED = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 
 
 class Resource(BaseModel):
-    """A body that a server sends, also made of an object with attributes of the same names. Fields that a later server
-    adds are ignored.
-    """
+    """A body that a server sends. Fields that a later server adds are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), from_attributes=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Page(Resource, Generic[T]):
@@ -216,10 +213,6 @@ class VersionDetail(VersionResource):
     """One version with its manifest: files, recipe, lineage."""
 
     manifest: Annotated[AdapterManifest, _ANY_OBJECT]
-
-    @property
-    def ref(self) -> AdapterRef:
-        return self.manifest.ref(self.digest, self.name, self.version)
 
 
 class AliasResource(Resource):

@@ -14,6 +14,7 @@ from typing import Annotated
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from loray.catalog import AdapterVersion
 from loray.catalog.entries import parse_tags
 from loray.policy.auth import check
 from loray.publishing.uploads import as_it_is, as_tar
@@ -185,7 +186,7 @@ async def get_placement(
 
     How often and when it was used is told to administrators: the same bytes may have names of other tenants.
     """
-    entry = await run_in_threadpool(lambda: service.catalog.entry(name))
+    entry = await run_in_threadpool(lambda: service.catalog.adapters.get(name))
     versions = {ref.digest: ref.version for ref in entry.versions.values()}
     found = await services.placements.adapters(list(versions))
     items = [_placed(p, versions[p.digest], with_use=asking.is_admin) for p in found if p.digest in versions]
@@ -266,7 +267,7 @@ def list_tags(service: Service, name: AdapterName) -> Page[TagResource]:
 @may("publish")
 def set_tag(service: Service, response: Response, name: AdapterName, key: KeyPath, change: TagChange) -> TagResource:
     """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
-    made = service.catalog.set_tag(name, key, change.value)
+    made = service.catalog.tags.set(name, key, change.value)
     response.status_code = 201 if made else 200
     return TagResource(key=key, value=change.value)
 
@@ -328,7 +329,7 @@ def _placed(found: AdapterPlacement, version: int, *, with_use: bool) -> Replica
     return ReplicaAdapter(version=version, uses=found.uses if with_use else None, last_used_at=last_used_at, **shown)
 
 
-def _presigned(services: Services, found: VersionDetail) -> DownloadResource | None:
+def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:
     """None where the store has no URLs, and where its manifest tells more than the caller may know."""
     if services.store.manifest(found.digest) != found.manifest:
         return None

@@ -101,7 +101,7 @@ def submit_job(
         check(asking, "promote")
     job = services.jobs_of(asking).submit(recipe, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
-    return JobResource.model_validate(job)
+    return job
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
@@ -118,15 +118,14 @@ def list_jobs(
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
     found = services.jobs_of(asking).page(limit, cursor, status, name)
-    items = tuple(JobResource.model_validate(job) for job in found.jobs)
-    return linked(Page[JobResource](items=items, next=found.next), request, response)
+    return linked(Page[JobResource](items=found.items, next=found.next), request, response)
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
 @may("follow")
 def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
-    return JobResource.model_validate(services.jobs_of(asking).get(id))
+    return services.jobs_of(asking).get(id)
 
 
 @router.get(
@@ -166,7 +165,7 @@ async def get_logs(
 @may("train")
 def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return JobResource.model_validate(services.jobs_of(asking).stop(id))
+    return services.jobs_of(asking).stop(id)
 
 
 class _Log(StreamingResponse):

@@ -29,6 +29,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from loray.catalog import Catalog
 from loray.encryption import server_context
 from loray.errors import (
     BaseStarting,
@@ -48,7 +49,7 @@ from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.quarantine import DeathRecords, SharedQuarantine
+from serve_apps.gateway.replicas.quarantine import SharedQuarantine
 from serve_apps.scaling import ScalingLog
 
 ATTEMPTS = 3  # in a row that bring no token
@@ -344,7 +345,7 @@ class ServeEngineClient:
 
     handle          handle of the deployment called `deployment`
     node, host      Ray's id and the address of this process' node
-    open_records    see `SharedQuarantine`
+    open_catalog    see `SharedQuarantine`
     demand          is told of each request for an adapter
     max_resumes, drain_grace_s, max_token_lateness  as in ServeSpec
     cold_start_timeout_s  the same; None: there is always a replica, or Serve is about to start one
@@ -356,7 +357,7 @@ class ServeEngineClient:
         deployment: str,
         node: str,
         host: str,
-        open_records: Callable[[], DeathRecords] | None = None,
+        open_catalog: Callable[[], Catalog] | None = None,
         *,
         demand: DemandReporter | None = None,
         max_resumes: int = 1,
@@ -372,7 +373,7 @@ class ServeEngineClient:
         self._tell_late: Callable[[float], None] = lambda _: None
         self._shortest = RecentLeast()  # time to a first token
         self._max_lateness = max_token_lateness  # by that
-        self._quarantine = SharedQuarantine(open_records)
+        self._quarantine = SharedQuarantine(open_catalog)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._draining = DrainingReplicas(drain_grace_s)
         self._demand = demand

@@ -90,7 +90,7 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 
 
 def version_of(settings: Settings, name: str) -> AdapterVersion:
-    (version,) = Catalog(settings.catalog).adapter(name).versions
+    (version,) = Catalog(settings.catalog).adapters.detail(name).versions
     return version
 
 
@@ -123,7 +123,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert losses(events) == losses(undisturbed)
     assert version.manifest.files == version_of(settings, "undisturbed").manifest.files  # bit for bit
     assert (version.digest, version.aliases) == (published["digest"], ("prod",))
-    (job,) = Catalog(settings.catalog).jobs(name="shared").jobs
+    (job,) = Catalog(settings.catalog).jobs.page(name="shared").items
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
     assert job.recipe == recipe.spec
     AdapterStore(open_store(settings.store)).fetch(version.digest, tmp_path / "fetched")
@@ -211,8 +211,8 @@ def test_another_machine_resumes_the_run_of_a_killed_driver(
     (start,) = (e for e in events if e["event"] == "start")
     assert start["step"] >= left_at >= 10
     assert events[-1]["event"] == "published"
-    (version,) = Catalog(settings.catalog).adapter("orphan").versions
-    ended, orphaned = Catalog(settings.catalog).jobs(name="orphan").jobs
+    (version,) = Catalog(settings.catalog).adapters.detail("orphan").versions
+    ended, orphaned = Catalog(settings.catalog).jobs.page(name="orphan").items
     assert version.manifest.job_id == orphaned.id
     assert (ended.status, ended.version, orphaned.status) == ("succeeded", 1, "running")
 
@@ -234,10 +234,10 @@ def test_a_stopped_job_is_recorded_and_releases_its_run(
 
     until(has_told_of_a_checkpoint, lambda: client.get_job_logs(job))
     assert any(key.endswith("/state.json") for key in objects(settings, "stopped"))
-    assert catalog.job(job).status == "running"
+    assert catalog.jobs.get(job).status == "running"
     client.stop_job(job)
     until(lambda: client.get_job_status(job) == JobStatus.STOPPED, lambda: client.get_job_logs(job))
-    assert catalog.job(job).status == "stopped", client.get_job_logs(job)[-2000:]
+    assert catalog.jobs.get(job).status == "stopped", client.get_job_logs(job)[-2000:]
     found = open_runs(settings).latest("stopped")
     assert found.job_id == job
     store = open_store(settings.store)

@@ -25,7 +25,7 @@ NIGHTLY = id_of(DEFAULT_TENANT, "nightly")
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path))
     catalog = Catalog(Settings.from_env().catalog)
-    catalog.add_job(NIGHTLY, name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    catalog.jobs.add(NIGHTLY, name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     return catalog
 
 

@@ -129,7 +129,7 @@ async def test_the_event_names_the_adapter_and_reaches_the_catalog(front: Front)
     first, second = front.books.events
     assert (first.tenant, first.key_id, first.model, first.digest) == ("acme", "k1", "tone", version.digest)
     assert (first.tier, second.tier) == ("priority", "flex")
-    (row,) = catalog.usage(["tenant", "key", "model"])
+    (row,) = catalog.usage.sums(["tenant", "key", "model"])
     assert (row.tenant, row.key_id, row.model, row.num_requests) == ("acme", "k1", "tone", 2)
     catalog.close()
 

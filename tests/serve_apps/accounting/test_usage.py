@@ -50,7 +50,7 @@ class Books:
     @property
     def num_requests(self) -> int:
         with closing(Catalog(self.url)) as catalog:
-            return catalog.usage([])[0].num_requests
+            return catalog.usage.sums([])[0].num_requests
 
     @property
     def journals(self) -> list[Path]:
@@ -354,7 +354,7 @@ def test_whatever_write_a_gateway_is_killed_at(tmp_path: Path, monkeypatch: pyte
         for _ in range(2):  # the second finds nothing
             UsageWriter(lambda url=url: Catalog(url), folder).close()
         catalog = Catalog(url)
-        used = {row.model: row for row in catalog.usage(["model"])}
+        used = {row.model: row for row in catalog.usage.sums(["model"])}
         catalog.close()
         for name, num_tokens in gateway.delivered.items():
             assert used[name].num_requests == 1, at

@@ -52,9 +52,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     ring = KeyRing(static={hashlib.sha256(KEY.encode()).digest(): Principal(key_id="deployment")})
     api = Api(home, url, access_of(url, host="0.0.0.0", ring=ring))
     api.http.headers.update(HEADERS)
-    api.catalog.add_base("smollm2", BASE)
+    api.catalog.bases.add("smollm2", BASE)
     publish(api.catalog, "tone", 1, 2, aliases=("prod",))
-    api.catalog.set_tag("tone", "team", "support")
+    api.catalog.tags.set("tone", "team", "support")
     submit(api, "job-1")
     restore(api)
     yield api
@@ -94,9 +94,9 @@ def restore(api: Api) -> None:
     """There is an alias that can be rolled back."""
     for deleted in (None, 1):
         with suppress(AdapterNotFound):
-            api.catalog.restore("tone", deleted)
+            api.catalog.removal.restore("tone", deleted)
     for version in (1, 2):
-        api.catalog.promote("tone", "prod", version)
+        api.catalog.aliases.move("tone", "prod", version)
 
 
 def ask(api: Api, case: Any, checks: Any, headers: Headers) -> int:

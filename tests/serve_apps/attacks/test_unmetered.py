@@ -28,7 +28,7 @@ class Counting(ScriptedEngines):
 def publisher(catalog: Catalog, tenant: str) -> Catalog:
     """The catalog as the tenant, which has uploaded what `register` names."""
     view = catalog.view(Principal(tenant=tenant, scopes=frozenset({"publish"})))
-    view.record_upload("0" * 64)
+    view.adapters.record_upload("0" * 64)
     return view
 
 
@@ -101,7 +101,7 @@ def test_the_index_by_tenant_is_what_each_caller_sees(tiny_base: Callable[..., B
     catalog = Catalog(sqlite_catalog(tmp_path))
     tenants = ("acme", "beta", "default")
     for tenant in tenants[:2]:
-        catalog.create_tenant(tenant)
+        catalog.tenants.create(tenant)
     snapshot = CatalogSnapshot()
 
     def check() -> None:
@@ -126,9 +126,9 @@ def test_the_index_by_tenant_is_what_each_caller_sees(tiny_base: Callable[..., B
         ("acme/a-0", "private", ()),
         ("acme/a-1", "shared", ("beta",)),
     ):
-        catalog.share(name, visibility, shared)
+        catalog.adapters.share(name, visibility, shared)
         check()
-    catalog.delete_adapter("a-1")
+    catalog.removal.delete_adapter("a-1")
     check()
     assert any(isinstance(entry, AdapterEntry) for entry in snapshot.models())
     catalog.close()

@@ -151,16 +151,16 @@ class ConsoleSite(Api):
         self.engines = ScriptedGateway()
         self.services.gateway = GatewayClient("http://gateway", httpx.ASGITransport(self.engines.app))
         catalog = self.catalog
-        catalog.add_base("smollm2", BASE)
+        catalog.bases.add("smollm2", BASE)
         trained = manifest(2).model_copy(update={"job_id": "train_5f1b", "data_fingerprint": "da7a" * 16, "rank": 16})
-        catalog.register("tone", digest(1), manifest(1), ["prod"])
-        catalog.register("tone", digest(2), trained)
-        catalog.register("legal", digest(3), manifest(3))
-        catalog.create_tenant("acme")
-        catalog.view(Principal(tenant="acme")).register("vault", digest(4), manifest(4), ["prod"])
+        catalog.adapters.register("tone", digest(1), manifest(1), ["prod"])
+        catalog.adapters.register("tone", digest(2), trained)
+        catalog.adapters.register("legal", digest(3), manifest(3))
+        catalog.tenants.create("acme")
+        catalog.view(Principal(tenant="acme")).adapters.register("vault", digest(4), manifest(4), ["prod"])
 
     def key(self, *scopes: str, tenant: str = DEFAULT_TENANT) -> str:
-        return self.catalog.create_key("-".join((tenant, *scopes)), tenant=tenant, scopes=scopes).secret
+        return self.catalog.keys.create("-".join((tenant, *scopes)), tenant=tenant, scopes=scopes).secret
 
     def log_in(self, key: str) -> httpx.Response:
         return self.http.post(f"{URL}/login", data={"key": key}, headers={"Content-Type": HTMX["Content-Type"]})
@@ -179,7 +179,7 @@ class ConsoleSite(Api):
 
     def run(self, job_id: str, *events: dict[str, object], recipe: TrainSpec | None = None) -> Path:
         """A job of `tone` with these events in its run's folder, which is returned."""
-        job = self.catalog.add_job(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
+        job = self.catalog.jobs.add(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
         return self.write("runs", job, {"events.jsonl": lines(events)})
 
     def write(self, kind: str, job: Job, files: dict[str, str]) -> Path:
@@ -202,11 +202,11 @@ class ConsoleSite(Api):
         ended = TrialRecord(
             trial=1, values=trials[1].values, status="completed", num_steps=9, losses=((3, 2.5), (9, 2.25))
         )
-        job = self.catalog.add_job("sweep_1", name="tone", recipe=recipe)
+        job = self.catalog.jobs.add("sweep_1", name="tone", recipe=recipe)
         self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
 
     def add_base(self, base: BaseModel) -> BaseModel:
-        self.catalog.add_base(base.name, base.fingerprint)
+        self.catalog.bases.add(base.name, base.fingerprint)
         return super().add_base(base)
 
     def _token(self) -> dict[str, str]:

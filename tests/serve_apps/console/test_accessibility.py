@@ -17,17 +17,10 @@ _SURFACE, _PAGE, _HEAD = "var(--tblr-bg-surface)", "var(--tblr-body-bg)", "var(-
 _BODY, _SECONDARY, _LINK = "var(--tblr-body-color)", "var(--tblr-secondary)", "var(--tblr-link-color)"
 
 
-def look_twice(console: ConsoleSite) -> None:
-    """The second look has demand over time."""
-    for number in range(2):
-        console.get("/serving/live")
-
-
 def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
     console.train_some()
     found = {}
-    look_twice(console)
     for path in PAGES:
         page = console.get(path)
         assert page.headers["content-type"].startswith("text/html"), path
@@ -36,7 +29,6 @@ def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
 
 
 def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
-    look_twice(console)
     console.train_some()
     for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
         pictures = [e for e in parse(console.get(path).text).all() if e.attributes.get("role") == "img"]

@@ -21,8 +21,8 @@ def test_what_is_served(console: ConsoleSite) -> None:
 
 def test_jobs_that_run(console: ConsoleSite) -> None:
     recipe = load_recipe("lora_smollm2").spec
-    console.catalog.add_job("train_1", name=recipe.name, recipe=recipe)
-    console.catalog.start_job("train_1")
+    console.catalog.jobs.add("train_1", name=recipe.name, recipe=recipe)
+    console.catalog.jobs.start("train_1")
     assert '/jobs/train_1"' in console.get("/live").text
 
 

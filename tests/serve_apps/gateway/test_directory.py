@@ -161,7 +161,7 @@ def test_collections_pass_a_large_snapshot_by(
 
     async def run(many: int) -> None:
         monkeypatch.setattr("serve_apps.gateway.directory._MANY", many)
-        directory = ModelResolver([base], CatalogWatcher(lambda: Collected(str(catalog._engine.url))))
+        directory = ModelResolver([base], CatalogWatcher(lambda: Collected(str(catalog._db.engine.url))))
         for _ in range(2):
             await directory.refresh()
             register(catalog, "tone", base.fingerprint)

@@ -32,7 +32,7 @@ def test_a_digest_that_was_seen_somewhere_is_not_registered(made: Site, tmp_path
         answer = made.api.ask("POST /adapters/{name}/versions", OWN._replace(digest=digest), made.keys["beta"])
         assert answer.status_code == 404
         assert answer.json()["detail"] == f"the store has no adapter with digest {digest[:12]}"
-    assert not [e for e in made.catalog.adapters() if e.tenant == "beta"]
+    assert not [e for e in made.catalog.adapters.all() if e.tenant == "beta"]
     answer = made.api.ask("POST /adapters/{name}/versions", OWN._replace(digest=stored), made.keys["admin"])
     assert answer.status_code == 201, answer.text
     assert answer.headers["location"] == "/api/v1/adapters/loot/versions/1?tenant=beta"
@@ -40,11 +40,11 @@ def test_a_digest_that_was_seen_somewhere_is_not_registered(made: Site, tmp_path
 
 def test_only_who_may_promote_sets_aliases_by_registering(made: Site, tmp_path: Path) -> None:
     stored = made.fakes.store(1, tmp_path)
-    made.catalog.record_upload(stored)  # for the default tenant
+    made.catalog.adapters.record_upload(stored)  # for the default tenant
     path, headers = "adapters/tone/versions", {"Authorization": f"Bearer {made.keys['publisher']}"}
     refused = made.api.client.post(path, json={"digest": stored, "aliases": ["prod"]}, headers=headers)
     assert (refused.status_code, "promote" in refused.text) == (403, True)
-    assert made.catalog.adapters()[-1].name == SECRET.model
+    assert made.catalog.adapters.all()[-1].name == SECRET.model
 
 
 def test_no_adapter_takes_the_name_of_a_base_of_this_machine(
@@ -60,12 +60,12 @@ def test_no_adapter_takes_the_name_of_a_base_of_this_machine(
                 headers={"Authorization": f"Bearer {made.keys[key]}"},
             )
             assert answer.status_code in (404, 409), answer.text
-        assert base.name in made.catalog.bases()
+        assert base.name in made.catalog.bases.fingerprints()
 
 
 @pytest.mark.parametrize("spelled", ["acme/vault-9", "BASE:acme/vault-9", "acme/vault-9@hush", "default/acme/vault-9"])
 def test_no_spelling_of_a_name_reaches_another_tenant(made: Site, spelled: str) -> None:
-    (base,) = made.catalog.bases()
+    (base,) = made.catalog.bases.fingerprints()
     body = {"model": spelled.replace("BASE", base), "prompt": "hi", "max_tokens": 1}
     for key, status in (("beta", 404), ("acme infer", 200 if "default" not in spelled else 404)):
         answer = made.gateway.client.post(
