@@ -20,8 +20,8 @@ from loray.errors import (
     RevisionConflict,
     SpecError,
 )
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
-from serve_apps.api.examples import RECIPE
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.versions import BASE, digest, publish, vera_manifest

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from loray.catalog.identity import new_secret
 from loray.cli.connect import open_catalog
-from loray.cli.output import console, emit, json_option, table, when
+from loray.cli.output import emit, json_option, table, tell, when
 from loray.client import CatalogClient
 from loray.errors import KeyNotFound, SpecError
-from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange, TenantResource
+from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange
 from loray.service import CatalogService
 from loray.spec import SCOPES, Duration, Limits, Scope, format_size
 
@@ -134,10 +134,8 @@ def create_key(
     if static:
         secret = new_secret()
         hashed = hashlib.sha256(secret.encode()).hexdigest()
-        if as_json:
-            emit({"key": secret, "sha256": hashed})
-        else:
-            click.echo(f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}")
+        line = f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}"
+        tell(line, {"key": secret, "sha256": hashed}, as_json)
         return
     scopes = scopes or ("infer",)
     fields: dict[str, Any] = {"key_alias": alias or scopes[0], "scopes": scopes}
@@ -158,28 +156,24 @@ def list_keys(tenant: str | None, every: bool, as_json: bool) -> None:
     """List keys, the newest first."""
     with open_catalog() as catalog:
         found = [key for key in catalog.keys(tenant=tenant) if every or _is_in_use(key)]
-    if as_json:
-        emit([key.model_dump(mode="json") for key in found])
-    elif not found:
-        click.echo("no keys; make the first one with `loray keys create --scope admin`")
-    else:
-        columns = ("ID", "KEY", "ALIAS", "TENANT", "SCOPES", "MODELS", "LIMITS", "STATE", "EXPIRES", "LAST USED")
-        rows = [
-            (
-                key.id,
-                key.key_name,
-                key.key_alias,
-                key.tenant,
-                " ".join(key.scopes),
-                _ALL if key.models is None else " ".join(key.models),
-                _describe(key),
-                _state(key),
-                key.expires and when(key.expires),
-                key.last_used_at and when(key.last_used_at),
-            )
-            for key in found
-        ]
-        console().print(table(columns, rows))
+    columns = ("ID", "KEY", "ALIAS", "TENANT", "SCOPES", "MODELS", "LIMITS", "STATE", "EXPIRES", "LAST USED")
+    rows = [
+        (
+            key.id,
+            key.key_name,
+            key.key_alias,
+            key.tenant,
+            " ".join(key.scopes),
+            _ALL if key.models is None else " ".join(key.models),
+            _describe(key),
+            _state(key),
+            key.expires and when(key.expires),
+            key.last_used_at and when(key.last_used_at),
+        )
+        for key in found
+    ]
+    none = "no keys; make the first one with `loray keys create --scope admin`"
+    tell(table(columns, rows) if rows else none, [key.model_dump(mode="json") for key in found], as_json)
 
 
 @keys.command()
@@ -298,10 +292,7 @@ def _show_new_key(made: NewKeyResource, as_json: bool) -> None:
 
 
 def _show_key(key: KeyResource, as_json: bool, what: str) -> None:
-    if as_json:
-        emit(key.model_dump(mode="json"))
-    else:
-        click.echo(f"{key.id} ({key.key_alias}) {what}")
+    tell(f"{key.id} ({key.key_alias}) {what}", key.model_dump(mode="json"), as_json)
 
 
 @click.group()
@@ -320,7 +311,8 @@ def create_tenant(name: str, as_json: bool, **limits: Any) -> None:
     """Make the tenant NAME, with limits for all its keys together."""
     with open_catalog() as catalog:
         made = catalog.create_tenant(name, _limits_from(limits))
-    _show_tenant(made, as_json, f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`")
+    line = f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`"
+    tell(line, made.model_dump(mode="json"), as_json)
 
 
 @tenants.command("ls")
@@ -329,12 +321,9 @@ def list_tenants(as_json: bool) -> None:
     """List tenants."""
     with open_catalog() as catalog:
         found = catalog.tenants()
-    if as_json:
-        emit([tenant.model_dump(mode="json") for tenant in found])
-        return
     columns = ("NAME", "LIMITS", "STATE", "CREATED")
     rows = [(t.name, _describe(t), "blocked" if t.blocked else "good", when(t.created_at)) for t in found]
-    console().print(table(columns, rows))
+    tell(table(columns, rows), [tenant.model_dump(mode="json") for tenant in found], as_json)
 
 
 @tenants.command("set")
@@ -348,13 +337,5 @@ def set_(name: str, blocked: bool | None, no_limits: bool, as_json: bool, **limi
     with open_catalog() as catalog:
         before = None if no_limits else catalog.tenant(name)
         changed = catalog.change_tenant(name, TenantChange(limits=_limits_from(limits, before), blocked=blocked))
-    _show_tenant(
-        changed, as_json, f"{name}: {_describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
-    )
-
-
-def _show_tenant(tenant: TenantResource, as_json: bool, line: str) -> None:
-    if as_json:
-        emit(tenant.model_dump(mode="json"))
-    else:
-        click.echo(line)
+    line = f"{name}: {_describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
+    tell(line, changed.model_dump(mode="json"), as_json)

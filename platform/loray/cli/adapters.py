@@ -16,7 +16,7 @@ from loray.catalog import split_model
 from loray.catalog.entries import parse_tags
 from loray.cli import describe
 from loray.cli.connect import complete_models, find_version, needed_remote, open_catalog, open_services
-from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report
+from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report, tell
 from loray.client import CatalogClient
 from loray.errors import ConflictError, DataError, IntegrityError, NotFoundError, SpecError
 from loray.files import file_sha256
@@ -64,7 +64,7 @@ def share(name: str, tenants: str | None, public: bool, private: bool, as_json: 
     visibility: Visibility = "public" if public else "private" if private else "shared"
     with open_catalog() as catalog:
         changed = catalog.share(name, visibility, shared_with)
-    _tell(f"{changed.name} is seen by {describe.seen_by(changed)}", describe.adapter_json(changed), as_json)
+    tell(f"{changed.name} is seen by {describe.seen_by(changed)}", describe.adapter_json(changed), as_json)
 
 
 @adapters.command()
@@ -82,7 +82,7 @@ def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: b
         click.confirm(f"hand {name} to tenant {tenant}? requests for {name} will not find it any more", abort=True)
     with open_catalog() as catalog:
         changed = catalog.transfer(name, tenant, new_name)
-    _tell(f"{name} is {changed.name} now", describe.adapter_json(changed), as_json)
+    tell(f"{name} is {changed.name} now", describe.adapter_json(changed), as_json)
 
 
 @adapters.command()
@@ -101,7 +101,7 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
         target = max(catalog.adapter(name).versions) if selector is None else find_version(catalog, name, selector)
         etag, create = _precondition(catalog, name, alias, expected)
         moved = catalog.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
-        _tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, moved), as_json)
+        tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, moved), as_json)
 
 
 @adapters.command()
@@ -142,10 +142,7 @@ def canary(
         else:
             bounds = _bounds(catalog, name, alias, version, wanted) if wanted else None
             found = catalog.set_canary(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
-    if as_json:
-        emit(found.model_dump(mode="json"))
-    else:
-        console().print(describe.canaries([found]))
+    tell(describe.canaries([found]), found.model_dump(mode="json"), as_json)
 
 
 @adapters.command()
@@ -156,7 +153,7 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
     with open_catalog() as catalog:
         moved = catalog.rollback(name, alias)
-        _tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, moved), as_json)
+        tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, moved), as_json)
 
 
 @adapters.command()
@@ -174,7 +171,7 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
         click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
     with open_catalog() as catalog:
         catalog.delete(name, version)
-    _tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
+    tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
 
 
 @adapters.command()
@@ -185,7 +182,7 @@ def restore(model: str, as_json: bool) -> None:
     name, version = _name_and_version(model)
     with open_catalog() as catalog:
         catalog.restore(name, version)
-    _tell(f"restored {model}", {"restored": model}, as_json)
+    tell(f"restored {model}", {"restored": model}, as_json)
 
 
 @adapters.command()
@@ -197,7 +194,7 @@ def release(model: str, as_json: bool) -> None:
     with open_catalog() as catalog:
         version = find_version(catalog, name, selector)
         catalog.release(name, version)
-    _tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
+    tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
 
 
 def _moved_json(catalog: CatalogClient | CatalogService, moved: AliasResource) -> dict[str, Any]:
@@ -244,13 +241,6 @@ def _name_and_version(model: str) -> tuple[str, int | None]:
     return name, int(selector)
 
 
-def _tell(line: str, data: Any, as_json: bool) -> None:
-    if as_json:
-        emit(data)
-    else:
-        click.echo(line)
-
-
 @adapters.command()
 @click.argument("text", default="")
 @click.option("--tag", "tags", multiple=True, metavar="KEY[=VALUE]", help="With this tag; may be given several times.")
@@ -273,14 +263,10 @@ def search(
     with open_catalog() as catalog:
         found = islice(catalog.adapters(**wanted, tenant=tenant), limit + 1)
         rows = [describe.adapter_json(adapter) for adapter in found]
-    if as_json:
-        emit(rows[:limit])
-    elif not rows:
-        click.echo("no adapter is like that; `loray adapters ls` lists all")
-    else:
-        console().print(describe.adapters(rows[:limit]))
-        if len(rows) > limit:
-            click.echo(f"the first {limit}; there are more (--limit)")
+    none = "no adapter is like that; `loray adapters ls` lists all"
+    tell(describe.adapters(rows[:limit]) if rows else none, rows[:limit], as_json)
+    if len(rows) > limit and not as_json:
+        click.echo(f"the first {limit}; there are more (--limit)")
 
 
 @adapters.command()
@@ -303,12 +289,7 @@ def tag(name: str, tags: tuple[str, ...], unset: tuple[str, ...], as_json: bool)
         for key in unset:
             catalog.delete_tag(name, key)
         found = catalog.tags(name)
-    if as_json:
-        emit(found)
-    elif not found:
-        click.echo(f"{name} has no tags")
-    else:
-        console().print(pairs(list(found.items())))
+    tell(pairs(list(found.items())) if found else f"{name} has no tags", found, as_json)
 
 
 @adapters.command()
@@ -358,7 +339,7 @@ def push(
             description=description,
             tool_parser=tool_parser,
         )
-    _tell(f"published {version.label}", version.model_dump(mode="json"), as_json)
+    tell(f"published {version.label}", version.model_dump(mode="json"), as_json)
 
 
 @adapters.command()
@@ -379,7 +360,7 @@ def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
         version = find_version(catalog, name, selector)
         catalog.fetch(name, version, target, form)
     label = f"{name}@{version}"
-    _tell(f"downloaded {label} to {target}", {"model": label, "path": target, "format": form}, as_json)
+    tell(f"downloaded {label} to {target}", {"model": label, "path": target, "format": form}, as_json)
 
 
 adapters.add_command(pull, "download")
@@ -428,7 +409,7 @@ def import_(
             description=description,
             tool_parser=tool_parser,
         )
-    _tell(f"published {published.label}", describe.version_json(published), as_json)
+    tell(f"published {published.label}", describe.version_json(published), as_json)
 
 
 @adapters.command("ls")
@@ -437,12 +418,8 @@ def ls(as_json: bool) -> None:
     """List all adapters."""
     with open_catalog() as catalog:
         rows = [describe.adapter_json(adapter) for adapter in catalog.adapters()]
-    if as_json:
-        emit(rows)
-    elif not rows:
-        click.echo("no adapters yet; publish one with `loray train`, `loray adapters import` or `loray adapters push`")
-    else:
-        console().print(describe.adapters(rows))
+    none = "no adapters yet; publish one with `loray train`, `loray adapters import` or `loray adapters push`"
+    tell(describe.adapters(rows) if rows else none, rows, as_json)
 
 
 @adapters.command()
@@ -523,12 +500,12 @@ def convert(
                 assert file is not None
                 save_as_gguf(ref, file, base=base, store=services.store)
                 line = f"wrote {ref.label} as GGUF: {file}"
-            _tell(line, {"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])}, as_json)
+            tell(line, {"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])}, as_json)
             return
         version = convert_to_lora(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
-    _tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
+    tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
 
 
 @adapters.command()

@@ -9,7 +9,7 @@ from typing import cast
 import click
 
 from loray.cli.connect import open_catalog
-from loray.cli.output import console, emit, json_option, table
+from loray.cli.output import json_option, table, tell
 from loray.spec import USAGE_GROUPS, UsageGroup
 
 _MOST = 100_000  # rows
@@ -48,9 +48,6 @@ def usage(
     with open_catalog() as catalog:
         found = catalog.usage(by, tenant=tenant, key_id=key_id, model=model, since=since)
         rows = [row for row in islice(found, _MOST) if row.num_requests]
-    if as_json:
-        emit([row.model_dump(mode="json") for row in rows])
-        return
     fields = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
     shown = [name for name in fields if name in groups]
     lines = [
@@ -63,7 +60,6 @@ def usage(
         ]
         for row in rows
     ]
-    if not lines:
-        click.echo(f"no requests in the last {days} days")
-        return
-    console().print(table([*shown, *_COUNTS], lines, right=list(_COUNTS)))
+    made = table([*shown, *_COUNTS], lines, right=list(_COUNTS))
+    none = f"no requests in the last {days} days"
+    tell(made if lines else none, [row.model_dump(mode="json") for row in rows], as_json)

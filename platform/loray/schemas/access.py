@@ -21,6 +21,7 @@ from loray.spec import (
 )
 
 _FIELDS = tuple(Limits.model_fields)
+_TIME = "2026-11-24T18:00:00Z"
 Models = Annotated[tuple[str, ...] | None, Field(description="models that it may ask; null: all that its tenant sees")]
 Metadata = Annotated[dict[str, str], Field(default_factory=dict, max_length=64)]
 _YEARS = range(2000, 9999)
@@ -41,19 +42,19 @@ class KeyResource(Limits):
 
     model_config = _LIMITS
 
-    id: str
-    key_name: str
-    key_alias: str
-    tenant: str
-    scopes: tuple[Scope, ...]
+    id: str = Field(examples=["key-5f1b2c3d4e5f6a7b"])
+    key_name: str = Field(examples=["sk-lr-8QmZ4c0x…"])
+    key_alias: str = Field(examples=["ci"])
+    tenant: str = Field(examples=["acme"])
+    scopes: tuple[Scope, ...] = Field(examples=[["infer", "publish"]])
     models: Models = None
     metadata: Metadata
-    blocked: bool
-    created_by: str
-    created_at: datetime
-    expires: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None = Field(description="to the minute")
+    blocked: bool = Field(examples=[False])
+    created_by: str = Field(examples=["local"])
+    created_at: datetime = Field(examples=[_TIME])
+    expires: datetime | None = Field(examples=[None])
+    revoked_at: datetime | None = Field(examples=[None])
+    last_used_at: datetime | None = Field(description="to the minute", examples=[_TIME])
 
     @classmethod
     def of(cls, key: ApiKey, **more: Any) -> Self:
@@ -73,7 +74,7 @@ class KeyResource(Limits):
 class NewKeyResource(KeyResource):
     """`key` is shown this once."""
 
-    key: str
+    key: str = Field(examples=["sk-lr-8QmZ4c0x" + "…" * 35])
 
 
 class KeyCreation(Limits):
@@ -152,9 +153,9 @@ class TenantResource(Limits):
 
     model_config = _LIMITS
 
-    name: str
-    blocked: bool
-    created_at: datetime
+    name: str = Field(examples=["acme"])
+    blocked: bool = Field(examples=[False])
+    created_at: datetime = Field(examples=[_TIME])
 
     @classmethod
     def of(cls, tenant: Tenant) -> TenantResource:
@@ -184,15 +185,21 @@ class TenantChange(BaseModel):
 class AuditResource(Resource):
     """One write, login, download or refusal: who did what to what, and whose it is."""
 
-    id: int
-    actor: str
-    action: str
-    subject: str
-    tenant: str
-    detail: Annotated[dict[str, Any], Field(description="what was given")]
-    created_at: datetime
-    address: Annotated[str | None, Field(description="from where the request came, as far as it is known")] = None
-    request_id: Annotated[str | None, Field(description="X-Request-Id of the answer; of refusals, the first")] = None
+    id: int = Field(examples=[42])
+    actor: str = Field(examples=["ci (key-5f1b2c3d4e5f6a7b)"])
+    action: str = Field(examples=["promote"])
+    subject: str = Field(examples=["acme/tone@prod"])
+    tenant: str = Field(examples=["acme"])
+    detail: dict[str, Any] = Field(description="what was given", examples=[{"version": 3}])
+    created_at: datetime = Field(examples=[_TIME])
+    address: str | None = Field(
+        default=None, description="from where the request came, as far as it is known", examples=["10.0.0.7"]
+    )
+    request_id: str | None = Field(
+        default=None,
+        description="X-Request-Id of the answer; of refusals, the first",
+        examples=["req-5f1b2c3d4e5f6a7b"],
+    )
 
 
 def ends_at(duration: Duration) -> datetime:

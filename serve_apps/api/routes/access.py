@@ -22,9 +22,8 @@ from loray.schemas.access import (
 )
 from loray.schemas.resources import WRITTEN_OUT, Page, UsageResource
 from loray.spec import JobId, KeyAlias, QualifiedName, TenantName, UsageGroup
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.routes import AccessRoute, router_of
+from serve_apps.api.routes import CREATED, AccessRoute, router_of
 from serve_apps.api.services import Limit, linked
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console import Service
@@ -44,9 +43,7 @@ _NO_STORE = {"Cache-Control": "no-store"}
 router, usage_router = router_of("access", AccessRoute), router_of("usage")
 
 
-@router.post(
-    "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
-)
+@router.post("/keys", status_code=201, responses=responses(404, 409) | CREATED)
 @may("manage_own")
 def create_key(service: Service, request: Request, response: Response, wanted: KeyCreation) -> NewKeyResource:
     """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256.
@@ -59,7 +56,7 @@ def create_key(service: Service, request: Request, response: Response, wanted: K
     return made
 
 
-@router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
+@router.get("/keys", responses=responses())
 @may("manage_own")
 def list_keys(
     service: Service,
@@ -74,21 +71,21 @@ def list_keys(
     return linked(service.key_page(limit, cursor, tenant=tenant, key_alias=key_alias), request, response)
 
 
-@router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
+@router.get("/keys/self", responses=responses(404))
 @may("identify")
 def get_own_key(service: Service) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
     return service.key()
 
 
-@router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+@router.get("/keys/{id}", responses=responses(404))
 @may("manage_own")
 def get_key(service: Service, id: KeyPath) -> KeyResource:
     """One key."""
     return service.key(id)
 
 
-@router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
+@router.patch("/keys/{id}", responses=responses(404, 409))
 @may("manage_own")
 def change_key(service: Service, id: KeyPath, change: KeyChange) -> KeyResource:
     """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
@@ -99,7 +96,7 @@ def change_key(service: Service, id: KeyPath, change: KeyChange) -> KeyResource:
     return service.change_key(id, change)
 
 
-@router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+@router.delete("/keys/{id}", responses=responses(404))
 @may("manage_own")
 def revoke_key(
     service: Service,
@@ -112,7 +109,7 @@ def revoke_key(
     return service.revoke_key(id, only_this=only_this)
 
 
-@router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201))
+@router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409))
 @may("identify")
 def rotate_key(
     service: Service, response: Response, id: KeyPath, asking: CurrentPrincipal, rotation: Rotation
@@ -127,35 +124,35 @@ def rotate_key(
     return service.rotate_key(id, grace_period=rotation.grace_period)
 
 
-@router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
+@router.post("/tenants", status_code=201, responses=responses(409))
 @may("manage")
 def create_tenant(service: Service, wanted: TenantCreation) -> TenantResource:
     """Make a tenant."""
     return service.create_tenant(wanted.name, wanted.limits)
 
 
-@router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
+@router.get("/tenants", responses=responses())
 @may("manage")
 def list_tenants(service: Service) -> Page[TenantResource]:
     """All tenants, by name."""
     return Page[TenantResource](items=service.tenants())
 
 
-@router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@router.get("/tenants/{name}", responses=responses(404))
 @may("manage")
 def get_tenant(service: Service, name: TenantPath) -> TenantResource:
     """One tenant."""
     return service.tenant(name)
 
 
-@router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@router.patch("/tenants/{name}", responses=responses(404))
 @may("manage")
 def change_tenant(service: Service, name: TenantPath, change: TenantChange) -> TenantResource:
     """Block a tenant with all its keys, let it pass again, or give it other limits."""
     return service.change_tenant(name, change)
 
 
-@router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
+@router.get("/audit", responses=responses())
 @may("audit")
 def read_audit(
     service: Service,
@@ -174,7 +171,7 @@ def read_audit(
     return linked(found, request, response)
 
 
-@usage_router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
+@usage_router.get("/usage", responses=responses())
 @may("identify")
 def get_usage(
     service: Service,

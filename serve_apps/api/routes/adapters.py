@@ -36,12 +36,12 @@ from loray.schemas.resources import (
     VersionDetail,
     VersionNumber,
     VersionResource,
+    example_of,
 )
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Method, Name, QualifiedName, TagKey, split_qualified
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.routes import router_of
+from serve_apps.api.routes import CREATED, Responses, router_of
 from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, linked
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console import Service
@@ -58,15 +58,15 @@ FormQuery = Annotated[
     DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
 ]
 Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
-_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
-_ANSWER: examples.Responses = {
+_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": example_of(DownloadResource)}
+_ANSWER: Responses = {
     200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
 }
 
 router, tags_router, downloads_router = router_of("adapters"), router_of("tags"), router_of("downloads")
 
 
-@router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
+@router.get("/adapters", responses=responses())
 @may("read")
 def list_adapters(
     service: Service,
@@ -90,21 +90,21 @@ def list_adapters(
     return linked(found, request, response)
 
 
-@router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
+@router.get("/adapters/{name}", responses=responses(404))
 @may("read")
 def get_adapter(service: Service, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
     return service.adapter(name)
 
 
-@router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
+@router.patch("/adapters/{name}", responses=responses(403, 404))
 @may("publish")
 def change_adapter(service: Service, name: AdapterName, change: AdapterChange) -> AdapterResource:
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
     return service.share(name, change.visibility, change.shared_with)
 
 
-@router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
+@router.get("/adapters/{name}/versions", responses=responses(404))
 @may("read")
 def list_versions(
     service: Service,
@@ -118,7 +118,7 @@ def list_versions(
     return linked(service.version_page(name, limit, cursor), request, response)
 
 
-@router.get(_VERSION, responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+@router.get(_VERSION, responses=responses(404))
 @may("read")
 def get_version(service: Service, name: AdapterName, version: VersionPath) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
@@ -128,7 +128,7 @@ def get_version(service: Service, name: AdapterName, version: VersionPath) -> Ve
 @router.post(
     "/adapters/{name}/versions",
     status_code=201,
-    responses=responses(403, 404, 409, 507) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+    responses=responses(403, 404, 409, 507) | CREATED,
 )
 @may("publish")
 async def register_version(
@@ -165,7 +165,7 @@ async def register_version(
 @router.post(
     _VERSION + "/evaluations",
     status_code=201,
-    responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201),
+    responses=responses(404, 409),
 )
 @may("publish")
 def report_evaluations(
@@ -177,7 +177,7 @@ def report_evaluations(
     return service.report_evaluations(name, version, report.evaluations)
 
 
-@router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
+@router.get("/adapters/{name}/placement", responses=responses(404))
 @may("read")
 async def get_placement(
     services: ServicesDep, service: Service, asking: CurrentPrincipal, name: AdapterName
@@ -195,7 +195,7 @@ async def get_placement(
     )
 
 
-@router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
+@router.get("/bases", responses=responses())
 @may("identify")
 def list_bases(service: Service) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
@@ -219,7 +219,7 @@ def delete_version(service: Service, name: AdapterName, version: VersionPath) ->
     service.delete(name, version)
 
 
-@router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
+@router.post("/adapters/{name}/restore", responses=responses(403, 404, 409))
 @may("publish")
 def restore_adapter(service: Service, name: AdapterName) -> AdapterResource:
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
@@ -227,7 +227,7 @@ def restore_adapter(service: Service, name: AdapterName) -> AdapterResource:
     return service.adapter(name)
 
 
-@router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
+@router.post(_VERSION + "/restore", responses=responses(403, 404, 409))
 @may("publish")
 def restore_version(service: Service, name: AdapterName, version: VersionPath) -> VersionDetail:
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
@@ -237,7 +237,7 @@ def restore_version(service: Service, name: AdapterName, version: VersionPath) -
 
 @router.post(
     "/adapters/{name}/transfer",
-    responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
+    responses=responses(403, 404, 409),
 )
 @may("manage")
 def transfer_adapter(service: Service, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
@@ -255,7 +255,7 @@ def release_version(service: Service, name: AdapterName, version: VersionPath) -
     service.release(name, version)
 
 
-@tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
+@tags_router.get("/adapters/{name}/tags", responses=responses(404))
 @may("read")
 def list_tags(service: Service, name: AdapterName) -> Page[TagResource]:
     """All tags of an adapter, by key."""
@@ -263,7 +263,7 @@ def list_tags(service: Service, name: AdapterName) -> Page[TagResource]:
     return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
 
 
-@tags_router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
+@tags_router.put(_TAG, responses=responses(403, 404, 409) | {201: {}})
 @may("publish")
 def set_tag(service: Service, response: Response, name: AdapterName, key: KeyPath, change: TagChange) -> TagResource:
     """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import Response
 
 from loray.schemas.resources import AliasResource, AliasTarget, CanaryResource, CanaryTarget, Page
-from serve_apps.api import examples
 from serve_apps.api.problems import Conditional, responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, AliasPath
@@ -16,14 +15,10 @@ router = router_of("aliases")
 
 _ALIAS = "/adapters/{name}/aliases/{alias}"
 _CANARY = _ALIAS + "/canary"
+_ETAG = {"headers": {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}}
 
 
-def _with_etag(status: int = 200) -> examples.Responses:
-    header = {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}
-    return examples.ok(examples.ALIAS, status, headers=header)
-
-
-@router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
+@router.get("/adapters/{name}/aliases", responses=responses(404))
 @may("read")
 def list_aliases(service: Service, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
@@ -33,7 +28,7 @@ def list_aliases(service: Service, name: AdapterName) -> Page[AliasResource]:
 @router.get(
     _ALIAS,
     response_model=AliasResource,
-    responses=responses(404, 412) | {304: {"description": "The client has it"}} | _with_etag(),
+    responses=responses(404, 412) | {200: _ETAG, 304: {"description": "The client has it"}},
 )
 @may("read")
 def get_alias(
@@ -51,7 +46,7 @@ def get_alias(
     return found
 
 
-@router.put(_ALIAS, responses=responses(403, 404, 409, 412) | _with_etag() | _with_etag(201))
+@router.put(_ALIAS, responses=responses(403, 404, 409, 412) | {200: _ETAG, 201: _ETAG})
 @may("promote")
 def put_alias(
     service: Service,
@@ -82,7 +77,7 @@ def delete_alias(service: Service, name: AdapterName, alias: AliasPath, conditio
     service.delete_alias(name, alias, etag=etag)
 
 
-@router.post(_ALIAS + "/rollback", responses=responses(403, 404, 409, 412) | _with_etag())
+@router.post(_ALIAS + "/rollback", responses=responses(403, 404, 409, 412) | {200: _ETAG})
 @may("promote")
 def roll_back(
     service: Service,
@@ -101,7 +96,7 @@ def _tagged(found: AliasResource, response: Response) -> AliasResource:
     return found
 
 
-@router.get(_CANARY, responses=responses(403, 404) | examples.ok(examples.CANARY))
+@router.get(_CANARY, responses=responses(403, 404))
 @may("read")
 def get_canary(service: Service, name: AdapterName, alias: AliasPath) -> CanaryResource:
     """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
@@ -111,7 +106,7 @@ def get_canary(service: Service, name: AdapterName, alias: AliasPath) -> CanaryR
     return service.canary(name, alias)
 
 
-@router.put(_CANARY, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
+@router.put(_CANARY, responses=responses(403, 404, 409, 412))
 @may("promote")
 def put_canary(
     service: Service,
@@ -131,7 +126,7 @@ def put_canary(
     )
 
 
-@router.delete(_CANARY, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
+@router.delete(_CANARY, responses=responses(403, 404, 412))
 @may("promote")
 def end_canary(service: Service, name: AdapterName, alias: AliasPath, conditions: Conditional) -> CanaryResource:
     """Give all requests to the version that the alias points at. Moving the alias, or rolling it back, does it too."""

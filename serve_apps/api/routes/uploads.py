@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import Header, Path, Request
 
 from loray.schemas.resources import FileResource, UploadResource
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import ServicesDep
@@ -25,7 +24,7 @@ IdempotencyKey = Annotated[
 ]
 
 
-@router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
+@router.post("/uploads", status_code=201, responses=responses(403, 409))
 @may("publish")
 def begin_upload(service: Service, idempotency_key: IdempotencyKey = None) -> UploadResource:
     """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
@@ -35,7 +34,7 @@ def begin_upload(service: Service, idempotency_key: IdempotencyKey = None) -> Up
     return service.begin_upload(idempotency_key)
 
 
-@router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
+@router.get("/uploads/{id}", responses=responses(404))
 @may("publish")
 def get_upload(service: Service, id: UploadId) -> UploadResource:
     """Tell which files have come: an upload that broke off is continued with the others."""
@@ -44,7 +43,7 @@ def get_upload(service: Service, id: UploadId) -> UploadResource:
 
 @router.put(
     "/uploads/{id}/files/{name}",
-    responses=responses(403, 404, 409, 411) | examples.ok(examples.FILE),
+    responses=responses(403, 404, 409, 411),
     openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
 )
 @may("publish")

@@ -16,9 +16,9 @@ from jobs.submission.tracker import id_of
 from loray.bases.registry import BaseModel
 from loray.cli import eval_tasks
 from loray.client import CatalogClient
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import Evaluation
-from serve_apps.api.examples import RECIPE
 from tests.cli.run import Loray
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
