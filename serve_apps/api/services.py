@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, TypeVar
 from urllib.parse import urlencode
@@ -73,20 +72,11 @@ class Services:
         self.rates = RateLimits()
         self.followers = Places("followers of logs", FOLLOWERS)
         self.gateway = gateway or GatewayClient(ServingAddress("127.0.0.1", ServeSpec().port).url)
-        self._job_server, self._settings = jobs, settings
+        self.settings, self._job_server = settings, jobs
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None
         self._failure, self._failed_at = "", float("-inf")
         self._store: AdapterStore | None = None
-
-    @property
-    def settings(self) -> Settings:
-        return self._settings
-
-    @property
-    def home(self) -> FilePath:
-        """The folder that contains this node's bases."""
-        return self._settings.home
 
     @property
     def catalog(self) -> Catalog:
@@ -99,8 +89,8 @@ class Services:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    catalog = Catalog.of(self._settings, ACTOR)
-                    _reserve_bases(catalog, self._settings.home)
+                    catalog = Catalog.of(self.settings, ACTOR)
+                    _reserve_bases(catalog, self.settings)
                     self._catalog = catalog
                 except LorayError as e:
                     self._failure = str(e) if isinstance(e, CatalogError) else f"the catalog cannot be opened: {e}"
@@ -116,23 +106,21 @@ class Services:
 
     def service_of(self, principal: Principal) -> CatalogService:
         """What this caller may do with the catalog, which is opened when it is first needed."""
-        return CatalogService(
-            self._settings, lambda: self.catalog_of(principal), lambda: self.store, scratch=self.scratch
-        )
+        return CatalogService(self.settings, lambda: self.catalog_of(principal), lambda: self.store, self.scratch)
 
     def jobs_of(self, principal: Principal) -> JobTracker:
         """Track the jobs of this caller's tenant."""
-        return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
+        return JobTracker(lambda: self.catalog_of(principal), self._job_server, self.settings)
 
     def watch_jobs(self) -> None:
         """Compare the jobs of all tenants with Ray's; see `JobTracker.watch`."""
-        JobTracker(lambda: self.catalog, self._job_server, self._settings).watch()
+        JobTracker(lambda: self.catalog, self._job_server, self.settings).watch()
 
     @property
     def store(self) -> AdapterStore:
         with self._store_lock:
             if self._store is None:
-                self._store = AdapterStore(open_store(self._settings.store))
+                self._store = AdapterStore(open_store(self.settings.store))
             return self._store
 
     def close(self) -> None:
@@ -151,10 +139,10 @@ async def _services(request: Request) -> Services:  # FastAPI would call a plain
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
-def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
+def _reserve_bases(catalog: Catalog, settings: Settings) -> None:
     """Keep the names of this machine's bases, so that no adapter takes one of a base that has published nothing."""
     try:
-        bases = list_bases(home)
+        bases = list_bases(settings.home)
     except LorayError as e:
         _log.warning("the bases of this machine cannot be read: %s", e)
         return

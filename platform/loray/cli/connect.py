@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _MOST_NAMES = 200
 
 @contextmanager
 def open_services() -> Iterator[CatalogService]:
-    """Opens the catalog and the store themselves."""
+    """Opens the catalog itself, and the store when it is first needed."""
     from loray.catalog import Catalog
     from loray.service import CatalogService
     from loray.store import AdapterStore, open_store
@@ -34,8 +34,7 @@ def open_services() -> Iterator[CatalogService]:
     settings = Settings.from_env()
     catalog = Catalog.of(settings)
     try:
-        store = AdapterStore(open_store(settings.store))
-        yield CatalogService(settings, lambda: catalog, lambda: store)
+        yield CatalogService(settings, lambda: catalog, cache(lambda: AdapterStore(open_store(settings.store))))
     finally:
         catalog.close()
 
@@ -119,15 +118,8 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     file = settings.catalog.removeprefix("sqlite:///")
     if file != settings.catalog and not Path(file).exists():
         return bases
-    from loray.catalog import Catalog
-
-    catalog = Catalog(settings.catalog)
-    try:
-        name, at, _ = incomplete.partition("@")
+    name, at, _ = incomplete.partition("@")
+    with open_services() as services:
         if at:
-            return [f"{name}@{alias}" for alias, _ in catalog.adapters.get(name).pointers]
-        return bases + [
-            entry.name for entry in islice(catalog.adapters.page(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
-        ]
-    finally:
-        catalog.close()
+            return [f"{name}@{alias}" for alias in services.adapter(name).aliases]
+        return bases + [adapter.name for adapter in services.adapter_page(_MOST_NAMES, search=name or None).items]

@@ -77,7 +77,26 @@ class NewKeyResource(KeyResource):
     key: str = Field(examples=["sk-lr-8QmZ4c0x" + "…" * 35])
 
 
-class KeyCreation(Limits):
+class _Ending(Limits):
+    """Fields of a key, of which at most one says when it ends."""
+
+    duration: Duration | None = None
+    expires: Moment | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.duration is not None and self.expires is not None:
+            raise ValueError("give duration or expires, not both")
+        return self
+
+    @property
+    def expires_at(self) -> datetime | None:
+        if self.duration is None:
+            return self.expires
+        return datetime.now(UTC) + timedelta(seconds=duration_s(self.duration))
+
+
+class KeyCreation(_Ending):
     """A key that is wanted, of the caller's tenant where none is named. `duration` or `expires` says when it ends;
     without either it does not.
     """
@@ -87,25 +106,13 @@ class KeyCreation(Limits):
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("infer",)
     models: Models = None
     metadata: Metadata
-    duration: Duration | None = None
-    expires: Moment | None = None
-
-    @model_validator(mode="after")
-    def _one_end(self) -> KeyCreation:
-        if self.duration is not None and self.expires is not None:
-            raise ValueError("give duration or expires, not both")
-        return self
-
-    @property
-    def expires_at(self) -> datetime | None:
-        return ends_at(self.duration) if self.duration is not None else self.expires
 
     @property
     def limits(self) -> Limits:
         return limits_of(self)
 
 
-class KeyChange(Limits):
+class KeyChange(_Ending):
     """Changes of a key; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
     with `expires` null the key does not end. `duration` counts from now. `limits` replaces all limits at once.
     """
@@ -113,22 +120,14 @@ class KeyChange(Limits):
     key_alias: KeyAlias | None = None
     models: Models = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    duration: Duration | None = None
-    expires: Moment | None = None
     blocked: bool | None = None
     limits: Limits | None = None
 
     @model_validator(mode="after")
-    def _is_one(self) -> KeyChange:
-        if self.duration is not None and self.expires is not None:
-            raise ValueError("give duration or expires, not both")
+    def _is_one(self) -> Self:
         if self.limits is not None and self.single_limits:
             raise ValueError("give limits, which replaces all of them, or single ones, not both")
         return self
-
-    @property
-    def expires_at(self) -> datetime | None:
-        return ends_at(self.duration) if self.duration is not None else self.expires
 
     @property
     def single_limits(self) -> dict[str, Any]:
@@ -200,10 +199,6 @@ class AuditResource(Resource):
         description="X-Request-Id of the answer; of refusals, the first",
         examples=["req-5f1b2c3d4e5f6a7b"],
     )
-
-
-def ends_at(duration: Duration) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=duration_s(duration))
 
 
 def limits_of(given: Limits) -> Limits:

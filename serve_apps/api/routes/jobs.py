@@ -245,5 +245,5 @@ def recommend_methods(
 ) -> RecommendationResource:
     """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
     answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
-    found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
+    found = recommend(answers, base, known_shape(base, services.settings.home), PRESETS[device])
     return RecommendationResource.model_validate(found.to_dict())
