@@ -11,7 +11,7 @@ from typing import TypeVar
 from loray.bases.registry import base_with
 from loray.catalog import AdapterEntry, AdapterVersion, AliasMove, Catalog
 from loray.catalog.adapters import canonical_digests
-from loray.catalog.identity import UNCHANGED, NewKey
+from loray.catalog.identity import UNCHANGED
 from loray.errors import KeyNotFound, RequestError, SpecError
 from loray.files import appearing
 from loray.publishing import Destination, register_stored, restore
@@ -353,7 +353,7 @@ class CatalogService:
             metadata=wanted.metadata,
             expires_at=wanted.expires_at,
         )
-        return _new_key(made)
+        return NewKeyResource.of(made.key, key=made.secret)
 
     def keys(self, *, tenant: str | None = None, key_alias: str | None = None) -> Iterator[KeyResource]:
         """All keys, newest first."""
@@ -393,7 +393,8 @@ class CatalogService:
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
         """A new key instead of this one, which goes on for `grace_period`."""
-        return _new_key(self.catalog.keys.rotate(key_id, grace=Rotation(grace_period=grace_period).grace))
+        made = self.catalog.keys.rotate(key_id, grace=Rotation(grace_period=grace_period).grace)
+        return NewKeyResource.of(made.key, key=made.secret)
 
     def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
         return TenantResource.of(self.catalog.tenants.create(name, limits))
@@ -515,10 +516,6 @@ def _adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
         visibility=entry.visibility,
         shared_with=tuple(sorted(entry.shared_with)),
     )
-
-
-def _new_key(made: NewKey) -> NewKeyResource:
-    return NewKeyResource.of(made.key, key=made.secret)
 
 
 def _revision(etag: str | None) -> int | None:

@@ -57,7 +57,7 @@ class KeyResource(Limits):
     last_used_at: datetime | None = Field(description="to the minute", examples=[_TIME])
 
     @classmethod
-    def of(cls, key: ApiKey, **more: Any) -> Self:
+    def of(cls, key: ApiKey, /, **more: Any) -> Self:
         same = ("id", "tenant", "metadata", "blocked", "created_by", "created_at", "revoked_at", "last_used_at")
         return cls(
             **{name: getattr(key, name) for name in same},
