@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 from loray.bases.registry import base_with
 from loray.catalog import AdapterEntry, AdapterVersion, AliasMove, Catalog
@@ -18,6 +17,7 @@ from loray.publishing import Destination, register_stored, restore
 from loray.publishing.convert import merge_into_base, save_as_gguf
 from loray.publishing.uploads import Uploads
 from loray.schemas.access import (
+    AuditFilter,
     AuditResource,
     KeyChange,
     KeyCreation,
@@ -28,6 +28,7 @@ from loray.schemas.access import (
     TenantResource,
 )
 from loray.schemas.resources import (
+    AdapterFilter,
     AdapterResource,
     AliasResource,
     BaseResource,
@@ -38,6 +39,7 @@ from loray.schemas.resources import (
     ProjectionResource,
     TagResource,
     UploadResource,
+    UsageFilter,
     UsageResource,
     VersionDetail,
     VersionResource,
@@ -104,45 +106,14 @@ class CatalogService:
             found.append(BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown)))
         return tuple(found)
 
-    def adapters(
-        self,
-        *,
-        tenant: str | None = None,
-        base: str | None = None,
-        method: str | None = None,
-        search: str | None = None,
-        tags: Mapping[str, str | None] | None = None,
-    ) -> Iterator[AdapterResource]:
-        """All adapters that exist for the caller and are like this, as `adapter_page` finds them."""
-        return _all(
-            lambda cursor: self.adapter_page(
-                _PAGE, cursor, tenant=tenant, base=base, method=method, search=search, tags=tags
-            )
-        )
+    def adapters(self, **wanted: Unpack[AdapterFilter]) -> Iterator[AdapterResource]:
+        """All adapters that exist for the caller and are like this, in the order of their names."""
+        return _all(lambda cursor: self.adapter_page(_PAGE, cursor, **wanted))
 
     def adapter_page(
-        self,
-        limit: int,
-        cursor: str | None = None,
-        *,
-        tenant: str | None = None,
-        base: str | None = None,
-        method: str | None = None,
-        search: str | None = None,
-        tags: Mapping[str, str | None] | None = None,
+        self, limit: int, cursor: str | None = None, **wanted: Unpack[AdapterFilter]
     ) -> Page[AdapterResource]:
-        """Adapters in the order of their names. `search` is a part of the name, in any case; `tags`: key → value, None
-        for any.
-        """
-        found = self.catalog.adapters.page(
-            limit=limit + 1,
-            after=cursor or "",
-            tenant=tenant,
-            base=base,
-            method=method,
-            search=search,
-            tags=tags,
-        )
+        found = self.catalog.adapters.page(limit=limit + 1, after=cursor or "", **wanted)
         names = self._base_names()
         items = tuple(_adapter(entry, names) for entry in found[:limit])
         return Page[AdapterResource](items=items, next=items[-1].name if len(found) > limit else None)
@@ -410,77 +381,22 @@ class CatalogService:
         changed = self.catalog.tenants.update(name, limits=change.limits, blocked=change.blocked)
         return TenantResource.of(changed)
 
-    def audit_page(
-        self,
-        limit: int,
-        cursor: int | None = None,
-        *,
-        tenant: str | None = None,
-        actor: str | None = None,
-        action: str | None = None,
-        subject: str | None = None,
-        since: datetime | None = None,
-    ) -> Page[AuditResource]:
+    def audit_page(self, limit: int, cursor: int | None = None, **wanted: Unpack[AuditFilter]) -> Page[AuditResource]:
         """Entries of the audit log, newest first: the own tenant's; for administrators all, or those of `tenant`."""
-        return self.catalog.audit.page(
-            limit=limit,
-            cursor=cursor,
-            tenant=self._seen(tenant),
-            actor=actor,
-            action=action,
-            subject=subject,
-            since=since,
-        )
+        wanted["tenant"] = self._seen(wanted.get("tenant"))
+        return self.catalog.audit.page(limit=limit, cursor=cursor, **wanted)
 
     # -- usage --------------------------------------------------------------------------------------------------------
 
-    def usage(
-        self,
-        group_by: Sequence[UsageGroup] = (),
-        *,
-        tenant: str | None = None,
-        key_id: str | None = None,
-        model: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> Iterator[UsageResource]:
-        """Sums of what requests used, as `usage_page` finds them."""
-        return _all(
-            lambda cursor: self.usage_page(
-                group_by,
-                _PAGE,
-                int(cursor or 0),
-                tenant=tenant,
-                key_id=key_id,
-                model=model,
-                since=since,
-                until=until,
-            )
-        )
+    def usage(self, group_by: Sequence[UsageGroup] = (), **wanted: Unpack[UsageFilter]) -> Iterator[UsageResource]:
+        """Sums over the requests of the own tenant; for administrators of all, or of `tenant`."""
+        return _all(lambda cursor: self.usage_page(group_by, _PAGE, int(cursor or 0), **wanted))
 
     def usage_page(
-        self,
-        group_by: Sequence[UsageGroup],
-        limit: int,
-        cursor: int = 0,
-        *,
-        tenant: str | None = None,
-        key_id: str | None = None,
-        model: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
+        self, group_by: Sequence[UsageGroup], limit: int, cursor: int = 0, **wanted: Unpack[UsageFilter]
     ) -> Page[UsageResource]:
-        """Sums over the requests of the own tenant; for administrators of all, or of `tenant`."""
-        found = self.catalog.usage.sums(
-            group_by,
-            tenant=self._seen(tenant),
-            key_id=key_id,
-            model=model,
-            since=since,
-            until=until,
-            limit=limit + 1,
-            offset=cursor,
-        )
+        wanted["tenant"] = self._seen(wanted.get("tenant"))
+        found = self.catalog.usage.sums(group_by, limit=limit + 1, offset=cursor, **wanted)
         return Page[UsageResource](items=found[:limit], next=str(cursor + limit) if len(found) > limit else None)
 
     def _base_names(self) -> dict[str, str]:

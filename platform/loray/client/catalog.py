@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack, cast
 
 import httpx
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from loray.client.http import HttpClient, R, given
 from loray.errors import ClusterError, IntegrityError, LorayError, StoreError
 from loray.files import appearing, is_plain, unpack_tar
 from loray.schemas.access import (
+    AuditFilter,
     AuditResource,
     KeyChange,
     KeyCreation,
@@ -32,6 +33,7 @@ from loray.schemas.access import (
     TenantResource,
 )
 from loray.schemas.resources import (
+    AdapterFilter,
     AdapterResource,
     AliasResource,
     BaseResource,
@@ -46,6 +48,7 @@ from loray.schemas.resources import (
     Problem,
     TagResource,
     UploadResource,
+    UsageFilter,
     UsageResource,
     VersionDetail,
     VersionResource,
@@ -88,22 +91,11 @@ class CatalogClient(HttpClient):
     def bases(self) -> tuple[BaseResource, ...]:
         return self._ask(Page[BaseResource], "GET", "/bases").items
 
-    def adapters(
-        self,
-        *,
-        tenant: str | None = None,
-        base: str | None = None,
-        method: str | None = None,
-        search: str | None = None,
-        tags: Mapping[str, str | None] | None = None,
-    ) -> Iterator[AdapterResource]:
-        """All adapters that exist for this key, or those of one tenant, fetched page by page.
-
-        `search` is a part of the name, in any case; `tags`: key → value, None for any.
-        """
-        tag = [key if value is None else f"{key}={value}" for key, value in (tags or {}).items()]
-        params = {"tenant": tenant, "base": base, "method": method, "search": search, "tag": tag or None}
-        return self._pages("/adapters", Page[AdapterResource], params)
+    def adapters(self, **wanted: Unpack[AdapterFilter]) -> Iterator[AdapterResource]:
+        """All adapters that exist for this key and are like this, fetched page by page."""
+        tags = wanted.pop("tags", None) or {}
+        tag = [key if value is None else f"{key}={value}" for key, value in tags.items()]
+        return self._pages("/adapters", Page[AdapterResource], {**wanted, "tag": tag or None})
 
     def adapter(self, name: str) -> AdapterResource:
         return self._ask(AdapterResource, "GET", path_of(name))
@@ -324,19 +316,9 @@ class CatalogClient(HttpClient):
 
     # -- usage --------------------------------------------------------------------------------------------------------
 
-    def usage(
-        self,
-        group_by: Sequence[UsageGroup] = (),
-        *,
-        tenant: str | None = None,
-        key_id: str | None = None,
-        model: str | None = None,
-        since: datetime | str | None = None,
-        until: datetime | str | None = None,
-    ) -> Iterator[UsageResource]:
-        """Sums of what requests used, fetched page by page. `since` and `until`: in which time they ended."""
-        params = {"tenant": tenant, "key_id": key_id, "model": model, "since": _time(since), "until": _time(until)}
-        return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by)} | params)
+    def usage(self, group_by: Sequence[UsageGroup] = (), **wanted: Unpack[UsageFilter]) -> Iterator[UsageResource]:
+        """Sums of what requests used, fetched page by page."""
+        return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by), **_times(wanted)})
 
     # -- keys and tenants, for administrators; keys also for those of a tenant ----------------------------------------
 
@@ -381,18 +363,9 @@ class CatalogClient(HttpClient):
         body = change.model_dump(mode="json", exclude_unset=True)
         return self._ask(TenantResource, "PATCH", f"/tenants/{name}", json=body)
 
-    def audit(
-        self,
-        *,
-        tenant: str | None = None,
-        actor: str | None = None,
-        action: str | None = None,
-        subject: str | None = None,
-        since: datetime | None = None,
-    ) -> Iterator[AuditResource]:
+    def audit(self, **wanted: Unpack[AuditFilter]) -> Iterator[AuditResource]:
         """Entries of the audit log, newest first, fetched page by page: the own tenant's; for administrators all."""
-        wanted = {"tenant": tenant, "actor": actor, "action": action, "subject": subject}
-        return self._pages("/audit", Page[AuditResource], wanted | {"since": _time(since)})
+        return self._pages("/audit", Page[AuditResource], _times(wanted))
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 
@@ -412,8 +385,9 @@ class CatalogClient(HttpClient):
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
 
 
-def _time(moment: datetime | str | None) -> str | None:
-    return moment.isoformat() if isinstance(moment, datetime) else moment
+def _times(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked, with times as the API has them."""
+    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in wanted.items()}
 
 
 def _version(version: int | None) -> str:

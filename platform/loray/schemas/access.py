@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -179,6 +179,16 @@ class TenantChange(BaseModel):
 
     blocked: bool | None = None
     limits: Limits | None = None
+
+
+class AuditFilter(TypedDict, total=False):
+    """Which entries of the audit log are listed; all that is given must hold. `tenant`: for administrators."""
+
+    tenant: str | None
+    actor: str | None
+    action: str | None
+    subject: str | None
+    since: datetime | None
 
 
 class AuditResource(Resource):

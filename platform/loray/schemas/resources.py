@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date, datetime
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
@@ -143,6 +144,18 @@ class AdapterResource(Resource):
     tenant: str = Field(default=DEFAULT_TENANT, examples=["default"])
     visibility: Visibility = Field(default="private", examples=["shared"])
     shared_with: tuple[str, ...] = Field(examples=[["acme"]], default=(), description="shown to its own tenant")
+
+
+class AdapterFilter(TypedDict, total=False):
+    """Which adapters are listed; all that is given must hold. `base` and `method` are of the version that the bare name
+    means; `search` is a part of the name, in any case; `tags`: key → value, None for any.
+    """
+
+    tenant: str | None
+    base: str | None
+    method: str | None
+    search: str | None
+    tags: Mapping[str, str | None] | None
 
 
 class AdapterChange(BaseModel):
@@ -424,6 +437,16 @@ class UploadResource(Resource):
 
 
 # -- usage and canaries -----------------------------------------------------------------------------------------------
+
+
+class UsageFilter(TypedDict, total=False):
+    """Which requests are summed up: they ended from `since` until before `until`. `tenant`: for administrators."""
+
+    tenant: str | None
+    key_id: str | None
+    model: str | None
+    since: datetime | None
+    until: datetime | None
 
 
 class UsageResource(Resource):
