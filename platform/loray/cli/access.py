@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
@@ -16,8 +16,10 @@ from loray.cli.output import emit, json_option, table, tell, when
 from loray.client import CatalogClient
 from loray.errors import KeyNotFound, SpecError
 from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange
-from loray.service import CatalogService
 from loray.spec import SCOPES, Duration, Limits, Scope, format_size
+
+if TYPE_CHECKING:
+    from loray.service import CatalogService
 
 
 class _Limit(click.ParamType):  # type: ignore[type-arg]  # generic in some versions of click

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -23,9 +23,11 @@ from loray.files import file_sha256
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.schemas.resources import AliasResource, DownloadForm
-from loray.service import CatalogService
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from loray.service import CatalogService
 
 # Form → the option that it needs, and those that it may have.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -435,7 +437,7 @@ def show(model: str, as_json: bool) -> None:
         version = catalog.version(name, find_version(catalog, name, selector))
         adapter = catalog.adapter(name)
         versions = [catalog.version(name, number) for number in adapter.versions]
-        here = catalog if isinstance(catalog, CatalogService) else None
+        here = None if isinstance(catalog, CatalogClient) else catalog
         moves = None if here is None else here.moves(name)
         canaries = () if here is None else here.canaries(name)
         gate = None if here is None else describe.objections(version.manifest, version.evaluations, here.settings)
