@@ -23,7 +23,7 @@ from tests.cli.run import Loray
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import RESULTS, event
-from tests.fixtures.versions import digest, manifest, publish
+from tests.fixtures.versions import BASE, digest, manifest, publish
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_tags_and_owners(loray: Loray, api: Api) -> None:
     assert loray("adapters", "transfer", "tone", "--to", "acme", "--yes").out == "tone is acme/tone now\n"
     back = loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json")
     again = json.loads(back.out)
-    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
+    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", BASE[:12])
     publish(api.catalog, "acme/mood", 2)
     assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
 

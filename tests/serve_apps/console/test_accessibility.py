@@ -30,7 +30,7 @@ def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
 
 def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
     console.train_some()
-    for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
+    for path in ("/serving/replicas/r1", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
         pictures = [e for e in parse(console.get(path).text).all() if e.attributes.get("role") == "img"]
         assert pictures, path
         check_tables(pictures)

@@ -131,7 +131,7 @@ def test_every_process_of_the_api_knows_a_login(console: ConsoleSite) -> None:
 def test_the_database_alone_opens_no_login(console: ConsoleSite) -> None:
     key = console.key("admin")
     value = console.log_in(key).cookies["loray_session"]
-    with console.catalog._engine.connect() as c:
+    with console.catalog._db.engine.connect() as c:
         (row,) = c.execute(sa.select(logins)).all()
     assert key not in repr(row)
     assert value not in repr(row)
