@@ -185,8 +185,8 @@ class JobTracker:
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> Page[Job]:
-        """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
-        matches `status` is left out.
+        """Returns the jobs as the catalog's `Jobs.page` does, updated from Ray, which is asked once. A job whose status
+        no longer matches `status` is left out.
         """
         page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)
         active = [job.id for job in page.items if not job.has_ended]

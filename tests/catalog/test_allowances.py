@@ -48,8 +48,10 @@ def test_two_writers_at_once_reach_a_limit_and_do_not_pass_it(url: str) -> None:
                 registered += 1
         return registered
 
-    assert sum(at_once(2, write)) == len(catalogs[0].adapters.all()) == 10
-    register(catalogs[0].view(KEY), catalogs[0].adapters.all()[0].name.removeprefix("acme/"), 9)  # a version more
+    num_written = sum(at_once(2, write))
+    names = [entry.name for entry in catalogs[0].snapshot().models()]
+    assert num_written == len(names) == 10
+    register(catalogs[0].view(KEY), names[0].removeprefix("acme/"), 9)  # a version more
     for catalog in catalogs:
         catalog.close()
 
@@ -123,7 +125,7 @@ def test_nobody_publishes_where_gateways_memory_is_full_of_names(url: str) -> No
     register(catalog, "a", 1, **templated("{{ a }}"))
     register(catalog, "b", 2)
     refused(CatalogFull, r"about 3.2 kB of each gateway's memory, and may take 2.8 kB", register, catalog, "c", 3)
-    assert [entry.name for entry in catalog.adapters.all()] == ["a", "b"]
+    assert [entry.name for entry in catalog.snapshot().models()] == ["a", "b"]
     catalog.adapters.register("a", digest(1), manifest(1).model_copy(update=templated("{{ a }}")))  # which is there
     catalog.removal.delete_adapter("b")
     register(catalog, "c", 3)

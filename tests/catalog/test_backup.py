@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.backup import Line, table_lines
 from loray.catalog.database import reading, writing
-from loray.catalog.queries import utc
 from loray.catalog.schema import audit_log, changes, metadata
 from loray.errors import ConflictError, DataError, IntegrityError, LorayError, UnsupportedError
 from loray.files import read_json_lines, write_json_lines
@@ -59,7 +58,7 @@ def rows_of(catalog: Catalog) -> Rows:
         tables = [table for table in metadata.sorted_tables if table not in (changes, audit_log)]
         return {
             table.name: [
-                tuple(utc(v).astimezone(UTC) if isinstance(v, datetime) else v for v in row)
+                tuple(v.astimezone(UTC) if isinstance(v, datetime) else v for v in row)
                 for row in c.execute(sa.select(table).order_by(*table.primary_key))
             ]
             for table in tables
@@ -73,7 +72,7 @@ def test_all_comes_back(filled: Catalog, empty: Catalog, tmp_path: Path) -> None
     publish(filled, "later", 9)
     assert empty.backup.read(tmp_path / "backup") == made
     assert empty.aliases.get("tone", "prod") == filled.aliases.get("tone", "prod")
-    assert [entry.name for entry in empty.adapters.all()] == ["tone", "vera"]
+    assert [entry.name for entry in empty.snapshot().models()] == ["tone", "vera"]
     empty.removal.restore("gone")
     assert empty.adapters.get("gone").versions.keys() == {1}
 
@@ -153,4 +152,4 @@ def test_a_row_of_time_is_kept_exactly(filled: Catalog, empty: Catalog, tmp_path
     filled.backup.write(tmp_path / "backup")
     empty.backup.read(tmp_path / "backup")
     with reading(empty._db.engine) as c:
-        assert {utc(t).astimezone(UTC) for t in c.scalars(sa.select(audit_log.c.created_at).limit(3))} == {moment}
+        assert {t.astimezone(UTC) for t in c.scalars(sa.select(audit_log.c.created_at).limit(3))} == {moment}

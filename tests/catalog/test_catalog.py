@@ -23,7 +23,7 @@ def test_versions_count_up(catalog: Catalog) -> None:
     again = catalog.adapters.register("tone", digest(1), manifest(1), ["canary"])
     assert (again.version, again.aliases) == (1, ("canary",))
     assert list(catalog.adapters.detail("tone").entry.versions) == [1, 2]
-    assert [entry.name for entry in catalog.adapters.all()] == ["other", "tone"]
+    assert [entry.name for entry in catalog.snapshot().models()] == ["other", "tone"]
 
 
 def test_the_first_pair_of_a_shape_is_the_bases(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,7 +114,7 @@ def test_bad_names(catalog: Catalog, name: str) -> None:
 @pytest.mark.parametrize("alias", ["", "3", "3a", "a b", "a.b"])
 def test_bad_aliases(catalog: Catalog, alias: str) -> None:
     refused(SpecError, "not a valid alias", publish, catalog, "tone", 1, aliases=(alias,))
-    assert catalog.adapters.all() == ()
+    assert tuple(catalog.snapshot().models()) == ()
     publish(catalog, "tone", 1)
     refused(SpecError, "not a valid alias", catalog.aliases.move, "tone", alias, 1)
 

@@ -216,7 +216,7 @@ def check_backup(
     """It has what was acknowledged before; store and copy have all that it has."""
     restored = Catalog(postgres.new_database())
     summary = restored.backup.read(folder / "backup")
-    entries = restored.adapters.all()
+    entries = tuple(restored.snapshot().models())
     versions = {(entry.name, ref.version, ref.digest) for entry in entries for ref in entry.versions.values()}
     assert summary.num_versions == len(versions)
     assert {each[1:] for each in before} <= versions <= {each[1:] for each in after}

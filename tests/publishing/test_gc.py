@@ -324,7 +324,7 @@ def test_no_version_is_half_there_and_only_orphans_are_collected(
     assert [p.process.returncode for p in publishers] == [0] * NUM_PROCESSES
     assert kills == NUM_KILLS
 
-    entries = catalog.adapters.all()
+    entries = tuple(catalog.snapshot().models())
     digests = {ref.digest for entry in entries for ref in entry.versions.values()}
     assert (len(digests), sum(len(entry.versions) for entry in entries)) == (NUM_PUBLICATIONS,) * 2
     assert verify_store(store, catalog) == []

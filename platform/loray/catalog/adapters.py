@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from loray.adapters.manifest import check_size, manifest_json, parse_manifest
-from loray.catalog.aliases import known_canaries, move_alias
+from loray.catalog.aliases import AliasWrite, known_canaries
 from loray.catalog.allowances import (
     refuse_more_bytes,
     refuse_more_memory,
@@ -34,6 +34,7 @@ from loray.catalog.entries import (
     without_making,
 )
 from loray.catalog.queries import (
+    REF,
     count_change,
     list_versions,
     load_entries,
@@ -46,12 +47,10 @@ from loray.catalog.queries import (
     now,
     owned,
     select_names,
-    utc,
     visible,
 )
 from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_trained, restore_version
 from loray.catalog.schema import adapters, alias_moves, bases, evaluations, projections, shares, tags, uploads, versions
-from loray.catalog.snapshot import load_snapshot
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, PermissionDenied, SpecError
 from loray.schemas.resources import Page
 from loray.spec import (
@@ -101,13 +100,14 @@ class Adapters:
         A name that is new belongs to the caller's tenant, and is private. The caller's tenant must have uploaded the
         digest, or see it under another name, and then is not told how it was made; an administrator may register any.
 
-        `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
-        of `promote`. `claim` is that of `publishing`, within which the caller has put the files into the store.
+        version  number of the new version, for a copy of another catalog; None: the next one
+        no_gate  that of `Aliases.move`
+        claim    that of `Claims.publishing`, within which the caller has put the files into the store
 
         Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
         has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
-        exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
-        does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
+        exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as
+        `Aliases.move` does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -133,19 +133,9 @@ class Adapters:
                 manifest = known_manifest(c, self.db.principal, digest, manifest)
                 kept = manifest_json(manifest)
                 check_size(manifest, kept)
-                row = {
-                    "adapter_id": adapter_id,
-                    "version": number,
-                    "digest": digest,
-                    "method": manifest.method,
-                    "base_fingerprint": manifest.base_fingerprint,
-                    "context_length": manifest.context_length,
-                    "nbytes": manifest.nbytes,
-                    "manifest": kept.decode(),
-                    "tool_parser": manifest.tool_parser,
-                    "chat_template": manifest.ref(digest, name, number).chat_template,
-                    "created_at": now(),
-                }
+                ref = manifest.ref(digest, name, number)
+                row = {column: getattr(ref, column) for column in REF}
+                row |= {"adapter_id": adapter_id, "manifest": kept.decode(), "created_at": now()}
                 c.execute(versions.insert().values(row))
                 log(c, self.db.actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
                 if manifest.projection is not None:
@@ -159,7 +149,8 @@ class Adapters:
             moved = restore_version(c, adapter_id, number)
             for alias in aliases:
                 try:
-                    moved |= move_alias(self.db, c, adapter_id, tenant, name, alias, number, revision, no_gate)
+                    write = AliasWrite(self.db, c, adapter_id, tenant, name, alias, revision)
+                    moved |= write.move(number, no_gate)
                 except GateRefused as e:
                     raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
             if known is None or moved:
@@ -171,10 +162,6 @@ class Adapters:
         name, selector = split_model(model)
         with self.db.reading() as c:
             return load_entry(c, self.db.principal, name)[1].select(selector)
-
-    def all(self) -> tuple[AdapterEntry, ...]:
-        """All names of the caller, sorted."""
-        return tuple(load_snapshot(self.db).models())
 
     def page(
         self,
@@ -237,7 +224,7 @@ class Adapters:
             return AdapterDetail(
                 entry=entry,
                 versions=tuple(load_version(c, entry.name, adapter_id, v).shown_to(self.db.principal) for v in numbers),
-                moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
+                moves=tuple(AliasMove(m.alias, m.version, m.undone, m.created_at, m.no_gate) for m in moves),
                 canaries=known_canaries(c, self.db.principal, adapter_id, entry),
             )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from loray.catalog.queries import (
     load_version,
     next_revision,
     now,
-    utc,
     version_id_of,
 )
 from loray.catalog.schema import adapters, alias_moves, aliases, canaries, versions
@@ -133,34 +133,6 @@ def _load_states(c: sa.Connection, *where: sa.ColumnElement[bool], limit: int | 
     return [_state(row) for row in c.execute(_STATES.where(*where).limit(limit))]
 
 
-def _running(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
-    return sa.and_(canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, canaries.c.ended_at.is_(None))
-
-
-def _end_running(
-    c: sa.Connection,
-    adapter_id: int,
-    alias: str,
-    revision: int,
-    outcome: CanaryOutcome,
-    reason: str | None = None,
-    target: int | None = None,
-) -> CanaryState | None:
-    """Give all requests of the alias to the version that it points at, and the alias this revision. A canary that the
-    alias moves to (`target`) is promoted, whatever `outcome` says.
-
-    Returns the canary that ran until now; None: there was none, and nothing has changed.
-    """
-    found = _load_states(c, _running(adapter_id, alias))
-    if not found:
-        return None
-    outcome = "promoted" if found[0].version == target else outcome
-    end = {"ended_at": now(), "outcome": outcome, "reason": reason}
-    c.execute(canaries.update().where(canaries.c.id == found[0].id).values(end))
-    c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=revision))
-    return found[0]
-
-
 def _read_reports(text: str) -> dict[str, CanaryCounts]:
     """Gateway → what it has counted so far."""
     return {gateway: CanaryCounts.of_json(fields) for gateway, fields in json.loads(text).items()}
@@ -175,8 +147,8 @@ def _state(row: sa.Row[Any]) -> CanaryState:
         percent=row.percent,
         bounds=CanaryBounds.model_validate_json(row.bounds),
         counts=sum(_read_reports(row.reports).values(), CanaryCounts()),
-        created_at=utc(row.created_at),
-        ended_at=None if row.ended_at is None else utc(row.ended_at),
+        created_at=row.created_at,
+        ended_at=row.ended_at,
         outcome=row.outcome,
         reason=row.reason,
     )
@@ -185,9 +157,119 @@ def _state(row: sa.Row[Any]) -> CanaryState:
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class AliasWrite:
+    """An alias of the tenant's adapter `name`, in a transaction that changes it. `revision` is the alias's then."""
+
+    db: Database
+    c: sa.Connection
+    adapter_id: int
+    tenant: str
+    name: str
+    alias: str
+    revision: int
+
+    def state(self) -> AliasResource:
+        return _states(self.c, self.adapter_id, self.name)[self.alias]
+
+    def check_revision(self, expected: int | None) -> None:
+        """Raise RevisionConflict unless the alias has this revision now; 0: it must not be set, None: it may be any."""
+        if expected is None:
+            return
+        state = _states(self.c, self.adapter_id, self.name).get(self.alias)
+        revision, version = (state.revision, state.version) if state else (0, 0)
+        if revision != expected:
+            wanted = f"revision {expected}" if expected else "unset"
+            raise RevisionConflict(f"{self.told(version)} with revision {revision}, not {wanted}: look again")
+
+    def told(self, version: int) -> str:
+        """Where the alias points, for messages; 0: nowhere."""
+        return f"alias {self.alias!r} of {self.name!r} " + (f"points at version {version}" if version else "is not set")
+
+    def move(self, version: int, no_gate: str | None) -> bool:
+        """Point the alias at the version; False: it does already. Raises GateRefused."""
+        version_id = version_id_of(self.c, self.adapter_id, version)
+        this = alias_is(self.adapter_id, self.alias)
+        current = self.c.execute(sa.select(aliases.c.version_id).where(this)).scalar()
+        if current == version_id:
+            return False
+        against = self.check_gate(load_version(self.c, self.name, self.adapter_id, version), no_gate)
+        canary = self.end_canary("moved", target=version)
+        if current is None:
+            row = {"adapter_id": self.adapter_id, "alias": self.alias, "version_id": version_id}
+            self.c.execute(aliases.insert().values(row | {"revision": self.revision}))
+        else:
+            self.update(version_id=version_id)
+        move = {"adapter_id": self.adapter_id, "alias": self.alias, "version_id": version_id, "undone": False}
+        move |= {"no_gate": no_gate if against else None, "created_at": now()}
+        self.c.execute(alias_moves.insert().values(move))
+        ended = {} if canary is None else {"canary": canary.version}
+        self.log("promote", version=version, **_overridden(no_gate, against), **ended)
+        return True
+
+    def update(self, **values: Any) -> None:
+        """Give the alias these values and its revision."""
+        this = alias_is(self.adapter_id, self.alias)
+        self.c.execute(aliases.update().where(this).values(values | {"revision": self.revision}))
+
+    def check_gate(self, version: AdapterVersion, no_gate: str | None) -> tuple[str, ...]:
+        """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
+        tolerance, trusts_keys = self.db.gate_tolerance, self.db.gate_trusts_keys
+        against = failures(version.manifest, version.evaluations, tolerance, trusts_keys=trusts_keys)
+        if against and no_gate is None:
+            raise GateRefused(
+                f"alias {self.alias!r} is refused to {version.label}: {'; '.join(against)}. "
+                f"Measure it (`loray eval perplexity {version.label} --compare --data FILE`), train it further, "
+                "or give the reason why it needs no gate (--no-gate, no_gate)"
+            )
+        return against
+
+    def canary(self) -> CanaryState | None:
+        """The one that runs."""
+        mine = (canaries.c.adapter_id == self.adapter_id, canaries.c.alias == self.alias)
+        return next(iter(_load_states(self.c, *mine, canaries.c.ended_at.is_(None))), None)
+
+    def end_canary(
+        self, outcome: CanaryOutcome, reason: str | None = None, target: int | None = None
+    ) -> CanaryState | None:
+        """Give all requests to the version that the alias points at. A canary that the alias moves to (`target`) is
+        promoted, whatever `outcome` says. Returns the canary that ran until now; None: there was none, and nothing has
+        changed.
+        """
+        found = self.canary()
+        if found is not None:
+            outcome = "promoted" if found.version == target else outcome
+            end = {"ended_at": now(), "outcome": outcome, "reason": reason}
+            self.c.execute(canaries.update().where(canaries.c.id == found.id).values(end))
+            self.update()
+            if outcome == "ended":
+                self.log("end_canary", version=found.version)
+        return found
+
+    def log(self, action: str, **detail: Any) -> None:
+        log(self.c, self.db.actor, action, f"{self.name}@{self.alias}", tenant=self.tenant, **detail)
+
+
+@contextmanager
+def _changing(
+    db: Database, name: str, alias: str, expected_revision: int | None
+) -> Iterator[tuple[AliasWrite, AdapterEntry]]:
+    """A transaction that changes the alias, if it has the expected revision, and the adapter as it is before."""
+    check_alias(alias)
+    with db.changing() as c:
+        adapter_id, entry = load_entry(c, db.principal, name, to_change=True)
+        write = AliasWrite(db, c, adapter_id, entry.tenant, entry.name, alias, next_revision(c))
+        write.check_revision(expected_revision)
+        yield write, entry
+
+
 @dataclass
 class Aliases:
-    """The catalog's operations on aliases."""
+    """The catalog's operations on aliases.
+
+    `expected_revision` is the revision that an alias must have now; 0 means that it must not be set: else
+    RevisionConflict. They raise AdapterNotFound where there is no such name.
+    """
 
     db: Database
 
@@ -203,161 +285,74 @@ class Aliases:
     ) -> AliasResource:
         """Point `alias` at `version`, and end its canary. If it points there already, it does not move.
 
-        `expected` is the version that it must point at now, `expected_revision` the revision that it must have now; 0
-        means that it must not be set. `no_gate` is a reason to override the gate's refusal; it is recorded if the gate
-        refuses.
+        `expected` is the version that it must point at now; 0 means that it must not be set. `no_gate` is a reason to
+        override the gate's refusal; it is recorded if the gate refuses.
 
-        Raises ConflictError or RevisionConflict where the alias is not as expected, AdapterNotFound where there is no
-        such name or version, and GateRefused where the gate refuses the alias.
+        Raises ConflictError where the alias is not as expected, AdapterNotFound where there is no such version, and
+        GateRefused where the gate refuses the alias.
         """
-        check_alias(alias)
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
-            name = entry.name
+        with _changing(self.db, name, alias, expected_revision) as (write, entry):
             entry.select(str(version))
             current = entry.aliases.get(alias, 0)
             if expected is not None and current != expected:
-                raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
-            _check_revision(c, adapter_id, name, alias, expected_revision)
-            where = (self.db, c, adapter_id, entry.tenant, name, alias)
-            if move_alias(*where, version, revision, no_gate) or _end(*where, revision):
-                count_change(c, adapter_id)
-            return _states(c, adapter_id, name)[alias]
+                raise ConflictError(f"{write.told(current)}, not {expected or 'unset'}: look again")
+            if write.move(version, no_gate) or write.end_canary("ended"):
+                count_change(write.c, write.adapter_id)
+            return write.state()
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasResource:
         """Point `alias` at its target before the last move; where it has a canary, end that instead. Each further
         rollback goes one move further back.
 
-        Raises ConflictError where there is no earlier target, AdapterNotFound where name or alias do not exist, and
-        RevisionConflict as `promote` does.
+        Raises ConflictError where there is no earlier target, AdapterNotFound where there is no such alias.
         """
-        check_alias(alias)
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
-            name = entry.name
-            _check_revision(c, adapter_id, name, alias, expected_revision)
+        with _changing(self.db, name, alias, expected_revision) as (write, entry):
             current = entry.select(alias).version
-            if _end(self.db, c, adapter_id, entry.tenant, name, alias, revision):
-                count_change(c, adapter_id)
-                return _states(c, adapter_id, name)[alias]
-            stack = c.execute(
-                sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
-                .join(versions, versions.c.id == alias_moves.c.version_id)
-                .where(_not_undone(adapter_id, alias))
-                .order_by(alias_moves.c.id.desc())
-                .limit(2)
-            ).all()
-            if len(stack) < 2:
-                raise ConflictError(
-                    f"alias {alias!r} of {name!r} has no earlier target than version {current}; "
-                    "promote another version instead"
-                )
-            (move_id, _, _), (_, version_id, version) = stack
-            c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
-            target = {"version_id": version_id, "revision": revision}
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-            log(c, self.db.actor, "rollback", f"{name}@{alias}", tenant=entry.tenant, version=version, previous=current)
-            count_change(c, adapter_id)
-            return _states(c, adapter_id, name)[alias]
+            if write.end_canary("ended") is None:
+                stack = write.c.execute(
+                    sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
+                    .join(versions, versions.c.id == alias_moves.c.version_id)
+                    .where(_not_undone(write.adapter_id, alias))
+                    .order_by(alias_moves.c.id.desc())
+                    .limit(2)
+                ).all()
+                if len(stack) < 2:
+                    raise ConflictError(
+                        f"alias {alias!r} of {entry.name!r} has no earlier target than version {current}; "
+                        "promote another version instead"
+                    )
+                (move_id, _, _), (_, version_id, version) = stack
+                write.c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
+                write.update(version_id=version_id)
+                write.log("rollback", version=version, previous=current)
+            count_change(write.c, write.adapter_id)
+            return write.state()
 
     def delete(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
-        """Delete `alias` and its stack of earlier targets. Versions stay.
-
-        Raises AdapterNotFound where name or alias do not exist, and RevisionConflict as `promote` does.
+        """Delete `alias` and its stack of earlier targets. Versions stay. Raises AdapterNotFound where there is no such
+        alias.
         """
-        check_alias(alias)
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
-            name = entry.name
-            _check_revision(c, adapter_id, name, alias, expected_revision)
+        with _changing(self.db, name, alias, expected_revision) as (write, entry):
             version = entry.select(alias).version
-            _end(self.db, c, adapter_id, entry.tenant, name, alias, revision)
-            c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
-            c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
-            log(c, self.db.actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
-            count_change(c, adapter_id)
+            write.end_canary("ended")
+            write.c.execute(aliases.delete().where(alias_is(write.adapter_id, alias)))
+            write.c.execute(alias_moves.update().where(_not_undone(write.adapter_id, alias)).values(undone=True))
+            write.log("delete_alias", version=version)
+            count_change(write.c, write.adapter_id)
 
     def of(self, name: str) -> tuple[AliasResource, ...]:
-        """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
+        """All aliases of one name, sorted."""
         with self.db.reading() as c:
             adapter_id, entry = load_entry(c, self.db.principal, name)
             return tuple(_states(c, adapter_id, entry.name).values())
 
     def get(self, name: str, alias: str) -> AliasResource:
-        """One alias. Raises AdapterNotFound where there is no such name or alias."""
+        """One alias. Raises AdapterNotFound where there is no such alias."""
         states = {state.alias: state for state in self.of(name)}
         if alias not in states:
-            raise AdapterNotFound(
-                f"adapter {name!r} has no alias {alias!r}; its aliases: {', '.join(states) or 'none'}"
-            )
+            known = ", ".join(states) or "none"
+            raise AdapterNotFound(f"adapter {name!r} has no alias {alias!r}; its aliases: {known}")
         return states[alias]
-
-
-def move_alias(
-    db: Database,
-    c: sa.Connection,
-    adapter_id: int,
-    tenant: str,
-    name: str,
-    alias: str,
-    version: int,
-    revision: int,
-    no_gate: str | None,
-) -> bool:
-    """Move within a transaction that sets the change counter to `revision`; False: it points there already.
-
-    Raises GateRefused.
-    """
-    version_id = version_id_of(c, adapter_id, version)
-    current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
-    if current == version_id:
-        return False
-    against = _check_gate(db, load_version(c, name, adapter_id, version), alias, no_gate)
-    canary = _end_running(c, adapter_id, alias, revision, "moved", target=version)
-    target = {"version_id": version_id, "revision": revision}
-    if current is None:
-        c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
-    else:
-        c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-    move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
-    c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
-    detail = {"no_gate": no_gate, "against": against} if against else {}
-    ended = {} if canary is None else {"canary": canary.version}
-    log(c, db.actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **detail, **ended)
-    return True
-
-
-def _end(db: Database, c: sa.Connection, adapter_id: int, tenant: str, name: str, alias: str, revision: int) -> bool:
-    """End the alias's canary, as `move_alias` moves; False: it has none."""
-    canary = _end_running(c, adapter_id, alias, revision, "ended")
-    if canary is not None:
-        log(c, db.actor, "end_canary", f"{name}@{alias}", tenant=tenant, version=canary.version)
-    return canary is not None
-
-
-def _check_gate(db: Database, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
-    """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
-    against = failures(version.manifest, version.evaluations, db.gate_tolerance, trusts_keys=db.gate_trusts_keys)
-    if against and no_gate is None:
-        raise GateRefused(
-            f"alias {alias!r} is refused to {version.label}: {'; '.join(against)}. "
-            f"Measure it (`loray eval perplexity {version.label} --compare --data FILE`), train it further, "
-            "or give the reason why it needs no gate (--no-gate, no_gate)"
-        )
-    return against
-
-
-def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
-    if expected is None:
-        return
-    state = _states(c, adapter_id, name).get(alias)
-    revision, version = (state.revision, state.version) if state else (0, 0)
-    if revision != expected:
-        wanted = f"revision {expected}" if expected else "unset"
-        raise RevisionConflict(f"{_where(name, alias, version)} with revision {revision}, not {wanted}: look again")
 
 
 def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasResource]:
@@ -368,16 +363,16 @@ def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasReso
         .where(aliases.c.adapter_id == adapter_id)
         .order_by(aliases.c.alias)
     )
-    running = load_canaries(c, adapter_id).get(adapter_id, ())
-    by_alias = {canary.alias: canary for canary in running}
+    running = {canary.alias: canary for canary in load_canaries(c, adapter_id).get(adapter_id, ())}
     return {
-        row.alias: AliasResource(name=name, **row._asdict(), weights=weights_of(row.version, by_alias.get(row.alias)))
+        row.alias: AliasResource(name=name, **row._asdict(), weights=weights_of(row.version, running.get(row.alias)))
         for row in rows
     }
 
 
-def _where(name: str, alias: str, version: int) -> str:
-    return f"alias {alias!r} of {name!r} " + (f"points at version {version}" if version else "is not set")
+def _overridden(no_gate: str | None, against: tuple[str, ...]) -> dict[str, Any]:
+    """What the audit log says of a gate that was overridden."""
+    return {"no_gate": no_gate, "against": against} if against else {}
 
 
 def _not_undone(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
@@ -431,29 +426,25 @@ class Canaries:
 
         Raises AdapterNotFound where name, alias or version do not exist, SpecError for a share outside of 1 to 99,
         ConflictError where the alias points at the version, has another canary, or the version is of another base than
-        the stable one; RevisionConflict and GateRefused as `promote` does.
+        the stable one; RevisionConflict and GateRefused as `Aliases.move` does.
         """
-        check_alias(alias)
         if not 1 <= percent <= 99:
             raise SpecError(f"a canary gets 1 to 99 % of the requests, not {percent}; promote gives it all")
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
-            name = entry.name
+        with _changing(self.db, name, alias, expected_revision) as (write, entry):
+            c, adapter_id, name = write.c, write.adapter_id, entry.name
             stable, new = entry.select(alias), entry.select(str(version))
-            _check_revision(c, adapter_id, name, alias, expected_revision)
             if stable.version == version:
                 raise ConflictError(f"alias {alias!r} of {name!r} points at version {version} already")
             if stable.base_fingerprint != new.base_fingerprint:
                 raise ConflictError(f"{new.label} and {stable.label} are of different bases: no server has both")
-            before = next(iter(_load_states(c, _running(adapter_id, alias))), None)
+            before = write.canary()
             if before is not None and before.version != version:
                 raise ConflictError(
                     f"version {before.version} is the canary of {name}@{alias}: promote or end it before another"
                 )
-            grows = before is None or percent > before.percent
-            new_version = load_version(c, name, adapter_id, version)
-            against = _check_gate(self.db, new_version, alias, no_gate) if grows else ()
+            against: tuple[str, ...] = ()
+            if before is None or percent > before.percent:
+                against = write.check_gate(load_version(c, name, adapter_id, version), no_gate)
             bounds = bounds or (before.bounds if before else CanaryBounds())
             if before is not None and (before.percent, before.bounds) == (percent, bounds):
                 return before
@@ -463,30 +454,28 @@ class Canaries:
             else:
                 numbers = {"stable_id": stable.version, "version_id": version}
                 ids = {column: version_id_of(c, adapter_id, number) for column, number in numbers.items()}
-                row = {"id": revision, "adapter_id": adapter_id, "alias": alias, "reports": "{}"}
+                row = {"id": write.revision, "adapter_id": adapter_id, "alias": alias, "reports": "{}"}
                 c.execute(canaries.insert().values(row | ids | values | {"created_at": now()}))
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=revision))
+            write.update()
             detail = {"version": version, "stable": stable.version, "percent": percent, "bounds": bounds.model_dump()}
-            override = {"no_gate": no_gate, "against": against} if against else {}
-            log(c, self.db.actor, "canary", f"{name}@{alias}", tenant=entry.tenant, **detail, **override)
+            write.log("canary", **detail, **_overridden(no_gate, against))
             count_change(c, adapter_id)
-            return _load_states(c, _running(adapter_id, alias))[0]
+            (state,) = _load_states(c, canaries.c.id == (write.revision if before is None else before.id))
+            return state
 
     def end(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> CanaryState:
         """Give all requests of `alias` to its stable version again.
 
-        Raises AdapterNotFound as `alias`, NotFoundError where no canary runs, and RevisionConflict as `promote` does.
+        Raises AdapterNotFound as `Aliases.get`, NotFoundError where no canary runs, and RevisionConflict.
         """
-        check_alias(alias)
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
+        with _changing(self.db, name, alias, expected_revision) as (write, entry):
             entry.select(alias)
-            _check_revision(c, adapter_id, entry.name, alias, expected_revision)
-            if not _end(self.db, c, adapter_id, entry.tenant, entry.name, alias, revision):
+            ended = write.end_canary("ended")
+            if ended is None:
                 raise _no_canary(entry.name, alias)
-            count_change(c, adapter_id)
-            return _load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
+            count_change(write.c, write.adapter_id)
+            (state,) = _load_states(write.c, canaries.c.id == ended.id)
+            return state
 
     def get(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
         """The canary of an alias that runs, else the last one. Raises AdapterNotFound, NotFoundError, and
@@ -532,12 +521,12 @@ class Canaries:
                 state = _load_states(c, this)[0]
                 left = breach(state.bounds, state.counts)
                 if left is not None:
-                    _end_running(c, row.id, state.alias, revision, "rolled_back", left.reason)
-                    model, label = f"{row.name}@{state.alias}", f"{row.name}@{state.version}"
-                    detail = {"version": state.version, "stable": state.stable, "reason": left.reason}
-                    log(c, self.db.actor, "rollback_canary", model, tenant=row.tenant, **detail)
+                    write = AliasWrite(self.db, c, row.id, row.tenant, row.name, state.alias, revision)
+                    write.end_canary("rolled_back", left.reason)
+                    write.log("rollback_canary", version=state.version, stable=state.stable, reason=left.reason)
                     count_change(c, row.id)
                     over.add(canary_id)
+                    label, model = f"{row.name}@{state.version}", f"{row.name}@{state.alias}"
                     ended.append(EndedCanary(label, model, *left))
         return ReportAnswer(frozenset(over), tuple(ended))
 

@@ -19,8 +19,9 @@ import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
 from loray.catalog.database import HEAD, Database
-from loray.catalog.queries import now, utc
+from loray.catalog.queries import now
 from loray.catalog.schema import (
+    UtcTime,
     adapters,
     changes,
     claims,
@@ -103,7 +104,7 @@ def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
     """The lines of a table and its rows."""
     yield {"table": table.name, "columns": [column.name for column in table.columns]}
     for row in rows:
-        yield [utc(v).astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
+        yield [v.astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
 
 
 def _read_header(line: Line) -> datetime:
@@ -134,7 +135,7 @@ def _rows(lines: Iterable[Line]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
 
 
 def _value(column: sa.Column[Any], value: Any) -> Any:
-    is_time = value is not None and isinstance(column.type, sa.DateTime)
+    is_time = value is not None and isinstance(column.type, UtcTime)
     return datetime.fromisoformat(value) if is_time else value
 
 

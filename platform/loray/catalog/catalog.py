@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 from loray.catalog.adapters import Adapters, Bases, Evaluations, Tags
 from loray.catalog.aliases import Aliases, Canaries
 from loray.catalog.backup import Backup
-from loray.catalog.database import Database
+from loray.catalog.database import Database, open_database
 from loray.catalog.identity import Audit, Keys, Logins, Tenants
 from loray.catalog.jobs import Jobs
 from loray.catalog.quarantine import Quarantine
 from loray.catalog.queries import read_counter
 from loray.catalog.quotas import Quotas
 from loray.catalog.removal import Claims, Removal
-from loray.catalog.snapshot import CatalogSnapshot, load_snapshot
+from loray.catalog.snapshot import CatalogSnapshot, changes_since
 from loray.catalog.usage import UsageTable
 from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
@@ -23,8 +26,11 @@ class Catalog:
     Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` and `gate_trusts_keys` are those of
-    `aliases.failures`.
+    `aliases.failures`. Who opens it acts as the administrator of the default tenant, since the database's password
+    allows more than that.
     """
+
+    _root: Catalog | None = None  # of a view: whose end closes the connections
 
     def __init__(
         self,
@@ -35,15 +41,11 @@ class Catalog:
         gate_trusts_keys: bool = False,
         max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
     ) -> None:
-        self._use(
-            Database(
-                url,
-                actor,
-                gate_tolerance=gate_tolerance,
-                gate_trusts_keys=gate_trusts_keys,
-                max_snapshot_bytes=max_snapshot_bytes,
-            )
-        )
+        principal = Principal(actor=actor)
+        engine = open_database(url)
+        self._use(Database(engine, principal, gate_tolerance, gate_trusts_keys, max_snapshot_bytes))
+        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
+        weakref.finalize(self, engine.dispose)
 
     def _use(self, db: Database) -> None:
         self._db = db
@@ -82,7 +84,8 @@ class Catalog:
         Names that it adds belong to its tenant. It costs nothing, and needs no `close`.
         """
         view = object.__new__(type(self))
-        view._use(self._db.view(principal))
+        view._use(replace(self._db, principal=principal))
+        view._root = self
         return view
 
     @property
@@ -109,4 +112,7 @@ class Catalog:
         `before` must be the caller's. `whole`: all is read, for it may be of another copy of this catalog: the database
         may have been restored.
         """
-        return load_snapshot(self._db, before, whole=whole)
+        before = before or CatalogSnapshot()
+        with self._db.reading() as c:
+            whole = whole or read_counter(c) < before.counter
+            return before.after(changes_since(c, self.principal, before, whole=whole))

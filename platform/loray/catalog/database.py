@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +50,19 @@ _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, ProgrammingError, PoolTimeout)
 
 
+@dataclass(frozen=True)
 class Database:
     """What each part of the catalog holds: the engine, the principal that asks, and the settings of the catalog.
 
-    `gate_tolerance` and `gate_trusts_keys` are those of `aliases.failures`; `max_snapshot_bytes` is what the names may
-    take of each gateway's memory. Who opens it acts as the administrator of the default tenant, since the database's
-    password allows more than that.
+    gate_tolerance, gate_trusts_keys  those of `aliases.failures`
+    max_snapshot_bytes                what the names may take of each gateway's memory
     """
 
-    def __init__(
-        self, url: str, actor: str, *, gate_tolerance: float, gate_trusts_keys: bool, max_snapshot_bytes: int
-    ) -> None:
-        self.engine = open_database(url)
-        self.principal = Principal(actor=actor)
-        self.gate_tolerance, self.gate_trusts_keys = gate_tolerance, gate_trusts_keys
-        self.max_snapshot_bytes = max_snapshot_bytes
-        self._root: Database = self
-        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
-        weakref.finalize(self, self.engine.dispose)
-
-    def view(self, principal: Principal) -> Database:
-        """The same database for this principal."""
-        view = copy.copy(self)
-        view.principal = principal  # `_root` keeps the engine open
-        return view
+    engine: sa.Engine
+    principal: Principal
+    gate_tolerance: float
+    gate_trusts_keys: bool
+    max_snapshot_bytes: int
 
     @property
     def actor(self) -> str:

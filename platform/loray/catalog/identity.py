@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
-from loray.catalog.audit_chain import Origin, add_entry, chained, log
+from loray.catalog.audit_chain import Origin, chained, coming_from, log
 from loray.catalog.database import Database
-from loray.catalog.queries import count_change, now, read_counter, utc
+from loray.catalog.entries import check_tenant
+from loray.catalog.queries import count_change, newest, now, read_counter
 from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
 from loray.schemas.access import AuditResource
@@ -32,7 +32,6 @@ from loray.spec import (
     Principal,
     Scope,
     Tenant,
-    TenantName,
     account_of,
 )
 
@@ -47,11 +46,7 @@ class Tenants:
 
     def create(self, name: str, limits: Limits | None = None) -> Tenant:
         """Create a tenant. Raises SpecError where the name is malformed, ConflictError where it is taken."""
-        try:
-            TypeAdapter(TenantName).validate_python(name)
-        except ValidationError as e:
-            rule = "letters, digits, '.', '_' and '-', at most 32"
-            raise SpecError(f"{name!r} is not a valid name of a tenant: {rule}") from e
+        check_tenant(name)
         with self.db.changing() as c:
             if c.execute(sa.select(tenants.c.name).where(tenants.c.name == name)).first():
                 raise ConflictError(f"there is a tenant {name!r} already; `loray tenants set` changes it")
@@ -93,7 +88,7 @@ def get_tenant(c: sa.Connection, name: str) -> Tenant:
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
     limits = Limits.model_validate_json(row.limits)
-    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=utc(row.created_at))
+    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=row.created_at)
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -302,19 +297,10 @@ class Keys:
         self, *, limit: int = 100, cursor: str | None = None, tenant: str | None = None, alias: str | None = None
     ) -> Page[ApiKey]:
         """At most `limit` keys, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
-        mine = _exist_for(self.db.principal)
-        query = sa.select(keys).where(mine).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
-        wanted = {"tenant": tenant, "alias": alias}
-        query = query.where(*(keys.c[name] == value for name, value in wanted.items() if value is not None))
+        mine, wanted = _exist_for(self.db.principal), {"tenant": tenant, "alias": alias}
         with self.db.reading() as c:
-            if cursor is not None:
-                last = c.execute(sa.select(keys.c.created_at, keys.c.id).where(mine, keys.c.id == cursor)).first()
-                if last is None:
-                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-                earlier = sa.and_(keys.c.created_at == last.created_at, keys.c.id < last.id)
-                query = query.where(sa.or_(keys.c.created_at < last.created_at, earlier))
-            found = [_key(row) for row in c.execute(query)]
-        return Page(items=tuple(found[:limit]), next=found[limit - 1].id if len(found) > limit else None)
+            rows, last = newest(c, keys, mine, wanted, cursor, limit)
+        return Page(items=tuple(map(_key, rows)), next=last)
 
     def changes(self, since: int = -1) -> KeyChanges:
         """The keys and tenants that have changed after the change counter was `since`; all by default."""
@@ -416,10 +402,9 @@ def _row(key: ApiKey) -> dict[str, Any]:
 
 def _key(row: sa.Row[Any]) -> ApiKey:
     fields = {name: getattr(row, name) for name in ApiKey.model_fields}
-    times = {name: utc(value) for name, value in fields.items() if isinstance(value, datetime)}
     texts = {name: json.loads(fields[name]) for name in ("scopes", "limits", "metadata")}
     models = None if row.models is None else json.loads(row.models)
-    return ApiKey.model_validate(fields | times | texts | {"models": models})
+    return ApiKey.model_validate(fields | texts | {"models": models})
 
 
 # -- the audit log ----------------------------------------------------------------------------------------------------
@@ -464,8 +449,8 @@ class Audit:
         """Add an entry for each kind of request, with how often it was refused."""
         with self.db.changing() as c:
             for one, (num_requests, request_id) in refused.items():
-                origin = Origin(one.address, request_id)
-                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": num_requests}, origin)
+                with coming_from(Origin(one.address, request_id)):
+                    log(c, one.actor, "refuse", one.what, tenant=one.tenant, count=num_requests)
 
     def verify(self, known: tuple[int, str] | None = None) -> AuditState:
         """Compute all hashes of the log again. `known`: id and hash of an earlier end, which must still be there.
@@ -477,8 +462,7 @@ class Audit:
         query = sa.select(audit_log).order_by(audit_log.c.id)
         with self.db.reading() as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
             for row in rows:
-                entry = row._asdict() | {"created_at": utc(row.created_at)}
-                if row.previous_hash != previous or row.hash != chained(previous, entry):
+                if row.previous_hash != previous or row.hash != chained(previous, row._asdict()):
                     raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
                 previous, last, num_entries = row.hash, row.id, num_entries + 1
                 is_known = is_known or (row.id, row.hash) == known
@@ -511,7 +495,7 @@ class Audit:
 
 
 def _entry(row: sa.Row[Any]) -> AuditResource:
-    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
+    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail)})
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------
@@ -545,9 +529,9 @@ class Logins:
         moment, mine = now(), logins.c.cookie_sha256 == cookie_sha256
         with self.db.reading() as c:
             row = c.execute(sa.select(logins).where(mine)).first()
-        if row is None or moment > min(utc(row.used_at) + IDLE, utc(row.created_at) + LONGEST):
+        if row is None or moment > min(row.used_at + IDLE, row.created_at + LONGEST):
             return None
-        if moment > utc(row.used_at) + _NOTED:
+        if moment > row.used_at + _NOTED:
             with self.db.writing() as c:
                 c.execute(logins.update().where(mine).values(used_at=moment))
         return str(row.sealed)

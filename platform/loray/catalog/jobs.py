@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, insert_into
 from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
-from loray.catalog.queries import now, utc
+from loray.catalog.queries import newest, now
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
 from loray.schemas.resources import Page
@@ -116,23 +116,13 @@ class Jobs:
 
         `name` is an adapter of the own tenant, or `tenant/name`.
         """
-        mine = _owned(self.db.principal)
-        query = sa.select(jobs).where(mine).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
-        if status is not None:
-            query = query.where(jobs.c.status == status)
+        wanted: dict[str, Any] = {"status": status}
         if name is not None:
             tenant, bare = split_qualified(name)
-            owner = self.db.principal.tenant if tenant is None else tenant
-            query = query.where(jobs.c.name == bare, jobs.c.tenant == owner)
+            wanted |= {"name": bare, "tenant": self.db.principal.tenant if tenant is None else tenant}
         with self.db.reading() as c:
-            if cursor is not None:
-                last = c.execute(sa.select(jobs.c.created_at, jobs.c.id).where(mine, jobs.c.id == cursor)).first()
-                if last is None:
-                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-                earlier = sa.and_(jobs.c.created_at == last.created_at, jobs.c.id < last.id)
-                query = query.where(sa.or_(jobs.c.created_at < last.created_at, earlier))
-            found = [_job(row) for row in c.execute(query)]
-        return Page(items=tuple(found[:limit]), next=found[limit - 1].id if len(found) > limit else None)
+            rows, last = newest(c, jobs, _owned(self.db.principal), wanted, cursor, limit)
+        return Page(items=tuple(map(_job, rows)), next=last)
 
 
 def _owned(principal: Principal) -> sa.ColumnElement[bool]:
@@ -184,6 +174,5 @@ def _job(row: sa.Row[Any]) -> Job:
         recipe = TrainSpec.model_validate_json(fields["recipe"])
     except ValueError as e:
         raise IntegrityError(f"the recipe of job {row.id} in the catalog cannot be read; a later loray wrote it") from e
-    times = {t: fields[t] and utc(fields[t]) for t in ("created_at", "started_at", "ended_at")}
     name = qualified_name(fields["tenant"], fields["name"])
-    return Job(**fields | {"name": name, "recipe": recipe} | times)
+    return Job(**fields | {"name": name, "recipe": recipe})

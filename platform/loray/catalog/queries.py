@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from sys import intern
 from typing import Any
@@ -141,7 +141,7 @@ def load_entries(
             row.id,
             AdapterEntry(
                 row.name,
-                utc(row.created_at),
+                row.created_at,
                 tuple(refs[row.id]),
                 make_pointers(pointers.get(row.id, ())),
                 intern(row.tenant),
@@ -157,9 +157,9 @@ def load_entries(
 
 _ENTRY = [adapters.c[name] for name in ("id", "name", "created_at", "tenant", "visibility")]
 _IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-_REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
+REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
 _REFS = (
-    sa.select(versions.c.adapter_id, *(versions.c[name] for name in _REF))
+    sa.select(versions.c.adapter_id, *(versions.c[name] for name in REF))
     .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
     .order_by(versions.c.adapter_id, versions.c.version)
 )
@@ -253,7 +253,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         name=name,
         version=row.version,
         digest=row.digest,
-        created_at=utc(row.created_at),
+        created_at=row.created_at,
         aliases=tuple(pointing.scalars()),
         method=manifest.method,
         base_fingerprint=manifest.base_fingerprint,
@@ -266,13 +266,8 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
 
 
 def make_quarantined(row: sa.Row[Any]) -> Quarantined:
-    until = row.refused_until
-    return Quarantined(
-        deaths=row.deaths,
-        replica=row.replica,
-        died_at=utc(row.died_at),
-        refused_until=None if until is None else utc(until),
-    )
+    fields = ("deaths", "replica", "died_at", "refused_until")
+    return Quarantined(**{name: getattr(row, name) for name in fields})
 
 
 def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
@@ -302,9 +297,28 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def utc(value: datetime) -> datetime:
-    """`value` with its time zone, UTC, which SQLite does not store."""
-    return value if value.tzinfo else value.replace(tzinfo=UTC)
+def newest(
+    c: sa.Connection,
+    table: sa.Table,
+    mine: sa.ColumnElement[bool],
+    wanted: Mapping[str, Any],
+    cursor: str | None,
+    limit: int,
+) -> tuple[Sequence[sa.Row[Any]], str | None]:
+    """(rows, cursor of the next page): at most `limit` of the caller's rows, newest first, after the id `cursor`.
+
+    wanted  column → value; None: any
+
+    Raises SpecError where the caller has no row of this id.
+    """
+    query = sa.select(table).where(mine, *(table.c[name] == v for name, v in wanted.items() if v is not None))
+    if cursor is not None:
+        last = c.execute(sa.select(table.c.created_at, table.c.id).where(mine, table.c.id == cursor)).first()
+        if last is None:
+            raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
+        query = query.where(sa.tuple_(table.c.created_at, table.c.id) < sa.tuple_(last.created_at, last.id))
+    rows = c.execute(query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit + 1)).all()
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
 # -- listings ---------------------------------------------------------------------------------------------------------
@@ -325,7 +339,7 @@ def select_names(
     search: str | None,
     tags: Mapping[str, str | None],
 ) -> sa.Select[Any]:
-    """The caller's names after `after`, sorted. `Catalog.names` says what the filters mean.
+    """The caller's names after `after`, sorted. `Adapters.page` says what the filters mean.
 
     A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
     wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees
@@ -370,7 +384,7 @@ def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElemen
 def list_versions(
     c: sa.Connection, adapter_id: int, entry: AdapterEntry, limit: int, before: int | None
 ) -> Page[VersionSummary]:
-    """`Catalog.versions` of an entry. Two statements, however many versions there are."""
+    """`Adapters.versions` of an entry. Two statements, however many versions there are."""
     manifest = manifest_as_json(c)
     texts = (manifest[name].as_string().label(name) for name in ("data_fingerprint", "job_id", "sweep"))
     of_manifest = (manifest["evaluations"].label("evaluations"), manifest["rank"].as_integer().label("rank"), *texts)
@@ -414,19 +428,11 @@ def _later_evaluations(c: sa.Connection, adapter_id: int, tenant: str) -> dict[s
 
 def _summary(name: str, row: sa.Row[Any], later: list[Evaluation]) -> VersionSummary:
     measured = (Evaluation.model_validate(fields) for fields in row.evaluations or ())
-    return VersionSummary(
-        name=name,
-        version=row.version,
-        digest=row.digest,
-        method=row.method,
-        base_fingerprint=row.base_fingerprint,
-        context_length=row.context_length,
-        nbytes=row.nbytes,
-        rank=row.rank,
-        data_fingerprint=row.data_fingerprint,
-        run=row.job_id or row.sweep,
-        created_at=utc(row.created_at),
-        aliases=tuple(sorted(row.aliases.split(","))) if row.aliases else (),
-        evaluations=(*measured, *later),
-        quarantine=None if row.deaths is None else make_quarantined(row),
-    )
+    made = {
+        "name": name,
+        "run": row.job_id or row.sweep,
+        "aliases": tuple(sorted(row.aliases.split(","))) if row.aliases else (),
+        "evaluations": (*measured, *later),
+        "quarantine": None if row.deaths is None else make_quarantined(row),
+    }
+    return VersionSummary(**row._asdict() | made)

@@ -114,7 +114,7 @@ class UsageTable:
 
     def tokens(self, *, tenant: str | None = None, key_id: str | None = None, since: datetime) -> int:
         """Tokens of prompts and answers since then, of a tenant or of a key."""
-        (found,) = self.usage([], tenant=tenant, key_id=key_id, since=since)
+        (found,) = self.sums([], tenant=tenant, key_id=key_id, since=since)
         return found.num_prompt_tokens + found.num_output_tokens
 
     def forget(self, before: datetime) -> int:

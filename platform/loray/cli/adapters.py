@@ -520,7 +520,7 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
         raise click.UsageError("give either MODEL or --all")
     with open_services() as services:
         if every:
-            refs = [ref for entry in services.catalog.adapters.all() for _, ref in sorted(entry.versions.items())]
+            refs = [ref for entry in services.catalog.snapshot().models() for _, ref in sorted(entry.versions.items())]
         else:
             refs = [services.catalog.adapters.resolve(model or "")]
         verified: list[Verification] = []

@@ -57,7 +57,7 @@ def publish(folder: Path, base: BaseModel, to: Destination, details: ManifestDet
     """Publish the PEFT adapter in `folder`, trained on `base`; writes its `loray.json`.
 
     Names and files are checked before the first byte is stored; the version is registered in one transaction at the
-    end. Repeating a publication that was interrupted completes it. Raises as `describe` and `Catalog.register` do.
+    end. Repeating a publication that was interrupted completes it. Raises as `describe` and `Adapters.register` do.
     """
     to.catalog.adapters.check_name(to.name, to.aliases)
     describe(folder, base, details)

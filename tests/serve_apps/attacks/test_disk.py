@@ -55,7 +55,7 @@ def test_a_tenant_publishes_no_more_than_it_may_store(
     driver = api.catalog.view(Principal(tenant="acme", scopes=frozenset({"publish", "promote", "train"})))
     with pytest.raises(Exception, match=r"tenant acme stores 0 B and would store [\d.]+ kB more; max_stored_bytes"):
         import_folder(peft_folder(base), base, Destination("tone", api.services.store, driver))
-    assert driver.adapters.all() == ()
+    assert tuple(driver.snapshot().models()) == ()
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------
