@@ -138,4 +138,10 @@ async def _service(console: ConsoleDep, asking: CurrentPrincipal) -> CatalogServ
     return console.backend.service_of(asking)
 
 
-Service = Annotated[CatalogService, Depends(_service)]  # as the request's caller may use it
+async def _jobs(console: ConsoleDep, asking: CurrentPrincipal) -> JobTracker:
+    return console.backend.jobs_of(asking)
+
+
+# As the request's caller may use them.
+Service = Annotated[CatalogService, Depends(_service)]
+Jobs = Annotated[JobTracker, Depends(_jobs)]

@@ -32,6 +32,7 @@ from serve_apps.api.problems import InvalidFields, fields_of, responses
 from serve_apps.api.routes import CREATED, router_of
 from serve_apps.api.services import Limit, ServicesDep, linked
 from serve_apps.auth import CurrentPrincipal, may, until_revoked
+from serve_apps.console import Jobs
 from serve_apps.http import parse_json, read, schema_reference
 
 JSON = "application/json"
@@ -87,7 +88,7 @@ router, methods_router = router_of("jobs"), router_of("methods")
 )
 @may("train")
 def submit_job(
-    services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     response: Response,
     asking: CurrentPrincipal,
@@ -98,7 +99,7 @@ def submit_job(
     """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
     if recipe.publish.aliases:
         check(asking, "promote")
-    job = services.jobs_of(asking).submit(recipe, id, resume=resume)
+    job = jobs.submit(recipe, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
     return job
 
@@ -106,25 +107,24 @@ def submit_job(
 @router.get("/jobs", responses=responses())
 @may("follow")
 def list_jobs(
-    services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
     name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
-    found = services.jobs_of(asking).page(limit, cursor, status, name)
+    found = jobs.page(limit, cursor, status, name)
     return linked(Page[JobResource](items=found.items, next=found.next), request, response)
 
 
 @router.get("/jobs/{id}", responses=responses(404))
 @may("follow")
-def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
+def get_job(jobs: Jobs, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
-    return services.jobs_of(asking).get(id)
+    return jobs.get(id)
 
 
 @router.get(
@@ -135,6 +135,7 @@ def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> Job
 @may("follow")
 async def get_logs(
     services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     asking: CurrentPrincipal,
     id: JobPath,
@@ -146,7 +147,6 @@ async def get_logs(
     """The job's log: one JSON object per event, between other lines. It is followed for an hour at most. 410: Ray does
     not have it any more. 429: the key, or its tenant, reads as many logs as it may.
     """
-    jobs = services.jobs_of(asking)
     if tail is not None and not follow:
         return PlainTextResponse(await run_in_threadpool(jobs.tail, id, tail))
     held = AsyncExitStack()
@@ -162,9 +162,9 @@ async def get_logs(
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404))
 @may("train")
-def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
+def stop_job(jobs: Jobs, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return services.jobs_of(asking).stop(id)
+    return jobs.stop(id)
 
 
 class _Log(StreamingResponse):
