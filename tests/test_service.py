@@ -66,22 +66,33 @@ def test_adapters_and_tags(service: Both) -> None:
         service.version("tone", 2)
 
 
-def test_aliases_and_canaries(service: Both) -> None:
+def test_promotion_with_preconditions(service: Both) -> None:
     first = service.promote("tone", "prod", 1, create=True)
     second = service.promote("tone", "prod", 2, etag=first.etag)
-    assert (second.version, service.alias("tone", "prod")) == (2, second)
-    for etag, create in ((first.etag, False), (None, True)):
-        with pytest.raises(RevisionConflict):
-            service.promote("tone", "prod", 3, etag=etag, create=create)
+    for write in (
+        lambda: service.promote("tone", "prod", 3, etag=first.etag),
+        lambda: service.promote("tone", "prod", 3, create=True),
+        lambda: service.rollback("tone", etag=first.etag),
+        lambda: service.delete_alias("tone", "prod", etag=first.etag),
+    ):
+        with pytest.raises(RevisionConflict, match="revision"):
+            write()
+    assert service.alias("tone", "prod") == second
+    assert service.rollback("tone", etag=second.etag).version == 1
+    with pytest.raises(ConflictError, match="no earlier target"):
+        service.rollback("tone")
+    assert [a.alias for a in service.aliases("tone")] == ["prod"]
+    service.delete_alias("tone", "prod")
+    with pytest.raises(AdapterNotFound, match="no alias 'prod'"):
+        service.alias("tone", "prod")
+
+
+def test_canaries(service: Both) -> None:
+    service.promote("tone", "prod", 2)
     running = service.set_canary("tone", "prod", 3, 10, bounds=CanaryBounds(min_requests=7))
     assert (running.percent, running.bounds.min_requests, running) == (10, 7, service.canary("tone"))
     assert service.alias("tone", "prod").weights == {2: 90, 3: 10}
     assert service.end_canary("tone").outcome == "ended"
-    assert service.rollback("tone").version == 1
-    with pytest.raises(ConflictError, match="no earlier target"):
-        service.rollback("tone")
-    service.delete_alias("tone", "prod")
-    assert service.aliases("tone") == ()
 
 
 def test_keys_and_tenants(service: Both) -> None:
