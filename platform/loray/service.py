@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar, Unpack
 
@@ -81,10 +80,10 @@ class CatalogService:
     ) -> None:
         """`catalog` and `store` are asked for at each use, and may raise: a server starts without them.
 
-        scratch  what uploads take of this machine's disk; None: as much as they need
+        scratch  the bytes that uploads may take of this machine's disk; None: a share of what is free
         """
         self.settings = settings
-        self._catalog, self._store, self._scratch = catalog, store, scratch
+        self._catalog, self._store, self._scratch = catalog, store, scratch or Scratch()
 
     @property
     def catalog(self) -> Catalog:
@@ -171,7 +170,7 @@ class CatalogService:
             raise SpecError("give either digest or upload")
         uploads = self._uploads()
         num_bytes = 2 * sum(file.num_bytes for file in uploads.files(upload))  # as it came, and with its manifest
-        with nullcontext() if self._scratch is None else self._scratch.reserve(num_bytes):
+        with self._scratch.reserve(num_bytes):
             return uploads.publish(
                 upload,
                 to,
