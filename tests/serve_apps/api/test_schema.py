@@ -160,7 +160,7 @@ BODIES = [
     model
     for module in (access, resources)
     for model in vars(module).values()
-    if isinstance(model, type) and issubclass(model, BaseModel) and model.__name__.endswith("Resource")
+    if isinstance(model, type) and issubclass(model, BaseModel) and re.fullmatch(r"\w+Resource", model.__name__)
 ]
 
 
