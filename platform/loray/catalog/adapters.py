@@ -19,7 +19,7 @@ from loray.catalog.allowances import (
     stored_limit,
 )
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database
+from loray.catalog.database import Database, upsert
 from loray.catalog.entries import (
     AdapterDetail,
     AdapterEntry,
@@ -39,7 +39,6 @@ from loray.catalog.queries import (
     list_versions,
     load_entries,
     load_entry,
-    load_evaluations,
     load_version,
     name_to_register,
     new_id,
@@ -506,8 +505,7 @@ class Tags:
             if key not in known and len(known) >= MAX_TAGS:
                 raise ConflictError(f"{entry.name!r} has {MAX_TAGS} tags already: delete one of them first")
             if known.get(key) != value:
-                c.execute(tags.delete().where(_tag_is(adapter_id, key)))
-                c.execute(tags.insert().values(adapter_id=adapter_id, key=key, value=value))
+                upsert(c, tags, [{"adapter_id": adapter_id, "key": key, "value": value}])
                 log(c, self.db.actor, "set_tag", entry.name, tenant=entry.tenant, key=key, value=value)
             return key not in known
 
@@ -515,7 +513,7 @@ class Tags:
         """Delete a tag. Raises PermissionDenied for another tenant's name, NotFoundError where it has no such tag."""
         with self.db.changing() as c:
             adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
-            if c.execute(tags.delete().where(_tag_is(adapter_id, key))).rowcount == 0:
+            if c.execute(tags.delete().where(tags.c.adapter_id == adapter_id, tags.c.key == key)).rowcount == 0:
                 known = ", ".join(_tags_of(c, adapter_id)) or "none"
                 raise NotFoundError(f"adapter {entry.name!r} has no tag {key!r}; its tags: {known}")
             log(c, self.db.actor, "delete_tag", entry.name, tenant=entry.tenant, key=key)
@@ -524,10 +522,6 @@ class Tags:
 def _tags_of(c: sa.Connection, adapter_id: int) -> dict[str, str]:
     rows = c.execute(sa.select(tags.c.key, tags.c.value).where(tags.c.adapter_id == adapter_id))
     return dict(sorted((row.key, row.value) for row in rows))
-
-
-def _tag_is(adapter_id: int, key: str) -> sa.ColumnElement[bool]:
-    return sa.and_(tags.c.adapter_id == adapter_id, tags.c.key == key)
 
 
 MAX_REPORTED = 1024  # evaluations of an adapter
@@ -584,8 +578,3 @@ class Evaluations:
         common |= {"actor": self.db.actor, "created_at": now()}
         c.execute(evaluations.insert(), [e.model_dump() | common for e in measured])
         log(c, self.db.actor, "evaluate", digest, tenant=tenant, count=len(measured))
-
-    def of(self, digest: str) -> tuple[Evaluation, ...]:
-        """Evaluations recorded after publication for the caller's tenant, the oldest first."""
-        with self.db.reading() as c:
-            return load_evaluations(c, self.db.principal.tenant, digest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,7 @@ def _insert(c: sa.Connection, lines: Iterator[Line]) -> None:
     for table in (tenants, changes):  # of the empty catalog
         c.execute(table.delete())
     for table, rows in groupby(_rows(lines), key=itemgetter(0)):
-        batch: list[dict[str, Any]] = []
-        for _, row in rows:
-            batch.append(row)
-            if len(batch) == _BATCH:
-                c.execute(table.insert(), batch)
-                batch = []
-        if batch:
+        while batch := [row for _, row in islice(rows, _BATCH)]:
             c.execute(table.insert(), batch)
         _move_sequence(c, table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,15 @@ def insert_into(c: sa.Connection, table: sa.Table) -> Any:
     by a thread that takes the interpreter from a gateway's event loop each time.
     """
     return (sqlite.insert if c.dialect.name == "sqlite" else postgresql.insert)(table)
+
+
+def upsert(c: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows of the same columns; one whose primary key is there gets the new values."""
+    if rows:
+        statement = insert_into(c, table)
+        keys = [column.name for column in table.primary_key]
+        values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+        c.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)
 
 
 def open_database(url: str) -> sa.Engine:

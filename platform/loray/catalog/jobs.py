@@ -15,7 +15,7 @@ from typing import Any, get_args
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, insert_into
+from loray.catalog.database import Database, upsert
 from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
 from loray.catalog.queries import newest, now
 from loray.catalog.schema import clusters, jobs
@@ -93,10 +93,8 @@ class Jobs:
 
     def record_cluster(self, cluster: str) -> None:
         """Record that the Ray cluster is there: whoever follows its jobs says so each half minute."""
-        row = {"id": cluster, "seen_at": now()}
         with self.db.writing() as c:
-            statement = insert_into(c, clusters).values(row)
-            c.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
+            upsert(c, clusters, [{"id": cluster, "seen_at": now()}])
 
     def is_cluster_there(self, cluster: str) -> bool:
         """The cluster was noted within two minutes."""

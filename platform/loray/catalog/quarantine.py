@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database
+from loray.catalog.database import Database, upsert
 from loray.catalog.entries import Quarantined
 from loray.catalog.queries import load_entry, make_quarantined
 from loray.catalog.schema import quarantine
@@ -47,16 +47,9 @@ class Quarantine:
                 return make_quarantined(row)
             deaths = 1 if row is None else row.deaths + 1
             refused = refused_for(deaths)
-            values = {
-                "deaths": deaths,
-                "replica": replica,
-                "died_at": at,
-                "refused_until": None if refused is None else at + refused,
-            }
-            if row is None:
-                c.execute(quarantine.insert().values(values | {"digest": digest}))
-            else:
-                c.execute(quarantine.update().where(of_it).values(values))
+            until = None if refused is None else at + refused
+            death = {"digest": digest, "deaths": deaths, "replica": replica, "died_at": at, "refused_until": until}
+            upsert(c, quarantine, [death])
             log(c, self.db.actor, "quarantine", digest, deaths=deaths, replica=replica)
             return make_quarantined(c.execute(sa.select(quarantine).where(of_it)).one())
 

@@ -248,6 +248,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
     row = c.execute(query.where(adapters.c.id == adapter_id, versions.c.version == version)).one()
     pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
     died = c.execute(sa.select(quarantine).where(quarantine.c.digest == row.digest)).first()
+    later = load_evaluations(c, row.tenant, [row.digest])
     manifest = parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}")
     return AdapterVersion(
         name=name,
@@ -259,7 +260,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         base_fingerprint=manifest.base_fingerprint,
         context_length=manifest.context_length,
         nbytes=manifest.nbytes,
-        evaluations=manifest.evaluations + load_evaluations(c, row.tenant, row.digest),
+        evaluations=(*manifest.evaluations, *later.get(row.digest, ())),
         quarantine=None if died is None else make_quarantined(died),
         manifest=manifest,
     )
@@ -270,12 +271,17 @@ def make_quarantined(row: sa.Row[Any]) -> Quarantined:
     return Quarantined(**{name: getattr(row, name) for name in fields})
 
 
-def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
-    """Evaluations that were recorded after publication for the adapter of this tenant, the oldest first."""
+def load_evaluations(
+    c: sa.Connection, tenant: str, digests: Sequence[str] | sa.Select[tuple[str]]
+) -> dict[str, list[Evaluation]]:
+    """Digest → what was measured of the tenant's adapter after publication, the oldest first."""
     columns = [evaluations.c[name] for name in Evaluation.model_fields]
-    where = (evaluations.c.digest == digest, evaluations.c.tenant == tenant)
-    rows = c.execute(sa.select(*columns).where(*where).order_by(evaluations.c.id))
-    return tuple(Evaluation(**row._asdict()) for row in rows)
+    query = sa.select(evaluations.c.digest, *columns).order_by(evaluations.c.id)
+    query = query.where(evaluations.c.tenant == tenant, evaluations.c.digest.in_(digests))
+    found: dict[str, list[Evaluation]] = {}
+    for digest, *fields in c.execute(query):
+        found.setdefault(digest, []).append(Evaluation(**dict(zip(Evaluation.model_fields, fields, strict=True))))
+    return found
 
 
 def version_id_of(c: sa.Connection, adapter_id: int, version: int) -> int:
@@ -397,7 +403,8 @@ def list_versions(
     if before is not None:
         query = query.where(versions.c.version < before)
     query = query.order_by(versions.c.version.desc()).limit(limit + 1)
-    later = _later_evaluations(c, adapter_id, entry.tenant)
+    digests = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id)
+    later = load_evaluations(c, entry.tenant, digests)
     found: list[VersionSummary] = []
     num_evaluations = 0
     with c.execute(query, execution_options={"yield_per": _AT_ONCE}) as rows:
@@ -412,18 +419,6 @@ def list_versions(
 
 _SUMMARY = ("version", "digest", "method", "base_fingerprint", "context_length", "nbytes", "created_at")
 _QUARANTINE = [quarantine.c[name] for name in ("deaths", "replica", "died_at", "refused_until")]
-
-
-def _later_evaluations(c: sa.Connection, adapter_id: int, tenant: str) -> dict[str, list[Evaluation]]:
-    """Digest → what was measured after publication, the oldest first."""
-    mine = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id)
-    columns = [evaluations.c[name] for name in Evaluation.model_fields]
-    query = sa.select(evaluations.c.digest, *columns).order_by(evaluations.c.id)
-    query = query.where(evaluations.c.tenant == tenant, evaluations.c.digest.in_(mine))
-    found: dict[str, list[Evaluation]] = {}
-    for digest, *fields in c.execute(query):
-        found.setdefault(digest, []).append(Evaluation(**dict(zip(Evaluation.model_fields, fields, strict=True))))
-    return found
 
 
 def _summary(name: str, row: sa.Row[Any], later: list[Evaluation]) -> VersionSummary:

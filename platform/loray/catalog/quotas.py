@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, insert_into
+from loray.catalog.database import Database, upsert
 from loray.catalog.schema import quota_levels, quota_owners
 
 OWNER_IS_GONE_S = 15.0  # without a word
@@ -59,7 +59,7 @@ class Quotas:
             seen, ends_at = quota_owners.c.seen_at, quota_levels.c.ends_at
             is_gone = sa.or_(seen < now - OWNER_IS_GONE_S, seen > now + OWNER_IS_GONE_S)  # later: a clock went back
             c.execute(quota_owners.delete().where(is_gone))
-            self._put(c, quota_owners, [{"id": owner, "seen_at": now}])
+            upsert(c, quota_owners, [{"id": owner, "seen_at": now}])
             num_owners = c.execute(sa.select(sa.func.count()).select_from(quota_owners)).scalar_one()
             c.execute(quota_levels.delete().where(ends_at <= now))
             used: dict[str, float] = {}
@@ -95,13 +95,5 @@ class Quotas:
             if use.units or use.used_before is not None:
                 ends_at = now + used[use.rule] / use.rate if use.rate else use.ends_at
                 rows.append({"rule": use.rule, "used": used[use.rule], "at": now, "ends_at": ends_at})
-        self._put(c, quota_levels, rows)
+        upsert(c, quota_levels, rows)
         return used
-
-    def _put(self, c: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        statement = insert_into(c, table)
-        keys = [column.name for column in table.primary_key]
-        values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-        c.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)

@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, writing
+from loray.catalog.database import Database
 from loray.catalog.queries import count_change, load_entry, now, owned, read_counter
 from loray.catalog.schema import adapters, alias_moves, bases, claims, jobs, versions
 from loray.errors import AdapterNotFound, CatalogError, ConflictError
@@ -106,7 +106,7 @@ class Claims:
             yield claim
         except BaseException:
             with suppress(CatalogError):  # otherwise it lapses
-                _drop(self.db.engine, claim)
+                self._drop(claim)
             raise
 
     @contextmanager
@@ -124,7 +124,11 @@ class Claims:
             _insert(c, claim, free, deletes=True)
             log(c, self.db.actor, "collect", "store")
         yield Allowed(free, until)
-        _drop(self.db.engine, claim)
+        self._drop(claim)
+
+    def _drop(self, claim: str) -> None:
+        with self.db.writing() as c:
+            c.execute(claims.delete().where(claims.c.claim == claim))
 
     def _claim_to_publish(self, claim: str, names: Collection[str]) -> bool:
         """False where a collection deletes one of the objects."""
@@ -145,11 +149,6 @@ def end_claim(c: sa.Connection, claim: str | None) -> None:
         raise ConflictError(f"publishing took more than {hours:g} hours; try again")
 
 
-def _drop(engine: sa.Engine, claim: str) -> None:
-    with writing(engine) as c:
-        c.execute(claims.delete().where(claims.c.claim == claim))
-
-
 def _holding(*, deletes: bool) -> sa.Select[tuple[str]]:
     """Names of claims that have not lapsed."""
     lapses = _DELETION_LAPSES if deletes else _PUBLICATION_LAPSES
@@ -165,15 +164,6 @@ def _insert(c: sa.Connection, claim: str, names: Collection[str], *, deletes: bo
 
 
 # -- delete and restore -----------------------------------------------------------------------------------------------
-
-
-class _Deleted(NamedTuple):
-    id: int
-    adapter_id: int
-    digest: str
-    version: int
-    name: str
-    tenant: str
 
 
 @dataclass
@@ -222,7 +212,7 @@ class Removal:
 
     def deleted_digests(self, name: str, version: int | None = None) -> Sequence[str]:
         """Digests that `restore` of the same arguments needs from the store. Raises AdapterNotFound."""
-        with self.db.writing() as c:
+        with self.db.reading() as c:
             return tuple(row.digest for row in self._deleted(c, name, version))
 
     def restore(self, name: str, version: int | None = None, *, claim: str | None = None) -> None:
@@ -233,20 +223,18 @@ class Removal:
         """
         with self.db.changing() as c:
             end_claim(c, claim)
-            found = self._deleted(c, name, version)
-            adapter_id = found[0].adapter_id
+            found, *_ = self._deleted(c, name, version)
             if version is None:
-                c.execute(adapters.update().where(adapters.c.id == adapter_id).values(deleted_at=None))
+                c.execute(adapters.update().where(adapters.c.id == found.adapter_id).values(deleted_at=None))
             else:
-                c.execute(versions.update().where(versions.c.id == found[0].id).values(deleted_at=None))
-            stored = found[0].name
-            subject = stored if version is None else f"{stored}@{version}"
-            log(c, self.db.actor, "restore", subject, tenant=found[0].tenant)
-            count_change(c, adapter_id)
+                c.execute(versions.update().where(versions.c.id == found.id).values(deleted_at=None))
+            subject = found.name if version is None else f"{found.name}@{version}"
+            log(c, self.db.actor, "restore", subject, tenant=found.tenant)
+            count_change(c, found.adapter_id)
 
-    def _deleted(self, c: sa.Connection, name: str, version: int | None) -> list[_Deleted]:
+    def _deleted(self, c: sa.Connection, name: str, version: int | None) -> Sequence[sa.Row[Any]]:
         """The versions of one name of the caller that would exist again, at least one."""
-        columns = [versions.c[field] for field in ("id", "adapter_id", "digest", "version")]
+        columns = [versions.c[field] for field in ("id", "adapter_id", "digest")]
         query = sa.select(*columns, *(adapters.c[field] for field in ("name", "tenant")))
         query = query.join(adapters, adapters.c.id == versions.c.adapter_id).where(owned(self.db.principal))
         if version is None:
@@ -257,7 +245,7 @@ class Removal:
         for meant in meanings(name, self.db.principal.tenant):
             found = c.execute(query.where(adapters.c.name == meant).order_by(versions.c.version)).all()
             if found:
-                return [_Deleted(*row) for row in found]
+                return found
         what = f"adapter {name!r}" if version is None else f"version {version} of adapter {name!r}"
         raise AdapterNotFound(f"no deleted {what}; a deleted name is restored before its versions")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -79,12 +79,13 @@ class UsageTable:
             raise SpecError(f"usage is not grouped by {unknown[0]!r}: {', '.join(USAGE_GROUPS)}")
         given = {"tenant": tenant, "key_id": key_id, "model": model}
         found = self._rows(given, since and _utc(since), until and _utc(until)).subquery()
-        columns = [found.c[_COLUMNS[name]].label(f"group_{name}") for name in _COLUMNS if name in group_by]
+        columns = [found.c[column] for name, column in _COLUMNS.items() if name in group_by]
         sums = [sa.func.coalesce(sa.func.sum(found.c[name]), 0).label(name) for name in _COUNTS]
         query = sa.select(*columns, *sums).select_from(found)
         query = query.group_by(*columns).order_by(*columns).limit(limit).offset(offset)
         with self.db.reading() as c:
-            return tuple(_row(row._mapping) for row in c.execute(query))
+            rows = [dict.fromkeys(_COLUMNS.values()) | row._asdict() for row in c.execute(query)]
+        return tuple(UsageResource(**row | {"key_id": row["key_id"] or None}) for row in rows)
 
     def _rows(
         self, given: dict[str, str | None], since: datetime | None, until: datetime | None
@@ -149,18 +150,3 @@ def _utc(value: datetime) -> datetime:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError as e:  # in UTC it is before the year 1, or after 9999
         raise SpecError(f"{value.isoformat()} is out of range") from e
-
-
-def _row(row: Any) -> UsageResource:
-    day = row.get("group_day")
-    return UsageResource(
-        tenant=row.get("group_tenant"),
-        key_id=row.get("group_key") or None,
-        model=row.get("group_model"),
-        day=None if day is None else date.fromisoformat(day),
-        num_requests=int(row["num_requests"]),
-        num_prompt_tokens=int(row["num_prompt_tokens"]),
-        num_cached_tokens=int(row["num_cached_tokens"]),
-        num_output_tokens=int(row["num_output_tokens"]),
-        seconds=float(row["seconds"]),
-    )
