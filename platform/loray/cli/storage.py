@@ -10,7 +10,7 @@ from rich.console import Console
 
 from loray.catalog.backup import BackupSummary
 from loray.cli.connect import open_services
-from loray.cli.output import console, emit, json_option, progress_bar, table, when
+from loray.cli.output import console, emit, json_option, progress_bar, table, tell, when
 from loray.publishing import gc
 from loray.spec import format_size
 from loray.spec.access import Duration, duration_s
@@ -65,18 +65,14 @@ def verify_audit(known: str | None, as_json: bool) -> None:
         raise click.UsageError("--known is ID:HASH, as `loray catalog verify` prints it")
     with open_services() as services, Console(stderr=True).status("reading the audit log"):
         state = services.catalog.audit.verify(None if known is None else (int(number), sha256))
-    if as_json:
-        emit(state._asdict())
-        return
-    click.echo(f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}")
+    line = f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}"
+    tell(line, state._asdict(), as_json)
 
 
 def _report(done: str, backup: BackupSummary, as_json: bool) -> None:
-    if as_json:
-        emit({"created_at": backup.created_at, "names": backup.num_names, "versions": backup.num_versions})
-    else:
-        what = f"{backup.num_names:,} names and {backup.num_versions:,} versions"
-        click.echo(f"{done} {what}, as of {when(backup.created_at)}")
+    line = f"{done} {backup.num_names:,} names and {backup.num_versions:,} versions, as of {when(backup.created_at)}"
+    data = {"created_at": backup.created_at, "names": backup.num_names, "versions": backup.num_versions}
+    tell(line, data, as_json)
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:

@@ -13,9 +13,9 @@ from jobs.submission.command import jobs
 from jobs.submission.tracker import id_of
 from loray.catalog import Catalog
 from loray.errors import ClusterError, JobNotFound
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec
-from serve_apps.api.examples import RECIPE
 from tests.fixtures.api import FakeJobs
 
 NIGHTLY = id_of(DEFAULT_TENANT, "nightly")

@@ -16,14 +16,14 @@ from jobs.submission.tracker import id_of
 from loray.bases.registry import BaseModel
 from loray.cli import eval_tasks
 from loray.client import CatalogClient
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import Evaluation
-from serve_apps.api.examples import RECIPE
 from tests.cli.run import Loray
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import RESULTS, event
-from tests.fixtures.versions import digest, manifest, publish
+from tests.fixtures.versions import BASE, digest, manifest, publish
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_tags_and_owners(loray: Loray, api: Api) -> None:
     assert loray("adapters", "transfer", "tone", "--to", "acme", "--yes").out == "tone is acme/tone now\n"
     back = loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json")
     again = json.loads(back.out)
-    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
+    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", BASE[:12])
     publish(api.catalog, "acme/mood", 2)
     assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
 

@@ -12,14 +12,15 @@ import pytest
 from starlette.types import Message
 
 from loray.errors import Overloaded, RateLimited
+from loray.schemas.resources import RECIPE_EXAMPLE
+from loray.service import CatalogService
 from loray.spec import Principal, TrainSpec
 from serve_apps import auth
-from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
 from tests.fixtures.api import Api, _loop
 
-RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")
+RECIPE = TrainSpec.parse(RECIPE_EXAMPLE, source="the example")
 IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up
 
 
@@ -41,12 +42,12 @@ def test_a_key_is_revoked_while_publications_have_all_their_places(
 ) -> None:
     begun, end = threading.Semaphore(0), threading.Event()
 
-    def publish(*_: object) -> None:
+    def publish(*_: object, **__: object) -> None:
         begun.release()
         end.wait()
         raise Overloaded("the test ends")
 
-    monkeypatch.setattr(api.services, "publish_upload", publish)
+    monkeypatch.setattr(CatalogService, "register", publish)
     leaked = api.catalog.keys.create("leaked").key
     admin = authorized_admin(api)
     asked = [

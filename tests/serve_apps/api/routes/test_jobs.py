@@ -22,10 +22,10 @@ from loray.catalog.database import writing
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ClusterError, PermissionDenied, RateLimited
 from loray.recipes.load import load_recipe
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Limits, Principal, TrainSpec
 from serve_apps.api import site
-from serve_apps.api.examples import RECIPE
 from serve_apps.api.routes.jobs import RecommendationResource
 from tests.fixtures.api import JSON, Api, problem, submit
 from tests.fixtures.tiny import write_checkpoint
