@@ -9,7 +9,6 @@ from typing import TypeVar, Unpack
 from loray.bases.registry import base_with
 from loray.catalog import AdapterEntry, AdapterVersion, AliasMove, Catalog
 from loray.catalog.adapters import canonical_digests
-from loray.catalog.identity import UNCHANGED
 from loray.errors import KeyNotFound, RequestError, SpecError
 from loray.files import appearing
 from loray.publishing import Destination, register_stored, restore
@@ -277,7 +276,7 @@ class CatalogService:
 
     def moves(self, name: str) -> tuple[AliasMove, ...]:
         """How the adapter's aliases moved, in the order of time."""
-        return self.catalog.adapters.detail(name).moves
+        return self.catalog.aliases.moves(name)
 
     def canaries(self, name: str) -> tuple[CanaryResource, ...]:
         """All canaries of the adapter, those that have ended too; the newest first."""
@@ -344,18 +343,7 @@ class CatalogService:
         return KeyResource.of(self.catalog.keys.get(own if key_id == "self" and own else key_id))
 
     def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
-        given = change.model_fields_set
-        changed = self.catalog.keys.update(
-            key_id,
-            alias=change.key_alias,
-            blocked=change.blocked,
-            limits=change.limits,
-            single_limits=change.single_limits,
-            metadata=change.metadata,
-            models=change.models if "models" in given else UNCHANGED,
-            expires_at=change.expires_at if given & {"duration", "expires"} else UNCHANGED,
-        )
-        return KeyResource.of(changed)
+        return KeyResource.of(self.catalog.keys.update(key_id, change))
 
     def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
         """With those that it was rotated from and into, or `only_this`."""

@@ -87,7 +87,7 @@ OPERATIONS: dict[str, Callable[[Catalog, str], object]] = {
     "alias": lambda c, name: c.aliases.get(name, "prod"),
     "aliases": lambda c, name: c.aliases.of(name),
     "versions": lambda c, name: c.adapters.versions(name, limit=9),
-    "detail": lambda c, name: c.adapters.detail(name),
+    "moves": lambda c, name: c.aliases.moves(name),
     "one version": lambda c, name: c.adapters.version(name, 1),
     "register": lambda c, name: c.adapters.register(name, digest(7), manifest(7)),
     "check_name": lambda c, name: c.adapters.check_name(name),
@@ -135,10 +135,10 @@ def test_what_a_canary_counts_is_its_tenants(catalog: Catalog, acme: Catalog) ->
     started = acme.canaries.set("tone", "prod", 1, 10)
     beta = catalog.view(BETA)
     refused(PermissionDenied, "another tenant", beta.canaries.get, "acme/tone")
-    assert beta.canaries.of("acme/tone") == beta.adapters.detail("acme/tone").canaries == ()
+    assert beta.canaries.of("acme/tone") == ()
     assert beta.aliases.get("acme/tone", "prod").weights == {2: 90, 1: 10}
     for view in (acme, catalog):
-        assert view.canaries.of("acme/tone") == view.adapters.detail("acme/tone").canaries == (started,)
+        assert view.canaries.of("acme/tone") == (started,)
 
 
 def test_similar_names_are_the_callers(catalog: Catalog, acme: Catalog) -> None:

@@ -25,7 +25,7 @@ def test_promote_and_roll_back(catalog: Catalog) -> None:
     refused(ConflictError, "no earlier target than version 1", catalog.aliases.rollback, "tone", "prod")
     catalog.aliases.move("tone", "prod", 3)
     assert catalog.aliases.rollback("tone").version == 1
-    moves = catalog.adapters.detail("tone").moves
+    moves = catalog.aliases.moves("tone")
     assert [(m.version, m.undone) for m in moves] == [(1, False), (2, True), (3, True), (3, True)]
 
 
@@ -33,7 +33,7 @@ def test_aliases_have_histories_of_their_own(catalog: Catalog) -> None:
     publish(catalog, "tone", 1, 2, aliases=("prod", "canary"))
     publish(catalog, "other", 1, aliases=("prod",))
     catalog.aliases.rollback("tone", "canary")
-    assert catalog.adapters.detail("tone").entry.aliases == {"prod": 2, "canary": 1}
+    assert catalog.adapters.get("tone").aliases == {"prod": 2, "canary": 1}
     refused(ConflictError, "no earlier target", catalog.aliases.rollback, "other", "prod")
     refused(AdapterNotFound, "no alias 'beta'", catalog.aliases.rollback, "tone", "beta")
     refused(AdapterNotFound, "no adapter", catalog.aliases.rollback, "nothing", "prod")
@@ -245,7 +245,7 @@ def test_an_override_is_recorded_with_its_reason(catalog: Catalog, url: str) -> 
     catalog.adapters.register("long", digest(2), longlora(2, figures(GOOD)), ["prod"], no_gate="not needed")
     assert catalog.aliases.rollback("long").version == 1  # it had the alias already: no gate
     catalog.aliases.move("long", "prod", 1)  # nothing moves
-    moves = catalog.adapters.detail("long").moves
+    moves = catalog.aliases.moves("long")
     assert [(m.version, m.no_gate, m.undone) for m in moves] == [(1, "a quick run", False), (2, None, True)]
     second, first = (entry.detail for entry in catalog.audit.page(action="promote").items)
     assert (first["no_gate"], "no_gate" in second) == ("a quick run", False)
@@ -349,7 +349,7 @@ def test_what_ends_a_canary(tone: Catalog, end: object, version: int, outcome: s
     state = tone.aliases.get("tone", "prod")
     assert (state.version, state.weights, state.revision > revision) == (version, {version: 100}, True)
     assert tone.snapshot(before).entry("tone").canaries == ()
-    (known,) = tone.adapters.detail("tone").canaries
+    (known,) = tone.canaries.of("tone")
     assert (known.stable, known.version, known.outcome, known.reason) == (3, 4, outcome, None)
     assert known.ended_at is not None
     refused(NotFoundError, "has no canary", tone.canaries.end, "tone")

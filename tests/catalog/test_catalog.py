@@ -22,7 +22,7 @@ def test_versions_count_up(catalog: Catalog) -> None:
     assert catalog.adapters.register("other", digest(2), manifest(2)).version == 1
     again = catalog.adapters.register("tone", digest(1), manifest(1), ["canary"])
     assert (again.version, again.aliases) == (1, ("canary",))
-    assert list(catalog.adapters.detail("tone").entry.versions) == [1, 2]
+    assert list(catalog.adapters.get("tone").versions) == [1, 2]
     assert [entry.name for entry in catalog.snapshot().models()] == ["other", "tone"]
 
 

@@ -12,6 +12,7 @@ from loray.catalog import Catalog, identity
 from loray.catalog.database import reading
 from loray.catalog.queries import now
 from loray.errors import ConflictError, KeyNotFound, LorayError, SpecError
+from loray.schemas.access import KeyChange
 from loray.spec import Limits, account_of
 from tests.fixtures.calls import refused
 
@@ -69,7 +70,7 @@ def test_changes_since_a_counter(catalog: Catalog) -> None:
     catalog.keys.record_use({key.id: datetime(2026, 1, 1, tzinfo=UTC)})
     assert catalog.keys.changes(made.counter).counter == made.counter
     assert catalog.keys.get(key.id).last_used_at == datetime(2026, 1, 1, tzinfo=UTC)
-    catalog.keys.update(key.id, blocked=True)
+    catalog.keys.update(key.id, KeyChange(blocked=True))
     catalog.tenants.update("default", limits=Limits(max_jobs=2))
     changed = catalog.keys.changes(made.counter)
     assert [k.key.blocked for k in changed.keys] == [True]
@@ -78,7 +79,7 @@ def test_changes_since_a_counter(catalog: Catalog) -> None:
     revoked = catalog.keys.changes(changed.counter)
     assert (revoked.keys[0].key.revoked_at is not None, revoked.any_keys) == (True, True)
     catalog.keys.revoke(key.id)  # as all that follows, it changes nothing
-    catalog.keys.update(key.id, blocked=True, limits=Limits())
+    catalog.keys.update(key.id, KeyChange(blocked=True, limits=Limits()))
     catalog.tenants.update("default", blocked=False)
     assert catalog.change_counter() == revoked.counter
 
@@ -86,16 +87,16 @@ def test_changes_since_a_counter(catalog: Catalog) -> None:
 def test_what_of_a_key_changes(catalog: Catalog) -> None:
     _, key = catalog.keys.create("ci", models=["tone"], limits=Limits(rpm_limit=5, tpm_limit=9), metadata={"team": "a"})
     before, soon = catalog.change_counter(), datetime.now(UTC) + timedelta(days=1)
-    changed = catalog.keys.update(key.id, alias="nightly", single_limits={"tpm_limit": None, "max_budget": 7.0})
+    changed = catalog.keys.update(key.id, KeyChange(key_alias="nightly", tpm_limit=None, max_budget=7.0))
     assert (changed.alias, changed.limits, changed.models) == (
         "nightly",
         Limits(rpm_limit=5, max_budget=7.0),
         frozenset({"tone"}),
     )
     assert [k.key for k in catalog.keys.changes(before).keys] == [changed]
-    changed = catalog.keys.update(key.id, models=None, expires_at=soon, metadata={})
+    changed = catalog.keys.update(key.id, KeyChange(models=None, expires=soon, metadata={}))
     assert (changed.models, changed.expires_at, changed.metadata, changed.alias) == (None, soon, {}, "nightly")
-    assert catalog.keys.update(key.id, expires_at=None).expires_at is None
+    assert catalog.keys.update(key.id, KeyChange(expires=None)).expires_at is None
     (last, *_) = catalog.audit.page(action="update_key").items
     assert (last.subject, last.detail) == (key.id, {"changed": ["expires_at"]})
     refused(SpecError, "rpm_limit", catalog.keys.update, key.id, single_limits={"rpm_limit": -1})
@@ -109,13 +110,13 @@ def test_two_keys_in_use_never_have_one_alias(catalog: Catalog) -> None:
     catalog.keys.create("ci", tenant="acme")
     _, second = catalog.keys.create("nightly")
     with pytest.raises(ConflictError, match=f"key {first.id} of tenant default has the alias 'ci'"):
-        catalog.keys.update(second.id, alias="ci")
-    assert catalog.keys.update(first.id, alias="ci").alias == "ci"  # its own
+        catalog.keys.update(second.id, KeyChange(key_alias="ci"))
+    assert catalog.keys.update(first.id, KeyChange(key_alias="ci")).alias == "ci"  # its own
     _, third = catalog.keys.rotate(first.id, grace=timedelta(hours=1))
-    assert catalog.keys.update(third.id, expires_at=None).alias == "ci"  # the old one goes on for an hour
-    catalog.keys.update(third.id, alias="other")
+    assert catalog.keys.update(third.id, KeyChange(expires=None)).alias == "ci"  # the old one goes on for an hour
+    catalog.keys.update(third.id, KeyChange(key_alias="other"))
     catalog.keys.revoke(first.id, only_this=True)
-    assert catalog.keys.update(second.id, alias="ci").alias == "ci"
+    assert catalog.keys.update(second.id, KeyChange(key_alias="ci")).alias == "ci"
     refused(ConflictError, "", catalog.keys.update, third.id, alias="ci")
 
 
@@ -142,7 +143,7 @@ def test_tenants(catalog: Catalog) -> None:
 
 def test_the_audit_log_in_pages(catalog: Catalog) -> None:
     _, key = catalog.keys.create("ci")
-    catalog.keys.update(key.id, blocked=True)
+    catalog.keys.update(key.id, KeyChange(blocked=True))
     catalog.keys.revoke(key.id)
     page = catalog.audit.page(limit=2)
     assert [e.action for e in page.items] == ["revoke_key", "update_key"]

@@ -294,7 +294,7 @@ def test_figures_are_recorded_with_the_version_that_was_asked(
         "num_concurrent=8",
     ]
     assert key == "k" * 40
-    version = Catalog(Settings.from_env().catalog).adapters.detail("tone").versions[-1]
+    version = Catalog(Settings.from_env().catalog).adapters.version("tone", 1)
     found = [(e.dataset, e.metric, e.value, e.count) for e in version.evaluations]
     assert found == [
         ("letters", "acc", 0.5, 6),
@@ -311,7 +311,7 @@ def test_figures_are_recorded_with_the_version_that_was_asked(
     unrecorded = loray("eval", "tasks", "tone", "letters", "--no-record")
     assert unrecorded.code == 0
     assert "exact_match/strict-match" in unrecorded.out
-    assert len(Catalog(Settings.from_env().catalog).adapters.detail("tone").versions[-1].evaluations) == 3
+    assert len(Catalog(Settings.from_env().catalog).adapters.version("tone", 1).evaluations) == 3
 
 
 def test_without_the_package(loray: Loray, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

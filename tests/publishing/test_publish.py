@@ -294,7 +294,7 @@ def test_killed_at_every_step(
             break
         replace(publication, parts_from=None).run(store=objects)  # again, and not killed
         assert check_what_readers_see(publication, objects) == 1
-        assert list(publication.catalog.adapters.detail("a").entry.versions) == [1]
+        assert list(publication.catalog.adapters.get("a").versions) == [1]
         assert len(list(objects.list("manifests/"))) == 1
     assert len(seen) > (16 if parts_from else 8)
     assert seen == [None] * (len(seen) - 2) + [1, 1]  # it appears in the last transaction, before the last step

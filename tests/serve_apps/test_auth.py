@@ -18,6 +18,7 @@ from loray.catalog.snapshot_file import KeysFile
 from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
 from loray.policy import auth as policy
 from loray.policy.auth import KeyRing
+from loray.schemas.access import KeyChange
 from loray.spec import OPERATOR, Limits, Principal
 from serve_apps import auth as door
 from serve_apps.auth import HEADERS, REFRESH_S, Authenticator, Permissions, refuse_strangers
@@ -73,11 +74,11 @@ def test_a_key_that_is_blocked(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
     newest = site.catalog.keys.page().items[0]
-    site.catalog.keys.update(newest.id, blocked=True)
+    site.catalog.keys.update(newest.id, KeyChange(blocked=True))
     site.refresh()
     assert code_of(site.complete(key)) == (403, "permission_denied")
     assert code_of(site.api.get("adapters", headers=key)) == (403, "permission-denied")
-    site.catalog.keys.update(newest.id, blocked=False)
+    site.catalog.keys.update(newest.id, KeyChange(blocked=False))
     site.catalog.tenants.update("default", blocked=True)
     site.refresh()
     assert code_of(site.complete(key)) == (403, "permission_denied")

@@ -15,6 +15,7 @@ from loray.catalog import Catalog
 from loray.catalog.snapshot_file import StoredSnapshot
 from loray.errors import CatalogError
 from loray.policy.auth import KeyRing
+from loray.schemas.access import KeyChange
 from loray.spec import OPERATOR, Limits
 from serve_apps import catalog_watch
 from serve_apps.auth import Authenticator
@@ -250,7 +251,7 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         assert (await directory.resolve("tone", OPERATOR)).adapter is not None
         assert (await access.admit("POST", "infer", headers)) is not None  # the look for the name brought the key too
         assert access.is_limited.is_set()
-        catalog.keys.update(key.id, limits=Limits(max_jobs=1))
+        catalog.keys.update(key.id, KeyChange(limits=Limits(max_jobs=1)))
         await access.refresh()
         assert not access.is_limited.is_set()
         began = time.monotonic()

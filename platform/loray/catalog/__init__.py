@@ -2,7 +2,6 @@
 
 from loray.catalog.catalog import Catalog
 from loray.catalog.entries import (
-    AdapterDetail,
     AdapterEntry,
     AdapterVersion,
     AliasMove,
@@ -16,7 +15,6 @@ from loray.catalog.quotas import QuotaState, QuotaUse
 from loray.catalog.snapshot import CatalogSnapshot
 
 __all__ = [
-    "AdapterDetail",
     "AdapterEntry",
     "AdapterVersion",
     "AliasMove",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from loray.adapters.manifest import check_size, manifest_json, parse_manifest
-from loray.catalog.aliases import AliasWrite, known_canaries
+from loray.catalog.aliases import AliasWrite
 from loray.catalog.allowances import (
     refuse_more_bytes,
     refuse_more_memory,
@@ -21,10 +21,8 @@ from loray.catalog.allowances import (
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, upsert
 from loray.catalog.entries import (
-    AdapterDetail,
     AdapterEntry,
     AdapterVersion,
-    AliasMove,
     VersionSummary,
     check_alias,
     check_name,
@@ -49,7 +47,7 @@ from loray.catalog.queries import (
     visible,
 )
 from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_trained, restore_version
-from loray.catalog.schema import adapters, alias_moves, bases, evaluations, projections, shares, tags, uploads, versions
+from loray.catalog.schema import adapters, bases, evaluations, projections, shares, tags, uploads, versions
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, PermissionDenied, SpecError
 from loray.schemas.resources import Page
 from loray.spec import (
@@ -210,24 +208,6 @@ class Adapters:
             adapter_id, entry = load_entry(c, self.db.principal, name)
             found = load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
             return found.shown_to(self.db.principal)
-
-    def detail(self, name: str) -> AdapterDetail:
-        """All data of one name, manifests and alias history included. Raises AdapterNotFound."""
-        with self.db.reading() as c:
-            adapter_id, entry = load_entry(c, self.db.principal, name)
-            moves = c.execute(
-                sa.select(alias_moves, versions.c.version)
-                .join(versions, versions.c.id == alias_moves.c.version_id)
-                .where(alias_moves.c.adapter_id == adapter_id)
-                .order_by(alias_moves.c.id)
-            ).all()
-            numbers = sorted(entry.versions, reverse=True)
-            return AdapterDetail(
-                entry=entry,
-                versions=tuple(load_version(c, entry.name, adapter_id, v).shown_to(self.db.principal) for v in numbers),
-                moves=tuple(AliasMove(m.alias, m.version, m.undone, m.created_at, m.no_gate) for m in moves),
-                canaries=known_canaries(c, self.db.principal, adapter_id, entry),
-            )
 
     def share(self, name: str, visibility: Visibility, shared_with: Collection[str] = ()) -> AdapterEntry:
         """Set who sees `name` beside its tenant: nobody, the tenants of `shared_with`, or everybody.

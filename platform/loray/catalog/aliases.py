@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
-from loray.catalog.entries import AdapterEntry, AdapterVersion, check_alias, weights_of
+from loray.catalog.entries import AdapterEntry, AdapterVersion, AliasMove, check_alias, weights_of
 from loray.catalog.queries import (
     alias_is,
     count_change,
@@ -36,7 +36,6 @@ from loray.spec import (
     CanaryOutcome,
     CanaryState,
     Evaluation,
-    Principal,
     Subject,
 )
 
@@ -354,6 +353,15 @@ class Aliases:
             raise AdapterNotFound(f"adapter {name!r} has no alias {alias!r}; its aliases: {known}")
         return states[alias]
 
+    def moves(self, name: str) -> tuple[AliasMove, ...]:
+        """How the aliases of one name moved, in the order of time."""
+        query = sa.select(alias_moves, versions.c.version).order_by(alias_moves.c.id)
+        query = query.join(versions, versions.c.id == alias_moves.c.version_id)
+        with self.db.reading() as c:
+            mine = alias_moves.c.adapter_id == load_entry(c, self.db.principal, name)[0]
+            rows = c.execute(query.where(mine)).all()
+        return tuple(AliasMove(row.alias, row.version, row.undone, row.created_at, row.no_gate) for row in rows)
+
 
 def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasResource]:
     """States by alias, sorted."""
@@ -495,7 +503,9 @@ class Canaries:
         """
         with self.db.reading() as c:
             adapter_id, entry = load_entry(c, self.db.principal, name)
-            return known_canaries(c, self.db.principal, adapter_id, entry)
+            if not self.db.principal.is_admin and entry.tenant != self.db.principal.tenant:
+                return ()
+            return tuple(_load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
 
     def report(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
         """Keep what a gateway has counted of each canary since it began, by the canary's id. It replaces the gateway's
@@ -529,15 +539,6 @@ class Canaries:
                     label, model = f"{row.name}@{state.version}", f"{row.name}@{state.alias}"
                     ended.append(EndedCanary(label, model, *left))
         return ReportAnswer(frozenset(over), tuple(ended))
-
-
-def known_canaries(
-    c: sa.Connection, principal: Principal, adapter_id: int, entry: AdapterEntry
-) -> tuple[CanaryState, ...]:
-    """What `Canaries.of` tells this caller."""
-    if not principal.is_admin and entry.tenant != principal.tenant:
-        return ()
-    return tuple(_load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
 
 
 def _no_canary(name: str, alias: str) -> NotFoundError:

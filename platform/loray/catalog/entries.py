@@ -21,7 +21,6 @@ from loray.spec import (
     AdapterManifest,
     AdapterRef,
     Alias,
-    CanaryState,
     JobId,
     Name,
     Principal,
@@ -245,16 +244,6 @@ def make_pointers(pointers: Iterable[tuple[str, int]]) -> tuple[tuple[str, int],
 @lru_cache(maxsize=4096)
 def _same(pointers: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
     return pointers
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterDetail:
-    """One name with all its data: the newest version and canary first, alias moves in order of time."""
-
-    entry: AdapterEntry
-    versions: tuple[AdapterVersion, ...]
-    moves: tuple[AliasMove, ...]
-    canaries: tuple[CanaryState, ...] = ()
 
 
 class Job(JobResource):

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -19,7 +18,7 @@ from loray.catalog.entries import check_tenant
 from loray.catalog.queries import count_change, newest, now, read_counter
 from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
-from loray.schemas.access import AuditResource
+from loray.schemas.access import AuditResource, KeyChange
 from loray.schemas.resources import Page
 from loray.spec import (
     KEY_START,
@@ -132,7 +131,6 @@ def _number_of(key_id: str) -> int:
 
 _KEY_BYTES = 32
 _INFER: tuple[Scope, ...] = ("infer",)
-UNCHANGED = object()  # of what None would change
 
 
 class NewKey(NamedTuple):
@@ -246,33 +244,22 @@ class Keys:
                     log(c, self.db.actor, "revoke_key", key.id, tenant=key.tenant)
             return _get(c, self.db.principal, key_id)
 
-    def update(
-        self,
-        key_id: str,
-        *,
-        alias: str | None = None,
-        blocked: bool | None = None,
-        limits: Limits | None = None,
-        single_limits: Mapping[str, Any] = MappingProxyType({}),
-        metadata: Mapping[str, str] | None = None,
-        models: Collection[str] | object | None = UNCHANGED,
-        expires_at: datetime | object | None = UNCHANGED,
-    ) -> ApiKey:
-        """Replace what is given; of the limits also single ones, by name. A blocked key is refused until it is
-        unblocked, with the keys that it was rotated from and into.
+    def update(self, key_id: str, change: KeyChange) -> ApiKey:
+        """Change what is given. A blocked key is refused until it is unblocked, with the keys that it was rotated from
+        and into.
 
         Raises KeyNotFound, and ConflictError where another key in use has the alias.
         """
-        given: dict[str, Any] = {} if blocked is None else {"blocked": blocked}
-        given |= {} if alias is None else {"alias": alias}
-        given |= {} if metadata is None else {"metadata": dict(metadata)}
-        given |= {} if models is UNCHANGED else {"models": models}
-        given |= {} if expires_at is UNCHANGED else {"expires_at": expires_at}
+        blocked, names = change.blocked, change.model_fields_set
+        values = {"blocked": blocked, "alias": change.key_alias, "metadata": change.metadata}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        given |= {"models": change.models} if "models" in names else {}
+        given |= {"expires_at": change.expires_at} if names & {"duration", "expires"} else {}
         with self.db.changing() as c:
             before = _get(c, self.db.principal, key_id)
             _refuse_power(self.db.principal, before)
-            if limits is not None or single_limits:
-                given["limits"] = (limits or before.limits).model_dump() | dict(single_limits)
+            if change.limits is not None or change.single_limits:
+                given["limits"] = (change.limits or before.limits).model_dump() | change.single_limits
             after = ApiKey.parse(before.model_dump() | given, source=f"key {key_id}")
             _refuse_power(self.db.principal, after)
             if after.limits != before.limits:

@@ -56,7 +56,7 @@ def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: S
     optimizer = {"learning_rate": 0.5}
     today = write(tmp_path, dtype="float32", base="other", optimizer=optimizer, publish={"licence": "CC0-1.0"})
     publish_best(made, run, today, settings)
-    manifest = Catalog(settings.catalog).adapters.detail("arithmetic").versions[-1].manifest
+    manifest = Catalog(settings.catalog).adapters.version("arithmetic", 1).manifest
     assert manifest.recipe is not None
     assert (manifest.recipe.base, manifest.recipe.optimizer.learning_rate) == ("tiny", 0.01)
     assert manifest.recipe.data.max_length == 512
@@ -92,7 +92,8 @@ def test_a_publication_is_made_once_with_the_job_that_created_the_run(
     for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
         os.utime(path, (number, number))  # a checkpoint that Ray downloads from a bucket has the time of the download
     assert publish_best(made, run, recipe, settings) == first
-    (version,) = Catalog(settings.catalog).adapters.detail("arithmetic").versions
+    assert list(Catalog(settings.catalog).adapters.get("arithmetic").versions) == [1]
+    version = Catalog(settings.catalog).adapters.version("arithmetic", 1)
     assert version.manifest.job_id == "first"
     assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
     assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
@@ -171,7 +172,7 @@ def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_pat
     overridden = long_recipe(tmp_path, name="bad", **worse, publish={"aliases": ["prod"], "no_gate": "a quick run"})
     again = publish_best(made, run, overridden, settings)
     assert (again["aliases"], again["refusal"]) == (["prod"], None)
-    assert [m.no_gate for m in catalog.adapters.detail("bad").moves] == ["a quick run"]
+    assert [m.no_gate for m in catalog.aliases.moves("bad")] == ["a quick run"]
 
 
 def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evaluations(

@@ -90,8 +90,8 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 
 
 def version_of(settings: Settings, name: str) -> AdapterVersion:
-    (version,) = Catalog(settings.catalog).adapters.detail(name).versions
-    return version
+    assert list(Catalog(settings.catalog).adapters.get(name).versions) == [1]
+    return Catalog(settings.catalog).adapters.version(name, 1)
 
 
 def kill_at_the_first_checkpoint(before: Callable[[], object] = lambda: None) -> Callable[..., None]:
@@ -211,7 +211,8 @@ def test_another_machine_resumes_the_run_of_a_killed_driver(
     (start,) = (e for e in events if e["event"] == "start")
     assert start["step"] >= left_at >= 10
     assert events[-1]["event"] == "published"
-    (version,) = Catalog(settings.catalog).adapters.detail("orphan").versions
+    assert list(Catalog(settings.catalog).adapters.get("orphan").versions) == [1]
+    version = Catalog(settings.catalog).adapters.version("orphan", 1)
     ended, orphaned = Catalog(settings.catalog).jobs.page(name="orphan").items
     assert version.manifest.job_id == orphaned.id
     assert (ended.status, ended.version, orphaned.status) == ("succeeded", 1, "running")

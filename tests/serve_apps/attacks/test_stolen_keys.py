@@ -20,6 +20,7 @@ from loray.catalog import identity as stored_keys
 from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
+from loray.schemas.access import KeyChange
 from tests.fixtures.access import bearer
 from tests.fixtures.api import Api, FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
@@ -82,11 +83,11 @@ def test_the_keys_of_a_family_are_revoked_and_blocked_together(catalog: Catalog)
     first = catalog.keys.create("ci").key
     second = catalog.keys.rotate(first.id, grace=timedelta(days=1)).key
     other = catalog.keys.create("other").key
-    catalog.keys.update(second.id, blocked=True)
+    catalog.keys.update(second.id, KeyChange(blocked=True))
     assert [catalog.keys.get(k.id).blocked for k in (first, second, other)] == [True, True, False]
     with pytest.raises(ConflictError, match="is blocked"):
         catalog.keys.rotate(second.id)
-    catalog.keys.update(first.id, blocked=False)
+    catalog.keys.update(first.id, KeyChange(blocked=False))
     assert not catalog.keys.get(second.id).blocked
     catalog.keys.revoke(first.id, only_this=True)
     assert catalog.keys.get(second.id).revoked_at is None
@@ -139,7 +140,7 @@ def test_a_stream_ends_when_its_key_is_revoked(
             if how == "revoked":
                 await asyncio.to_thread(catalog.keys.revoke, stolen.key.id)
             elif how == "blocked":
-                await asyncio.to_thread(lambda: catalog.keys.update(stolen.key.id, blocked=True))
+                await asyncio.to_thread(lambda: catalog.keys.update(stolen.key.id, KeyChange(blocked=True)))
             else:
                 await asyncio.to_thread(lambda: catalog.tenants.update("acme", blocked=True))
             await access.refresh()

@@ -81,7 +81,7 @@ def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None
     assert problem(api.http.put(prod, json={"version": 1, "no_gate": " "}), 422)["errors"][0]["field"] == "no_gate"
     beta = api.http.put("/adapters/long/aliases/beta", json={"version": 1, "no_gate": "a trial"})
     assert beta.status_code == 201
-    assert api.catalog.adapters.detail("long").moves[0].no_gate == "a trial"
+    assert api.catalog.aliases.moves("long")[0].no_gate == "a trial"
     assert api.http.post("/adapters/copy/versions", json=body | {"no_gate": "a copy"}).json()["aliases"] == ["prod"]
 
     api.catalog.evaluations.record(stored, figures(GOOD))
