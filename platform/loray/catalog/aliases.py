@@ -429,8 +429,8 @@ class Canaries:
     ) -> CanaryState:
         """Give `percent` of the requests of `alias` to `version`, or change share or bounds of the canary that runs.
 
-        `bounds` None: those that it has, else the defaults. `expected_revision` and `no_gate` are those of `promote`;
-        the gate is asked when a canary starts or its share grows.
+        `bounds` None: those that it has, else the defaults. `expected_revision` and `no_gate` are those of
+        `Aliases.move`; the gate is asked when a canary starts or its share grows.
 
         Raises AdapterNotFound where name, alias or version do not exist, SpecError for a share outside of 1 to 99,
         ConflictError where the alias points at the version, has another canary, or the version is of another base than

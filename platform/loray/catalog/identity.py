@@ -497,7 +497,7 @@ class Logins:
     db: Database
 
     def begin(self, cookie_sha256: str, sealed: str) -> None:
-        """Begin a login, of which `find_login` gives back what was `sealed`. Logins that have ended are deleted."""
+        """Begin a login, of which `find` gives back what was `sealed`. Logins that have ended are deleted."""
         moment = now()
         with self.db.changing() as c:
             ended = sa.or_(logins.c.used_at < moment - IDLE, logins.c.created_at < moment - LONGEST)

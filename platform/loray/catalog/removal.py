@@ -218,7 +218,7 @@ class Removal:
     def restore(self, name: str, version: int | None = None, *, claim: str | None = None) -> None:
         """Restore a deleted version, or a deleted name as it was. Versions that were deleted before the name stay so.
 
-        `claim` is that of `publishing`, within which the caller has found their bytes in the store. Raises
+        `claim` is that of `Claims.publishing`, within which the caller has found their bytes in the store. Raises
         AdapterNotFound where nothing of that name is deleted, and ConflictError where the claim has lapsed.
         """
         with self.db.changing() as c:
