@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, StandInOps]]:
     heads = {"num_heads": args.heads, "num_kv_heads": args.kv_heads, "head_dim": 8}
     tiny = RANDOM["tiny-random"]
-    config = dataclasses.replace(tiny, num_layers=args.layers, **heads, max_position_embeddings=1 << 17)
+    config = dataclasses.replace(tiny, layers=tiny.layers[:1] * args.layers, **heads, max_position_embeddings=1 << 17)
     base = BaseModel("host", folder, hashlib.sha256(repr(config).encode()).hexdigest(), config, source="random")
     tokens = args.context + _max_tokens(args)
     kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * (args.rows * (tokens + 32) + 32)

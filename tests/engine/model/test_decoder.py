@@ -19,7 +19,9 @@ from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.checkpoint import read_tensors
+from loray.bases.config import LayerSpec
 from loray.bases.registry import BaseModel
+from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.model import decoder
 from loray.engine.model.batch import Batch, logits_part
@@ -286,6 +288,31 @@ def test_all_tokens_are_kept_where_most_have_logits_or_a_prompt_is_scored(
     [(batch, part)] = parts.seen
     assert batch.last == (19,)
     assert part.positions_T.tolist() == [19]
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+def test_a_layer_that_scales_attention_otherwise(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: str
+) -> None:
+    """By twice as much, which its queries could be instead."""
+    monkeypatch.setattr(build, "backend", lambda name, device: backend(ops))
+    base = tiny_base()
+    layers = (LayerSpec(), LayerSpec(attention_scale=2 * base.config.attention_scale(1)))
+    shutil.copytree(base.path, tmp_path / "doubled")
+    tensors = load_file(base.path / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] *= 2
+    save_file(tensors, tmp_path / "doubled/model.safetensors", {"format": "pt"})
+    logits = []
+    scaling = replace(base, config=replace(base.config, layers=layers))
+    for other in (base, replace(base, path=tmp_path / "doubled"), scaling):
+        engine = make_engine(other)
+        spy = Spy(engine)
+        run(engine, [request("a", range(3, 40))])
+        logits.append(torch.stack(spy.logits["a"]))
+        engine.close()
+    plain, doubled, scaled = logits
+    assert doubled.equal(scaled)
+    assert not doubled.equal(plain)
 
 
 @pytest.fixture(scope="module")

@@ -175,11 +175,12 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
-        biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if config.qkv_bias else {}
+        self.scale, spec = config.attention_scale(layer), config.layers[layer]
+        biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if spec.qkv_bias else {}
         self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
         self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
         self.q_norm = self.k_norm = None
-        if config.qk_norm:
+        if spec.qk_norm:
             eps = config.rms_norm_eps
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
             self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
@@ -197,8 +198,8 @@ class Attention:
         q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
         if logits_step is not None:
             q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
-        meta, scale = step.batch.attention, c.head_dim**-0.5
-        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
+        meta = step.batch.attention
+        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, self.scale)
         return self.o(out_THd.flatten(1), step)
 
 
@@ -241,7 +242,7 @@ class Layer:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=eps,
-            scale=config.head_dim**-0.5,
+            scale=attention.scale,
         )
 
     def __call__(
