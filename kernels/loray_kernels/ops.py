@@ -2,8 +2,7 @@
 
 The pool is one flat tensor. A row is given by the offset of its first element for layer 0; `layer_offset`
 (layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
-cut into several segments of columns. Every layer of a step passes the same tables, so each table has a `memo`: a
-backend keeps there, under its name, what it makes of the table once.
+cut into several segments of columns. Every layer of a step passes the same tables, so a backend prepares them once.
 
 Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
 d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
@@ -14,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
 from loray_kernels.descriptors import RowOverrides, RowTables
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
+from loray_kernels.prepare import Preparable
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
 
 @dataclass(frozen=True, slots=True)
-class LoraTable:
+class LoraTable(Preparable):
     """LoRA of one module for every adapter of the batch; adapter n has rows rank_start[n]:rank_start[n+1].
 
     An adapter without this module has an empty range. Ranks are not padded.
@@ -35,7 +35,6 @@ class LoraTable:
     b: RowTables
     rank_start: tuple[int, ...]
     scale: tuple[float, ...]
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def ranks(self) -> list[int]:
@@ -48,13 +47,10 @@ class LoraTable:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ProjectionMatrix:
-    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same object, so a
-    backend keeps in its memo what it makes of it once.
-    """
+class ProjectionMatrix(Preparable):
+    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same object."""
 
     data: Tensor
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, start: int, stop: int) -> ProjectionMatrix:
         return self._part("rows", slice(start, stop), slice(None))
@@ -64,9 +60,9 @@ class ProjectionMatrix:
 
     def _part(self, what: str, rows: slice, columns: slice) -> ProjectionMatrix:
         key = (what, rows.start, rows.stop, columns.start, columns.stop)
-        part: ProjectionMatrix | None = self.memo.get(key)
+        part: ProjectionMatrix | None = self.prepared.get(key)
         if part is None:
-            part = self.memo[key] = ProjectionMatrix(self.data[rows, columns])
+            part = self.prepared[key] = ProjectionMatrix(self.data[rows, columns])
         return part
 
 
@@ -83,23 +79,21 @@ class VeraTable:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterSegments:
+class AdapterSegments(Preparable):
     """The tokens of one adapter are neighbours: adapter n has tokens start[n]:stop[n]."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTables:
+class LayerTables(Preparable):
     """The adapters of a batch in one layer, or, in the flat tables, outside of the layers; by module."""
 
     lora: Mapping[str, LoraTable]
     vera: Mapping[str, Sequence[VeraTable]]
     norms: Mapping[str, RowOverrides]
     dora: Mapping[str, RowOverrides] = field(default_factory=dict)
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 TablesOf = Callable[[int], LayerTables]  # of a layer, by its number
@@ -116,7 +110,7 @@ class LinearWeights:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerWeights:
+class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
     q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
     """
@@ -134,11 +128,10 @@ class LayerWeights:
     head_dim: int
     eps: float
     scale: float
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepInputs:
+class StepInputs(Preparable):
     """The arguments that all layers of a step share."""
 
     pool: Tensor
@@ -147,7 +140,6 @@ class StepInputs:
     segments: AdapterSegments
     cos_Td: Tensor
     sin_Td: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class Ops(Protocol):

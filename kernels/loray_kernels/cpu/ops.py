@@ -26,7 +26,6 @@ from loray_kernels.cpu.structs import (
     pack_rows,
     pack_segments,
     pack_step,
-    pack_words,
 )
 from loray_kernels.descriptors import RowOverrides, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
@@ -100,8 +99,8 @@ class CpuOps(ReferenceOps):
         num_tokens, width = x_TI.shape
         assert width == weights.in_features
         y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
-        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
-        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
+        matrix, threads = _words(pack_matrix(weights)), torch.get_num_threads()
+        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), threads)
         return y_TO
 
     def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
@@ -260,19 +259,16 @@ class CpuOps(ReferenceOps):
         assert x_TD.is_contiguous()
         assert all(x_TD.shape == (*inputs.widths, *p.widths) for p in packed)
         assert all(t.num in (0, inputs.num) for t in own)
-        weights_address, held_weights = pack_words([p.address for p in packed])
-        tables_address, held_tables = pack_words([t.address for t in own])
         f.layers(
             x_TD.data_ptr(),
-            weights_address,
-            tables_address,
+            _words([p.address for p in packed]),
+            _words([t.address for t in own]),
             len(own),
             inputs.address,
             first,
             len(packed),
             torch.get_num_threads(),
         )
-        del held_weights, held_tables  # until here C reads them
         return x_TD
 
     def lora_shrink(
@@ -295,14 +291,13 @@ class CpuOps(ReferenceOps):
             h.append(h_TR)
             addresses.append(packed.address)
             outputs += (h_TR.data_ptr(), packed.widths[2])
-        num = len(tables)
         f.lora_shrink(
             x_TI.data_ptr(),
             x_TI.stride(0),
             _address_at(pool, layer_offset),
-            (ctypes.c_int64 * num)(*addresses),
-            (ctypes.c_int64 * (2 * num))(*outputs),
-            num,
+            _words(addresses),
+            _words(outputs),
+            len(tables),
             spans.address,
             torch.get_num_threads(),
         )
@@ -334,12 +329,11 @@ class CpuOps(ReferenceOps):
             keep.append(h_TR)
             addresses.append(packed.address)
             targets += (y_TO.data_ptr(), y_TO.stride(0), h_TR.data_ptr(), h_TR.stride(0))
-        num = len(tables)
         f.lora_expand(
-            (ctypes.c_int64 * (4 * num))(*targets),
+            _words(targets),
             _address_at(pool, layer_offset),
-            (ctypes.c_int64 * num)(*addresses),
-            num,
+            _words(addresses),
+            len(tables),
             spans.address,
             torch.get_num_threads(),
         )
@@ -367,7 +361,7 @@ class CpuOps(ReferenceOps):
             z_TR.data_ptr(),
             z_TR.stride(0),
             num_tokens,
-            (ctypes.c_int64 * 4)(*pack_matrix(self._pair_weights(table.b_OR, rank), width)),
+            _words(pack_matrix(self._pair_weights(table.b_OR, rank), width)),
             _address_at(pool, layer_offset),
             d.address,
             b.address,
@@ -399,12 +393,17 @@ class CpuOps(ReferenceOps):
 
     def _pair_weights(self, matrix: ProjectionMatrix, width: int) -> LinearWeights:
         """The first `width` columns in panels, outside of the pool: made once for all layers and steps."""
-        key = ("cpu", self.isa, width)
-        weights: LinearWeights | None = matrix.memo.get(key)
+        key = (self.isa, width)
+        weights: LinearWeights | None = matrix.prepared.get(key)
         if weights is None:
             assert width <= matrix.data.shape[1]
-            weights = matrix.memo[key] = self._packed(matrix.data[:, :width], None, huge_pages)
+            weights = matrix.prepared[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """An argument that C reads during the call."""
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _address_at(pool: Tensor, offset: int) -> int:

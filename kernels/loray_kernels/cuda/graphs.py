@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import AttentionTables, CapturedVectors, Items, num_splits, upload
+from loray_kernels.cuda.tables import AttentionTables, CapturedVectors, Items, num_splits, pack_attention, upload
 from loray_kernels.decode import (
     CaptureBarrier,
     CapturedStep,
@@ -145,7 +145,7 @@ class PaddedStep:
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
         meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
-        meta.memo["cuda"] = AttentionTables(
+        meta.prepared[pack_attention] = AttentionTables(
             query_start=self._numbers,
             context_len=positions_S + 1,
             table_start=start_S,

@@ -27,7 +27,7 @@ from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
     pack_expand,
-    pack_input,
+    pack_inputs,
     pack_rows,
     pack_shrink,
     pack_spans,
@@ -129,6 +129,7 @@ class CudaOps(ReferenceOps):
             sums = (token_rows(added_TD), torch.empty_like(y_TD))
         if own is not None:
             rows = (pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows))
+            assert rows[0].shape[0] == x_TD.shape[0]
             assert rows[1].width == x_TD.shape[-1]
         self._gather.rms_norm(x_TD, sums, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
         return x_TD if sums is None else sums[1], y_TD
@@ -161,9 +162,9 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: AttentionWork | None = meta.memo.get("cuda work")
+            work: AttentionWork | None = meta.prepared.get(AttentionWork)
             if work is None:
-                work = meta.memo["cuda work"] = self._gather.plan_attention(packed, q_THd.shape[1], layout)
+                work = meta.prepared[AttentionWork] = self._gather.plan_attention(packed, q_THd.shape[1], layout)
             self._gather.attention(q_THd, out_THd, cache, layout, packed, work, scale)
         if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
             self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
@@ -223,7 +224,7 @@ class CudaOps(ReferenceOps):
         assert _one_dtype(pool, x_TI, *outputs)
         assert all(y.stride(1) == 1 for y in outputs)
         x_TI, layer, number = token_rows(x_TI), pool[layer_offset:], field % len(INPUTS)
-        tables = pack_input(descriptors.table, number)
+        tables = pack_inputs(descriptors.table)[number]
         h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
         self._gather.shrink_by_descriptor(x_TI, layer, descriptors, field, tables, h_TR)
         self._gather.expand_by_descriptor(outputs, h_TR, layer, descriptors, field, tables)
@@ -241,7 +242,7 @@ class CudaOps(ReferenceOps):
         assert vectors is not None
         assert _one_dtype(pool, x_TI, y_TO)
         assert y_TO.stride(1) == 1
-        x_TI, tables = token_rows(x_TI), pack_vectors(descriptors.table, vectors.shape, number)
+        x_TI, tables = token_rows(x_TI), pack_vectors(descriptors.table, vectors.shape)[number]
         z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
         columns = pool[descriptors.table.inputs[number].pair_column :]
         self._gather.vera_shrink_by_descriptor(x_TI, columns, vectors, layer, tables, z_TR)
@@ -260,7 +261,7 @@ class CudaOps(ReferenceOps):
         assert vectors is not None
         assert _one_dtype(pool, y_TO, *(() if bias_O is None else (bias_O,)))
         assert y_TO.stride(1) == 1
-        tables = pack_vectors(descriptors.table, vectors.shape, number)
+        tables = pack_vectors(descriptors.table, vectors.shape)[number]
         self._gather.scale_by_descriptor(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:

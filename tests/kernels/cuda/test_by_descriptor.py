@@ -26,7 +26,7 @@ from loray_kernels import (
     descriptor_words,
     vector_words,
 )
-from loray_kernels.cuda.tables import CapturedVectors
+from loray_kernels.cuda.tables import CapturedVectors, pack_token_rows
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 
 
@@ -198,7 +198,7 @@ def test_norms_rope_and_embedding_rows(ops: Ops) -> None:
         near(y_TD[8], plain[8] / weight_D * torch.cat(parts), torch.float32)
         others = [t for t in range(12) if t != 8]
         assert torch.equal(y_TD[others], plain[others])
-        assert own.rows.memo["cuda tokens"].tolist() == [t if t == 8 else -1 for t in range(12)]
+        assert own.prepared[pack_token_rows].tolist() == [t if t == 8 else -1 for t in range(12)]
     inverse_h = torch.linspace(2, 3, 8)
     inverse_Th, factor_T = vectors.rope(inverse_h, 1.0)
     assert torch.equal(inverse_Th[8], torch.from_numpy(np.linspace(1, 0.1, 8, dtype=np.float32)))

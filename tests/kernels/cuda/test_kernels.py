@@ -19,7 +19,7 @@ from loray_kernels.cuda import kernels, tables
 from loray_kernels.cuda.graphs import PaddedStep
 from loray_kernels.cuda.kernels import AttentionWork, Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items
+from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items, pack_attention
 from loray_kernels.cuda.upload import parts, piece_table
 from loray_kernels.kv import DirectWriter
 from tests.fixtures.shim import NotingLauncher, compile_shim
@@ -99,7 +99,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     of_split = 4 * 4 * 18
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
         monkeypatch.setattr(kernels, "PARTIAL_BYTES", num_bytes)
-        meta.memo.pop("cuda work")
+        meta.prepared.pop(AttentionWork)
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
         assert max(made) == most
         made.clear()
@@ -267,11 +267,11 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: NotingLaunch
     found = []
     for processors in (1, 132):
         launcher.forget()
-        meta.memo.clear()
+        meta.prepared.clear()
         ops = CudaOps(Gather(launcher, processors), cast(Any, None))
         found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125) for _ in range(2)])
         assert attention_grids(launcher) == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
-        work: AttentionWork = meta.memo["cuda work"]
+        work: AttentionWork = meta.prepared[AttentionWork]
         assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
         assert not work.arrived.any()
     near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), dtype)
@@ -293,9 +293,9 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
         Items(torch.zeros(0, dtype=torch.int64), 0),
         MAX_SPLITS,
     )
-    meta.memo["cuda"] = tables
+    meta.prepared[pack_attention] = tables
     got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125)
     (grid,) = attention_grids(launcher)
     assert grid == (64, 2, 1)  # eight for each multiprocessor, where there were 32 × 2 × 64
-    assert meta.memo["cuda work"].starts_G1.tolist() == [0, 32]
+    assert meta.prepared[AttentionWork].starts_G1.tolist() == [0, 32]
     near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), torch.bfloat16)
