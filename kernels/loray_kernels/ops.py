@@ -248,36 +248,9 @@ class Ops(Protocol):
         """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         ...
 
-    def lora_by_descriptor(
+    def add_adapters(
         self,
         x_TI: Tensor,
-        outputs: tuple[Tensor, ...],
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        """`lora_shrink` and `lora_expand` with the rows that the descriptors have at `field`, which is
-        layer × inputs + the input. Writes `outputs`.
-        """
-        ...
-
-    def vera_by_descriptor(
-        self,
-        x_TI: Tensor,
-        y_TO: Tensor,
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        """`vera_shrink` and `vera_expand` with the vectors that the descriptors have for `field`'s layer and input.
-        `y_TO` has the input's modules side by side. Writes `y_TO`.
-        """
-        ...
-
-    def scale_by_descriptor(
-        self,
         y_TO: Tensor,
         bias_O: Tensor | None,
         pool: Tensor,
@@ -285,7 +258,10 @@ class Ops(Protocol):
         field: int,
         layer_offset: int,
     ) -> None:
-        """`scale_rows` in the same way, for all modules of the input."""
+        """Add what the descriptors have at `field`, which is layer × inputs + the input: LoRA's rows as `lora_shrink`
+        and `lora_expand` do, then VeRA's vectors as `vera_shrink` and `vera_expand`, then DoRA's scales as
+        `scale_rows`; of these the step's parts. `y_TO`, which is written, has the input's modules side by side.
+        """
         ...
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import (
     INPUTS,
-    MAX_PAIR_RANK,
     MAX_ROWS,
     Columns,
+    InputShape,
     LoraRows,
     Pair,
     RowOverrides,
     RowTables,
+    StepVectors,
     read_descriptor,
 )
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
@@ -193,73 +194,9 @@ class ReferenceOps:
                     delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
                     y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
-    def lora_by_descriptor(
+    def add_adapters(
         self,
         x_TI: Tensor,
-        outputs: tuple[Tensor, ...],
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        shape = descriptors.table.inputs[field % len(INPUTS)]
-        h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
-        found: list[tuple[slice, list[LoraRows | None]]] = []
-        for start, first, num in descriptors.items_S3.tolist():
-            own, column = slice(first, first + num), 0
-            found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
-            for lora in (r for r in found[-1][1] if r is not None):
-                a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
-                h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
-                column += len(a_RI)
-        for own, modules in found:
-            column = 0
-            for y_TO, rows, columns in zip(outputs, modules, shape.b, strict=False):
-                if rows is not None:
-                    b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
-                    num = len(rows.a[0])
-                    own_TR = h_TR[own, column : column + num]
-                    y_TO[own] = (y_TO[own].float() + rows.scale * (own_TR @ b_RO)).to(y_TO.dtype)
-                    column += num
-
-    def vera_by_descriptor(
-        self,
-        x_TI: Tensor,
-        y_TO: Tensor,
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        vectors, shape = descriptors.vectors, descriptors.table.inputs[field % len(INPUTS)]
-        assert vectors is not None
-        z_TR = torch.zeros(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        pairs = []
-        for words, first, num in (item for item in vectors.items_S3.tolist() if item[2]):
-            pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
-            pairs.append((pair, range(first, first + num)))
-            a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
-            a_RI = a_RI[:, shape.pair_column :]
-            own = slice(first, first + num)
-            z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], ProjectionMatrix(a_RI))
-        for pair, tokens in pairs:
-            for token in tokens:
-                z_1R = z_TR[token : token + 1, : pair.rank]
-                for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
-                    b_at = pair.b + shape.pair_rows[i] * pair.rank
-                    d, b = (
-                        [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
-                        for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
-                    )
-                    if int(d[0][2]) >= 0:
-                        y_1O = y_TO[token : token + 1, columns]
-                        b_OR = ProjectionMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
-                        own_d = RowTables(((0, pair.rank, d[0][2]),))
-                        table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
-                        ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
-
-    def scale_by_descriptor(
-        self,
         y_TO: Tensor,
         bias_O: Tensor | None,
         pool: Tensor,
@@ -267,13 +204,19 @@ class ReferenceOps:
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors = descriptors.vectors
-        assert vectors is not None
-        for module, layer, columns in vectors.modules(field, "dora"):
-            own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
-            plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
-            self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
-            y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
+        shape, vectors = descriptors.table.inputs[field % len(INPUTS)], descriptors.vectors
+        if Parts.LORA in descriptors.parts:
+            _add_lora(x_TI, y_TO, pool, descriptors, field, layer_offset)
+        if Parts.VERA in descriptors.parts:
+            assert vectors is not None
+            _add_vera(x_TI, y_TO, pool, shape, vectors, field, layer_offset)
+        if Parts.DORA in descriptors.parts:
+            assert vectors is not None
+            for module, layer, columns in vectors.modules(field, "dora"):
+                own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
+                plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
+                self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
+                y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
@@ -306,3 +249,51 @@ def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
 
 def _row_tables(columns: Columns, offsets: Sequence[Sequence[int]]) -> RowTables:
     return RowTables(tuple((c, w, torch.tensor(own)) for (c, w), own in zip(columns, offsets, strict=True)))
+
+
+def _add_lora(
+    x_TI: Tensor, y_TO: Tensor, pool: Tensor, descriptors: StepDescriptors, field: int, layer_offset: int
+) -> None:
+    shape = descriptors.table.inputs[field % len(INPUTS)]
+    outputs = torch.split(y_TO, [sum(width for _, width in columns) for columns in shape.b], dim=1)
+    h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
+    found: list[tuple[slice, list[LoraRows | None]]] = []
+    for start, first, num in descriptors.items_S3.tolist():
+        own, column = slice(first, first + num), 0
+        found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
+        for lora in (r for r in found[-1][1] if r is not None):
+            a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
+            h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
+            column += len(a_RI)
+    for own, modules in found:
+        column = 0
+        for y_TM, rows, columns in zip(outputs, modules, shape.b, strict=False):
+            if rows is not None:
+                b_RM = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
+                num = len(rows.a[0])
+                own_TR = h_TR[own, column : column + num]
+                y_TM[own] = (y_TM[own].float() + rows.scale * (own_TR @ b_RM)).to(y_TM.dtype)
+                column += num
+
+
+def _add_vera(
+    x_TI: Tensor, y_TO: Tensor, pool: Tensor, shape: InputShape, vectors: StepVectors, field: int, layer_offset: int
+) -> None:
+    ops = ReferenceOps()
+    for words, first, num in (item for item in vectors.items_S3.tolist() if item[2]):
+        pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
+        a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)[:, shape.pair_column :]
+        z_NR = ops.vera_shrink(x_TI[first : first + num], ProjectionMatrix(a_RI))
+        for token, z_1R in enumerate(z_NR.split(1), first):
+            for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
+                b_at = pair.b + shape.pair_rows[i] * pair.rank
+                d, b = (
+                    [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
+                    for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
+                )
+                if int(d[0][2]) >= 0:
+                    y_1O = y_TO[token : token + 1, columns]
+                    b_OR = ProjectionMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
+                    own_d = RowTables(((0, pair.rank, d[0][2]),))
+                    table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
+                    ops.vera_expand(y_1O, z_1R, pool, table, layer_offset)

@@ -35,7 +35,7 @@ from loray_kernels.cuda.tables import (
     pack_vectors,
 )
 from loray_kernels.cuda.upload import PageUploader
-from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
 from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
@@ -212,44 +212,9 @@ class CudaOps(ReferenceOps):
             if spans.tiled.num:
                 self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
 
-    def lora_by_descriptor(
+    def add_adapters(
         self,
         x_TI: Tensor,
-        outputs: tuple[Tensor, ...],
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        assert _one_dtype(pool, x_TI, *outputs)
-        assert all(y.stride(1) == 1 for y in outputs)
-        x_TI, layer, number = token_rows(x_TI), pool[layer_offset:], field % len(INPUTS)
-        tables = pack_inputs(descriptors.table)[number]
-        h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
-        self._gather.shrink_by_descriptor(x_TI, layer, descriptors, field, tables, h_TR)
-        self._gather.expand_by_descriptor(outputs, h_TR, layer, descriptors, field, tables)
-
-    def vera_by_descriptor(
-        self,
-        x_TI: Tensor,
-        y_TO: Tensor,
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
-        assert vectors is not None
-        assert _one_dtype(pool, x_TI, y_TO)
-        assert y_TO.stride(1) == 1
-        x_TI, tables = token_rows(x_TI), pack_vectors(descriptors.table, vectors.shape)[number]
-        z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        columns = pool[descriptors.table.inputs[number].pair_column :]
-        self._gather.vera_shrink_by_descriptor(x_TI, columns, vectors, layer, tables, z_TR)
-        self._gather.vera_expand_by_descriptor(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
-
-    def scale_by_descriptor(
-        self,
         y_TO: Tensor,
         bias_O: Tensor | None,
         pool: Tensor,
@@ -257,12 +222,26 @@ class CudaOps(ReferenceOps):
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
-        assert vectors is not None
-        assert _one_dtype(pool, y_TO, *(() if bias_O is None else (bias_O,)))
+        assert _one_dtype(pool, x_TI, y_TO, *(() if bias_O is None else (bias_O,)))
         assert y_TO.stride(1) == 1
-        tables = pack_vectors(descriptors.table, vectors.shape)[number]
-        self._gather.scale_by_descriptor(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
+        table, parts, vectors, x_TI = descriptors.table, descriptors.parts, descriptors.vectors, token_rows(x_TI)
+        (layer, number), here = divmod(field, len(INPUTS)), pool[layer_offset:]
+        if Parts.LORA in parts:
+            lora = pack_inputs(table)[number]
+            h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
+            outputs = torch.split(y_TO, [sum(width for _, width in columns) for columns in table.inputs[number].b], 1)
+            self._gather.shrink_by_descriptor(x_TI, here, descriptors, field, lora, h_TR)
+            self._gather.expand_by_descriptor(outputs, h_TR, here, descriptors, field, lora)
+        if vectors is None:
+            return
+        tables = pack_vectors(table, vectors.shape)[number]
+        if Parts.VERA in parts:
+            z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
+            columns = pool[table.inputs[number].pair_column :]
+            self._gather.vera_shrink_by_descriptor(x_TI, columns, vectors, layer, tables, z_TR)
+            self._gather.vera_expand_by_descriptor(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
+        if Parts.DORA in parts:
+            self._gather.scale_by_descriptor(y_TO, bias_O, here, vectors.rows_LWS[layer], tables)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:

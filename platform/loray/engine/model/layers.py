@@ -19,9 +19,7 @@ from loray_kernels import (
     INPUTS,
     LayerWeights,
     Ops,
-    Parts,
     RowOverrides,
-    StepDescriptors,
     StepInputs,
     VeraTable,
 )
@@ -69,27 +67,15 @@ class Linear:
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
-        parts = torch.split(y_TO, self._widths, dim=1)
-        if step.batch.descriptors is not None:
-            self.add_adapters(x_TI, y_TO, parts, step.batch.descriptors, step)
+        if (found := step.batch.descriptors) is not None:
+            bias_O, pool, offset = self.weights.bias_O, step.pool.tensor, step.offset(self._layer)
+            step.ops.add_adapters(x_TI, y_TO, bias_O, pool, found, self._field, offset)
             return y_TO
-        outputs = dict(zip(self.modules, parts, strict=True))
+        outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
         self.scale_dora(outputs, step)
         return y_TO
-
-    def add_adapters(
-        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], descriptors: StepDescriptors, step: ForwardContext
-    ) -> None:
-        """Add what `descriptors` bring to the result and its `parts` by module."""
-        pool, offset = step.pool.tensor, step.offset(self._layer)
-        if Parts.LORA in descriptors.parts:
-            step.ops.lora_by_descriptor(x_TI, parts, pool, descriptors, self._field, offset)
-        if Parts.VERA in descriptors.parts:
-            step.ops.vera_by_descriptor(x_TI, y_TO, pool, descriptors, self._field, offset)
-        if Parts.DORA in descriptors.parts:
-            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, descriptors, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora
