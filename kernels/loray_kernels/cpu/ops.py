@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.build import Functions, functions, packed_size, sample_function, supported
+from loray_kernels.cpu.build import functions, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
     pack_layer_tables,
     pack_layer_weights,
@@ -60,7 +61,7 @@ class CpuOps(ReferenceOps):
         self._functions = functions(self.isa)
         self._pages = SharedPages()
 
-    def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
+    def _for(self, pool: Tensor, *others: Tensor) -> SimpleNamespace | None:
         """The kernels for these tensors; None if the call goes to the reference."""
         dtype = pool.dtype
         for other in others:

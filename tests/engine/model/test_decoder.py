@@ -30,7 +30,6 @@ from loray.engine.pool.pool import Pool, input_shapes
 from loray.errors import IntegrityError
 from loray.spec import GenerateRequest, RopeParameters
 from loray_kernels import Ops, backend
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
@@ -395,7 +394,7 @@ def no_gather(*arguments: Any) -> None:
 def test_each_kernel_of_each_input_is_taken_once(tiny_base: Callable[..., BaseModel]) -> None:
     config = tiny_base("Qwen3ForCausalLM").config
     pool, tiles = torch.full((4096,), 0.5), Tiles()
-    compile_adapters(CudaOps(Gather(no_gather), cast(Any, tiles)), pool, input_shapes(config, CAPACITY))
+    compile_adapters(CudaOps(no_gather, cast(Any, tiles)), pool, input_shapes(config, CAPACITY))
     hidden, heads, middle = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     inputs = [(hidden, 3, qkv, heads), (heads, 1, hidden, hidden), (hidden, 2, 2 * middle, middle)]
