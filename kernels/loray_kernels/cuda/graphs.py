@@ -264,8 +264,10 @@ class DecodeGraphs:
             if not agree(capture is not None and fits) or capture is None:
                 del capture
                 largest = shape.size - 1
-                if not self._captured:
-                    self._release(shape)
+                if not self._captured:  # the only shape that has been computed leaves nothing on the device
+                    self._steps.pop(shape, None)
+                    self._out_SV = None
+                    self._capturer.release()
                 continue
             adds = num_bytes - progress.num_bytes if self._captured else 0
             self._captured[shape] = capture
@@ -273,12 +275,6 @@ class DecodeGraphs:
             on_progress(progress)
         self._serving.clear()
         return progress
-
-    def _release(self, shape: GraphShape) -> None:
-        """The only shape that has been computed leaves nothing on the device."""
-        self._steps.pop(shape, None)
-        self._out_SV = None
-        self._capturer.release()
 
     def _capture(self, shape: GraphShape) -> Capture | None:
         """Capture; None if the memory of the device, or of another rank's for the run before, is too small."""
