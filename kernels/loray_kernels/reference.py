@@ -49,44 +49,64 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 
 class ReferenceOps:
-    """The reference of every op; `loray_kernels.ops.Ops` has the equations."""
+    """The equation of every op, and the op in torch. Intermediates are fp32, and other backends round values where
+    these are rounded. A backend overrides what it has kernels for.
+    """
 
     def page_writer(self, pool: Tensor) -> PageWriter:
+        """Give what writes adapters from host memory into `pool`."""
         return DirectWriter(pool)
 
     def captured_decoding(
         self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
     ) -> CapturedDecoding | None:
+        """Give what captures `forward`, when it is told to, and replays it; None if this backend captures nothing.
+
+        The launches of `forward` must not depend on a step's values. It gives a row for each sequence.
+        """
         return None
 
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
+        """Compute the layers from `first` on in one call, with the bits of their ops; None if there is no such call.
+
+        May write `x_TD`.
+        """
         return None
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        """Put the matrix into the layout that `linear` and `logits` read; the original may be freed."""
         return LinearWeights(weight_OI.shape[1], weight_OI.shape[0], weight_OI, bias_O)
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        """y = x Wᵀ + bias, (T, O)."""
         return F.linear(x_TI, weights.data, weights.bias_O)
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        """Give the results of `linear`, which are rounded to x's dtype, in fp32."""
         return self.linear(x_TD, weights).float()
 
     def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
+        """Draw a token for each of the draws' rows, also into `slots`; it is read before the call after the next."""
         drawn = sample(logits_SV, draws)
         if slots is not None:
             slots.tokens[slots.slots_S[list(draws.rows)]] = torch.tensor(drawn[0], device=slots.tokens.device)
         return lambda: drawn
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
+        """Give what chooses tokens of all rows of logits like these, whatever requests change; None if the backend has
+        none.
+        """
         return None
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.silu(gate_TM) * up_TM
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
+        """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""
         x_TD = F.embedding(token_ids_T, table_VD)
         if own is not None:
             own_ND = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
@@ -96,6 +116,9 @@ class ReferenceOps:
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
+        """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row, where offsets are not
+        negative. Also for (T, heads, d).
+        """
         x32_TD = x_TD.float()
         normal_TD = (x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
         y_TD = weight_D * normal_TD
@@ -118,10 +141,14 @@ class ReferenceOps:
         own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
+        """x + added, and the `rms_norm` of that."""
         sum_TD = x_TD + added_TD
         return sum_TD, self.rms_norm(sum_TD, weight_D, eps, pool, own, layer_offset)
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
+        """Queries with their halves rotated: x · cos + (−x₂, x₁) · sin. Writes the pool: keys, rotated, and values at
+        the step's slots.
+        """
         k_TKd = self.rope(k_TKd, step.cos_Td, step.sin_Td)
         self.write_kv(step.pool, step.layout, layer, k_TKd, v_TKd, step.attention)
         return self.rope(q_THd, step.cos_Td, step.sin_Td)
@@ -142,6 +169,7 @@ class ReferenceOps:
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
     ) -> Tensor:
+        """Causal attention of each sequence's last tokens over its cache; (T, H, d)."""
         cache = _kv(pool, layout)[:, layer]
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads
@@ -164,6 +192,7 @@ class ReferenceOps:
     def lora_shrink(
         self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
+        """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input."""
         x32_TI = x_TI.float()
         out = []
         for table in tables:
@@ -186,6 +215,7 @@ class ReferenceOps:
         segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
+        """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
             for n, (first, last) in enumerate(pairwise(table.rank_start)):
                 if last > first:
@@ -204,6 +234,10 @@ class ReferenceOps:
         field: int,
         layer_offset: int,
     ) -> None:
+        """Add what the descriptors have at `field`, which is layer × inputs + the input: LoRA's rows as `lora_shrink`
+        and `lora_expand` do, then VeRA's vectors as `vera_shrink` and `vera_expand`, then DoRA's scales as
+        `scale_rows`; of these the step's parts. `y_TO`, which is written, has the input's modules side by side.
+        """
         shape, vectors = descriptors.table.inputs[field % len(INPUTS)], descriptors.vectors
         if Parts.LORA in descriptors.parts:
             _add_lora(x_TI, y_TO, pool, descriptors, field, layer_offset)
@@ -219,9 +253,11 @@ class ReferenceOps:
                 y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
+        """z = A[:, :I] x in fp32, (T, R); dense, for all adapters of the pair and all modules of the input."""
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b, and d ⊙ z in y's dtype. Writes `y_TO`."""
         rows = slice(table.start, table.stop)
         d_TR = gather_rows(pool, table.d, layer_offset).float()
         b_TO = gather_rows(pool, table.b, layer_offset).float()
@@ -232,6 +268,7 @@ class ReferenceOps:
     def scale_rows(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
     ) -> None:
+        """DoRA: y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one. Writes `y_TO`."""
         y_NO = y_TO[own.tokens_N].float()
         plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
         rows_NO = gather_rows(pool, own.rows, layer_offset).float()

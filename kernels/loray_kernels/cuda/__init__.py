@@ -19,7 +19,7 @@ import importlib.util
 import torch
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.ops import Ops
+from loray_kernels.reference import ReferenceOps
 
 _CUBLAS_BYTES = 64 << 20  # its workspaces: of a card of 2022, 32 MiB for each of two streams
 
@@ -37,7 +37,7 @@ def use_device(device: torch.device) -> torch.device:
     return device
 
 
-def cuda_ops(device: torch.device) -> Ops:
+def cuda_ops(device: torch.device) -> ReferenceOps:
     """Make the ops whose kernels are launched on `device`, which becomes this thread's current device.
 
     BackendUnavailable says what is missing: a GPU that is new enough, Triton, CuPy or NVRTC.

@@ -6,11 +6,9 @@ does not cover. Nothing else asks for a family by name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from loray.errors import UnsupportedError
@@ -77,14 +75,6 @@ class ModelConfig:
         """The elements of all matrices that a token is multiplied with: linear modules and the output head."""
         layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + self.vocab_size * self.hidden_size
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read a checkpoint's `config.json`. Raises UnsupportedError."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-        return cls.from_hf(json.loads(path.read_text(encoding="utf-8")))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
