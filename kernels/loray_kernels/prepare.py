@@ -26,7 +26,7 @@ def prepare_once(make: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T
     """Keep what `make` makes of its first argument there. Its other arguments are the same in each call."""
 
     @wraps(make)
-    def prepared(table: T, *args: P.args, **kwargs: P.kwargs) -> R:
+    def prepared(table: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         found: R | None = table.prepared.get(prepared)
         if found is None:
             found = table.prepared[prepared] = make(table, *args, **kwargs)

@@ -98,14 +98,13 @@ class Readback:
         here_N.copy_(there_N, non_blocking=True)
         if self._on_gpu:
             self._events[turn].record()
+        return lambda: self.read(here_N, turn)
 
-        def read() -> npt.NDArray[np.int64]:
-            if self._on_gpu:
-                self._events[turn].synchronize()
-            words: npt.NDArray[np.int64] = here_N.numpy()
-            return words
-
-        return read
+    def read(self, here_N: Tensor, turn: int) -> npt.NDArray[np.int64]:
+        if self._on_gpu:
+            self._events[turn].synchronize()
+        words: npt.NDArray[np.int64] = here_N.numpy()
+        return words
 
 
 class Choices(NamedTuple):
