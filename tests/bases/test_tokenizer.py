@@ -43,9 +43,13 @@ def test_what_other_files_say_is_in_the_one_file(checkpoint: Path, tmp_path: Pat
 
 def test_a_base_without_it_is_to_be_added_again(checkpoint: Path, tmp_path: Path) -> None:
     base = add_base(str(checkpoint), home=tmp_path / "home")
-    (base.path / tokenizer.FILE).unlink()
-    with pytest.raises(IntegrityError, match=f"lacks {tokenizer.FILE}; remove the folder and add the base again"):
+    file = base.path / tokenizer.FILE
+    written = file.read_bytes()
+    file.unlink()
+    with pytest.raises(IntegrityError, match=f"lacks {tokenizer.FILE}: add the base again"):
         tokenizer.load(base.path)
+    add_base(str(checkpoint), home=tmp_path / "home")
+    assert file.read_bytes() == written
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_refused(checkpoint: Path, tmp_path: Path) -> None:

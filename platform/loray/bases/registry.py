@@ -223,6 +223,8 @@ def _add(
                 hashing = partial(progress, "comparing")
                 if checkpoint.fingerprint(origin, config_json, hashing) != existing.fingerprint:
                     raise _taken(existing, source)
+            if not (existing.path / tokenizer.FILE).is_file():
+                tokenizer.write(existing.path)
             return existing
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
     try:

@@ -41,4 +41,4 @@ def read(folder: Path) -> str:
     try:
         return (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise IntegrityError(f"{folder} lacks {FILE}; remove the folder and add the base again") from e
+        raise IntegrityError(f"{folder} lacks {FILE}: add the base again with `loray base add`") from e
