@@ -121,7 +121,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
         places = [int(s) * max_blocks + i for s, t in zip(slots, meta.block_table, strict=True) for i in range(len(t))]
         new = [int(block) for table in meta.block_table for block in table]
         none = np.array([], dtype=np.int64)
-        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, slots, none, places, new))
+        padded.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, slots, none, places, new))
         step = padded.step()
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
