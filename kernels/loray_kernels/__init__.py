@@ -7,6 +7,7 @@
     descriptors  where an adapter's rows are, in the device's memory
     decode       decode steps that a backend captures and replays
     sampling     a token for each row of logits
+    prepare      what a backend makes of tables and weights once
     reference    the ops' equations, in torch; every other backend is made of it and tested against it
     cpu/         C++ (cpu/csrc), compiled at first use
     cuda/        CUDA C++ (cuda/csrc) and Triton, for NVIDIA GPUs

@@ -149,22 +149,16 @@ class ReferenceOps:
         """Queries with their halves rotated: x · cos + (−x₂, x₁) · sin. Writes the pool: keys, rotated, and values at
         the step's slots.
         """
-        k_TKd = self.rope(k_TKd, step.cos_Td, step.sin_Td)
-        self.write_kv(step.pool, step.layout, layer, k_TKd, v_TKd, step.attention)
-        return self.rope(q_THd, step.cos_Td, step.sin_Td)
 
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        first, second = x_THd.chunk(2, dim=-1)
-        turned_THd = torch.cat((-second, first), dim=-1)
-        return x_THd * cos_Td.unsqueeze(1) + turned_THd * sin_Td.unsqueeze(1)
+        def turned(x_THd: Tensor) -> Tensor:
+            first, second = x_THd.chunk(2, dim=-1)
+            return x_THd * step.cos_Td.unsqueeze(1) + torch.cat((-second, first), dim=-1) * step.sin_Td.unsqueeze(1)
 
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        cache = _kv(pool, layout)[:, layer]
-        block, position = meta.slot_mapping_T // layout.block_tokens, meta.slot_mapping_T % layout.block_tokens
-        cache[block, 0, position] = k_TKd.to(pool.dtype)
-        cache[block, 1, position] = v_TKd.to(pool.dtype)
+        cache, block_tokens = _kv(step.pool, step.layout)[:, layer], step.layout.block_tokens
+        block, position = step.attention.slot_mapping_T // block_tokens, step.attention.slot_mapping_T % block_tokens
+        cache[block, 0, position] = turned(k_TKd).to(step.pool.dtype)
+        cache[block, 1, position] = v_TKd.to(step.pool.dtype)
+        return turned(q_THd)
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float

@@ -175,49 +175,36 @@ class CpuOps(ReferenceOps):
         )
         return y_TD
 
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        f = self._for(x_THd, cos_Td, sin_Td)
+    def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
+        pool, layout = step.pool, step.layout
+        f = self._for(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td)
         if f is None:
-            return super().rope(x_THd, cos_Td, sin_Td)
-        x_THd, cos_Td, sin_Td = token_rows(x_THd), cos_Td.contiguous(), sin_Td.contiguous()
-        num_tokens, num_heads, width = x_THd.shape
-        assert cos_Td.shape == (num_tokens, width) == sin_Td.shape
-        y_THd = _like(x_THd)
-        f.rope(
-            x_THd.data_ptr(),
-            x_THd.stride(0),
-            num_tokens,
-            num_heads,
-            width,
-            cos_Td.data_ptr(),
-            sin_Td.data_ptr(),
-            y_THd.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y_THd
-
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        f = self._for(pool, k_TKd, v_TKd)
-        if f is None:
-            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
-            return
-        k_TKd, v_TKd, slot_mapping_T = token_rows(k_TKd), token_rows(v_TKd), meta.slot_mapping_T.contiguous()
-        assert k_TKd.shape == v_TKd.shape == (slot_mapping_T.shape[0], layout.num_kv_heads, layout.head_dim)
+            return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
+        q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
+        cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
+        slot_mapping_T, threads = step.attention.slot_mapping_T.contiguous(), torch.get_num_threads()
+        num_tokens, _, d = q_THd.shape
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, layout.head_dim)
+        assert slot_mapping_T.shape == (num_tokens,)
+        out_THd, keys_TKd = _like(q_THd), _like(k_TKd)
+        for x, y in ((q_THd, out_THd), (k_TKd, keys_TKd)):
+            tables = cos_Td.data_ptr(), sin_Td.data_ptr()
+            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
             layout.block_tokens,
-            k_TKd.data_ptr(),
-            k_TKd.stride(0),
+            keys_TKd.data_ptr(),
+            keys_TKd.stride(0),
             v_TKd.data_ptr(),
             v_TKd.stride(0),
             layout.num_kv_heads * layout.head_dim,
             slot_mapping_T.data_ptr(),
-            slot_mapping_T.shape[0],
-            torch.get_num_threads(),
+            num_tokens,
+            threads,
         )
+        return out_THd
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
