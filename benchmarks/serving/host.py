@@ -68,7 +68,7 @@ class StandInOps(CudaOps):
 
     def __init__(self) -> None:
         self.num_launches = self.num_replayed = 0
-        super().__init__(self.launched, cast(Any, _NoTiles(self.launched)))
+        super().__init__(cast(Any, self.launched), cast(Any, _NoTiles(self.launched)))
 
     def launched(self, *arguments: object) -> None:
         self.num_launches += 1

@@ -315,7 +315,7 @@ def _add_vera(
         pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
         a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)[:, shape.pair_column :]
         z_NR = ops.vera_shrink(x_TI[first : first + num], ProjectionMatrix(a_RI))
-        for token, z_1R in enumerate(z_NR.split(1), first):
+        for token, z_1R in enumerate(torch.split(z_NR, 1), first):
             for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
                 b_at = pair.b + shape.pair_rows[i] * pair.rank
                 d, b = (
