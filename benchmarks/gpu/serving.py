@@ -222,7 +222,9 @@ def server(shape: Shape, folder: Path, **fields: Any) -> Iterator[Server]:
     )
     tensors = random_tensors(config, device, torch.bfloat16)
     with patch.object(GrammarCompiler, "warm", lambda self: None):  # no answer is held to a grammar
-        engine = build_engine(spec, base, lambda ref: templates[ranks[int(ref.name) % len(ranks)]], tensors)
+        engine = build_engine(
+            spec, base, lambda ref, packer: packer.pack(templates[ranks[int(ref.name) % len(ranks)]]), tensors
+        )
     made, read = Server(engine, shape), Readback.read
 
     def timed(readback: Readback, *arguments: Any) -> Any:

@@ -35,7 +35,7 @@ from benchmarks.world import describe_machine, load_average
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray.engine.memory.adapter_manager import Stage
+from loray.engine.memory.adapter_manager import Tier
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray_kernels import CapturedDecoding, CapturedStep, Decoding, LinearWeights, PageWriter
@@ -208,7 +208,7 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
     )
     ops, tensors = StandInOps(), random_tensors(config, torch.device("cpu"), torch.bfloat16)
     with patch.object(build, "backend", lambda name, device: ops):
-        engine = build.build_engine(spec, base, lambda ref: weights, tensors)
+        engine = build.build_engine(spec, base, lambda ref, packer: packer.pack(weights), tensors)
     try:
         engine.warm_up()
         yield engine, ops
@@ -235,8 +235,8 @@ def _requests(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateReq
 
 def _start(engine: Engine, rows: int) -> None:
     """Until every row decodes. All adapters are loaded first, so that prompts are computed together."""
-    at = engine.adapter_manager.table.at
-    while engine.adapter_manager.poll() or at[Stage.QUEUED] or at[Stage.LOADING]:
+    at = engine.adapter_manager.at
+    while engine.adapter_manager.poll() or at[Tier.QUEUED] or at[Tier.LOADING]:
         time.sleep(0.001)
     outputs: Sequence[Any] = ()
     while len(outputs) != rows or len(engine.scheduler.running) != rows:

@@ -39,7 +39,9 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
         max_loading=num_requests,
         enable_prefix_caching=False,
     )
-    engine = build_engine(spec, base, lambda ref: read_adapter(Path(weights[ref.digest]), base.config))
+    engine = build_engine(
+        spec, base, lambda ref, packer: packer.pack(read_adapter(Path(weights[ref.digest]), base.config))
+    )
     params = SamplingParams(max_tokens=max_tokens, temperature=0)
     for q, ids in enumerate(tokenizer(prompts)["input_ids"]):
         for a, ref in enumerate(refs):

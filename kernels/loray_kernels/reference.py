@@ -35,7 +35,7 @@ from loray_kernels.ops import (
     TablesOf,
     VeraTable,
 )
-from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots, sample
+from loray_kernels.sampling import Chooser, Drawn, Draws, ReferenceChooser, TokenSlots, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -94,11 +94,9 @@ class ReferenceOps:
             slots.tokens[slots.slots_S[list(draws.rows)]] = torch.tensor(drawn[0], device=slots.tokens.device)
         return lambda: drawn
 
-    def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        """Give what chooses tokens of all rows of logits like these, whatever requests change; None if the backend has
-        none.
-        """
-        return None
+    def chooser(self, logits_SV: Tensor) -> Chooser:
+        """Give what chooses tokens of all rows of logits like these, whatever requests change."""
+        return ReferenceChooser(self.sample)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""

@@ -127,13 +127,8 @@ ENGINE_METRICS = _table(
     _counter("adapter_loads_total", "Loads of adapters into host memory begun."),
     _counter(
         "adapter_sources_total",
-        "The same by where the bytes come from: the node's cache, another replica (peer), or the store.",
+        "The same by where the bytes come from: the node's cache, or the store.",
         "source",
-    ),
-    _counter(
-        "adapter_peer_answers_total",
-        "Other replicas that were asked for an adapter, by answer: given, absent, late, or failed.",
-        "answer",
     ),
     _counter("adapter_load_failures_total", "Adapters that could not be loaded or placed."),
     _counter("adapter_loaded_bytes_total", "Bytes of loaded adapters in host memory."),

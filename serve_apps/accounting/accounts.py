@@ -293,10 +293,6 @@ class TenantTurns:
     def num_waiting(self) -> int:
         return self._fair.num_waiting
 
-    def is_modest(self, tenant: str) -> bool:
-        """Tell whether the tenant is modest, see FairAdmission."""
-        return self._fair.is_modest(tenant)
-
     async def enter(self, tenant: str) -> None:
         """Return when the request may begin; `leave` follows once. Raises Overloaded if that takes too long."""
         loop = asyncio.get_running_loop()
@@ -383,7 +379,6 @@ class AdmitRequests:
             scope["route"] = _Route(path)  # which metrics name
             await self._refused(e)(scope, receive, send)
             return
-        scope["state"]["is_modest"] = self._turns.is_modest(principal.tenant)
         try:
             await self._app(scope, receive, send)
         finally:

@@ -197,7 +197,6 @@ class Gateway:
                     ttft_slo_s=request.ttft_slo_s,
                     cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
                     traceparent=None if headers.trace is None else headers.trace.traceparent,
-                    is_modest=headers.is_modest,
                 )
                 for i, prompt in enumerate(prompts)
                 for choice in range(request.n)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric as Family
 
-from loray.engine.memory.prefetch import Prefetched
+from loray.engine.memory.adapter_manager import Prefetched
 from loray.engine.metrics import Histogram as CountedHistogram
 from loray.errors import EngineError, LorayError
 from loray.schemas.status import AdapterPlacement, ReplicaStatus
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 _LAYOUT_TIMEOUT_S = 1.0
 
-Source = Literal["cache", "peer", "store"]  # of an adapter's bytes
-PeerAnswer = Literal["given", "absent", "late", "failed"]
+Source = Literal["cache", "store"]  # of an adapter's bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -60,20 +59,15 @@ class RequestTimes:
 
 
 class LoadCounts:
-    """Counts where adapters were loaded from, and what other replicas answered. Used from any thread."""
+    """Counts where adapters were loaded from. Used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.sources: dict[Labels, float] = {(source,): 0 for source in get_args(Source)}
-        self.answers: dict[Labels, float] = {(answer,): 0 for answer in get_args(PeerAnswer)}
 
     def began(self, source: Source) -> None:
         with self._lock:
             self.sources[source,] += 1
-
-    def asked(self, answer: PeerAnswer) -> None:
-        with self._lock:
-            self.answers[answer,] += 1
 
 
 class WarmStart(NamedTuple):
@@ -162,7 +156,6 @@ class ReplicaMetrics:
 
     def _load_families(self) -> Iterator[Family]:
         yield counter("adapter_sources_total", self._loads.sources)
-        yield counter("adapter_peer_answers_total", self._loads.answers)
         warm, seconds = self._warm_start
         outcomes = {
             "pool": warm.num_in_pool,
@@ -252,7 +245,7 @@ async def placements(
             name=placement.ref.name,
             version=placement.ref.version,
             nbytes=placement.ref.nbytes,
-            tier="none" if placement.tier is None else placement.tier.value,
+            tier=placement.place or "none",
             uses=placement.num_uses,
             last_used_at=placement.last_used_at,
             num_tokens=placement.num_tokens,

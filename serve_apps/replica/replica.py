@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Collection
+from typing import TYPE_CHECKING
 
 from loray.bases.registry import get_base
 from loray.encryption import client_context
@@ -33,8 +33,6 @@ from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
 from serve_apps.python_gc import collect_when_quiet, freeze_garbage
 from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, WarmStart, placements, replica_status
-from serve_apps.replica.peers.asking import ReplicaPeers
-from serve_apps.replica.peers.giving import CopyGiver
 from serve_apps.replica.requests import ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 from serve_apps.tracing import open_tracing
@@ -42,10 +40,8 @@ from serve_apps.tracing import open_tracing
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.bases.registry import BaseModel
     from loray.engine.async_engine import AsyncEngine
-    from loray.spec import AdapterOf, GenerateRequest
-    from loray.store import AdapterCopy
+    from loray.spec import GenerateRequest
     from serve_apps.channel.frames import ChannelAddress
     from serve_apps.scaling import DemandRecords
 
@@ -56,18 +52,9 @@ _CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 _ALONE = 0.2  # of the time, where no other replica takes requests, which wait meanwhile
 
 
-def warm_up(
-    stream: AsyncEngine,
-    records: DemandRecords,
-    own: str,
-    fingerprint: str,
-    timeout_s: float,
-    told: Callable[[str, tuple[str, ...]], None] = lambda digest, holders: None,
-) -> WarmStart:
+def warm_up(stream: AsyncEngine, records: DemandRecords, own: str, fingerprint: str, timeout_s: float) -> WarmStart:
     """Load what is expected of the replica `own`, whose base has this fingerprint. Blocks for `timeout_s` at most, and
     a call of the cluster. Does not raise: a replica that could not load anything starts as well.
-
-    `told` gets who has an adapter before it is loaded, see `ReplicaPeers`.
     """
     began = time.monotonic()
     try:
@@ -75,8 +62,6 @@ def warm_up(
         if record is None:
             return WarmStart()
         wanted = [demand for demand in expected(record, own) if demand.ref.base_fingerprint == fingerprint]
-        for demand in wanted:
-            told(demand.ref.digest, demand.holders)
         left_s = timeout_s * (1.0 if record.replicas else _ALONE) - (time.monotonic() - began)
         loaded = stream.prefetch([demand.ref for demand in wanted], left_s)
     except Exception:  # noqa: BLE001 - it only makes the first requests faster
@@ -106,13 +91,10 @@ class EngineReplica:
 
         self._started_at = time.time()
         base, counts = get_base(settings.home, spec.base), LoadCounts()
-        self._peers = ReplicaPeers(_replica_id(), _own_deployment, counts, spec.peer_timeout_s)
-        loader = adapter_loader(base, settings, counts, self._peers if spec.peer_timeout_s else None)
-        if spec.peer_timeout_s and spec.max_replicas > 1:
-            self._peers.connect()
-        self._giver = CopyGiver(loader.cache)
-        self._stream = start_engine(spec, base, settings, RankActors, loader)
-        warm_start = self._warm_up(base) if spec.warm_start_s else None
+        self._stream = start_engine(spec, base, adapter_loader(base, settings, counts), RankActors)
+        warm_start = None
+        if spec.warm_start_s:
+            warm_start = warm_up(self._stream, _demand_records(), _replica_id(), base.fingerprint, spec.warm_start_s)
         self._metrics = ReplicaMetrics(loads=counts, warm_start=warm_start)
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
@@ -121,10 +103,6 @@ class EngineReplica:
         freeze_garbage()
         stream = self._stream
         collect_when_quiet(lambda: stream.stats().is_idle)
-
-    def _warm_up(self, base: BaseModel) -> WarmStart:
-        records, timeout_s = _demand_records(), self._spec.warm_start_s
-        return warm_up(self._stream, records, _replica_id(), base.fingerprint, timeout_s, self._peers.told)
 
     async def generate_to(
         self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int
@@ -136,8 +114,6 @@ class EngineReplica:
         ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached. If a rank is lost, this
         process ends: so Serve knows at once, and its requests go on elsewhere.
         """
-        if request.adapter is not None:
-            self._peers.told(request.adapter.digest, request.holders)
         try:
             self._stream.check_health()
             connection = await self._connections.to(gateway)
@@ -162,10 +138,6 @@ class EngineReplica:
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
         """Say where adapters are, see `placements`."""
         return await placements(self._stream, _replica_id(), digests)
-
-    async def give_adapter(self, asked: AdapterOf) -> AdapterCopy | None:
-        """Give the adapter's files to another replica. None if this node's cache does not have them."""
-        return await self._giver.give(asked.digest)
 
     async def report_to(self, gateway: ChannelAddress) -> None:
         """Tell `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
@@ -206,20 +178,6 @@ def _replica_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
-
-
-def _own_deployment() -> Any:
-    """Open a handle of this replica's deployment, for any thread. Its router soon knows the other replicas.
-
-    `_init` is private. Otherwise the router would be in the loop of its caller, as loray's clusters are set, and those
-    that call it are threads; nor does this replica's own loop run before it has started.
-    """
-    from ray import serve
-
-    here = serve.get_replica_context()
-    handle = serve.get_deployment_handle(here.deployment, here.app_name)
-    handle._init(_run_router_in_separate_loop=True)
-    return handle
 
 
 def _demand_records() -> DemandRecords:

@@ -17,7 +17,7 @@ from loray.telemetry import get_logger
 if TYPE_CHECKING:
     from loray.engine.async_engine import AsyncEngine
     from loray.engine.parallel.worker import StartWorkers
-    from serve_apps.replica.loading import AdapterLoader, Peers
+    from serve_apps.replica.loading import AdapterLoader
     from serve_apps.replica.metrics import LoadCounts
 
 _log = get_logger(__name__)
@@ -41,33 +41,25 @@ def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> 
 
 
 def start_engine(
-    spec: ServeSpec,
-    base: BaseModel,
-    settings: Settings,
-    start_workers: StartWorkers | None = None,
-    load: AdapterLoader | None = None,
+    spec: ServeSpec, base: BaseModel, load: AdapterLoader, start_workers: StartWorkers | None = None
 ) -> AsyncEngine:
-    """Load the base, allocate the pool, and start the engine's thread.
+    """Load the base, allocate the pool, and start the engine's thread. `load` is an `adapter_loader`.
 
-    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
-    is an `adapter_loader`.
+    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine.
     """
     from loray.engine.async_engine import AsyncEngine
     from loray.engine.build import build_engine
     from loray.engine.parallel.worker import LocalWorkers
 
     started = time.monotonic()
-    load = load or adapter_loader(base, settings)
     stream = AsyncEngine(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream
 
 
-def adapter_loader(
-    base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
-) -> AdapterLoader:
+def adapter_loader(base: BaseModel, settings: Settings, counts: LoadCounts | None = None) -> AdapterLoader:
     """Make the `load` of the engine's loader threads, from a reference to an adapter."""
     from serve_apps.replica.loading import AdapterLoader
 
-    return AdapterLoader(base, settings, counts, peers)
+    return AdapterLoader(base, settings, counts)

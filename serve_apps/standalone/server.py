@@ -287,7 +287,7 @@ def run(
     """
     spec = set_num_threads(spec)
     loader = adapter_loader(base, settings)
-    stream = start_engine(spec, base, settings, load=loader)
+    stream = start_engine(spec, base, loader)
     try:
         from serve_apps.tracing import open_tracing
 

@@ -1,12 +1,10 @@
-"""The engine for asyncio: streams, cancellation, failures, a store that hangs, and the threads that take turns."""
+"""The engine for asyncio: streams, cancellation, failures, a store that hangs, and its thread."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import os
-import queue
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
@@ -19,13 +17,13 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine import engine as engine_module
-from loray.engine.async_engine import AsyncEngine, EngineThreads, Lane
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.engine import check_request
 from loray.engine.metrics import EngineStats
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.request import Request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, Overloaded, RequestError, StoreError
-from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec, TokenDelta
 from tests.fixtures.engines import hold, make_engine, request, run
 from tests.fixtures.peft_adapters import Adapters
@@ -139,7 +137,7 @@ def test_what_is_refused_is_refused_at_once_and_others_go_on(stream: AsyncEngine
 def test_a_request_is_refused_in_time_although_nothing_happens(stream: AsyncEngine, adapters: Adapters) -> None:
     """The load that it waits for ends only after the refusal, and nothing else wakes the engine."""
     refused, load = threading.Event(), stream._engine._loads._load
-    stream._engine._loads._load = lambda ref: (refused.wait(60), load(ref))[1]
+    stream._engine._loads._load = lambda ref, packer: (refused.wait(60), load(ref, packer))[1]
 
     async def test() -> None:
         with pytest.raises(Overloaded, match="no first token within"):
@@ -210,7 +208,7 @@ def test_stopping_ends_open_streams(stream: AsyncEngine) -> None:
         task = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=450)))
         assert await asyncio.to_thread(stands.wait, 60)
         threading.Thread(target=stream.stop).start()
-        while not stream._threads._ended:
+        while not stream._stopping:
             await asyncio.sleep(0.001)
         go_on.set()
         with pytest.raises(EngineError, match="shutting down"):
@@ -239,10 +237,10 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: A
     """A store that does not answer: what is warm, and the base, are served as ever."""
     hangs, goes_on = {adapters[name].ref.digest for name in ("r2", "r5")}, threading.Event()
 
-    def load(ref: AdapterRef) -> AdapterWeights:
+    def load(ref: AdapterRef, packer: Packer) -> PackedAdapter:
         if ref.digest in hangs:
             assert goes_on.wait(60)
-        return next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base)
+        return packer.pack(next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base))
 
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=8 << 20, num_threads=1, load_timeout_s=1.0)
     stream = AsyncEngine(build_engine(spec, base, load))
@@ -278,112 +276,25 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: A
         stream.stop()
 
 
-# An engine's threads take turns, and who waits for a first token is served in the one of higher priority.
-
-WAIT_S = 30.0
-
-
-class Turns:
-    """What the threads of a test do: each turn puts its thread's name into `came`, and returns what `go` gets."""
-
-    def __init__(self, lanes: tuple[Lane, ...] = (Lane.USUAL, Lane.FIRST)) -> None:
-        self.came: queue.Queue[str] = queue.Queue()
-        self.go: queue.Queue[float | None] = queue.Queue()
-        self.prepared: queue.Queue[Lane] = queue.Queue()
-        self.num_at_once = 0
-        self.threads = EngineThreads(self.prepared.put, self._turn, lanes)
-
-    def _turn(self) -> float | None:
-        self.num_at_once += 1
-        assert self.num_at_once == 1
-        self.came.put(threading.current_thread().name)
-        due = self.go.get(timeout=WAIT_S)
-        self.num_at_once -= 1
-        return due
-
-    def next(self) -> str:
-        return self.came.get(timeout=WAIT_S)
+def test_what_comes_in_a_turn_is_not_slept_through(stream: AsyncEngine) -> None:
+    """Nothing else wakes the engine, which is idle after that turn."""
+    for _ in range(20):
+        inner = stream.call(lambda: stream.call(lambda: "came")).result(60)
+        assert inner.result(60) == "came"
 
 
-@pytest.fixture
-def turns() -> Turns:
-    return Turns()
+def test_a_stop_in_a_turn_is_not_slept_through(stream: AsyncEngine) -> None:
+    def turn() -> None:
+        stopping.start()
+        while not stream._stopping:
+            pass
 
-
-def test_turns_follow_at_once_and_change_threads_when_asked(turns: Turns) -> None:
-    turns.threads.start()
-    assert {turns.prepared.get(timeout=WAIT_S) for _ in range(2)} == {Lane.USUAL, Lane.FIRST}
-    found = [turns.next()]
-    for lane in (Lane.USUAL, Lane.FIRST, Lane.FIRST, Lane.USUAL):
-        turns.threads.use(lane)  # while a turn is under way
-        turns.go.put(-math.inf)
-        found.append(turns.next())
-    assert found == ["engine-usual", "engine-usual", "engine-first", "engine-first", "engine-usual"]
-    turns.go.put(None)
-    turns.threads.stop()
-    assert not any(thread.is_alive() for thread in turns.threads._threads), "no turn follows None"
-
-
-def test_what_comes_wakes_the_thread_whose_turn_it_is(turns: Turns) -> None:
-    turns.threads.start()
-    turns.next()
-    turns.go.put(math.inf)
-    turns.threads.use(Lane.FIRST)
-    turns.threads.wake()
-    assert turns.next() == "engine-first", "whether the first turn had ended when it came or not"
-    turns.threads.wake()  # in the middle of a turn
-    turns.go.put(math.inf)
-    assert turns.next() == "engine-first"
-    turns.go.put(0.0)  # a time that has passed
-    assert turns.next() == "engine-first"
-    turns.go.put(math.inf)
-    turns.threads.stop()
-
-
-def test_a_stop_in_a_turn_is_not_slept_through(turns: Turns) -> None:
-    turns.threads.start()
-    turns.next()
-    stopping = threading.Thread(target=turns.threads.stop)
-    stopping.start()
-    while not turns.threads._ended:
-        pass
-    turns.go.put(math.inf)
-    stopping.join(WAIT_S)
+    stopping = threading.Thread(target=stream.stop)
+    stream.call(turn).result(60)
+    stopping.join(60)
     assert not stopping.is_alive()
-    assert turns.came.empty()
-
-
-def test_one_thread_does_all_where_there_is_one() -> None:
-    turns = Turns((Lane.USUAL,))
-    turns.threads.start()
-    turns.next()
-    turns.threads.use(Lane.FIRST)
-    turns.go.put(-math.inf)
-    assert turns.next() == "engine-usual"
-    turns.go.put(None)
-    turns.threads.stop()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-def test_steps_run_in_the_background_but_for_first_tokens(base: BaseModel) -> None:
-    stream, own = AsyncEngine(make_engine(base, num_threads=1)), os.sched_getscheduler(0)
-    found: dict[str, int] = {}
-
-    def policy() -> int:
-        return os.sched_getscheduler(threading.get_native_id())
-
-    async def answer(request_id: str, *, is_modest: bool) -> None:
-        asked = replace(request(request_id, IDS, max_tokens=2), traceparent="00", is_modest=is_modest)
-        async for _ in stream.generate(asked):
-            pass
-
-    stream.on_first_step(lambda request_id, at: found.update({request_id: policy()}))
-    stream.start()
-    asyncio.run(answer("usual", is_modest=False))
-    assert found == {"usual": os.SCHED_IDLE}
-    while own not in found.values():  # the turn that is under way when it comes may take it
-        asyncio.run(answer(f"modest-{len(found)}", is_modest=True))
-    assert not stream._first
-    while stream.call(policy).result(WAIT_S) != os.SCHED_IDLE:
-        pass  # the turn that is under way decides at its end
-    stream.stop()
+def test_steps_run_in_the_background(stream: AsyncEngine) -> None:
+    assert stream.call(lambda: os.sched_getscheduler(threading.get_native_id())).result(60) == os.SCHED_IDLE

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine, undo_step
+from loray.engine.engine import Engine
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.request import Chunk, TokenOutput
 from loray.errors import (
     BaseMismatch,
@@ -25,7 +26,7 @@ from loray.errors import (
     RequestError,
     SpecError,
 )
-from loray.methods.weights import AdapterWeights, LoraWeights
+from loray.methods.weights import LoraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest
 from tests.fixtures.engines import BLOCK_BYTES, empty, ids, make_engine, outputs, request, run
 from tests.fixtures.peft_adapters import ATTENTION, Adapters, TestAdapter
@@ -70,15 +71,13 @@ def test_a_pool_too_small_for_anything_is_refused(base: BaseModel) -> None:
 def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters: Adapters) -> None:
     engine = make_engine(base, list(adapters.values()), max_num_batched_tokens=64, max_num_seqs=8)
     broken, fine = adapters["r2"], adapters["r5"]
-    original = engine._loads._load
 
-    def load(ref: AdapterRef) -> AdapterWeights:
-        weights = original(ref)
-        assert isinstance(weights, AdapterWeights)
+    def load(ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        weights = (broken if ref.digest == broken.ref.digest else fine).load(base)
         for module in weights.modules.values() if ref.digest == broken.ref.digest else ():
             assert isinstance(module, LoraWeights)
             module.b_OR.mul_(1e38)
-        return weights
+        return packer.pack(weights)
 
     engine._loads._load = load
     both = (request(a.ref.name, ids(70), a, temperature=1.0, seed=1) for a in (broken, fine))
@@ -345,4 +344,4 @@ def test_errors_of_a_step_are_the_engines_but_for_memory(
 def test_where_no_request_is_left_to_end_the_error_is_the_engines(base: BaseModel) -> None:
     engine, error = make_engine(base), torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        undo_step(error, [], engine.scheduler, engine._model)
+        engine._undo(error, [])

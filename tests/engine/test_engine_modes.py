@@ -17,9 +17,10 @@ from peft import LoraConfig, VeraConfig
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.metrics import EngineStats
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError
 from loray.methods.vera import VeraWeights
-from loray.methods.weights import AdapterWeights, LoraWeights
+from loray.methods.weights import LoraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest, RopeParameters
 from tests.fixtures.engines import BLOCK_BYTES, Spy, empty, fill_up, make_engine, request, run
 from tests.fixtures.peft_adapters import (
@@ -149,7 +150,7 @@ class Store:
         self.lock = threading.Lock()
         self.num_failures = 0
 
-    def __call__(self, ref: AdapterRef) -> AdapterWeights:
+    def __call__(self, ref: AdapterRef, packer: Packer) -> PackedAdapter:
         with self.lock:
             luck = self.rng.random()
             self.num_failures += luck < 0.1
@@ -163,7 +164,7 @@ class Store:
             else:
                 damaged = replace(module, b_O=module.b_O * torch.nan)
             weights = replace(weights, modules={**weights.modules, key: damaged})
-        return weights
+        return packer.pack(weights)
 
 
 def live(

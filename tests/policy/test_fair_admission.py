@@ -34,19 +34,6 @@ def test_one_tenant_alone_is_never_held_up() -> None:
     assert fair.ask("alone", 1001, 0.1)
 
 
-def test_who_has_no_more_than_its_part_is_modest() -> None:
-    fair = FairAdmission[int]()
-    assert not fair.is_modest("a"), "it is not known"
-    assert fair.ask("a", 0, 0.0)
-    assert not fair.is_modest("a"), "nobody else has asked"
-    assert fair.ask("b", 1, 0.0)
-    assert fair.is_modest("a")
-    assert fair.is_modest("b")
-    assert fair.ask("a", 2, 0.0)
-    assert not fair.is_modest("a"), "two of three"
-    assert fair.is_modest("b"), "one of three"
-
-
 @pytest.mark.parametrize(
     ("lateness", "limit"),
     [

@@ -13,7 +13,7 @@ OLD = ("one", "two", "three")
 
 
 def record(weights: Sequence[float], replicas: Sequence[str] = OLD, at: float = 1000.0) -> DemandRecord:
-    demands = (AdapterDemand(adapter(i), weight, tuple(replicas[:1])) for i, weight in enumerate(weights))
+    demands = (AdapterDemand(adapter(i), weight) for i, weight in enumerate(weights))
     return DemandRecord(at, tuple(replicas), tuple(demands))
 
 
@@ -72,11 +72,8 @@ def test_only_the_most_in_demand_are_remembered() -> None:
 
 
 def test_the_gateways_records_are_added_up_as_of_the_newest() -> None:
-    old = DemandRecord(0.0, ("gone", "one"), (AdapterDemand(adapter(1), 8.0, ("gone", "one")),))
-    new = DemandRecord(
-        HALF_LIFE_S, ("one", "two"), (AdapterDemand(adapter(2), 5.0), AdapterDemand(adapter(1), 2.0, ("two",)))
-    )
+    old = DemandRecord(0.0, ("gone", "one"), (AdapterDemand(adapter(1), 8.0),))
+    new = DemandRecord(HALF_LIFE_S, ("one", "two"), (AdapterDemand(adapter(2), 5.0), AdapterDemand(adapter(1), 2.0)))
     both = merged([old, new])
     assert (both.at, both.replicas) == (HALF_LIFE_S, ("one", "two"))
     assert [(d.ref, d.weight) for d in both.adapters] == [(adapter(1), 6.0), (adapter(2), 5.0)]
-    assert set(both.adapters[0].holders) == {"one", "two"}

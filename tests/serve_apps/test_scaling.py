@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +10,6 @@ from ray.exceptions import RpcError
 from ray.serve.config import AutoscalingContext
 
 from loray.policy.demand import DemandMeter, EngineLoad, Observation
-from loray.policy.routing import Held, RoutingReports, RoutingSeries
 from loray.policy.warm_start import AdapterDemand, DemandRecord
 from loray.schemas.status import AutoscalingStatus
 from loray.spec import AdapterBytes, AutoscalingSpec, ServeSpec
@@ -268,7 +266,7 @@ def test_replicas_report_often_enough_for_the_window() -> None:
 def test_what_the_gateways_wrote_is_read_as_one(gcs: Gcs) -> None:
     records = DemandRecords("loray", "engine-a")
     assert records.read() is None
-    one = DemandRecord(5000.0, ("r1",), (AdapterDemand(adapter(1), 2.0, ("r1",)), AdapterDemand(adapter(2), 1.0)))
+    one = DemandRecord(5000.0, ("r1",), (AdapterDemand(adapter(1), 2.0), AdapterDemand(adapter(2), 1.0)))
     records.write("g1", one)
     assert records.read() == one
     records.write("g2", DemandRecord(5000.0, ("r1",), (AdapterDemand(adapter(2), 3.0),)))
@@ -290,12 +288,7 @@ def test_a_cluster_that_does_not_answer_costs_a_line(gcs: Gcs, caplog: pytest.Lo
         records.read()
 
 
-def test_a_gateway_notes_its_demand_with_who_has_the_adapters(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
-    reports = RoutingReports()
-    for name in ("r1", "r2"):
-        (delta,) = RoutingSeries(name).deltas(Held((adapter(1).digest,) if name == "r1" else ()))
-        reports.take(name, delta, time.monotonic())
-    monkeypatch.setattr(router, "reports", reports)
+def test_a_gateway_notes_its_demand_with_the_replicas(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "_replicas", {"engine-a": frozenset({"r1", "r2"})})
     records = DemandRecords("loray", "engine-a")
     notes = DemandReporter(records, "g1", "engine-a")
@@ -310,7 +303,7 @@ def test_a_gateway_notes_its_demand_with_who_has_the_adapters(gcs: Gcs, monkeypa
         await notes.look()
         found = records.read()
         assert found is not None
-        assert (found.replicas, found.adapters[0].holders) == (("r1",), ("r1",))
+        assert (found.replicas, [d.ref for d in found.adapters]) == (("r1",), [adapter(1)])
         monkeypatch.setattr(router, "_replicas", {})
         await notes.look()
         notes.came(adapter(2))  # it waits for the first replica, and is written at once

@@ -86,8 +86,10 @@ class CudaOps(ReferenceOps):
             self._sampling = Sampling(self._launch, logits_SV.device)
         return self._sampling(logits_SV, draws, slots)
 
-    def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        return Choosing(self._launch, logits_SV.device) if _samples(logits_SV) else None
+    def chooser(self, logits_SV: Tensor) -> Chooser:
+        if not _samples(logits_SV):
+            return super().chooser(logits_SV)
+        return Choosing(self._launch, logits_SV.device)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:

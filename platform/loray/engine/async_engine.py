@@ -1,9 +1,6 @@
-"""`AsyncEngine`: an engine in threads of its own, with a stream of tokens for each request.
+"""`AsyncEngine`: an engine in a thread of its own, with a stream of tokens for each request.
 
-On a CPU, steps run in the background (`loray.priority`). That is right for most of them, and wrong for a first token of
-a tenant that asks for little beside others (`GenerateRequest.is_modest`): where processors are busy, its steps would
-wait for them as the steps of all other engines do. While there is one, steps run in a second thread, which has the
-priority of its process. There are two since a thread may give up its priority, but not take it back.
+On a CPU the thread computes in the background (`loray.priority`): what takes requests and passes on tokens goes first.
 """
 
 from __future__ import annotations
@@ -17,16 +14,14 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequ
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from loray.engine.engine import Engine
-from loray.engine.memory.adapter_manager import Placement
+from loray.engine.memory.adapter_manager import Placement, Prefetch, Prefetched
 from loray.engine.memory.layout import layout
-from loray.engine.memory.prefetch import Prefetch, Prefetched
 from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import EngineError, EngineStopped, RankLost, RequestError
@@ -41,99 +36,6 @@ _STATS_INTERVAL_S = 0.2
 _PREFETCH_LOOK_S = 0.01
 
 T = TypeVar("T")
-
-
-class Lane(IntEnum):
-    """The thread of a step. `FIRST`: while a modest request waits for its first token. `USUAL`: all other steps."""
-
-    USUAL = 0
-    FIRST = 1
-
-
-class EngineThreads:
-    """Two threads that take turns, or one. May be called from any thread.
-
-    prepare  called once in each thread, before its first turn
-    turn     does what is to be done. Returns when it is to be called next although nothing comes, in seconds of
-             time.monotonic(): -inf for at once, inf for never. None: no turn follows
-    lanes    those that have a thread of their own. The first one does the work of one that has none
-    """
-
-    def __init__(
-        self, prepare: Callable[[Lane], None], turn: Callable[[], float | None], lanes: tuple[Lane, ...]
-    ) -> None:
-        self._prepare, self._turn, self._lanes = prepare, turn, lanes
-        lock = self._lock = threading.Lock()
-        self._theirs = {lane: threading.Condition(lock) for lane in lanes}
-        self._wanted = lanes[0]
-        self._holder: Lane | None = None
-        self._has_news, self._ended = False, False
-        self._due = -math.inf
-        self._threads = [
-            threading.Thread(target=self._run, args=(lane,), name=f"engine-{lane.name.lower()}", daemon=True)
-            for lane in lanes
-        ]
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def wake(self) -> None:
-        """Let a turn follow this call: something has come."""
-        with self._lock:
-            self._has_news = True
-            self._theirs[self._wanted].notify()
-
-    def use(self, lane: Lane) -> None:
-        """Use this lane from the next turn on."""
-        if lane is self._wanted or lane not in self._theirs:
-            return
-        with self._lock:
-            self._wanted = lane
-            self._theirs[lane].notify()
-
-    def stop(self) -> None:
-        """End the threads after the turn that is under way, and wait for them."""
-        with self._lock:
-            self._end()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
-
-    def _run(self, lane: Lane) -> None:
-        self._prepare(lane)
-        while self._take(lane):
-            due = self._turn()
-            if due is None:
-                with self._lock:
-                    self._end()
-                return
-            self._due = due
-
-    def _take(self, lane: Lane) -> bool:
-        """Give up the turn that this thread had, and wait for its next one. False: there is none."""
-        if self._holder is lane and self._wanted is not lane:
-            release_threads()  # OpenMP's: with those of the other thread there would be more than cores
-        with self._lock:
-            if self._holder is lane:
-                self._holder = None
-                if self._wanted is not lane:
-                    self._theirs[self._wanted].notify()
-            while not self._ended:
-                seconds = self._due - time.monotonic()
-                if self._holder is not None or self._wanted is not lane:
-                    self._theirs[lane].wait()
-                elif not self._has_news and seconds > 0:
-                    self._theirs[lane].wait(None if seconds > threading.TIMEOUT_MAX else seconds)
-                else:
-                    self._has_news, self._holder = False, lane
-                    return True
-        return False
-
-    def _end(self) -> None:
-        self._ended = True
-        for condition in self._theirs.values():
-            condition.notify()
 
 
 class TokenSink(Protocol):
@@ -151,41 +53,41 @@ class _Subscriber(NamedTuple):
 
 
 class AsyncEngine:
-    """Owns the engine's threads; its thread, below, is the one whose turn it is. May be called from any thread and any
-    event loop.
-    """
+    """Owns the engine's thread. May be called from any thread and any event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: deque[Callable[[], None]] = deque()
-        self._first: set[str] = set()  # of the subscribers, modest ones without a token
         self._subscribers: dict[str, _Subscriber] = {}
         self._calls: set[Future[Any]] = set()  # that the engine's thread has not begun
         self._lock = threading.Lock()
-        self._ended = False
+        self._news = threading.Event()  # something has come since the last turn began
+        self._stopping = self._ended = False
         self._stats_due = 0.0
         self._device = engine.pool.tensor.device
-        lanes = (Lane.USUAL, Lane.FIRST) if self._device.type == "cpu" else (Lane.USUAL,)
-        self._threads = EngineThreads(self._prepare, self._turn, lanes)
-        self._warm: Future[Any] = Future()  # has a result when the thread of the usual lane can step
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._warm: Future[Any] = Future()  # has a result when the thread can step
         self._stats = engine.stats()
         self.failure: Exception | None = None
-        engine.wake = self._threads.wake
+        engine.wake = self._news.set
 
     def start(self) -> None:
-        """Start the threads, from the thread that built the engine. That thread's OpenMP threads end: with those of the
+        """Start the thread, from the one that built the engine. That one's OpenMP threads end: with those of the
         engine's thread there would be more threads than cores. Raises what Engine.warm_up raises; then the engine is
         closed.
         """
         release_threads()
-        self._threads.start()
+        self._thread.start()
         if (error := self._warm.exception()) is not None:
             self.stop()
             raise error
 
     def stop(self) -> None:
-        """End the threads after the current step; running and waiting requests fail with EngineError."""
-        self._threads.stop()
+        """End the thread after the current step; running and waiting requests fail with EngineError."""
+        self._stopping = True
+        self._news.set()
+        if self._thread.is_alive():
+            self._thread.join()
         if not self._ended:
             self._end(EngineError("the engine is shutting down"))
         self._engine.close()
@@ -246,10 +148,6 @@ class AsyncEngine:
             if request.request_id in self._subscribers:
                 raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
             self._subscribers[request.request_id] = _Subscriber(sink, key)
-            if request.is_modest:
-                self._first.add(request.request_id)
-        if self._first:
-            self._threads.use(Lane.FIRST)
         self._post(lambda: self._add(request))
 
     def cancel(self, request_id: str) -> None:
@@ -306,19 +204,28 @@ class AsyncEngine:
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
-        self._threads.wake()
+        self._news.set()
 
-    def _prepare(self, lane: Lane) -> None:
-        if self._device.type == "cpu" and lane is Lane.USUAL:
+    def _run(self) -> None:
+        if self._device.type == "cpu":
             compute_in_background()  # before it makes threads of its own
         use_device(self._device)  # the thread that built the engine has a current device of its own
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
-        if lane is Lane.USUAL:
-            self._run_call(self._warm, self._engine.warm_up)
+        self._run_call(self._warm, self._engine.warm_up)
+        while not self._stopping:
+            self._news.clear()
+            due = self._turn()
+            if due is None:
+                return
+            if (seconds := due - time.monotonic()) > 0:
+                self._news.wait(min(seconds, threading.TIMEOUT_MAX))
 
     def _turn(self) -> float | None:
+        """Do what has come, and a step. Returns when the next one follows although nothing comes, in seconds of
+        `time.monotonic`; None if the engine has stopped.
+        """
         try:
             while self._inbox:
                 self._inbox.popleft()()
@@ -326,7 +233,6 @@ class AsyncEngine:
             now, is_idle = time.monotonic(), self._engine.idle
             if is_idle or now > self._stats_due:
                 self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
-            self._threads.use(Lane.FIRST if self._first else Lane.USUAL)
         except Exception as e:  # noqa: BLE001 - the engine ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
@@ -353,7 +259,6 @@ class AsyncEngine:
 
     def _cancel(self, request_id: str) -> None:
         self._subscribers.pop(request_id, None)
-        self._first.discard(request_id)
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
@@ -361,7 +266,6 @@ class AsyncEngine:
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
             subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
-            self._first.discard(output.request_id)
             if subscriber is not None:
                 by_sink.setdefault(subscriber.sink, []).append((subscriber.key, output))
         for sink, items in by_sink.items():

@@ -6,9 +6,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from dataclasses import asdict
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
-from loray.engine.metrics import AdapterUsageLog, Counters, EngineStats
+from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import RankWorkers
 from loray.engine.pool.loader import AdapterLoads, LoadAdapter
@@ -131,99 +130,8 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     check_length(max_model_len, num_prompt_tokens, request.params.max_tokens, param=param)
 
 
-def check_integrity(
-    scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
-    pool: Pool,
-) -> None:
-    """Raise AssertionError unless each block is free or held by running requests, the prefix cache or resident
-    adapters, as their books say.
-    """
-    kv = Counter(block for request in scheduler.running for block in request.blocks)
-    kv.update(scheduler.prefix_cache.blocks())
-    scheduler.prefix_cache.check_integrity()
-    pool.check_integrity(kv, adapter_manager.table.residents())
-    adapter_manager.table.check_integrity()
-    scheduler.waiting.check_integrity()
-    pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
-    waiters = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
-    assert pins == Counter(adapter_manager.table.pins()), "adapter pins differ from the running requests"
-    assert waiters == Counter(adapter_manager.table.waiters()), "wanted adapters differ from the waiting requests"
-
-
-def undo_step(
-    error: RuntimeError, chunks: Sequence[Chunk], scheduler: Scheduler[Any, Any], model: Decoder
-) -> tuple[Request, EngineError]:
-    """Undo the step of `chunks`, which `error` ended before a request got a token. Returns the request with the most
-    tokens in it, which the caller ends, and the error that it gets. Raises `error` if it has another reason than
-    memory, or if there are no chunks, so that no request could be ended for it.
-    """
-    if not is_out_of_memory(error) or not chunks:
-        raise error
-    traceback.clear_frames(error.__traceback__)  # their tensors are freed
-    torch.cuda.empty_cache()
-    model.forget_steps()
-    for chunk in chunks:
-        chunk.request.num_computed, chunk.request.history = chunk.start, None
-    largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
-    for request in (chunk.request for chunk in chunks if chunk is not largest):
-        # A prompt that this step would have ended is served by turns again; others go on where they were.
-        if request.num_pending > 1 and request not in scheduler.waiting.begun:
-            scheduler.preempt(request)
-    total = sum(chunk.num_tokens for chunk in chunks)
-    _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
-    reason = (
-        f"the step needed more memory than the device has; this request had the most of its {total} tokens, "
-        f"{largest.num_tokens}. Send it again, or lower max_num_batched_tokens, pool_bytes or graph_bytes of the spec"
-    )
-    return largest.request, EngineError(reason)
-
-
-def report(
-    counters: Counters,
-    scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
-    pool: Pool,
-) -> EngineStats:
-    """Collect the figures of this moment. The pool's KV blocks that only the prefix cache holds are `cached`."""
-    tiers, counts = adapter_manager.table.by_tier(), adapter_manager.counts
-    blocks, num_cached = pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
-    return EngineStats(
-        num_running=len(scheduler.running),
-        num_waiting=len(scheduler.waiting),
-        num_loading=len(tiers[Tier.LOADING]),
-        blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
-        host_bytes=adapter_manager.table.host_used,
-        num_steps=counters.num_steps,
-        num_prompt_tokens=counters.num_prompt_tokens,
-        num_output_tokens=counters.num_output_tokens,
-        num_finished=counters.num_finished,
-        num_preemptions=scheduler.num_preemptions,
-        num_aborted=scheduler.num_aborted,
-        num_loads=counts.num_loads,
-        num_failed_loads=counts.num_failed_loads,
-        num_evictions=counts.num_evictions,
-        num_host_evictions=counts.num_host_evictions,
-        num_pool_hits=counts.num_pool_hits,
-        num_host_hits=counts.num_host_hits,
-        num_misses=counts.num_misses,
-        num_loaded_bytes=counts.num_loaded_bytes,
-        max_adapters_in_step=counters.max_adapters_in_step,
-        adapters_in_pool=tuple(ref.digest for ref in tiers[Tier.POOL]),
-        adapters_on_host=tuple(ref.digest for ref in tiers[Tier.HOST]),
-        adapters_loading=tuple(ref.digest for ref in tiers[Tier.LOADING]),
-        prefix_cache_queries=scheduler.kv_cache.num_queries,
-        prefix_cache_hits=scheduler.kv_cache.num_hits,
-        step_seconds=counters.step_seconds.counts(),
-        step_tokens=counters.step_tokens.counts(),
-        step_adapters=counters.step_adapters.counts(),
-        load_seconds=adapter_manager.load_seconds.counts(),
-        queue_seconds={kind: histogram.counts() for kind, histogram in counters.queue_seconds.items()},
-    )
-
-
 class Engine:
-    """An engine is called from one thread. Loader threads call `wake` when a load has a result or is complete.
+    """An engine is called from one thread. Loader threads call `wake` when a load has a result.
 
     Only that thread may use `pool`, `adapter_manager` and `scheduler`; see AsyncEngine.call.
     """
@@ -243,15 +151,15 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.rope.prepare)
+        self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
-            load=self._start_load,
+            load=self._loads.start,
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
             copy_is_done=pool.copy_is_done,
-            usage=AdapterUsageLog(on_forget=self._loads.forget),
+            on_forget=self._loads.forget,
             wake=lambda: self.wake(),
         )
         self.scheduler: Scheduler[PackedAdapter, ResidentAdapter] = Scheduler(
@@ -349,7 +257,7 @@ class Engine:
                     runner.launch(chunks, scheduled.work)
             self._collect(runner.num_ahead if chunks else 0, outputs)
         except RuntimeError as e:  # perhaps the device is out of memory
-            outputs.append(self._fail(*undo_step(e, _not_ended(runner.last_chunks), self.scheduler, self._model)))
+            outputs.append(self._undo(e, _not_ended(runner.last_chunks)))
         if not self.scheduler.has_work:  # nobody may call again
             self._collect(0, outputs)
             runner.forget()
@@ -361,6 +269,34 @@ class Engine:
     def last_adapters(self) -> frozenset[str]:
         """Digests of the adapters in the last steps, see ModelRunner."""
         return self._runner.last_adapters
+
+    def _undo(self, error: RuntimeError, chunks: Sequence[Chunk]) -> TokenOutput:
+        """Undo the step of `chunks`, which `error` ended before a request got a token, and end the request with the
+        most tokens in it. Raises `error` if it has another reason than memory, or if there are no chunks, so that no
+        request could be ended for it.
+        """
+        if not is_out_of_memory(error) or not chunks:
+            raise error
+        traceback.clear_frames(error.__traceback__)  # their tensors are freed
+        torch.cuda.empty_cache()
+        self._model.forget_steps()
+        for chunk in chunks:
+            chunk.request.num_computed, chunk.request.history = chunk.start, None
+        largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
+        for request in (chunk.request for chunk in chunks if chunk is not largest):
+            # A prompt that this step would have ended is served by turns again; others go on where they were.
+            if request.num_pending > 1 and request not in self.scheduler.waiting.begun:
+                self.scheduler.preempt(request)
+        total = sum(chunk.num_tokens for chunk in chunks)
+        _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
+        return self._fail(
+            largest.request,
+            EngineError(
+                f"the step needed more memory than the device has; this request had the most of its {total} tokens, "
+                f"{largest.num_tokens}. Send it again, or lower max_num_batched_tokens, pool_bytes or graph_bytes of "
+                "the spec"
+            ),
+        )
 
     def _collect(self, num_left: int, outputs: list[TokenOutput]) -> None:
         """Read steps until so many are in flight; adds to `outputs`."""
@@ -442,14 +378,11 @@ class Engine:
         del self._requests[request.request_id]
         self._grammars.forget(request)
         if (ref := request.adapter) is not None:
-            self.adapter_manager.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
+            self.adapter_manager.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
 
-    def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
-        return self._loads.start(ref, self.scheduler.first_step_seconds(ref.digest))
-
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
-        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.table.resident(ref)
+        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
@@ -460,15 +393,56 @@ class Engine:
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
-        return report(self.counters, self.scheduler, self.adapter_manager, self.pool)
+        """Collect the figures of this moment. The pool's KV blocks that only the prefix cache holds are `cached`."""
+        counters, scheduler, manager = self.counters, self.scheduler, self.adapter_manager
+        at = manager.at
+        loading = *at[Tier.QUEUED], *at[Tier.LOADING]
+        blocks, num_cached = self.pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_loading=len(loading),
+            blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
+            host_bytes=manager.host_used,
+            num_steps=counters.num_steps,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_output_tokens=counters.num_output_tokens,
+            num_finished=counters.num_finished,
+            num_preemptions=scheduler.num_preemptions,
+            num_aborted=scheduler.num_aborted,
+            **asdict(manager.counts),
+            max_adapters_in_step=counters.max_adapters_in_step,
+            adapters_in_pool=(*at[Tier.POOL], *at[Tier.COPYING]),
+            adapters_on_host=tuple(at[Tier.HOST]),
+            adapters_loading=loading,
+            prefix_cache_queries=scheduler.kv_cache.num_queries,
+            prefix_cache_hits=scheduler.kv_cache.num_hits,
+            step_seconds=counters.step_seconds.counts(),
+            step_tokens=counters.step_tokens.counts(),
+            step_adapters=counters.step_adapters.counts(),
+            load_seconds=manager.load_seconds.counts(),
+            queue_seconds={kind: histogram.counts() for kind, histogram in counters.queue_seconds.items()},
+        )
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Say where these adapters are and how they have been used; without `digests`, all that are known."""
-        return self.adapter_manager.table.placements(digests)
+        return self.adapter_manager.placements(digests)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless the books of scheduler, adapter manager and pool agree. Between steps."""
-        check_integrity(self.scheduler, self.adapter_manager, self.pool)
+        """Raise AssertionError unless each block is free or held by running requests, the prefix cache or resident
+        adapters, as the books of scheduler, adapter manager and pool say. Between steps.
+        """
+        scheduler, adapter_manager = self.scheduler, self.adapter_manager
+        kv = Counter(block for request in scheduler.running for block in request.blocks)
+        kv.update(scheduler.prefix_cache.blocks())
+        scheduler.prefix_cache.check_integrity()
+        self.pool.check_integrity(kv, adapter_manager.residents())
+        adapter_manager.check_integrity()
+        scheduler.waiting.check_integrity()
+        pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
+        waiters = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
+        assert pins == Counter(adapter_manager.pins()), "adapter pins differ from the running requests"
+        assert waiters == Counter(adapter_manager.waiters()), "wanted adapters differ from the waiting requests"
 
     def check_health(self) -> None:
         """Raise EngineError if another rank has ended. From any thread."""

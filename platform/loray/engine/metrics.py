@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,9 +68,6 @@ class Counters:
         self.step_adapters.observe(num_adapters)
 
 
-NUM_KEPT = 10_000  # dropped adapters whose usage is kept; some 15 MB
-
-
 class EngineStats(EngineFigures):
     """`EngineFigures` and what else the metrics show.
 
@@ -123,59 +118,3 @@ class ResidencyCounts:
     num_loaded_bytes: int = 0
     num_evictions: int = 0
     num_host_evictions: int = 0
-
-
-class AdapterUsageLog:
-    """Usage of the adapters that the engine holds, and of the last `num_kept` that it has dropped. For one thread."""
-
-    def __init__(
-        self,
-        *,
-        num_kept: int = NUM_KEPT,
-        now: Callable[[], float] = time.time,
-        on_forget: Callable[[str], None] = lambda digest: None,
-    ) -> None:
-        """`on_forget` is called with the digest of each adapter whose usage is forgotten."""
-        self._num_kept, self._now, self._on_forget = num_kept, now, on_forget
-        self._held: dict[str, AdapterUsage] = {}
-        self._dropped: OrderedDict[str, AdapterUsage] = OrderedDict()
-
-    def expected(self, ref: AdapterRef) -> None:
-        """Note that the engine holds `ref` from now on, although no request came."""
-        usage = self._hold(ref)
-        if not usage.num_uses:
-            usage.last_used_at = self._now()
-
-    def request_came(self, ref: AdapterRef) -> None:
-        """Note that a request for `ref` came; the engine holds `ref` from now on."""
-        usage = self._hold(ref)
-        usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
-        usage.num_uses += 1
-        usage.last_used_at = self._now()
-
-    def request_ended(self, ref: AdapterRef, num_tokens: int) -> None:
-        """Note that a request for `ref`, which the engine holds, ended with or without an error."""
-        usage = self._held[ref.digest]
-        usage.num_tokens += num_tokens
-        usage.last_used_at = self._now()
-
-    def dropped(self, ref: AdapterRef) -> None:
-        """Note that the engine does not hold `ref` any more."""
-        self._dropped[ref.digest] = self._held.pop(ref.digest)
-        if len(self._dropped) > self._num_kept:
-            self._on_forget(self._dropped.popitem(last=False)[0])
-
-    def get(self, digest: str) -> AdapterUsage | None:
-        """Give an adapter's usage; None if it was never used, or is forgotten."""
-        return self._held.get(digest) or self._dropped.get(digest)
-
-    def all(self) -> list[AdapterUsage]:
-        """List held adapters first, then dropped ones, the longest dropped first."""
-        return [*self._held.values(), *self._dropped.values()]
-
-    def _hold(self, ref: AdapterRef) -> AdapterUsage:
-        usage = self._held.get(ref.digest)
-        if usage is None:
-            usage = self._dropped.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
-            self._held[ref.digest] = usage
-        return usage

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from loray.engine.metrics import Counters
 from loray.engine.model.batch import Batch, Scored
 from loray.engine.model.decode_batch import DecodeBatch, Resident
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.partial import PartialAdapters
 from loray.engine.pool.pool import Pool
 from loray.engine.request import Chunk, Request, RequestState, StepWork
 from loray.engine.sampling.grammar import Grammars
@@ -52,10 +50,9 @@ class _Launched(NamedTuple):
     batch: Batch | DecodeBatch
     work: StepWork
     began: float
-    partial: PartialAdapters
     scores: PromptScores
     outcomes: Callable[[], list[Outcome]]
-    wait: Callable[[], None]  # until it has been computed
+    computed: torch.cuda.Event | None  # None: what is read of it has been
     is_ahead: bool  # the next step can be launched before this one is read
 
 
@@ -93,13 +90,8 @@ class ModelRunner:
             chunks, keys = batch.chunks, sum(chunk.start + 1 for chunk in batch.chunks)
             self._last_chunks[-1], work = chunks, StepWork(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
-        partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
-        if partial and isinstance(batch, Batch):
-            batch = replace(batch, wait_for_layer=partial.wait_for_layer)
         scores = PromptScores(batch.scored)
         logits_SV = self._model.forward(batch, self._pool, scores.add)
-        if partial and isinstance(batch, Batch):
-            chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)
@@ -109,11 +101,13 @@ class ModelRunner:
             outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), slots)
         for request in requests:
             request.num_in_flight += 1
-        # Nothing is read of a step without tokens and scores, which then has only been queued.
-        wait = _no_wait if batch.sampled or batch.scored or not self._on_gpu else _computed()
-        self._launched.append(
-            _Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, wait, is_ahead)
-        )
+        computed = None
+        if self._on_gpu and not (batch.sampled or batch.scored):
+            # Nothing is read of it, so it has only been queued. Other streams, on which adapters are copied, go on.
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            computed.record()
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self._launched.append(_Launched(chunks, num_tokens, batch, work, began, scores, outcomes, computed, is_ahead))
         return True
 
     @property
@@ -155,21 +149,9 @@ class ModelRunner:
             [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not RequestState.FINISHED],
             scores,
         )
-        step.partial.end_step()
-        step.wait()
+        if step.computed is not None:
+            step.computed.synchronize()
         now = time.monotonic()
         seconds, self._read_at = now - max(step.began, self._read_at), now
-        if not step.partial:  # such a step waits for loads
-            self._observe(step.work, seconds)
+        self._observe(step.work, seconds)
         self._counters.stepped(step.num_tokens, len(batch.residents), seconds)
-
-
-def _no_wait() -> None:
-    pass  # what was read has been computed
-
-
-def _computed() -> Callable[[], None]:
-    """Make a wait for what this thread has queued so far, and not for other streams, on which adapters are copied."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event.synchronize

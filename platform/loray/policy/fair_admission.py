@@ -66,11 +66,6 @@ class FairAdmission(Generic[T]):
     def num_waiting(self) -> int:
         return self._num_waiting
 
-    def is_modest(self, tenant: str) -> bool:
-        """Return whether it has no more than its equal part of the requests under way, and others have some as well."""
-        one, num_tenants = self._tenants.get(tenant), len(self._tenants)
-        return one is not None and num_tenants > 1 and one.num * num_tenants <= self._num
-
     def ask(self, tenant: str, request: T, now: float) -> bool:
         """Return whether the request is admitted; else it waits. Each that is admitted ends once."""
         one = self._seen(tenant, now)

@@ -170,10 +170,6 @@ class Routing:
         for adapter in [a for a in self._recent.get(replica, ()) if a in adapters]:
             del self._recent[replica][adapter]
 
-    def recent_holders(self, adapter: str) -> list[str]:
-        """Return the replicas that were sent the adapter lately and have not reported it yet. Any thread may ask."""
-        return [replica for replica, recent in list(self._recent.items()) if adapter in recent]
-
     def retain(self, replicas: Collection[str]) -> None:
         """Forget what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}

@@ -22,11 +22,10 @@ _LEAST = 1e-3  # of the largest weight: an adapter that is asked for less is loa
 
 
 class AdapterDemand(NamedTuple):
-    """`weight`: requests, each of which counts half after HALF_LIFE_S. `holders`: some replicas that have it."""
+    """`weight`: requests, each of which counts half after HALF_LIFE_S."""
 
     ref: AdapterRef
     weight: float
-    holders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class DemandMemory:
         self._weights[ref.digest] = ref, 1.0 + weight * _decay(now - at), now
         if len(self._weights) > 2 * self._num_kept:
             kept = self.most(now)
-            self._weights = {ref.digest: (ref, weight, now) for ref, weight, _ in kept}
+            self._weights = {ref.digest: (ref, weight, now) for ref, weight in kept}
 
     def most(self, now: float) -> list[AdapterDemand]:
         """The adapters with the most demand, the first one first; at most `num_kept`."""
@@ -60,15 +59,13 @@ class DemandMemory:
 
 
 def merged(records: Collection[DemandRecord]) -> DemandRecord:
-    """The demand at all gateways, as of the newest record, whose replicas and holders count. At least one record."""
+    """The demand at all gateways, as of the newest record, whose replicas count. At least one record."""
     newest = max(records, key=lambda record: record.at)
     found: dict[str, AdapterDemand] = {}
     for record in records:
-        for ref, weight, holders in record.adapters:
-            _, known, before = found.get(ref.digest, (ref, 0.0, ()))
-            running = (holder for holder in holders if holder in newest.replicas)
-            weight = known + weight * _decay(newest.at - record.at)
-            found[ref.digest] = AdapterDemand(ref, weight, tuple(dict.fromkeys((*before, *running))))
+        for ref, weight in record.adapters:
+            _, known = found.get(ref.digest, (ref, 0.0))
+            found[ref.digest] = AdapterDemand(ref, known + weight * _decay(newest.at - record.at))
     return DemandRecord(newest.at, newest.replicas, tuple(sorted(found.values(), key=lambda demand: -demand.weight)))
 
 

@@ -165,7 +165,7 @@ class ReplicaAdapters:
         seconds = self._profile.place_seconds(self._sizes[adapter])
         self._pins[adapter] = 1
         score = self._scores[adapter] = EvictionScore(load_seconds=self._profile.load_seconds(self._sizes[adapter]))
-        self._eviction.placed(score, seconds, self._sizes[adapter])
+        self._eviction.placed(score, seconds)
         self._eviction.used(score)
         self._listener.placed(self._replica, adapter, POOL)
         return seconds

@@ -195,13 +195,6 @@ class AdapterRef:
             )
 
 
-class AdapterOf(NamedTuple):
-    """An adapter, by its digest, of one replica: what another replica asks it for."""
-
-    digest: str
-    replica: str
-
-
 class AdapterBytes(NamedTuple):
     """Bytes of an adapter in a replica's pool: `own` are those of its rows, `pair` is (digest, bytes) of the VeRA pair
     that it shares with others.

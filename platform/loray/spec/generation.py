@@ -189,9 +189,6 @@ class GenerateRequest:
     cache_salt  the prefix cache is shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
-    holders      replicas that have the adapter, as the sender knows: from one of them it can be loaded
-    is_modest    its tenant has no more than its equal part of the requests under way, of which others have some: these
-                 should not delay its first token
     """
 
     request_id: str
@@ -204,8 +201,6 @@ class GenerateRequest:
     cache_salt: str = ""
     traceparent: str | None = None
     output_ids: tuple[int, ...] = ()
-    holders: tuple[str, ...] = ()
-    is_modest: bool = False
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

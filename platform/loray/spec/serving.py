@@ -112,9 +112,6 @@ class ServeSpec(Frozen):
     load_timeout_s: float = Field(
         default=30.0, gt=0, description="for which a request waits for its adapter to be loaded; then it fails (503)"
     )
-    peer_timeout_s: float = Field(
-        default=2.0, ge=0, description="in which another replica gives an adapter that it has; then the store; 0: off"
-    )
     warm_start_s: float = Field(
         default=5.0, ge=0, description="for a new replica to load adapters in demand before it takes requests; 0: off"
     )

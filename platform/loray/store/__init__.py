@@ -2,8 +2,7 @@
 
 from loray.store.adapters import AdapterStore
 from loray.store.cache import AdapterCache
-from loray.store.copies import AdapterCopy
 from loray.store.objects import LocalStore, ObjectStore
 from loray.store.open import open_filesystem, open_store
 
-__all__ = ["AdapterCache", "AdapterCopy", "AdapterStore", "LocalStore", "ObjectStore", "open_filesystem", "open_store"]
+__all__ = ["AdapterCache", "AdapterStore", "LocalStore", "ObjectStore", "open_filesystem", "open_store"]

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,19 +107,6 @@ class AdapterCache:
                     else:
                         (self._locks / digest).unlink(missing_ok=True)  # while this process holds the lock
                 return
-
-    @contextmanager
-    def present(self, digest: str) -> Iterator[Path | None]:
-        """The adapter's folder until the block ends, pinned; None where it is not there, or being made or evicted now.
-        Never waits. The files may be damaged: nothing is verified.
-        """
-        path, found = self._entries / check_digest(digest), None
-        with ExitStack() as held:
-            if path.is_dir():
-                with suppress(BlockingIOError):
-                    _note_use(held.enter_context(self._lock(digest, fcntl.LOCK_SH | fcntl.LOCK_NB)))
-                    found = path if path.is_dir() else None
-            yield found
 
     def trim(self, keep: str) -> None:
         """Remove the least recently used entries until the rest fits, but neither `keep`, which has grown, nor pinned

@@ -25,8 +25,7 @@ _MAX_IGNORED = 1024  # characters
 
 class RequestHeaders(NamedTuple):
     """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
-    request's span, where traces are exported; `session_id` what the client calls the session; `is_modest` as in
-    GenerateRequest, when the request began.
+    request's span, where traces are exported; `session_id` what the client calls the session.
     """
 
     received_at: float
@@ -35,7 +34,6 @@ class RequestHeaders(NamedTuple):
     timeout_s: float | None = None
     trace: RequestSpan | None = None
     session_id: str | None = None
-    is_modest: bool = False
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
@@ -45,8 +43,7 @@ class RequestHeaders(NamedTuple):
         state, headers = request.scope.get("state", {}), request.headers
         received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
-        is_modest = state.get("is_modest", False)
-        return cls(received_at, principal_of(request), request_id_of(headers), timeout_s, trace, session_id, is_modest)
+        return cls(received_at, principal_of(request), request_id_of(headers), timeout_s, trace, session_id)
 
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:

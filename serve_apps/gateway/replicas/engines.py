@@ -257,8 +257,7 @@ class DemandReporter:
             await asyncio.to_thread(self._write, most, replicas)
 
     def _write(self, most: Sequence[AdapterDemand], replicas: frozenset[str]) -> None:
-        known = tuple(d._replace(holders=router.holders(self._deployment, d.ref.digest)) for d in most)
-        self._records.write(self._name, DemandRecord(time.time(), tuple(sorted(replicas)), known))
+        self._records.write(self._name, DemandRecord(time.time(), tuple(sorted(replicas)), tuple(most)))
 
 
 class DrainingReplicas:
@@ -466,8 +465,6 @@ class ServeEngineClient:
         began_at = time.monotonic()
         if digest is not None:
             await self._quarantine.enter(request.request_id, digest)
-            if holders := router.holders(self._deployment, digest):
-                request = replace(request, holders=holders)
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()

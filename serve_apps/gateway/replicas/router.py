@@ -14,14 +14,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Collection, Hashable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from loray.errors import ReplicaUnavailable
 from loray.policy.routing import (
     REASONS,
     Candidate,
@@ -34,7 +32,7 @@ from loray.policy.routing import (
     RoutingReports,
     routing_key,
 )
-from loray.spec import AdapterOf, GenerateRequest
+from loray.spec import GenerateRequest
 from loray.telemetry import get_logger
 
 # By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
@@ -46,7 +44,6 @@ _ALIVE_S = 10.0  # since its last report, in which a replica is not asked whethe
 _UNDER_WAY_S = 1.0  # after which a request that was sent is not waited for: it was cancelled, or its replica is silent
 _FORGOTTEN_S = 300.0  # after which a prompt does not count: its call was cancelled at a moment at which nobody said so
 _MAX_PLACED = 1 << 14
-_NUM_HOLDERS = 3  # one of them may be the asker itself
 
 _log = get_logger(__name__)
 
@@ -181,7 +178,6 @@ class UnansweredPrompts:
 _decisions: dict[str, dict[Reason, int]] = {}  # by deployment: there is one for each base
 _placed: dict[str, str] = {}  # request → the replica that has accepted it
 _replicas: dict[str, frozenset[str]] = {}  # by deployment
-_routings: dict[str, Routing] = {}  # by deployment
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
 _unanswered = UnansweredPrompts()
@@ -198,21 +194,11 @@ def replicas(deployment: str) -> frozenset[str]:
     return _replicas.get(deployment, frozenset())
 
 
-def holders(deployment: str, digest: str) -> tuple[str, ...]:
-    """Name some replicas of a deployment that have an adapter: they have reported it, or it was sent there just now."""
-    key, running, routing = routing_key(digest), replicas(deployment), _routings.get(deployment)
-    recent = () if routing is None else (name for name in routing.recent_holders(key) if name in running)
-    return tuple(dict.fromkeys(islice(chain(_reported(deployment, key), recent), _NUM_HOLDERS)))
-
-
 def is_held(deployment: str, besides: str, digest: str) -> bool:
     """Tell whether another replica of the deployment than `besides` has reported that it has the adapter."""
-    return any(name != besides for name in _reported(deployment, routing_key(digest)))
-
-
-def _reported(deployment: str, key: str) -> Iterator[str]:
-    known = ((name, reports.of(name)) for name in replicas(deployment))
-    return (name for name, k in known if k is not None and (key in k.report.in_pool or key in k.report.on_host))
+    key = routing_key(digest)
+    known = (reports.of(name) for name in replicas(deployment) if name != besides)
+    return any(key in k.report.in_pool or key in k.report.on_host for k in known if k is not None)
 
 
 def suspect(replica: str) -> None:
@@ -252,14 +238,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         self._lengths = QueueLengths()
         self._probing: asyncio.Task[Any] | None = None
         self._deployment = str(self._deployment_id.name)
-        _routings[self._deployment] = self._routing
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Serve calls it again, with pauses, until a replica accepts the request."""
-        if (asked := _asked(pending_request)) is not None:
-            return _only(asked.replica, candidate_replicas, pending_request)
         self._probe_silent(candidate_replicas)
         now = time.monotonic()
         request = _request(pending_request)
@@ -416,22 +399,6 @@ def _request(pending: PendingRequest | None) -> GenerateRequest | None:
 def _not_sent(pending: PendingRequest) -> None:
     if (request := _request(pending)) is not None:
         _unanswered.answered(request.request_id)
-
-
-def _asked(pending: PendingRequest | None) -> AdapterOf | None:
-    """The adapter that a replica asks another one for; None for other calls."""
-    first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, AdapterOf) else None
-
-
-def _only(name: str, replicas: Sequence[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
-    """The replica `name`. If it does not run any more, the call fails: Serve looks whether it has when it gets replicas
-    to choose from, whichever they are.
-    """
-    found = [replica for replica in replicas if _name(replica) == name]
-    if not found and pending is not None and not pending.future.done():
-        pending.future.set_exception(ReplicaUnavailable(f"replica {name} does not run any more", name))
-    return [found or list(replicas)]
 
 
 def _adapter(request: GenerateRequest | None) -> str | None:

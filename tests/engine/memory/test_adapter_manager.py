@@ -1,15 +1,15 @@
-"""Adapters on the host and in the pool: one load for all, bounded bytes, pins, partial and late ones, failures."""
+"""Adapters on the host and in the pool: one load for all, bounded bytes, pins, copies under way, failures."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from loray.engine.memory.adapter_manager import Backoff, Stage, Tier
-from loray.engine.memory.partial import PartialLoad
+from loray.engine.memory.adapter_manager import Backoff, Placement, Tier
 from loray.engine.metrics import ResidencyCounts
 from loray.errors import IntegrityError, StoreError, UnsupportedError
+from loray.spec import AdapterRef
 from tests.fixtures.scheduling import Pair, World, ref
 
 DAMAGED = IntegrityError("damaged")
@@ -37,7 +37,7 @@ def test_pinned_adapters_stay_and_the_least_recently_used_idle_one_goes() -> Non
     assert not world.manager.evict_one()
     assert world.placed == ["c"]
     assert world.tier("a") is Tier.HOST
-    assert world.table.pins() == {ref("c").digest: 1}
+    assert world.manager.pins() == {ref("c").digest: 1}
 
 
 def test_a_failed_load_fails_those_who_wait_and_is_tried_again_later() -> None:
@@ -46,7 +46,7 @@ def test_a_failed_load_fails_those_who_wait_and_is_tried_again_later() -> None:
     world.fail("a", DAMAGED)
     for _ in range(2):
         assert world.tier("a") is Tier.FAILED
-        assert isinstance(world.table.error(ref("a")), IntegrityError)
+        assert isinstance(world.manager.error(ref("a")), IntegrityError)
         world.leave("a")
         world.want("a")
     world.leave("a")
@@ -89,8 +89,8 @@ def test_the_host_keeps_within_its_bytes() -> None:
         world.bring(name)
         world.release(name)
         world.manager.evict_one()
-        assert world.table.host_used <= 250
-    assert [r.name for r in world.table.by_tier()[Tier.HOST]] == ["c", "d"]
+        assert world.manager.host_used <= 250
+    assert list(world.manager.at[Tier.HOST]) == [ref("c").digest, ref("d").digest]
 
 
 def test_a_load_nobody_waits_for_is_not_started() -> None:
@@ -108,7 +108,7 @@ def test_a_load_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> N
     world.want("loading", nbytes=300)
     world.want("large", nbytes=800)
     world.want("small", nbytes=50)
-    assert world.table.host_used == 600
+    assert world.manager.host_used == 600
     assert "small" not in world.loads
     world.finish("loading", 300)
     world.use("loading")
@@ -122,12 +122,12 @@ def test_a_pair_is_counted_once_and_goes_with_the_last_that_shares_it() -> None:
         world.want(name)
         world.finish(name, pair=pair if name != "c" else None)
         world.use(name)
-    assert world.table.host_used == 3 * 100 + 500
+    assert world.manager.host_used == 3 * 100 + 500
     world.want("d", nbytes=300)
-    assert world.table.host_used == 2 * 100 + 500 + 300  # without the first alone
+    assert world.manager.host_used == 2 * 100 + 500 + 300  # without the first alone
     world.want("e", nbytes=600)
     assert "e" in world.loads  # without the second the pair is gone too
-    assert world.table.host_used == 100 + 300 + 600
+    assert world.manager.host_used == 100 + 300 + 600
 
 
 def test_what_turns_out_larger_than_published_throws_out_what_nobody_waits_for() -> None:
@@ -136,7 +136,7 @@ def test_what_turns_out_larger_than_published_throws_out_what_nobody_waits_for()
     world.release(*"abc")
     world.want("d", nbytes=10)
     world.finish("d", 10, pair=Pair("p", 150))
-    assert world.table.host_used == 260
+    assert world.manager.host_used == 260
     assert world.manager.counts.num_host_evictions == 2
 
 
@@ -148,7 +148,7 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     assert world.manager.acquire(ref("a")) is None
     assert world.tier("a") is Tier.FAILED
     world.leave("a")
-    assert world.table.host_used == 0
+    assert world.manager.host_used == 0
 
 
 def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> None:
@@ -174,9 +174,9 @@ def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> No
         num_evictions=1,
         num_host_evictions=1,
     )
-    places = world.table.placements()
-    assert [(p.ref.name, p.tier, p.num_uses) for p in places] == [("b", Tier.POOL, 1), ("a", None, 4)]
-    assert [p.ref.name for p in world.table.placements([ref("a").digest, "unheard of"])] == ["a"]
+    places = world.manager.placements()
+    assert [(p.ref.name, p.place, p.num_uses) for p in places] == [("b", "pool", 1), ("a", None, 4)]
+    assert [p.ref.name for p in world.manager.placements([ref("a").digest, "unheard of"])] == ["a"]
 
 
 def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
@@ -197,8 +197,41 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
     load_seconds = world.manager.load_seconds.counts()
     assert (sum(load_seconds.counts), load_seconds.sum) == (2, 3.5)
     assert world.manager.counts.num_failed_loads == 1
-    (place,) = world.table.placements([ref("c").digest])
-    assert (place.tier, place.last_used_at) == (None, 1003.5)
+    (place,) = world.manager.placements([ref("c").digest])
+    assert (place.place, place.last_used_at) == (None, 1003.5)
+
+
+def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
+    world = World()
+    manager = world.manager
+
+    def once(of: AdapterRef, num_tokens: int) -> Placement:
+        manager.add_waiter(of)
+        world.now += 1
+        manager.request_ended(of, num_tokens)
+        manager.remove_waiter(of)
+        (place,) = manager.placements()
+        return place
+
+    a, renamed = ref("a"), replace(ref("a"), name="b")
+    assert once(a, 30) == Placement(a, None, num_uses=1, last_used_at=1001.0, num_tokens=30)
+    assert once(renamed, 5) == Placement(renamed, None, num_uses=2, last_used_at=1002.0, num_tokens=35)
+
+
+def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is() -> None:
+    forgotten: list[str] = []
+    manager = World(num_usages=2, on_forget=forgotten.append).manager
+    for name in "abcde":
+        manager.add_waiter(ref(name))
+    for name in "bca":
+        manager.remove_waiter(ref(name))
+    assert [p.ref.name for p in manager.placements()] == ["d", "e", "c", "a"]
+    assert manager.placements([ref("b").digest]) == []
+    manager.add_waiter(ref("c"))
+    manager.remove_waiter(ref("c"))
+    manager.remove_waiter(ref("d"))
+    assert [p.ref.name for p in manager.placements()] == ["e", "c", "d"]
+    assert forgotten == [ref("b").digest, ref("a").digest]
 
 
 # Failed loads are tried again later and later, and requests in between get the stored error.
@@ -264,7 +297,7 @@ def test_many_requests_for_what_cannot_be_loaded_are_few_loads() -> None:
         if world.tier("a") is Tier.LOADING:
             world.fail("a", StoreError("no answer"))
         assert world.tier("a") is Tier.FAILED
-        assert isinstance(world.table.error(ref("a")), StoreError)
+        assert isinstance(world.manager.error(ref("a")), StoreError)
         world.leave("a")
         world.now += 0.1
     assert world.num_loads == world.manager.counts.num_failed_loads == 7
@@ -279,22 +312,22 @@ def on_its_way(world: World) -> None:
     world.want("a")
     assert not world.manager.place_ahead(ref("a"))  # it is not there yet
     world.finish("a")
-    world.table.take_changed()
+    world.manager.take_changed()
 
 
 def test_an_adapter_is_pinned_when_its_rows_have_arrived() -> None:
     on_its_way(world := World())
     assert world.manager.acquire(ref("a")) is None
     assert world.placed == ["a"]
-    assert world.tier("a") is Tier.LOADING
+    assert world.tier("a") is Tier.COPYING
     assert not world.manager.poll()
     assert world.manager.acquire(ref("a")) is None
     world.slow.clear()
     assert world.manager.poll()
-    assert set(world.table.take_changed()) == {ref("a").digest}
+    assert set(world.manager.take_changed()) == {ref("a").digest}
     assert world.manager.acquire(ref("a")) == "a"
     assert world.placed == ["a"]
-    world.table.check_integrity()
+    world.manager.check_integrity()
 
 
 def test_nothing_waits_for_rows_where_no_step_runs() -> None:
@@ -309,81 +342,9 @@ def test_an_adapter_may_be_placed_before_it_can_be_used_and_leave_again() -> Non
     assert world.manager.place_ahead(ref("a"))
     assert not world.manager.place_ahead(ref("a"))
     assert world.placed == ["a"]
-    world.table.take_changed()
+    world.manager.take_changed()
     assert world.manager.evict_one()
-    assert not world.table.at[Stage.COPYING]
+    assert not world.manager.at[Tier.COPYING]
     assert world.tier("a") is Tier.HOST
-    assert set(world.table.take_changed()) == {ref("a").digest}
-    world.table.check_integrity()
-
-
-# Adapters that are used before they are complete.
-
-
-def partial(**options: Any) -> tuple[World, PartialLoad]:
-    """An adapter "a" that is usable and not complete, wanted by one request."""
-    world, load = World(**options), PartialLoad()
-    world.want("a")
-    world.finish("a", partial=load)
-    return world, load
-
-
-def test_a_partial_adapter_can_be_placed_and_is_timed_until_it_is_complete() -> None:
-    world, load = partial()
-    assert world.tier("a") is Tier.HOST
-    world.use("a")
-    assert (sum(world.manager.load_seconds.counts().counts), world.table.host_used) == (0, 100)
-    world.now = 2.0
-    load.finish()
-    assert world.manager.poll()
-    assert (world.manager.load_seconds.counts().sum, world.manager.counts.num_loaded_bytes) == (2.0, 100)
-    assert not world.manager.poll()
-
-
-def test_a_partial_adapter_is_not_dropped_from_the_host() -> None:
-    world, load = partial(slots=1, host_bytes=150)
-    world.leave("a")
-    world.want("b")
-    assert list(world.loads) == ["a"]
-    load.finish()
-    world.manager.poll()
-    assert list(world.loads) == ["a", "b"]
-
-
-def test_what_comes_late_is_loading_again_until_it_is_complete() -> None:
-    world, load = partial()
-    assert world.manager.acquire(ref("a"))
-    load.late = True
-    assert world.tier("a") is Tier.LOADING
-    load.finish()
-    world.manager.poll()
-    assert world.tier("a") is Tier.POOL
-
-
-def test_a_partial_adapter_that_fails_frees_its_blocks_when_no_request_runs_with_it() -> None:
-    world, load = partial()
-    world.use("a")
-    world.want("a")
-    world.leave("a")
-    load.fail(DAMAGED)
-    assert world.manager.poll()
-    assert world.tier("a") is Tier.FAILED
-    assert isinstance(world.table.error(ref("a")), IntegrityError)
-    assert (world.placed, world.table.host_used) == (["a"], 0)
-    assert not world.manager.evict_one()
-    world.release("a")
-    assert world.placed == []
-    world.now += 61
-    world.want("a")
-    assert world.num_loads == 2
-
-
-def test_what_fails_while_it_is_idle_leaves_no_trace() -> None:
-    world, load = partial()
-    world.use("a")
-    world.release("a")
-    load.fail(DAMAGED)
-    world.manager.poll()
-    assert (world.placed, world.table.host_used, world.manager.counts.num_failed_loads) == ([], 0, 1)
-    assert world.table.residents() == []
-    world.table.check_integrity()
+    assert set(world.manager.take_changed()) == {ref("a").digest}
+    world.manager.check_integrity()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loray.engine.memory.adapter_manager import Tier
-from loray.engine.memory.prefetch import Prefetch, Prefetched
+from loray.engine.memory.adapter_manager import Prefetch, Prefetched, Tier
 from loray.errors import StoreError
 from tests.fixtures.scheduling import Packed, World, ref
 
@@ -24,12 +23,12 @@ def test_they_are_placed_as_they_come_and_the_rest_stays_on_the_host() -> None:
         assert world.placed == placed
     assert batch.end() == Prefetched(num_in_pool=2, num_on_host=1)
     assert [world.tier(name) for name in "abc"] == [Tier.POOL, Tier.POOL, Tier.HOST]
-    assert not world.table.waiters()
-    assert not world.table.pins()
+    assert not world.manager.waiters()
+    assert not world.manager.pins()
     counts = world.manager.counts
     assert (counts.num_loads, counts.num_misses, counts.num_pool_hits) == (3, 0, 0)
-    assert [p.num_uses for p in world.table.placements()] == [0, 0, 0]
-    world.table.check_integrity()
+    assert [p.num_uses for p in world.manager.placements()] == [0, 0, 0]
+    world.manager.check_integrity()
 
 
 def test_what_does_not_fit_on_the_host_is_left_out_and_nothing_is_dropped_for_it() -> None:
@@ -52,10 +51,10 @@ def test_a_failed_load_and_one_that_is_late_leave_nothing_behind() -> None:
     world.fail("a", StoreError("away"))
     assert not batch.look()
     assert batch.end() == Prefetched(num_failed=1, num_late=1)
-    assert not world.table.waiters()
+    assert not world.manager.waiters()
     world.finish("b")  # its load had begun: the host keeps it
     assert world.tier("b") is Tier.HOST
-    assert ref("a").digest not in world.table.entries
+    assert ref("a").digest not in world.manager.entries
 
 
 def test_a_request_that_comes_meanwhile_waits_for_the_same_load() -> None:
@@ -65,4 +64,4 @@ def test_a_request_that_comes_meanwhile_waits_for_the_same_load() -> None:
     assert batch.look()
     assert world.num_loads == 1
     assert world.manager.acquire(ref("a")) == "a"
-    assert world.table.placements()[0].num_uses == 1
+    assert world.manager.placements()[0].num_uses == 1

@@ -6,7 +6,8 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.batch import Batch, ChunkInput, build_batch
 from loray.engine.parallel import communicator
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import Shard
@@ -129,23 +130,28 @@ def test_a_step_comes_back_as_it_was() -> None:
             assert list(np.atleast_1d(getattr(back, name))) == list(np.atleast_1d(getattr(step, name))), name
 
 
-def test_a_batch_of_passed_chunks_is_the_batch_of_the_chunks() -> None:
+def test_the_batch_of_chunks_that_were_sent_is_that_of_the_chunks() -> None:
     """A prompt's part whose logprobs are wanted, a decoding request, a prompt that only loads, on two adapters."""
     scoring = Request(GenerateRequest("a", tuple(range(40)), SamplingParams(prompt_logprobs=1)), 0)
     decoding = Request(GenerateRequest("b", tuple(range(50, 69)), GREEDY, ref("x")), 1, output_ids=[7, 8])
     loading = Request(GenerateRequest("c", (5, 6), SamplingParams(max_tokens=0), ref("y")), 2)
     for request, blocks in ((scoring, [3, 9, 1]), (decoding, [7, 2]), (loading, [4])):
         request.blocks = blocks
-    chunks = [Chunk(scoring, 16, 20), Chunk(decoding, 20, 1), Chunk(loading, 0, 2)]
-    numbers, digests = communicator.dump_chunks(chunks)
-    assert digests == ("x", "y")
-    passed = communicator.load_chunks(numbers, digests)
-    assert [c.adapter for c in passed] == [None, "x", "y"]
+    x, y = (cast(Any, SimpleNamespace(ref=ref(name), pair=None, token_row={}, rows={})) for name in "xy")
+    chunks = [Chunk(loading, 0, 2), Chunk(scoring, 16, 20), Chunk(decoding, 20, 1)]
+    inputs = [ChunkInput.of(*given) for given in zip(chunks, (y, None, x), strict=True)]
+    numbers, digests = communicator.dump_chunks(inputs)
+    assert digests == ("y", "x")
+    sent = communicator.load_chunks(numbers, [y, x])
+    assert [c.adapter for c in sent] == [y, None, x]
 
-    def batch(of: Any) -> Batch:
-        return build_batch(of, lambda chunk: None, block_tokens=16, hidden_size=8, device=CPU)
+    def batch(of: list[ChunkInput]) -> Batch:
+        return build_batch(of, block_tokens=16, hidden_size=8, device=CPU)
 
-    expected, got = batch(chunks), batch(passed)
+    expected, got = batch(inputs), batch(sent)
+    assert got.adapters.spans == expected.adapters.spans
+    assert (expected.chunks, got.chunks) == (tuple(chunks), ())
+    assert (got.sampled, got.scored, got.last) == ((), (), expected.last)
     for name in ("token_ids_T", "positions_T", "logits_T", "scored_T"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert got.attention.query_start == expected.attention.query_start

@@ -24,13 +24,11 @@ from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.parallel.communicator import Communicator
-from loray.engine.parallel.shard import ShardedAdapter, shard_adapter, sharded_loads
+from loray.engine.parallel.shard import shard_adapter
 from loray.engine.parallel.worker import LocalWorkers, WorkerArgs
-from loray.engine.pool.loader import AdapterLoads, LoadProgress
-from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
 from loray.errors import EngineError, RankLost, SpecError
-from loray.methods.weights import AdapterWeights
 from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
 from tests.conftest import REPOSITORY
@@ -193,38 +191,6 @@ def test_a_rank_has_all_of_what_it_multiplies(tiny_base: Callable[..., BaseModel
     resident = pools[1].place(adapter.ref, sharded)
     assert resident is not None
     assert sum(e.rows * e.width for e in resident.extents) * base.config.num_layers == elements
-
-
-class KeptInVain:
-    """A source that has the complete adapter and then cannot store it, because the disk is full."""
-
-    def __init__(self, weights: AdapterWeights) -> None:
-        self._weights = weights
-
-    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        progress(packer.pack(self._weights), 0.0)
-        raise OSError("no space left on device")
-
-
-def test_an_adapter_that_cannot_be_kept_is_served_all_the_same(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path
-) -> None:
-    base = tiny_base()
-    adapter = make_adapter(base, tmp_path / "r4", LoraConfig(r=4, target_modules=ATTENTION), seed=1)
-    whole = KvLayout(base.config.num_layers, 16, base.config.num_kv_heads, base.config.head_dim)
-    pools = [
-        Pool(whole._replace(num_kv_heads=whole.num_kv_heads // ranks), 8, dtype=torch.float32, device=CPU)
-        for ranks in (1, 2)
-    ]
-    sources = [lambda ref: KeptInVain(adapter.load(base))]
-    sources.append(sharded_loads(sources[0], pools[0].geometry, 2))
-    loaded = []
-    for pool, load in zip(pools, sources, strict=True):
-        loads = AdapterLoads(pool, Packer(pool.geometry, torch.float32, torch.zeros(1, 8)), load, lambda: None)
-        loaded.append(loads.start(adapter.ref, 0.0).result(60))
-        loads.close()
-    assert isinstance(loaded[1], ShardedAdapter)
-    assert loaded[0].nbytes < loaded[1].nbytes
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:

@@ -22,7 +22,7 @@ from loray.engine.parallel.pool import CODEC
 from loray.engine.parallel.transport import WireError
 from loray.engine.parallel.worker import ARGUMENTS, WorkerArgs
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.pool import AdapterDescriptor
+from loray.engine.pool.pool import AdapterDescriptor, Allocation
 from loray.methods.weights import SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import CaptureLimits, Parts
@@ -38,6 +38,7 @@ EXTENT = Extent(BlockKind.LAYERED, 3, 0, 64, 4)
 COMMANDS: list[Any] = [
     of.Forward(b"\x00\xff", ("d", "e")),
     of.Replay(b""),
+    of.MoveBlocks({1: 2, 3: 4}),
     of.RemoveAdapter("d"),
     of.GetPoolMap(),
     of.UseCaptures(8, 512),
@@ -51,7 +52,7 @@ COMMANDS: list[Any] = [
 def placing() -> of.PlaceAdapter:
     pair = SharedProjection(torch.arange(6.0).view(2, 3), torch.zeros(0, 4), "p")
     packed = PackedAdapter(SHAPE, (torch.ones(2, 8, dtype=torch.bfloat16),), torch.ones(64), (5, 6), pair, ROPE)
-    return of.PlaceAdapter(REF, packed, ([EXTENT], 5, {1: 2, 3: 4}, None))
+    return of.PlaceAdapter(REF, packed, Allocation((EXTENT,), 5))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
@@ -75,9 +76,9 @@ def test_rows_follow_the_bytes_and_nothing_else_has_tensors() -> None:
 
     back = CODEC.loads(apart.data, receive)
     assert asked == [(t.dtype, tuple(t.shape)) for t in apart.rows]
-    assert (back.ref, back.answers) == (REF, ([EXTENT], 5, {1: 2, 3: 4}, None))
+    assert (back.ref, back.allocation) == (REF, Allocation((EXTENT,), 5))
     packed: PackedAdapter = back.packed
-    assert (packed.shape, packed.token_ids, packed.rope, packed.partial) == (SHAPE, (5, 6), ROPE, None)
+    assert (packed.shape, packed.token_ids, packed.rope) == (SHAPE, (5, 6), ROPE)
     assert packed.pair is not None
     assert torch.equal(packed.pair.a_RI, torch.arange(6.0).view(2, 3))
     with pytest.raises(WireError, match="a tensor where none is expected"):

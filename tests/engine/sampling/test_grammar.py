@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
-from loray.engine.sampling.sampler import process
 from loray.spec import Constraint, GenerateRequest, SamplingParams
 from tests.fixtures.constraints import EOS, LANGUAGES, PROMPT, Ready, answers, random_schema, token_bytes
 from tests.fixtures.engines import make_engine, request
 from tests.fixtures.peft_adapters import Adapters
+from tests.fixtures.sampling_mixes import processed
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -61,7 +61,7 @@ def test_masks_apply_to_the_rows_of_their_requests(worded: BaseModel) -> None:
     masks = ready.masks(rows)
     logits_SV = torch.randn(len(rows) + 1, worded.config.vocab_size)
     requests = [rows[2], Request(GenerateRequest("f", PROMPT, SamplingParams()), 9), *rows[:2], *rows[3:]]
-    here = process(logits_SV, requests, (EOS,), masks)
+    here = processed(logits_SV, requests, masks)
     for i in (0, *range(2, len(requests))):
         (allowed,) = ready.allowed(requests[i])
         finite = set(here[i].isfinite().nonzero().flatten().tolist())
@@ -271,5 +271,5 @@ def test_what_is_refused_before_it_can_run_holds_nothing(base: BaseModel, adapte
     out = answers(engine, asked)
     assert "regular expression cannot" in out["bad"][1]
     assert sum(ids[-1:] == [258] for ids, _ in out.values()) >= 1
-    assert not engine.adapter_manager.table.waiters()
+    assert not engine.adapter_manager.waiters()
     engine.close()

@@ -25,16 +25,15 @@ from transformers import (
 
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
-from loray.engine.sampling import sampler as logits_module
 from loray.engine.sampling.grammar import Masks
-from loray.engine.sampling.sampler import Sampled, Sampler, candidates, process
+from loray.engine.sampling.sampler import Sampled, Sampler
 from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import Ops, TokenEdits, backend
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.sampling import draw
+from loray_kernels.sampling import candidates, draw
 from tests.fixtures.engines import BLOCK_BYTES, fill_up, make_engine, request, run
-from tests.fixtures.sampling_mixes import check
+from tests.fixtures.sampling_mixes import check, processed
 from tests.fixtures.shim import NotingLauncher, or_skip
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
@@ -51,10 +50,12 @@ def make(number: int = 0, output_ids: Sequence[int] = (), prompt_ids: Sequence[i
     return Request(spec, number, output_ids=list(output_ids))
 
 
-def distributions(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def distributions(logits_RV: Tensor, params: Sequence[dict[str, Any]]) -> Tensor:
     out_RV = torch.zeros_like(logits_RV)
-    for rows, p_NC, ids_NC in candidates(logits_RV, logits_RV.amax(dim=1), params):
-        out_RV[rows] = torch.zeros_like(out_RV[rows]).scatter(1, ids_NC, p_NC)
+    sampler, rows = Sampler(OPS), [make(i, **own) for i, own in enumerate(params)]
+    changes = [sampler._change(row, logits_RV.shape[1], may_end=False) for row in rows]
+    for places, p_NC, ids_NC in candidates(logits_RV, sampler._draws(rows, range(len(rows)), None), changes):
+        out_RV[places] = torch.zeros_like(out_RV[places]).scatter(1, ids_NC, p_NC)
     return out_RV / out_RV.sum(dim=1, keepdim=True)
 
 
@@ -83,7 +84,7 @@ CUTS: list[dict[str, Any]] = [
 def test_distributions_are_those_of_transformers(spread: float) -> None:
     """All in one batch: rows that need few candidates and rows that have to be sorted."""
     logits_RV = torch.stack([logits(seed, spread=spread) for seed in range(len(CUTS))])
-    got_RV = distributions(logits_RV, [SamplingParams(**params) for params in CUTS])
+    got_RV = distributions(logits_RV, CUTS)
     for i, params in enumerate(CUTS):
         warpers = [warper(params[name]) for name, warper in WARPERS.items() if name in params]
         expected = LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits_RV[i : i + 1])[0]
@@ -125,10 +126,9 @@ def test_processors_are_those_of_transformers_and_openai() -> None:
         mixed,
     ]
     before_SV = x.repeat(len(requests), 1)
-    got_SV = process(before_SV, requests, (EOS,))
+    got_SV = processed(before_SV, requests)
     torch.testing.assert_close(got_SV, torch.stack(expected))
     assert torch.equal(before_SV, x.repeat(len(requests), 1))
-    assert process(before_SV, requests[:1] * len(requests), (EOS,)) is before_SV
 
 
 def tokens_of(logits_SV: Tensor, requests: Sequence[Request]) -> list[int]:
@@ -170,7 +170,7 @@ def test_seeds() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 30}], ids=["by vocabulary", "by candidates"])
 def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
-    expected = distributions(logits(vocab=50, spread=1.0)[None], [SamplingParams(**params)])[0]
+    expected = distributions(logits(vocab=50, spread=1.0)[None], [params])[0]
     counts = torch.bincount(torch.tensor(draws(4000, 1, **params)), minlength=50) / 4000
     assert (counts - expected).abs().max() < 0.03
 
@@ -251,19 +251,15 @@ def requests(seed: int) -> list[Request]:
     return [make(i, prompt_ids=rng.choices(range(FEW), k=40), **params) for i, params in enumerate(PARAMS * 2)]
 
 
-@pytest.mark.parametrize("many", [4096, 60], ids=["looked up", "also whole rows"])
 @pytest.mark.parametrize("batch", [1, 5, 16])
-def test_what_is_kept_of_a_request_gives_the_logits_of_its_whole_output(
-    batch: int, many: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_kept_of_a_request_gives_the_logits_of_its_whole_output(batch: int) -> None:
     """Rows join and leave the batch, as when requests are preempted; the last ones have many distinct tokens."""
-    monkeypatch.setattr(logits_module, "_MANY", many)
     rng, generator = random.Random(1), torch.Generator().manual_seed(0)
     rows = requests(0)
     for _ in range(120):
         part = rng.sample(rows, batch)
         logits_SV = 3 * torch.randn((batch, FEW), generator=generator)
-        got_SV = process(logits_SV, part, (EOS,))
+        got_SV = processed(logits_SV, part)
         for i, row in enumerate(part):
             assert torch.equal(got_SV[i], by_hand(logits_SV[i], row)), row.spec.params
             row.output_ids.append(rng.choice([2, 5, 6, 8, 9, 11, rng.randrange(FEW)]))
@@ -283,12 +279,12 @@ def test_only_new_tokens_are_read() -> None:
 
     (request,) = requests(0)[1:2]
     request.output_ids = Counted(range(200))
-    process(torch.randn(1, FEW), [request], (EOS,))
+    processed(torch.randn(1, FEW), [request])
     request.output_ids.read = 0  # type: ignore[attr-defined]
     for token in range(50):
-        process(torch.randn(1, FEW), [request], (EOS,))
+        processed(torch.randn(1, FEW), [request])
         request.output_ids.append(token)
-    process(torch.randn(1, FEW), [request], (EOS,))
+    processed(torch.randn(1, FEW), [request])
     assert request.output_ids.read == 50  # type: ignore[attr-defined]
 
 

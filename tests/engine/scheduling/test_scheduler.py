@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.engine.memory.adapter_manager import Tier
-from loray.engine.memory.partial import PartialLoad
 from loray.engine.request import Request, RequestState
 from loray.engine.scheduling.fairness import MAX_OVERTAKES
 from loray.engine.scheduling.scheduler import Admission, Growth, OutputLengths, blocks_wanted
 from loray.errors import IntegrityError
 from loray.spec import GenerateRequest, SamplingParams
 from tests.fixtures.life import Life
-from tests.fixtures.scheduling import BLOCK_TOKENS, Packed, Simulation, adapter
+from tests.fixtures.scheduling import BLOCK_TOKENS, Simulation, adapter
 
 
 def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
@@ -68,24 +67,6 @@ def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
     assert sim.scheduler.running == [busy]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
-    """While its request runs, or after the request was preempted because the adapter is late."""
-    sim, ref, partial = Simulation(loads_at_once=False), adapter("x"), PartialLoad()
-    request = sim.add(10, 4, ref, tenant="t")
-    sim.scheduler.next()
-    sim.loads[ref.digest].set_result(Packed(1, partial=partial))
-    assert [c.request for c in sim.scheduler.next().chunks] == [request]
-    assert sim.scheduler.waiting.fair.counter("t") == 10
-    partial.late = late
-    assert bool(sim.scheduler.next().chunks) is not late
-    partial.fail(IntegrityError("damaged"))
-    ((failed, error),) = sim.scheduler.next().failed
-    assert failed is request
-    assert isinstance(error, IntegrityError)
-    assert sim.scheduler.waiting.fair.counter("t") == 0
-
-
 def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> None:
     """Host and pool hold three small adapters or the large one; requests for each small one always wait."""
     sim = Simulation(num_blocks=7, host_bytes=6, max_num_seqs=2, enable_prefix_caching=False)
@@ -117,7 +98,7 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
     for ref in (cold, hot):
         sim.add(adapter=ref)
         sim.run()
-    assert sim.adapter_manager.table.tier(hot) is Tier.POOL
+    assert sim.adapter_manager.tier(hot) is Tier.POOL
     sim.started.clear()
     evictions = sim.adapter_manager.counts.num_evictions
     colds = [sim.add(4, 4, cold, tenant=tenants[1]) for _ in range(2)]
@@ -232,7 +213,7 @@ def test_who_waits_for_an_adapter_that_is_evicted_on_its_way_is_served() -> None
     cold = sim.add(4, 4, adapter("cold", 6))
     while "cold" not in sim.placed:
         sim.step()
-    assert sim.adapter_manager.table.tier(adapter("cold")) is Tier.LOADING
+    assert sim.adapter_manager.tier(adapter("cold")) is Tier.COPYING
     prompt = sim.add(32, 4)
     sim.run(max_steps=100)
     assert [sim.outcomes[r] for r in (base, cold, prompt)] == [None] * 3

@@ -21,6 +21,7 @@ from loray.spec import GenerateRequest, ServeSpec
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
+from loray_kernels.sampling import ReferenceChooser
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
 from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim_ops import ShimOps, use_three_forms
@@ -231,10 +232,10 @@ def test_steps_beyond_what_is_recorded_take_drawn_tokens_too(
 def test_tokens_that_no_kernel_draws_are_taken_by_the_next_step_too(
     base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend without a chooser, as for a vocabulary that is too large for it: torch cuts by top-k and top-p."""
+    """Torch cuts by top-k and top-p where the vocabulary is too large for the kernels."""
     requests = [request(str(i), range(3, 9 + i), max_tokens=7, **SAMPLING[i]) for i in range(4)]
     want = expected(monkeypatch, base, [], requests)
-    monkeypatch.setattr(ops, "chooser", lambda logits_SV: None)
+    monkeypatch.setattr(ops, "chooser", lambda logits_SV: ReferenceChooser(ops.sample))
     order.clear()
     assert run(make_engine(base), requests) == want
     assert len(ops.replayed) >= 6
@@ -255,7 +256,7 @@ def build(base: BaseModel) -> AsyncEngine:
         max_num_seqs=4,
         num_threads=1,
     )
-    return AsyncEngine(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
+    return AsyncEngine(build_engine(spec, base, lambda ref, packer: pytest.fail("there are no adapters")))
 
 
 def test_the_thread_that_steps_compiles_and_captures(
@@ -288,7 +289,7 @@ def test_the_thread_that_steps_compiles_and_captures(
         assert three_forms.replayed
     finally:
         stream.stop()
-    assert threads == {"forward": {"engine-usual"}, "capture": {"engine-usual"}}
+    assert threads == {"forward": {"engine"}, "capture": {"engine"}}
 
 
 def test_an_engine_that_cannot_be_warmed_up_does_not_start(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,9 @@ def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, Te
     gone = next(a for a in engine.pool.residents if a.ref == mixed["r70"].ref)
     engine.pool.remove(gone)  # leaves gaps below the others
     places = {a.ref.name: a.extents for a in engine.pool.residents}
-    assert engine.pool._clear_run(engine.pool.allocator.num_free)
+    moves = engine.pool.allocator.clear_run(engine.pool.allocator.num_free)
+    assert moves is not None
+    engine.pool.move(moves)
     assert any(a.extents != places[a.ref.name] for a in engine.pool.residents)
     descriptors = engine.pool.descriptors
     assert descriptors is not None

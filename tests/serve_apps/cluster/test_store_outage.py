@@ -17,7 +17,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
-from serve_apps.replica.startup import start_engine
+from serve_apps.replica.startup import adapter_loader, start_engine
 from serve_apps.standalone.server import LocalEngineClient
 from tests.fixtures.gateway import gateway_app
 
@@ -34,7 +34,7 @@ def test_a_request_fails_and_a_later_one_is_served(
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
     publish(peft_folder(base), base, Destination("a", store, catalog))
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, max_num_seqs=4, num_threads=1)
-    stream = start_engine(spec, base, settings)
+    stream = start_engine(spec, base, adapter_loader(base, settings))
     body = {"model": "a", "prompt": "hello", "max_tokens": 2}
     try:
         app = gateway_app(base, settings.catalog, LocalEngineClient(stream), dtype="float32")

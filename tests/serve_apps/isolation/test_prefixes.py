@@ -12,7 +12,7 @@ from loray.publishing import Destination, import_folder
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.startup import start_engine
+from serve_apps.replica.startup import adapter_loader, start_engine
 from serve_apps.standalone.server import LocalEngineClient, create_site
 from tests.fixtures.cluster import SERVE, served_base
 
@@ -28,7 +28,7 @@ def test_tenants_share_no_cached_prefix(tmp_path: Path, peft_folder: Callable[..
         catalog.tenants.create(tenant)
         keys.append(catalog.keys.create(tenant, tenant=tenant, scopes=["infer"]).secret)
     spec = ServeSpec(base=base.name, dtype="float32", **SERVE)
-    stream = start_engine(spec, base, settings)
+    stream = start_engine(spec, base, adapter_loader(base, settings))
     try:
         with TestClient(create_site(spec, settings, LocalEngineClient(stream)), base_url="http://127.0.0.1") as client:
 

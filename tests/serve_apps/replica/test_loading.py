@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed
 from loray.errors import BaseMismatch, IntegrityError
 from loray.files import file_sha256
+from loray.spec import AdapterManifest
 from loray.store import AdapterStore
-from serve_apps.replica import loading
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
 from tests.fixtures.replica import World, same
@@ -36,31 +37,10 @@ def test_the_same_rows_from_the_store_and_from_the_cache(
     expected = world.packer.pack(read_adapter(world.folder, world.base.config))
     cold = world.load()
     assert same(cold, expected)
-    assert world.seen.calls[-1] == (2, True)
-    assert world.seen.calls == sorted(world.seen.calls)
     world.store.objects.delete(f"manifests/{world.ref.digest[:2]}/{world.ref.digest}.json")  # no store any more
     for loader in (world.loader, AdapterLoader(world.base, world.settings)):
         assert same(world.load(loader=loader), expected)
     assert bool(list(world.cached.glob("packed*"))) == (expected.pair is None)
-
-
-def test_the_first_layer_can_be_used_before_the_second_has_come(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_loading, "_FIRST_BYTES", 2048)
-    monkeypatch.setattr(adapter_loading, "_RANGE_BYTES", 256)
-    read_into, end, usable = AdapterStore.read_into, world.blob().stat().st_size, Event()
-
-    def held_back(self: AdapterStore, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
-        assert start + len(buffer) < end or usable.wait(60)
-        read_into(self, digest, name, sha256, start, buffer)
-
-    def progress(packed: PackedAdapter, remaining_s: float) -> None:
-        world.seen(packed, remaining_s)
-        usable.set()
-
-    monkeypatch.setattr(AdapterStore, "read_into", held_back)
-    packed = world.loader(world.ref).pack(world.packer, progress)
-    assert (world.seen.calls[0], world.seen.calls[-1]) == ((1, False), (2, True))
-    assert same(packed, world.packer.pack(read_adapter(world.folder, world.base.config)))
 
 
 @pytest.mark.parametrize("at", [-1, 20])
@@ -72,7 +52,6 @@ def test_damaged_bytes_are_never_accepted(world: World, at: int) -> None:
     blob.write_bytes(data)
     with pytest.raises(IntegrityError, match="in the store"):
         world.load()
-    assert not any(landed for _, landed in world.seen.calls)
     assert list(world.cached.parent.iterdir()) == []
     blob.unlink()
     with pytest.raises(IntegrityError, match=r"incomplete: adapter_model\.safetensors is missing"):
@@ -146,13 +125,17 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
         world.load(ref=replace(world.ref, digest=digest))
 
 
-def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_MAX_WAIT_S", 60.0)
-    packed = world.loader(world.ref).pack(world.packer, world.seen)
-    assert packed.partial is not None
-    assert packed.partial.complete
+def test_an_adapter_is_given_before_it_is_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, given = AdapterStore.fetch, Event()
+
+    def held_back(self: AdapterStore, *args: Any, **options: Any) -> AdapterManifest:
+        assert given.wait(60)
+        return fetch(self, *args, **options)
+
+    monkeypatch.setattr(AdapterStore, "fetch", held_back)
+    packed = world.loader(world.ref, world.packer)
     assert not world.cached.exists()
-    packed.partial.mark_used()
+    given.set()
     world.loader.cache_writer.flush()
     assert same(open_packed(world.packed_file, verify=True), packed)
 

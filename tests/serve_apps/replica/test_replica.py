@@ -16,7 +16,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.encryption import server_context
 from loray.engine.metrics import EngineStats
-from loray.engine.pool.packed import PackedAdapter
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import EngineError, IntegrityError, RequestError, StoreError
 from loray.policy.routing import Held
 from loray.policy.warm_start import AdapterDemand, DemandRecord
@@ -24,7 +24,7 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from serve_apps.channel.listener import Listener
 from serve_apps.replica import replica as module
-from serve_apps.replica.loading import AdapterLoader, StoredAdapter
+from serve_apps.replica.loading import AdapterLoader
 from serve_apps.replica.replica import EngineReplica, warm_up, without_expected_tracebacks
 from serve_apps.replica.startup import start_engine
 from tests.fixtures.authority import Authority
@@ -38,17 +38,16 @@ class Place:
         self.base, self.refs = base, refs
         self.loader = AdapterLoader(base, settings)
         spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=1 << 20, num_threads=1)
-        self.stream = start_engine(spec, base, settings, load=self.loader)
-        self.told: dict[str, tuple[str, ...]] = {}
+        self.stream = start_engine(spec, base, self.loader)
 
     def read(self) -> DemandRecord | None:
         """Stands in for DemandRecords: the first replica of all starts, and each adapter was asked for."""
-        demands = (AdapterDemand(ref, 9.0 - i, ("other",)) for i, ref in enumerate(self.refs))
+        demands = (AdapterDemand(ref, 9.0 - i) for i, ref in enumerate(self.refs))
         return DemandRecord(0.0, (), tuple(demands))
 
     def warm_up(self, timeout_s: float = 60.0) -> Any:
         records: Any = self
-        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s, self.told.__setitem__)
+        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s)
 
     def stats(self) -> EngineStats:
         """Of now, while the stream's own may be a step old."""
@@ -77,7 +76,6 @@ def test_expected_adapters_are_in_the_pool_before_the_first_request(
     assert warm.adapters == (3, 0, 0, 0)
     assert 0 < warm.seconds < 60
     assert "3 are in the pool, 0 on the host" in caplog.text
-    assert place.told == {ref.digest: ("other",) for ref in place.refs}
     assert set(place.stats().adapters_in_pool) == {ref.digest for ref in place.refs}
     for ref in place.refs:
         place.ask(ref)
@@ -88,16 +86,16 @@ def test_expected_adapters_are_in_the_pool_before_the_first_request(
 def test_a_store_that_hangs_costs_the_time_and_one_that_fails_none(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    going, pack = Event(), StoredAdapter.pack
+    going, load = Event(), AdapterLoader.__call__
 
-    def hang(self: StoredAdapter, *args: Any) -> PackedAdapter:
-        if self._ref.name == "b":
+    def hang(self: AdapterLoader, ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        if ref.name == "b":
             raise StoreError("away")
-        if self._ref.name == "c":
+        if ref.name == "c":
             assert going.wait(60)
-        return pack(self, *args)
+        return load(self, ref, packer)
 
-    monkeypatch.setattr(StoredAdapter, "pack", hang)
+    monkeypatch.setattr(AdapterLoader, "__call__", hang)
     began = time.monotonic()
     warm = place.warm_up(timeout_s=15.0)  # a fifth of it: no other replica runs
     try:
@@ -149,7 +147,7 @@ async def test_a_replica_of_a_cluster_with_tls_reaches_gateways_on_other_nodes(
     env = Authority(tmp_path).node("127.0.0.1")
     for name, value in (env | {"LORAY_HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
-    for name in ("configure_logging", "get_base", "adapter_loader", "start_engine", "ReplicaPeers", "CopyGiver"):
+    for name in ("configure_logging", "get_base", "adapter_loader", "start_engine"):
         monkeypatch.setattr(module, name, MagicMock())
     for name in ("freeze_garbage", "collect_when_quiet", "_num_nodes", "_num_bases"):
         monkeypatch.setattr(module, name, MagicMock())

@@ -24,8 +24,6 @@ from enum import Enum
 from itertools import accumulate
 from typing import NamedTuple
 
-__all__ = ["BlockAllocator", "BlockKind", "Extent", "Geometry", "Occupancy"]
-
 
 class BlockKind(Enum):
     KV = "kv"

@@ -66,12 +66,6 @@ class PriorityQueue(Generic[T]):
         self._valid: dict[T, int] = {}
         self._num_set = 0
 
-    def __len__(self) -> int:
-        return len(self._valid)
-
-    def __contains__(self, item: T) -> bool:
-        return item in self._valid
-
     def __iter__(self) -> Iterator[T]:
         """In no order."""
         return iter(self._valid)
@@ -104,29 +98,23 @@ class PriorityQueue(Generic[T]):
 
 @dataclass(slots=True)
 class EvictionScore:
-    """The state of one adapter. `uses`: since it came into the pool. `place_seconds` None: it was copied layer by
-    layer, which is not measured.
-    """
+    """The state of one adapter. `uses`: since it came into the pool."""
 
     inflation: float = 0.0
     uses: int = 0
-    place_seconds: float | None = None
+    place_seconds: float = 0.0
     load_seconds: float = 0.0
 
 
 class EvictionPolicy:
-    """Changes the scores of adapters, and values them. Sizes are in blocks."""
+    """Changes the scores of adapters, and values them."""
 
     def __init__(self) -> None:
         self.inflation = Inflation()
         self._reuse = Reuse()
-        self._block_seconds = 0.0  # to copy one block from the host, a running mean
 
-    def placed(self, score: EvictionScore, seconds: float | None, size: float) -> None:
+    def placed(self, score: EvictionScore, seconds: float) -> None:
         score.uses, score.place_seconds = 0, seconds
-        if seconds is not None:
-            share = 0.1 if self._block_seconds else 1.0
-            self._block_seconds += share * (seconds / size - self._block_seconds)
 
     def used(self, score: EvictionScore) -> None:
         score.uses += 1
@@ -138,7 +126,6 @@ class EvictionPolicy:
         score.inflation = self.inflation.value
 
     def value(self, score: EvictionScore, size: float, *, on_host: bool) -> float:
-        seconds = self._block_seconds * size if score.place_seconds is None else score.place_seconds
-        if not on_host:
-            seconds += score.load_seconds
+        """`size`: the blocks that it frees."""
+        seconds = score.place_seconds if on_host else score.place_seconds + score.load_seconds
         return score.inflation + self._reuse.expected(score.uses) * seconds / size

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from loray.engine.memory.partial import PartialLoad
-
 
 class HostProjection(Protocol):
     """A VeRA pair."""
@@ -41,11 +39,6 @@ class HostCopy(Protocol):
 
     @property
     def pair(self) -> HostProjection | None: ...
-
-    @property
-    def partial(self) -> PartialLoad | None:
-        """None if it was complete from the start."""
-        ...
 
 
 P = TypeVar("P", bound=HostCopy)

@@ -7,7 +7,7 @@ one pair. The base's tokens come first.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -157,6 +157,31 @@ def _pair_spans(spans: Sequence[AdapterSpan]) -> Iterable[PairSpan]:
             yield PairSpan(pair, members[0].start, members[-1].stop)
 
 
+class ChunkInput(NamedTuple):
+    """A chunk as a pass reads it.
+
+    token_ids   of its tokens, from position `start` on; blocks: of its request
+    is_sampled  its last token's logits are needed
+    scored      its tokens whose logits are needed, since their successors are in the prompt
+    chunk       None on ranks beside the first, which have no requests
+    """
+
+    adapter: ResidentAdapter | None
+    start: int
+    token_ids: Sequence[int]
+    blocks: Sequence[int]
+    is_sampled: bool
+    scored: range
+    chunk: Chunk | None = None
+
+    @classmethod
+    def of(cls, chunk: Chunk, adapter: ResidentAdapter | None) -> ChunkInput:
+        request, start = chunk.request, chunk.start
+        is_sampled = chunk.is_last and request.spec.params.max_tokens > 0
+        token_ids = request.tokens(start, start + chunk.num_tokens)
+        return cls(adapter, start, token_ids, request.blocks, is_sampled, chunk.scored, chunk)
+
+
 class Scored(NamedTuple):
     """The tokens that follow tokens [start, stop) of `request` are known: they are in its prompt."""
 
@@ -175,7 +200,6 @@ class Batch:
     sampled          the chunks that end at their request's newest token, for which the next token is sampled
     scored           parts of prompts for whose next tokens log-probabilities are requested
     scored_T         their tokens; None: there are none
-    wait_for_layer   called before each layer if an adapter of the batch is partial
     descriptors      of a captured step: its adapters, instead of `adapters`
     logits_tokens_T  of a part of a batch, see `logits_part`: the tokens of the batch that it has
     """
@@ -191,7 +215,6 @@ class Batch:
     chunks: tuple[Chunk, ...] = ()
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
-    wait_for_layer: Callable[[int], None] | None = None
     descriptors: StepDescriptors | None = None
     logits_tokens_T: Tensor | None = None
 
@@ -224,19 +247,16 @@ class Batch:
 
 
 def build_batch(
-    chunks: Sequence[Chunk],
-    resident: Callable[[Chunk], ResidentAdapter | None],
+    inputs: Sequence[ChunkInput],
     *,
     block_tokens: int,
     hidden_size: int,
     device: torch.device,
     earlier: AdapterBatch | None = None,
 ) -> Batch:
-    """Make the batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned;
-    `earlier` are those of an earlier step, whose tables are used again if they fit.
+    """Make the batch of chunks for one pass. `earlier` are the adapters of an earlier step, whose tables are used again
+    if they fit.
     """
-    placed = [(chunk, resident(chunk)) for chunk in chunks]
-    placed.sort(key=lambda item: _order(item[1]))
     tokens, positions, slots = list[int](), list[int](), list[int]()
     query_start = [0]
     context: list[int] = []
@@ -247,17 +267,15 @@ def build_batch(
     sampled: list[Chunk] = []
     scored: list[Scored] = []
     scored_tokens: list[int] = []
-    for chunk, adapter in placed:
-        request, start, stop = chunk.request, chunk.start, chunk.start + chunk.num_tokens
-        ids = request.tokens(start, stop)
-        at = len(tokens)
+    for adapter, start, ids, own_blocks, is_sampled, tokens_to_score, chunk in sorted(inputs, key=_order):
+        at, stop = len(tokens), start + len(ids)
         tokens.extend(ids)
         positions.extend(range(start, stop))
-        slots.extend(request.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, stop))
+        slots.extend(own_blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, stop))
         query_start.append(len(tokens))
         context.append(stop)
-        blocks.extend(request.blocks)
-        num_blocks.append(len(request.blocks))
+        blocks.extend(own_blocks)
+        num_blocks.append(len(own_blocks))
         if adapter is not None:
             if spans and spans[-1].adapter is adapter:
                 spans[-1] = AdapterSpan(adapter, spans[-1].start, len(tokens))
@@ -265,12 +283,14 @@ def build_batch(
                 spans.append(AdapterSpan(adapter, at, len(tokens)))
             if adapter.token_row:
                 own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
-        if tokens_to_score := chunk.scored:
-            scored.append(Scored(request, tokens_to_score.start, tokens_to_score.stop))
+        if tokens_to_score:
             scored_tokens.extend(at + t - start for t in tokens_to_score)
-        if chunk.is_last and request.spec.params.max_tokens:
+            if chunk is not None:
+                scored.append(Scored(chunk.request, tokens_to_score.start, tokens_to_score.stop))
+        if is_sampled:
             last.append(len(tokens) - 1)
-            sampled.append(chunk)
+            if chunk is not None:
+                sampled.append(chunk)
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -289,14 +309,14 @@ def build_batch(
         last=tuple(last),
         logits_T=tensor(last),
         sampled=tuple(sampled),
-        chunks=tuple(chunks),
+        chunks=tuple(i.chunk for i in inputs if i.chunk is not None),
         scored=tuple(scored),
-        scored_T=tensor(scored_tokens) if scored else None,
+        scored_T=tensor(scored_tokens) if scored_tokens else None,
     )
 
 
-def _order(adapter: ResidentAdapter | None) -> tuple[str, str]:
-    if adapter is None:
+def _order(chunk: ChunkInput) -> tuple[str, str]:
+    if (adapter := chunk.adapter) is None:
         return ("", "")
     return (adapter.pair.digest if adapter.pair is not None else "", adapter.ref.digest)
 

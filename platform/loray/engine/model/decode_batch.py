@@ -154,7 +154,7 @@ class DecodeSteps:
     def _arrange(self, chunks: Sequence[Chunk], requests: list[Request], resident: Resident) -> _Arranged | None:
         adapters = [resident(chunk) for chunk in chunks]
         has_row = [
-            (a is None or (a.descriptor is not None and a.pending is None)) and len(request.blocks) <= self._max_blocks
+            (a is None or a.descriptor is not None) and len(request.blocks) <= self._max_blocks
             for a, request in zip(adapters, requests, strict=True)
         ]
         if not any(has_row):

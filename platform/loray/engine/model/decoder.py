@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
-from loray.engine.model.batch import AdapterBatch, Batch, build_batch, logits_part
+from loray.engine.model.batch import AdapterBatch, Batch, ChunkInput, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through
 from loray.engine.pool.device_memory import SCORED_BYTES
@@ -317,7 +317,7 @@ class Decoder:
             if any(chunk.request.num_in_flight for chunk in found):
                 return None
             chunks = found
-        return self._eager(chunks, resident, pool)
+        return self.eager([ChunkInput.of(chunk, resident(chunk)) for chunk in chunks], pool)
 
     def slots(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
         """The slots to which the tokens of the last step, `batch`, are drawn, so that the next one takes them from
@@ -325,10 +325,10 @@ class Decoder:
         """
         return None if self._captures is None or isinstance(batch, Batch) else self._captures.slots
 
-    def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
+    def eager(self, inputs: Sequence[ChunkInput], pool: Pool) -> Batch:
+        """Make the batch of a step that is computed launch by launch."""
         batch = build_batch(
-            chunks,
-            resident,
+            inputs,
             block_tokens=pool.geometry.block_tokens,
             hidden_size=self.config.hidden_size,
             device=pool.tensor.device,
@@ -364,19 +364,10 @@ class Decoder:
         step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
         part, added_TD = logits_part(batch), None
-        layers = self._layers if part is None else self._layers[:-1]
-        if (wait_for := batch.wait_for_layer) is None:
-            x_TD = through(layers, x_TD, step)
-        else:
-            for layer in layers:
-                wait_for(layer.number)
-                x_TD = through((layer,), x_TD, step)
+        x_TD = through(self._layers if part is None else self._layers[:-1], x_TD, step)
         if part is not None:
-            last = self._layers[-1]
-            if wait_for is not None:
-                wait_for(last.number)
             logits_step = step.for_logits(part)
-            x_TD, added_TD = last(x_TD, None, step, logits_step)
+            x_TD, added_TD = self._layers[-1](x_TD, None, step, logits_step)
             batch, step = part, logits_step
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
         if batch.scored_T is not None:

@@ -11,7 +11,6 @@ import hmac
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from itertools import accumulate, islice, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
@@ -28,10 +27,10 @@ from torch.distributed import (  # type: ignore[attr-defined]
     Store,
 )
 
+from loray.engine.model.batch import ChunkInput
 from loray.engine.parallel.shard import Shard
 from loray.engine.parallel.transport import new_nonce, proof
-from loray.engine.request import Chunk
-from loray.spec import GenerateRequest, SamplingParams
+from loray.engine.pool.pool import ResidentAdapter
 from loray_kernels import DecodeStep, Parts
 
 Collective = Literal["all_reduce", "gather"]
@@ -193,59 +192,25 @@ def load_step(data: bytes) -> DecodeStep:
     return DecodeStep(*fields)
 
 
-class PassedChunk(NamedTuple):
-    """A chunk of a request that only rank 0 has, and the request itself, as far as `build_batch` reads them.
-
-    adapter  its digest; None is the base
-    is_last  its last token's logits are needed
-    """
-
-    adapter: str | None
-    start: int
-    num_tokens: int
-    is_last: bool
-    scored: range
-    token_ids: list[int]
-    blocks: list[int]
-
-    @property
-    def request(self) -> PassedChunk:
-        return self
-
-    @property
-    def spec(self) -> GenerateRequest:
-        return _sampled()
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        return self.token_ids[start - self.start : stop - self.start]
-
-
-@cache
-def _sampled() -> GenerateRequest:
-    """Make a spec as far as `build_batch` reads it. Only ranks beside the first have one."""
-    return GenerateRequest("", (), SamplingParams(max_tokens=1))
-
-
-def dump_chunks(chunks: Sequence[Chunk]) -> tuple[bytes, tuple[str, ...]]:
+def dump_chunks(chunks: Sequence[ChunkInput]) -> tuple[bytes, tuple[str, ...]]:
     """Give the step's numbers, and the digests of its adapters, which they name by place; −1 is the base."""
     place: dict[str | None, int] = {None: -1}
     words: list[int] = []
-    for chunk in chunks:
-        request, stop, scored = chunk.request, chunk.start + chunk.num_tokens, chunk.scored
-        wanted = chunk.is_last and request.spec.params.max_tokens > 0
-        adapter = place.setdefault(request.adapter_digest, len(place) - 1)
-        words += (adapter, chunk.start, chunk.num_tokens, wanted, scored.start, scored.stop, len(request.blocks))
-        words += request.tokens(chunk.start, stop)
-        words += request.blocks
+    for adapter, start, token_ids, blocks, is_sampled, scored, _ in chunks:
+        number = place.setdefault(None if adapter is None else adapter.ref.digest, len(place) - 1)
+        words += (number, start, len(token_ids), is_sampled, scored.start, scored.stop, len(blocks))
+        words += token_ids
+        words += blocks
     return np.array(words, dtype=np.int64).tobytes(), tuple(digest for digest in place if digest is not None)
 
 
-def load_chunks(data: bytes, digests: Sequence[str]) -> list[PassedChunk]:
+def load_chunks(data: bytes, adapters: Sequence[ResidentAdapter]) -> list[ChunkInput]:
+    """`adapters`: of the digests of the step."""
     words = iter(np.frombuffer(data, dtype=np.int64).tolist())
     chunks = []
-    for adapter in words:
-        start, num_tokens, wanted, first, end, num_blocks = islice(words, 6)
+    for number in words:
+        start, num_tokens, is_sampled, first, end, num_blocks = islice(words, 6)
         token_ids, blocks = list(islice(words, num_tokens)), list(islice(words, num_blocks))
-        digest, scored = None if adapter < 0 else digests[adapter], range(first, end)
-        chunks.append(PassedChunk(digest, start, num_tokens, bool(wanted), scored, token_ids, blocks))
+        adapter = None if number < 0 else adapters[number]
+        chunks.append(ChunkInput(adapter, start, token_ids, blocks, bool(is_sampled), range(first, end)))
     return chunks

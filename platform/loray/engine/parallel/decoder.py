@@ -9,24 +9,20 @@ and for DoRA, which scales the ranks' parts alike. vLLM splits LoRA in this way 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.layers import ForwardContext, Linear, Linears
-from loray.engine.parallel.communicator import Communicator, PassedChunk
-from loray.engine.parallel.pool import FollowingPool
+from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import local_config, local_device, local_tensors, split_inputs
-from loray.engine.pool.pool import Pool, ResidentAdapter, ResidentProjection
-from loray.engine.request import Chunk
+from loray.engine.pool.pool import Pool, ResidentProjection
 from loray.spec import ServeSpec
 from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, backend
 
@@ -82,15 +78,6 @@ class ShardedDecoder(Decoder):
             linears=parallel_linears(communicator),
         )
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
-
-    def passed(self, chunks: Sequence[PassedChunk], pool: FollowingPool) -> Batch:
-        """Make the batch of the chunks that rank 0 has sent."""
-
-        def resident(chunk: Chunk) -> ResidentAdapter | None:
-            digest = cast("PassedChunk", chunk).adapter
-            return None if digest is None else pool.adapters[digest]
-
-        return self._eager(cast("Sequence[Chunk]", chunks), resident, pool)
 
     def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
         ranks = CaptureBarrier(self._communicator.silent, self._communicator.agree, self._communicator.connect)

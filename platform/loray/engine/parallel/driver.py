@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
-from loray.engine.model.batch import Batch
-from loray.engine.model.decode_batch import DecodeBatch, Resident
+from loray.engine.model.batch import Batch, ChunkInput
+from loray.engine.model.decode_batch import DecodeBatch
 from loray.engine.parallel.communicator import Communicator, dump_chunks, dump_step
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import (
@@ -33,7 +33,6 @@ from loray.engine.parallel.worker import RankWorkers, StartWorkers, WorkerArgs
 from loray.engine.pool.device_memory import sized
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
-from loray.engine.request import Chunk
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
 from loray_kernels import CaptureLimits, CaptureState
@@ -57,10 +56,9 @@ class LeadingDecoder(ShardedDecoder):
         self._channel = channel
         self._passed: tuple[Tensor | None, Forward] = None, Forward(b"", ())  # of the last batch, by its tokens
 
-    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
-        batch = super().batch(chunks, resident, pool)
-        if isinstance(batch, Batch):
-            self._passed = batch.token_ids_T, Forward(*dump_chunks(batch.chunks))
+    def eager(self, inputs: Sequence[ChunkInput], pool: Pool) -> Batch:
+        batch = super().eager(inputs, pool)
+        self._passed = batch.token_ids_T, Forward(*dump_chunks(inputs))
         return batch
 
     def forward(

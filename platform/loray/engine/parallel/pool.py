@@ -1,35 +1,30 @@
 """The pools of ranks, which have the same contents, and the commands that rank 0 sends to the others.
 
-Every rank runs the same code of `Pool` for the same sequence of operations. What an operation does depends only on the
-allocator's answers, so only these are sent. KV blocks are not: a step names the blocks that it uses.
+Rank 0's allocator decides. The others are sent what it gave for an adapter, and which blocks it moved. KV blocks are
+not sent: a step names the blocks that it uses.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, assert_never, cast
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
-from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
+from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import ShardedAdapter, local_device
 from loray.engine.parallel.transport import Codec, Encoded
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.pool import AdapterDescriptor, Pool, ResidentAdapter, cut_pool
+from loray.engine.pool.pool import AdapterDescriptor, Allocation, Pool, ResidentAdapter, cut_pool
 from loray.errors import RankLost
 from loray.methods.weights import SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
-from loray_kernels import CaptureLimits, KvLayout, PageWriter, Parts
-
-# Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
-RankAnswer = list[Extent] | int | dict[int, int] | None
-Answers = tuple[RankAnswer, ...]
+from loray_kernels import CaptureLimits, PageWriter, Parts
 
 
 class Forward(NamedTuple):
@@ -48,7 +43,11 @@ class Replay(NamedTuple):
 class PlaceAdapter(NamedTuple):
     ref: AdapterRef
     packed: PackedAdapter
-    answers: Answers
+    allocation: Allocation
+
+
+class MoveBlocks(NamedTuple):
+    moves: dict[int, int]
 
 
 class RemoveAdapter(NamedTuple):
@@ -72,7 +71,7 @@ class CaptureSteps(NamedTuple):
     limits: CaptureLimits
 
 
-PoolCommand = PlaceAdapter | RemoveAdapter
+PoolCommand = PlaceAdapter | MoveBlocks | RemoveAdapter
 ModelCommand = Forward | Replay | UseCaptures | CompileAdapters | CaptureSteps
 Command = PoolCommand | ModelCommand | GetPoolMap
 
@@ -94,6 +93,8 @@ CODEC = Codec(
         Forward,
         Replay,
         PlaceAdapter,
+        Allocation,
+        MoveBlocks,
         RemoveAdapter,
         GetPoolMap,
         UseCaptures,
@@ -153,68 +154,24 @@ class Channel:
         return [CODEC.loads(self._communicator.receive(rank)) for rank in range(1, self.world_size)]
 
 
-A = TypeVar("A", bound=RankAnswer)
+class _RankPool(Pool):
+    """It has as many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
+
+    def __init__(
+        self, spec: ServeSpec, config: ModelConfig, rank: int, page_writer: Callable[[Tensor], PageWriter]
+    ) -> None:
+        (layout, num_blocks), device = cut_pool(spec, config), local_device(spec, rank)
+        layout = layout._replace(num_kv_heads=layout.num_kv_heads // spec.tensor_parallel_size)
+        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
 
 
-class LeadingAllocator(BlockAllocator):
-    """Rank 0's allocator, which keeps its answers until they are sent."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self._answers: list[RankAnswer] = []
-
-    def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
-        return self._noted(super().allocate_rows(kind, demand))
-
-    def allocate_run(self, num_blocks: int) -> int | None:
-        return self._noted(super().allocate_run(num_blocks))
-
-    def clear_run(self, num_blocks: int) -> dict[int, int] | None:
-        return self._noted(super().clear_run(num_blocks))
-
-    def take_answers(self) -> Answers:
-        answers, self._answers = tuple(self._answers), []
-        return answers
-
-    def _noted(self, answer: A) -> A:
-        self._answers.append(answer)
-        return answer
-
-
-class FollowingAllocator(BlockAllocator):
-    """Another rank's allocator, every answer of which is rank 0's."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self.answers: deque[RankAnswer] = deque()
-
-    def allocate_rows(self, *args: Any, **kwargs: Any) -> list[Extent] | None:
-        return cast("list[Extent] | None", self.answers.popleft())
-
-    def allocate_run(self, num_blocks: int) -> int | None:
-        return cast("int | None", self.answers.popleft())
-
-    def clear_run(self, num_blocks: int) -> dict[int, int] | None:
-        return cast("dict[int, int] | None", self.answers.popleft())
-
-    def free_rows(self, extents: Any) -> None:
-        pass
-
-    def free_run(self, first: int) -> None:
-        pass
-
-
-class LeadingPool(Pool):
+class LeadingPool(_RankPool):
     """Rank 0's pool, whose changes the other ranks follow."""
-
-    allocator: LeadingAllocator
 
     def __init__(
         self, spec: ServeSpec, config: ModelConfig, channel: Channel, page_writer: Callable[[Tensor], PageWriter]
     ) -> None:
-        (layout, num_blocks), device = _local(spec, config), local_device(spec, 0)
-        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
-        self.allocator = LeadingAllocator(self.geometry)
+        super().__init__(spec, config, 0, page_writer)
         self._channel = channel
 
     @property
@@ -222,16 +179,17 @@ class LeadingPool(Pool):
         """The bytes of a block on all ranks together."""
         return super().block_bytes * self._channel.world_size
 
-    def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
+    def fill(self, ref: AdapterRef, packed: PackedAdapter, allocation: Allocation) -> ResidentAdapter:
         assert isinstance(packed, ShardedAdapter)
-        known = packed.pair is not None and packed.pair.digest in self.pairs
-        resident = super().place(ref, packed)
-        answers = self.allocator.take_answers()
-        moved = any(isinstance(answer, dict) for answer in answers)  # a run was cleared, though blocks may be short
-        if resident is not None or moved:
-            parts = (_without_pair(part) if known else part for part in packed.others)
-            self._channel.scatter([PlaceAdapter(ref, part, answers) for part in parts])
+        resident = super().fill(ref, packed, allocation)
+        is_known = packed.pair is not None and allocation.pair_block is None
+        parts = [_without_pair(part) if is_known else part for part in packed.others]
+        self._channel.scatter([PlaceAdapter(ref, part, allocation) for part in parts])
         return resident
+
+    def move(self, moves: Mapping[int, int]) -> None:
+        super().move(moves)
+        self._channel.broadcast(MoveBlocks(dict(moves)))
 
     def remove(self, adapter: ResidentAdapter) -> None:
         super().remove(adapter)
@@ -245,17 +203,13 @@ class LeadingPool(Pool):
             assert other == own, f"rank {rank}'s pool differs from rank 0's"
 
 
-class FollowingPool(Pool):
-    """Another rank's pool, which executes rank 0's commands."""
-
-    allocator: FollowingAllocator
+class FollowingPool(_RankPool):
+    """Another rank's pool, which executes rank 0's commands. Its own allocator is not asked."""
 
     def __init__(
         self, spec: ServeSpec, config: ModelConfig, rank: int, page_writer: Callable[[Tensor], PageWriter]
     ) -> None:
-        (layout, num_blocks), device = _local(spec, config), local_device(spec, rank)
-        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
-        self.allocator = FollowingAllocator(self.geometry)
+        super().__init__(spec, config, rank, page_writer)
         self.adapters: dict[str, ResidentAdapter] = {}
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
@@ -264,22 +218,17 @@ class FollowingPool(Pool):
 
     def follow(self, command: PoolCommand) -> None:
         match command:
-            case PlaceAdapter(ref, packed, answers):
-                self.allocator.answers.extend(answers)
-                resident = self.place(ref, packed)
-                if resident is not None:
-                    self.adapters[ref.digest] = resident
+            case PlaceAdapter(ref, packed, allocation):
+                self.adapters[ref.digest] = self.fill(ref, packed, allocation)
+            case MoveBlocks(moves):
+                self.move(moves)
             case RemoveAdapter(digest):
                 self.remove(self.adapters.pop(digest))
             case _:
                 assert_never(command)
-        assert not self.allocator.answers, "this rank asked its allocator for less than rank 0 did"
 
-
-def _local(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """Cut as many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
-    layout, num_blocks = cut_pool(spec, config)
-    return layout._replace(num_kv_heads=layout.num_kv_heads // spec.tensor_parallel_size), num_blocks
+    def _free(self, extents: Iterable[Extent], pair_block: int | None) -> None:
+        pass
 
 
 def pool_map(pool: Pool) -> PoolMap:

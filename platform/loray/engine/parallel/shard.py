@@ -26,12 +26,11 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
-from loray.engine.pool.loader import AdapterSource, LoadAdapter, LoadProgress
+from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError
-from loray.methods.weights import AdapterWeights
-from loray.spec import LINEAR_MODULES, ServeSpec
+from loray.spec import LINEAR_MODULES, AdapterRef, ServeSpec
 from loray_kernels import INPUTS, InputShape
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
@@ -191,7 +190,6 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
         shape=AdapterShape(tuple(groups), packed.shape.flat),
         layered=tuple(layered),
         flat=_pack(flat, local.capacity(BlockKind.FLAT), pinned=pinned)[0],
-        partial=None,
         pinned=pinned,
     )
 
@@ -228,30 +226,11 @@ def _pack(rows: Mapping[Matrix, Tensor], capacity: int, *, pinned: bool) -> Tens
     return packed_LE
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardedSource:
-    """The adapter is complete before it is cut: if one rank waited for a layer, all ranks would wait."""
-
-    loaded: AdapterWeights | AdapterSource
-    whole: Geometry
-    world_size: int
-
-    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        """Pack and cut it. It is usable as soon as it is complete; an error in storing it afterwards fails nothing."""
-        whole = replace(packer, geometry=self.whole, pinned=False)
-        ready: list[ShardedAdapter] = []
-
-        def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
-            if not ready and (packed.partial is None or packed.partial.complete):
-                sharded = shard_adapter(packed, self.whole, packer.geometry, self.world_size, pinned=packer.pinned)
-                ready.append(sharded)
-                progress(ready[0], 0.0)
-
-        loaded = self.loaded
-        cut(whole.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(whole, cut))
-        return ready[0]
-
-
 def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
     """Make `load` cut its adapters. `whole`: the geometry of an engine of one rank with as many blocks."""
-    return lambda ref: _ShardedSource(load(ref), whole, world_size)
+
+    def cut(ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        packed = load(ref, replace(packer, geometry=whole, pinned=False))
+        return shard_adapter(packed, whole, packer.geometry, world_size, pinned=packer.pinned)
+
+    return cut

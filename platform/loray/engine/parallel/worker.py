@@ -151,7 +151,8 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
             command: Command = CODEC.loads(data, receive_rows)
             match command:
                 case Forward(chunks, digests):
-                    model.forward(model.passed(load_chunks(chunks, digests), pool), pool)
+                    inputs = load_chunks(chunks, [pool.adapters[digest] for digest in digests])
+                    model.forward(model.eager(inputs, pool), pool)
                 case Replay(step):
                     model.forward(DecodeBatch(load_step(step), (), ()), pool)
                 case UseCaptures(num_slots, max_blocks):

@@ -30,7 +30,6 @@ from torch import Tensor
 from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, columns, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
-from loray.engine.memory.partial import PartialLoad
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
 from loray.spec import RopeParameters
@@ -53,7 +52,6 @@ class PackedAdapter:
     layered    for each group of the shape, (layers of the group, elements)
     flat       rows without a layer, (elements,)
     token_ids  tokens that have an embedding row of the adapter's, in the order of its flat rows
-    partial    how much is there of an adapter that is packed while it loads; None if it was complete from the start
     pinned     whether the rows are in page-locked memory
     """
 
@@ -63,7 +61,6 @@ class PackedAdapter:
     token_ids: tuple[int, ...]
     pair: SharedProjection | None
     rope: RopeParameters | None
-    partial: PartialLoad | None = None
     pinned: bool = False
 
     @property
@@ -161,87 +158,60 @@ class Packer:
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """IntegrityError if a row is not finite in the pool's dtype."""
-        packing = Packing(self, weights)
-        packing.take(range(self.geometry.num_layers))
-        return packing.packed
-
-    def shared(self, pair: SharedProjection | None) -> SharedProjection | None:
-        """Give the one copy of the pair on the host, however many adapters have it."""
-        return None if pair is None else self._pairs.setdefault(pair.digest, pair)
-
-    def excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
-        """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the
-        pool's dtype as the outputs.
-        """
-        assert self.checkpoint is not None, "DoRA needs the base's weights"
-        weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
-        return (module.output_scale(weight_OI) - 1)[None]
+        layers, flat = self._rows(weights)
+        token_ids, rows_VD = own_embedding_rows(weights, self.embedding_VD, self.dtype)
+        if token_ids:
+            flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
+        shape = AdapterShape.of(layers, flat)
+        layered = []
+        for group in shape.groups:
+            order = row_order(group.matrices, self.geometry.capacity(BlockKind.LAYERED))
+            rows_LE = self.empty(len(group.layers), order.num_elements)
+            for row_E, layer in zip(rows_LE, group.layers, strict=True):
+                _write(row_E, layers[layer], order)
+            _check_finite(rows_LE, [f"layer {layer} " for layer in group.layers], order)
+            layered.append(rows_LE)
+        order = row_order(shape.flat, self.geometry.capacity(BlockKind.FLAT))
+        flat_E = self.empty(order.num_elements)
+        _write(flat_E, flat, order)
+        _check_finite(flat_E[None], [""], order)
+        # One copy of the pair on the host, however many adapters have it.
+        pair = None if weights.pair is None else self._pairs.setdefault(weights.pair.digest, weights.pair)
+        return PackedAdapter(shape, tuple(layered), flat_E, token_ids, pair, weights.rope, pinned=self.pinned)
 
     def empty(self, *shape: int) -> Tensor:
         if self.pinned:
             return torch.empty(shape, dtype=self.dtype, pin_memory=True)
         return self.memory.empty(math.prod(shape), self.dtype).view(shape)
 
+    def _rows(self, weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], dict[Matrix, Tensor]]:
+        """Rows by layer, and rows without a layer."""
+        layers: dict[int, dict[Matrix, Tensor]] = {}
+        for key, module in weights.modules.items():
+            own = layers.setdefault(key.layer, {})
+            for role, tensor, scale in module.rows():
+                num_rows, width = tensor.shape
+                if role == "dora":
+                    assert isinstance(module, LoraWeights)
+                    tensor = self._excess_scale(key, module)
+                own[Matrix(key.module, role, num_rows, width, scale)] = tensor
+        flat: dict[Matrix, Tensor] = {}
+        for path, norm in weights.norms.items():
+            if path == "norm":
+                flat[Matrix("norm", "norm", 1, norm.shape[0])] = norm[None]
+            else:
+                _, layer, name = path.split(".", 2)
+                assert name in _NORMS
+                layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
+        return layers, flat
 
-class Packing:
-    """Packs layer by layer: the constructor reads only the shapes in `weights`; `take` reads the values of layers.
-
-    The constructor also reads the values of the adapter's embedding, on which its shape depends, and of norms without a
-    layer.
-    """
-
-    def __init__(self, packer: Packer, weights: AdapterWeights, partial: PartialLoad | None = None) -> None:
-        self._packer, self._modules = packer, weights.modules
-        self._layers, flat = _layers(weights)
-        token_ids, rows_VD = own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
-        if token_ids:
-            flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
-        shape = AdapterShape.of(self._layers, flat)
-        capacity = packer.geometry.capacity(BlockKind.LAYERED)
-        self._orders = [row_order(group.matrices, capacity) for group in shape.groups]
-        self._place = {layer: (i, n) for i, group in enumerate(shape.groups) for n, layer in enumerate(group.layers)}
-        flat_order = row_order(shape.flat, packer.geometry.capacity(BlockKind.FLAT))
-        self.packed = PackedAdapter(
-            shape=shape,
-            layered=tuple(
-                packer.empty(len(group.layers), order.num_elements)
-                for group, order in zip(shape.groups, self._orders, strict=True)
-            ),
-            flat=packer.empty(flat_order.num_elements),
-            token_ids=token_ids,
-            pair=packer.shared(weights.pair),
-            rope=weights.rope,
-            partial=partial,
-            pinned=packer.pinned,
-        )
-        _write(self.packed.flat, flat, flat_order)
-        _check_finite(self.packed.flat[None], [""], flat_order)
-
-    def take(self, layers: Iterable[int]) -> None:
-        """Pack these layers. IntegrityError if a value is not finite in the pool's dtype."""
-        taken: dict[int, list[int]] = {}
-        for layer in layers:
-            if layer in self._place:
-                group, n = self._place[layer]
-                _write(self.packed.layered[group][n], self._rows_of(layer), self._orders[group])
-                taken.setdefault(group, []).append(layer)
-        for group, own in taken.items():  # a group's layers are in ascending order
-            first = self._place[own[0]][1]
-            rows_LE = self.packed.layered[group][first : first + len(own)]
-            _check_finite(rows_LE, [f"layer {layer} " for layer in own], self._orders[group])
-
-    def _rows_of(self, layer: int) -> PackedRows:
-        """The layer's rows, whose values are there now; DoRA's are computed from them."""
-        rows = self._layers[layer]
-        scaled = [matrix for matrix in rows if matrix.role == "dora"]
-        if not scaled:
-            return rows
-        own = {}
-        for matrix in scaled:
-            module = self._modules[key := ModuleKey(layer, matrix.module)]
-            assert isinstance(module, LoraWeights)
-            own[matrix] = self._packer.excess_scale(key, module)
-        return {**rows, **own}
+    def _excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
+        """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the
+        pool's dtype as the outputs.
+        """
+        assert self.checkpoint is not None, "DoRA needs the base's weights"
+        weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
+        return (module.output_scale(weight_OI) - 1)[None]
 
 
 def own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
@@ -283,39 +253,16 @@ def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> No
         return
     for row, layer in zip(rows_LE, layers, strict=True):
         for matrix, own in order.stretches.items():
-            if not all(_is_finite(_stretch(row, matrix, s)) for s in own):
+            if not all(_is_finite(row[s.start : s.start + matrix.rows * s.width]) for s in own):
                 raise IntegrityError(
                     f"the adapter's {layer}{matrix.module} {matrix.role} is not finite in {row.dtype}; its weights are "
                     "unusable"
                 )
 
 
-def _stretch(row: Tensor, matrix: Matrix, stretch: RowSpan) -> Tensor:
-    return row[stretch.start : stretch.start + matrix.rows * stretch.width]
-
-
 def _is_finite(x: Tensor) -> bool:
     """If one value is NaN, both extremes are. Finding them takes a fiftieth of the time of isfinite() on all values."""
     return not x.numel() or all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(x)).tolist())
-
-
-def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], dict[Matrix, Tensor]]:
-    """Rows by layer, and rows without a layer."""
-    layers: dict[int, dict[Matrix, Tensor]] = {}
-    for key, module in weights.modules.items():
-        own = layers.setdefault(key.layer, {})
-        for role, tensor, scale in module.rows():
-            num_rows, width = tensor.shape
-            own[Matrix(key.module, role, num_rows, width, scale)] = tensor
-    flat: dict[Matrix, Tensor] = {}
-    for path, norm in weights.norms.items():
-        if path == "norm":
-            flat[Matrix("norm", "norm", 1, norm.shape[0])] = norm[None]
-        else:
-            _, layer, name = path.split(".", 2)
-            assert name in _NORMS
-            layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
-    return layers, flat
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """`Pool`: the tensor of all blocks, the adapters that reside in it, and their descriptors for kernels.
 
-`packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` and `Pool.take` copy the rows
-into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
+`packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` copies them into blocks and
+`Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -81,7 +80,6 @@ class ResidentAdapter:
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row   {token: offset of the adapter's embedding row for it}
     descriptor  on the device; None without one, see PoolDescriptors
-    pending     the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
     ref: AdapterRef
@@ -94,8 +92,6 @@ class ResidentAdapter:
     token_row: Mapping[int, int]
     rope: RopeParameters | None
     pair: ResidentProjection | None
-    pending: PackedAdapter | None = None
-    num_layers: int = 0
     descriptor: AdapterDescriptor | None = None
 
 
@@ -118,6 +114,15 @@ def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
         InputShape(tuple(columns(of_input[0][1], capacity)), tuple(tuple(columns(o, capacity)) for o, _ in of_input))
         for of_input in shapes
     )
+
+
+class Allocation(NamedTuple):
+    """What the allocator gave for an adapter. `pair_block`: the first of the run for its pair; None: it has none, or
+    the pool has it already.
+    """
+
+    extents: tuple[Extent, ...]
+    pair_block: int | None
 
 
 class _Words(NamedTuple):
@@ -294,28 +299,53 @@ class Pool:
         return blocks
 
     def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
-        """Copy an adapter into blocks; None, and nothing changed, if blocks are short. Writes the pool."""
-        pair = self._place_pair(packed.pair)
-        if packed.pair is not None and pair is None:
-            return None
+        """Copy an adapter into blocks; None if blocks are short. Writes the pool."""
+        allocation = self._allocate(packed)
+        return None if allocation is None else self.fill(ref, packed, allocation)
+
+    def _allocate(self, packed: PackedAdapter) -> Allocation | None:
+        """Find blocks for an adapter. For a pair's run other blocks may move, KV blocks too."""
+        pair, first = packed.pair, None
+        if pair is not None and pair.digest not in self._pairs:
+            num_blocks = self._pair_blocks(pair)
+            first = self.allocator.allocate_run(num_blocks)
+            if first is None and (moves := self.allocator.clear_run(num_blocks)) is not None:
+                self.move(moves)
+                first = self.allocator.allocate_run(num_blocks)
+            if first is None:
+                return None
         extents: list[Extent] = []
         for kind, demand in packed.shape.demand(self.geometry).items():
             taken = self.allocator.allocate_rows(kind, demand)
             if taken is None:
-                self.allocator.free_rows(extents)
-                self._release_pair(pair)
+                self._free(extents, first)
                 return None
             extents.extend(taken)
+        return Allocation(tuple(extents), first)
+
+    def fill(self, ref: AdapterRef, packed: PackedAdapter, allocation: Allocation) -> ResidentAdapter:
+        """Copy an adapter into the blocks that it was given."""
+        extents, first = allocation
+        pair: ResidentProjection | None = None
         try:
-            return self._fill(ref, packed, pair, extents)
+            if packed.pair is not None:
+                if first is not None:
+                    self._pairs[packed.pair.digest] = self._write_pair(packed.pair, first)
+                pair, first = self._pairs[packed.pair.digest], None
+                pair.references += 1
+            resident = self._write(ref, packed, pair, extents)
+            if self.descriptors is not None:
+                self.descriptors.placed(resident)
+            self._copying[resident] = self._writer.arrival()
         except BaseException:  # such as a device that is out of memory: free the blocks
             self.wait_for_rows()
-            self.allocator.free_rows(extents)
-            self._release_pair(pair)
+            self._free(extents, first if pair is None else self._release_pair(pair))
             raise
+        self._residents[resident] = None
+        return resident
 
-    def _fill(
-        self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentProjection | None, extents: Sequence[Extent]
+    def _write(
+        self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentProjection | None, extents: tuple[Extent, ...]
     ) -> ResidentAdapter:
         table = place(packed.shape, extents, self.geometry)
         own_rows = token_row(packed.token_ids, table)
@@ -328,26 +358,12 @@ class Pool:
         tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)
         resident = ResidentAdapter(
-            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, own_rows, packed.rope, pair, packed
+            ref, packed.shape, table, tensors, scales, extents, num_blocks, own_rows, packed.rope, pair
         )
-        self._write(resident, BlockKind.FLAT, packed.flat[None], packed.shape.flat, [0])
-        complete = packed.partial is None or packed.partial.complete
-        num_layers = self.geometry.num_layers if packed.partial is None or complete else packed.partial.num_layers
-        self._take(resident, min(num_layers, self.geometry.num_layers))
-        if complete:
-            resident.pending = None
-        if self.descriptors is not None:
-            self.descriptors.placed(resident)
-        self._copying[resident] = self._writer.arrival()
-        self._residents[resident] = None
+        self._write_rows(extents, BlockKind.FLAT, packed.flat[None], packed.shape.flat, [0])
+        for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
+            self._write_rows(extents, BlockKind.LAYERED, rows_LE, group.matrices, group.layers)
         return resident
-
-    def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        """Copy the rows of the first `num_layers` layers that are not in the pool yet; the next layer that is computed
-        reads them. Writes the pool.
-        """
-        self._take(adapter, num_layers)
-        self.wait_for_rows()
 
     def wait_for_rows(self) -> None:
         """Let whatever is queued after this call see all rows that have been placed."""
@@ -367,35 +383,32 @@ class Pool:
         self._copying.pop(adapter, None)
         return True
 
-    def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        if adapter.pending is None:
-            return
-        for group, rows_LE in zip(adapter.shape.groups, adapter.pending.layered, strict=True):
-            new = slice(bisect_left(group.layers, adapter.num_layers), bisect_left(group.layers, num_layers))
-            self._write(adapter, BlockKind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
-        adapter.num_layers = max(adapter.num_layers, num_layers)
-
     def remove(self, adapter: ResidentAdapter) -> None:
         self.wait_for([adapter])  # its rows must not come over what will be in their place
         del self._residents[adapter]
         if self.descriptors is not None:
             self.descriptors.removed(adapter)
-        self.allocator.free_rows(adapter.extents)
-        self._release_pair(adapter.pair)
+        self._free(adapter.extents, self._release_pair(adapter.pair))
 
-    def _write(
+    def _free(self, extents: Iterable[Extent], pair_block: int | None) -> None:
+        """Give blocks back to the allocator."""
+        self.allocator.free_rows(extents)
+        if pair_block is not None:
+            self.allocator.free_run(pair_block)
+
+    def _write_rows(
         self,
-        adapter: ResidentAdapter,
+        extents: Sequence[Extent],
         kind: BlockKind,
         rows_LE: Tensor,
         matrices: Sequence[Matrix],
         layers: Sequence[int],
     ) -> None:
-        """Copy packed rows, (layers, elements), to the adapter's extents."""
+        """Copy packed rows, (layers, elements), to an adapter's extents."""
         capacity = self.geometry.capacity(kind)
         pieces = [
             PageCopy(p.start, p.block * self.geometry.block_size + p.offset, p.num_elements)
-            for p in row_order(matrices, capacity).pieces(adapter.extents, kind)
+            for p in row_order(matrices, capacity).pieces(extents, kind)
         ]
         self._writer.write(rows_LE, [layer * capacity for layer in layers], pieces)
 
@@ -404,36 +417,26 @@ class Pool:
     def _pair_blocks(self, pair: SharedProjection) -> int:
         return self.geometry.blocks_for_elements(pair.a_RI.numel() + pair.b_OR.numel())
 
-    def _place_pair(self, pair: SharedProjection | None) -> ResidentProjection | None:
-        if pair is None:
-            return None
-        resident = self._pairs.get(pair.digest)
-        if resident is None:
-            num_blocks = self._pair_blocks(pair)
-            first = self.allocator.allocate_run(num_blocks)
-            if first is None and self._clear_run(num_blocks):
-                first = self.allocator.allocate_run(num_blocks)
-            if first is None:
-                return None
-            start = first * self.geometry.block_size
-            a_RI, b_OR = self._write_matrix(pair.a_RI, start), self._write_matrix(pair.b_OR, start + pair.a_RI.numel())
-            resident = self._pairs[pair.digest] = ResidentProjection(pair.digest, first, num_blocks, a_RI, b_OR)
-        resident.references += 1
-        return resident
+    def _write_pair(self, pair: SharedProjection, first: int) -> ResidentProjection:
+        start = first * self.geometry.block_size
+        a_RI, b_OR = self._write_matrix(pair.a_RI, start), self._write_matrix(pair.b_OR, start + pair.a_RI.numel())
+        return ResidentProjection(pair.digest, first, self._pair_blocks(pair), a_RI, b_OR)
 
     def _write_matrix(self, values: Tensor, start: int) -> ProjectionMatrix:
         num = values.numel()
         self._writer.write(values.to(self.tensor.dtype).reshape(1, num), [0], [PageCopy(0, start, num)])
         return ProjectionMatrix(self.tensor[start : start + num].view_as(values))
 
-    def _release_pair(self, pair: ResidentProjection | None) -> None:
+    def _release_pair(self, pair: ResidentProjection | None) -> int | None:
+        """An adapter that has it goes. Returns the first block of its run if that was the last one."""
         if pair is None:
-            return
+            return None
         pair.references -= 1
-        if not pair.references:
-            self.wait_for_rows()  # it may have been written a moment ago
-            del self._pairs[pair.digest]
-            self.allocator.free_run(pair.first_block)
+        if pair.references:
+            return None
+        self.wait_for_rows()  # it may have been written a moment ago
+        del self._pairs[pair.digest]
+        return pair.first_block
 
     # -- moving adapters and KV blocks, between steps -----------------------------------------------------------------
 
@@ -446,11 +449,8 @@ class Pool:
             blocks += adapter.pair.num_blocks
         return max(blocks, 1 / self.geometry.block_size)  # an adapter that changes only RoPE has no rows
 
-    def _clear_run(self, num_blocks: int) -> bool:
-        """Free neighbouring blocks for a run by moving others, KV blocks too; False if that is impossible."""
-        moves = self.allocator.clear_run(num_blocks)
-        if moves is None:
-            return False
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Copy blocks, of KV too, from the keys of `moves` to its values, as the allocator has renamed them."""
         self.wait_for_rows()
         blocks = self.tensor.view(self.geometry.num_blocks, -1)
         for old, new in moves.items():
@@ -465,7 +465,6 @@ class Pool:
                 if self.descriptors is not None:
                     self.descriptors.moved(adapter)
         self.on_kv_moved(moves)
-        return True
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""

@@ -156,9 +156,9 @@ class Admission(Generic[P, R]):
         if ref is not None:
             while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
-                tier = self._adapter_manager.table.tier(ref)
+                tier = self._adapter_manager.tier(ref)
                 if tier is not Tier.HOST or not self._kv_cache.make_room(max(1, missing)):
-                    if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
+                    if tier.is_on_its_way:  # its rows are; blocks are not short
                         self._short = None
                     self._kv_cache.release(request)
                     return False
@@ -182,7 +182,7 @@ class Admission(Generic[P, R]):
         most = self._allocator.num_free - num_running - int(_WATERMARK * self._allocator.geometry.num_blocks)
         for request in islice(waiting, _LOOKED_AHEAD):
             ref = request.adapter
-            if ref is None or self._adapter_manager.table.tier(ref) is not Tier.HOST:
+            if ref is None or self._adapter_manager.tier(ref) is not Tier.HOST:
                 continue
             if 0 < self._adapter_blocks(request) <= most and self._adapter_manager.place_ahead(ref):
                 return
@@ -210,15 +210,15 @@ class Admission(Generic[P, R]):
             self._growing = [self._growth(r) for r in running]
         growing = [*self._growing, self._growth(request, num_shared_blocks=len(request.blocks))]
         wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
-        if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
+        if request.adapter is not None and self._adapter_manager.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
         missing = wanted - self._allocator.num_free - self._kv_cache.prefix_cache.num_idle
         return missing <= 0 or self._idle_adapters_have(missing)
 
     def _idle_adapters_have(self, num_blocks: float) -> bool:
-        table = self._adapter_manager.table
-        for digest in table.idle:
-            num_blocks -= self._adapter_manager.size(table.resident(table.entries[digest].ref))
+        manager = self._adapter_manager
+        for digest in manager.idle:
+            num_blocks -= manager.size(manager.resident(manager.entries[digest].ref))
             if num_blocks <= 0:
                 return True
         return False
@@ -275,7 +275,10 @@ class Scheduler(Generic[P, R]):
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
         )
         self._targets = TtftSlo(
-            ttft_slo_s=ttft_slo_s, estimate=self._seconds_to_first_token, alone=self._seconds_alone, clock=clock
+            ttft_slo_s=ttft_slo_s,
+            estimate=self._seconds_to_first_token,
+            alone=lambda request: self._estimate.seconds(self._backlog(request), StepWork(num_steps=1)),
+            clock=clock,
         )
         self.waiting = WaitingRequests(adapter_manager, lead=max_num_batched_tokens)
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
@@ -325,28 +328,16 @@ class Scheduler(Generic[P, R]):
         """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
 
-    def first_step_seconds(self, digest: str) -> float:
-        """Estimate the seconds of the first step of the longest waiting prompt of this adapter; 0: not known."""
-        loading = self.waiting.loading(digest)
-        if not loading:
-            return 0.0
-        budget = self._new_budget()
-        for request in self.running:
-            if request not in self.waiting.begun:
-                budget.decode(request.num_computed, 1, 0)
-        chunk = StepWork.of(0, budget.fit(0, max(r.num_pending for r in loading)))
-        return self.step_time.predict(budget.work.plus(chunk))
-
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
         changed = self._adapter_manager.poll(at_once=not self.running)
-        failed = self._fail_running()
         for request in self.running:
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
         if one is not None and len(self.running) >= self._max_num_seqs:
             self.preempt(one)
-        chunks = self._decode(budget := self._new_budget())
+        budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
+        chunks, failed = self._decode(budget), Failures()
         self._admission.stepped()
         for request, error in chain.from_iterable(late() for late in (self._targets.refuse_late, self._limits.overdue)):
             self.waiting.refuse(request)
@@ -356,29 +347,13 @@ class Scheduler(Generic[P, R]):
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
         changed |= self._admission.emptied | self._adapter_manager.poll(at_once=not self.running)
-        return SchedulerOutput(chunks, failed, changed or self._adapter_manager.table.has_changed, budget.work)
+        return SchedulerOutput(chunks, failed, changed or self._adapter_manager.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
         self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
-
-    def _new_budget(self) -> StepBudget:
-        return StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
-
-    def _fail_running(self) -> Failures:
-        """Stop the running requests whose partial adapter could not be loaded completely."""
-        failed: Failures = []
-        for request in list(self.running):
-            if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is Tier.FAILED:
-                failed.append((request, self._adapter_manager.table.error(request.adapter)))
-                self.waiting.add(request, again=True)
-                self.waiting.refuse(request)
-                self.running.remove(request)
-                self._release(request)
-                request.state = RequestState.WAITING
-        return failed
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
         """The next token of each request that decodes, best priority and oldest first."""
@@ -389,8 +364,6 @@ class Scheduler(Generic[P, R]):
                 continue
             if request.ends_in_flight or request.awaits_mask:
                 num_others -= 1
-            elif request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
-                self.preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1
                 request.decoding_since = min(request.decoding_since, now)
@@ -445,7 +418,7 @@ class Scheduler(Generic[P, R]):
                 request.charged_until = request.num_computed
         elif self.waiting.has_failed(request):
             failed += self.waiting.fail(request)
-        elif request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is Tier.LOADING:
+        elif request.adapter is not None and self._adapter_manager.tier(request.adapter).is_on_its_way:
             return True  # its rows are on their way, which nobody else waits for
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
@@ -477,9 +450,6 @@ class Scheduler(Generic[P, R]):
         decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
         ahead, step = ahead.plus(self._backlog(request)), StepWork(1, len(decoding), sum(decoding))
         return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
-
-    def _seconds_alone(self, request: Request) -> float:
-        return self._estimate.seconds(self._backlog(request), StepWork(num_steps=1))
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

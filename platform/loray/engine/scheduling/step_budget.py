@@ -5,13 +5,10 @@ least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The ste
 between two tokens if the step gives anybody a token, a request that decodes or a prompt that ends. Else it is `ALONE`
 times that: nobody waits for the step, and a long prompt pays the fixed cost of fewer steps. So it is in a `Burst`.
 
-A model of a step's time may be wrong for long: after one slow step with few tokens, all steps are short and alike, and
-do not show what more tokens would cost. So a step may always have twice the prompts' tokens of the last one, if that
-took less than half of the target.
-
-Log-probabilities of a prompt need the logits of each of its tokens, vocabulary × hidden products, which may cost more
-than the rest. Few prompts ask for them, so their cost is often unknown when one does: the first step has MIN_CHUNK such
-tokens, and each later one at most twice as many as any before.
+The time is fitted to the steps before, and so says little of what none of them had: a step has at most twice as many
+tokens of prompts as any before it, if somebody decodes beside them, and at most twice as many whose log-probabilities
+are computed. These need vocabulary × hidden products each, which may cost more than the rest, and few prompts ask for
+them.
 """
 
 from __future__ import annotations
@@ -61,10 +58,9 @@ class StepTimeModel:
     def __init__(self) -> None:
         self.costs = StepWork()
         self.largest = StepWork()  # of each quantity, in any measured step
-        self.last_with_prompts = (StepWork(), math.inf)  # and its seconds
         self._shortest = math.inf  # seconds of a step; the fixed cost is no more
         # Of steps without and with prompts: Σ w · x xᵀ and, as its last row, Σ w · x · seconds.
-        self._sums = [[[0.0] * _SIZE for _ in range(_SIZE + 1)] for _ in range(2)]
+        self._sums = _no_sums()
         self._num_steps = [0, 0]
         self._exceptions = [0, 0]  # of each kind, since its last other step
 
@@ -86,13 +82,10 @@ class StepTimeModel:
 
         A step may be slow for reasons of its own (a kernel is compiled, another process takes the cores), never fast.
         So a step of a known size that took more than 4 times as long as predicted does not count; from the third in a
-        row on it counts as 4 times. One that took less than a quarter shows that the past was the exception, and the
-        past's weight is halved.
+        row on it counts as 4 times. One that took less than a quarter shows that the past was the exception, and that
+        is forgotten: else all steps would stay short and alike, and not show what more tokens cost.
         """
-        kind = int(work.num_prompt > 0)
-        if kind:
-            self.last_with_prompts = (work, seconds)
-        predicted = self.predict(work)
+        kind, predicted = int(work.num_prompt > 0), self.predict(work)
         is_known = self._num_steps[kind] >= _SURE and all(map(le, work, self.largest))
         if is_known and seconds > _OUTLIER * predicted:
             self._exceptions[kind] += 1
@@ -103,7 +96,7 @@ class StepTimeModel:
             self._exceptions[kind] = 0
         self._shortest = min(seconds, _RISE * self._shortest)
         if seconds * _OUTLIER < predicted:
-            self._sums = [[[0.5 * s for s in row] for row in sums] for sums in self._sums]
+            self._sums = _no_sums()
         self._num_steps[kind] += 1
         self.largest = StepWork(*map(max, self.largest, work))
         self._sums[kind] = [
@@ -122,6 +115,10 @@ class StepTimeModel:
                     costs[i] = max(0.0, costs[i] + (target[i] - sum(map(mul, row, costs))) / row[i])
             costs[0] = min(costs[0], self._shortest)
         self.costs = StepWork(*costs)
+
+
+def _no_sums() -> list[list[list[float]]]:
+    return [[[0.0] * _SIZE for _ in range(_SIZE + 1)] for _ in range(2)]
 
 
 def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
@@ -204,7 +201,7 @@ class StepBudget:
         step is full. What time cuts off a prompt is a multiple of MIN_CHUNK.
         """
         most = min(num_pending, self._num_left)
-        n = int(min(most, max(self._tokens_in_time(start, scored=scored), self._twice_the_last(start, scored=scored))))
+        n = int(min(most, self._tokens_in_time(start, scored=scored)))
         if n == most:
             return n
         if n >= MIN_CHUNK:
@@ -217,7 +214,8 @@ class StepBudget:
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
-        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
+        without_tokens = self._alone or self.in_burst  # the step may take as long as if it gave nobody a token
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=without_tokens)
         seconds, most = room - self._steps.predict(self._prompts), self._most_unmeasured(start, scored=scored)
         if seconds == math.inf:
             return most
@@ -233,29 +231,6 @@ class StepBudget:
         else:
             n = left / slope if slope else math.inf
         return min(n, most)
-
-    @property
-    def _without_tokens(self) -> bool:
-        """The step gives nobody a token, or may take as long as if it did not."""
-        return self._alone or self.in_burst
-
-    def _twice_the_last(self, start: int, *, scored: bool) -> float:
-        """Tokens up to which no quantity of the step is more than twice that of the last one with prompts, if that took
-        less than half of the target. No cost is negative, so the step then takes no more than the target. Pairs may be
-        four times as many: they grow with the square of a chunk, and are cheap where it is short.
-        """
-        last, seconds = self._steps.last_with_prompts
-        target = target_s(self._itl_slo_s, alone=self._without_tokens)
-        work = self.work
-        if seconds > target / 2 or work.num_decoded > 2 * last.num_decoded:
-            return 0
-        tokens = 2 * last.num_prompt - work.num_prompt
-        if scored:
-            tokens = min(tokens, 2 * last.num_scored - work.num_scored)
-        tokens = min(
-            tokens, (4 * last.num_pairs - work.num_pairs) / (start + 1), 2 * last.num_keys - work.num_keys - start
-        )
-        return max(0, tokens)
 
     def _most_unmeasured(self, start: int, *, scored: bool) -> float:
         """Tokens up to which the fit may be trusted, see _GROWTH: of those that are scored, and of all while a request

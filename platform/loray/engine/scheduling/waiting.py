@@ -49,9 +49,9 @@ class WaitingRequests(Generic[P, R]):
         self._adapter_manager = adapter_manager
         self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
-        self._loading: dict[str, dict[Request, None]] = {}
+        self.num_loading = 0  # that wait for an adapter to be loaded
         self._crowded_out: Request | None = None  # by the last step
-        self._entered: dict[str, None] = {}  # adapters in `_loading` that were added since the last `admit_loaded`
+        self._entered: dict[str, None] = {}  # adapters for whose load requests wait since the last `admit_loaded`
 
     def __len__(self) -> int:
         return len(self._states)
@@ -67,7 +67,7 @@ class WaitingRequests(Generic[P, R]):
             self._adapter_manager.add_waiter(request.adapter, again=again)
             self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
         if prepares:
-            self._states[request] = _State.PREPARING
+            self._set_state(request, _State.PREPARING)
         else:
             self._enter(request)
 
@@ -78,13 +78,14 @@ class WaitingRequests(Generic[P, R]):
 
     def remove(self, request: Request) -> None:
         """Remove a request that was cancelled or refused."""
-        self._withdraw(request)
+        self._set_state(request, None)
         self._forget(request)
 
     def begin(self, request: Request) -> None:
         """Run the request that `pick` gave, whose adapter is pinned. It stays in the queue until `end_prompt`."""
         self.fair.begin(request)
         self.begun[request] = None
+        del self._states[request]  # it was READY, and stays in the queue
         self._forget(request)
 
     def end_prompt(self, request: Request) -> None:
@@ -102,27 +103,25 @@ class WaitingRequests(Generic[P, R]):
         """Keep a request from running; the engine removes it after it has returned the error. One that ran but has no
         token yet is refunded.
         """
-        self._withdraw(request)
+        self._set_state(request, _State.REFUSED)
         if request.num_input_charged and not request.num_generated:
             self.fair.refund(request, num_input=request.num_input_charged)
-        self._discard(self._by_adapter, request)
-        self._states[request] = _State.REFUSED
+        self._discard(request)
 
     def admit_loaded(self) -> list[tuple[Request, Exception]]:
         """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._adapter_manager.table.take_changed())}:
-            loading = self._loading.get(digest)
+        for digest in {**entered, **dict.fromkeys(self._adapter_manager.take_changed())}:
+            loading = [r for r in self._by_adapter.get(digest, ()) if self.is_loading(r)]
             if not loading:
                 continue
-            first = next(iter(loading))
-            tier = self._tier(first)
+            tier = self._tier(loading[0])
             if tier is Tier.FAILED:
-                failed += self.fail(first)
-            elif tier is not Tier.LOADING:
-                for request in self._loading.pop(digest):
-                    self._ready(request)
+                failed += self.fail(loading[0])
+            elif not tier.is_on_its_way:
+                for request in loading:
+                    self._set_state(request, _State.READY)
         return failed
 
     def has_failed(self, request: Request) -> bool:
@@ -136,15 +135,14 @@ class WaitingRequests(Generic[P, R]):
         same = list(self._by_adapter[ref.digest])
         for r in same:
             self.refuse(r)
-        return [(r, self._adapter_manager.table.error(ref)) for r in same]
+        return [(r, self._adapter_manager.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
         """Return the next request, see FairQueue.pick; it may have begun, and its adapter have failed since."""
         while (request := self.fair.pick(self._is_resident)) is not None:
-            if request in self.begun or self._tier(request) is not Tier.LOADING:
+            if request in self.begun or not self._tier(request).is_on_its_way:
                 break
-            self._withdraw(request)  # its adapter was dropped and is loaded again
-            self._enter(request)
+            self._enter(request)  # its adapter was dropped and is loaded again
         return request
 
     def pick_begun(self) -> Request | None:
@@ -191,17 +189,8 @@ class WaitingRequests(Generic[P, R]):
         """Return whether it has a place in the queue: it waits for its turn, or will when it is prepared."""
         return self.is_ready(request) or self.is_preparing(request)
 
-    @property
-    def num_loading(self) -> int:
-        """Requests that wait for an adapter to be loaded."""
-        return sum(map(len, self._loading.values()))
-
     def is_loading(self, request: Request) -> bool:
         return self._states.get(request) is _State.LOADING
-
-    def loading(self, digest: str) -> Collection[Request]:
-        """Return the requests that wait for this adapter to be loaded."""
-        return self._loading.get(digest, ())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every index holds exactly its requests, and those that wait for an adapter will
@@ -209,57 +198,52 @@ class WaitingRequests(Generic[P, R]):
         """
         in_state = {state: {r for r, s in self._states.items() if s is state} for state in _State}
         assert self.fair.requests() == in_state[_State.READY] | self.begun.keys()
+        assert self.num_loading == len(in_state[_State.LOADING])
         others = self._states.keys() - in_state[_State.REFUSED]
-        for index, expected in (
-            (self._loading, in_state[_State.LOADING]),
-            (self._by_adapter, {r for r in others if r.adapter is not None}),
-        ):
-            assert {r for same in index.values() for r in same} == expected
-            assert all(same for same in index.values())
-            assert all(r.adapter is not None and r.adapter.digest == d for d, same in index.items() for r in same)
-        for digest, requests in self._loading.items():
-            is_on_its_way = self._tier(next(iter(requests))) is Tier.LOADING
-            assert is_on_its_way or digest in self._entered or self._adapter_manager.table.has_changed, (
-                "who waits is not told"
-            )
+        by_adapter = {(r.adapter.digest, r) for r in others if r.adapter is not None}
+        assert {(digest, r) for digest, same in self._by_adapter.items() for r in same} == by_adapter
+        assert all(self._by_adapter.values())
+        for request in in_state[_State.LOADING]:
+            is_looked_at = request.adapter_digest in self._entered or self._adapter_manager.has_changed
+            assert is_looked_at or self._tier(request).is_on_its_way, "who waits is not told"
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
-        return Tier.POOL if request.adapter is None else self._adapter_manager.table.tier(request.adapter)
+        return Tier.POOL if request.adapter is None else self._adapter_manager.tier(request.adapter)
 
     def _is_resident(self, request: Request) -> bool:
         return self._tier(request) is Tier.POOL
 
     def _enter(self, request: Request) -> None:
-        if request.adapter is not None and self._tier(request) in (Tier.LOADING, Tier.FAILED):
-            self._states[request] = _State.LOADING
-            self._loading.setdefault(request.adapter.digest, {})[request] = None
+        tier = self._tier(request)
+        if request.adapter is not None and (tier.is_on_its_way or tier is Tier.FAILED):
+            self._set_state(request, _State.LOADING)
             self._entered[request.adapter.digest] = None
         else:
-            self._ready(request)
+            self._set_state(request, _State.READY)
 
-    def _ready(self, request: Request) -> None:
-        self._states[request] = _State.READY
-        self.fair.push(request)
-
-    def _withdraw(self, request: Request) -> None:
-        state = self._states[request]
-        if state is _State.READY:
+    def _set_state(self, request: Request, state: _State | None) -> None:
+        """Nothing but this and `begin` changes the state of a request that does not run. None: it leaves."""
+        before = self._states.get(request)
+        if before is _State.READY:
             self.fair.remove(request)
-        elif state is _State.LOADING:
-            self._discard(self._loading, request)
+        self.num_loading += (state is _State.LOADING) - (before is _State.LOADING)
+        if state is None:
+            del self._states[request]
+            return
+        self._states[request] = state
+        if state is _State.READY:
+            self.fair.push(request)
 
-    def _discard(self, by_adapter: dict[str, dict[Request, None]], request: Request) -> None:
-        if request.adapter is not None:
-            same = by_adapter.get(request.adapter.digest, {})
+    def _discard(self, request: Request) -> None:
+        if request.adapter is not None and (same := self._by_adapter.get(request.adapter.digest)) is not None:
             same.pop(request, None)
             if not same:
-                by_adapter.pop(request.adapter.digest, None)
+                del self._by_adapter[request.adapter.digest]
 
     def _forget(self, request: Request) -> None:
-        del self._states[request]
-        self._discard(self._by_adapter, request)
+        self._discard(request)
         if request.adapter is not None:
             self._adapter_manager.remove_waiter(request.adapter)
 
@@ -370,8 +354,8 @@ class QueueLimits(Generic[P, R]):
     def _is_cold(self, request: Request) -> bool:
         if request.adapter is None:
             return False
-        entry = self._adapter_manager.table.entries.get(request.adapter.digest)
-        return entry is None or self._adapter_manager.table.tier(request.adapter) is Tier.LOADING
+        entry = self._adapter_manager.entries.get(request.adapter.digest)
+        return entry is None or self._adapter_manager.tier(request.adapter).is_on_its_way
 
     def _waits(self, request: Request) -> bool:
         waits = self._waiting.is_loading(request) or self._waiting.is_preparing(request)

@@ -19,7 +19,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
-    for name in ("_decisions", "_suspects", "_routings", "_replicas"):
+    for name in ("_decisions", "_suspects", "_replicas"):
         monkeypatch.setattr(router, name, {})
     monkeypatch.setattr(router, "reports", RoutingReports())
     monkeypatch.setattr(router, "_unanswered", router.UnansweredPrompts())

@@ -12,8 +12,6 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
-from loray.errors import ReplicaUnavailable
-from loray.spec import AdapterOf
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import (
     ROUTER_CLASS,
@@ -21,7 +19,6 @@ from serve_apps.gateway.replicas.router import (
     QueueLengths,
     UnansweredPrompts,
     decisions,
-    holders,
     is_held,
     suspect,
 )
@@ -136,35 +133,17 @@ async def test_without_a_request_every_replica_is_offered(pair: list[Replica]) -
         assert sorted(r.replica_id.unique_id for (r,) in offered) == ["one", "two"]
 
 
-async def test_who_has_an_adapter_is_known_by_reports_and_by_what_was_sent(pair: list[Replica]) -> None:
+async def test_who_has_an_adapter_is_known_by_reports(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
     pair[1].report(on_host=(DIGESTS[0], DIGESTS[1]))
     async with routing(pair) as router:
-        assert set(holders("engine", DIGESTS[0])) == {"one", "two"}
-        assert holders("engine", DIGESTS[1]) == ("two",)
-        assert holders("engine", DIGESTS[2]) == ()
-        first = await route(router, pending(DIGESTS[2]))
-        assert holders("engine", DIGESTS[2]) == (first,)
         held = [is_held("engine", besides, DIGESTS[1]) for besides in ("one", "two")]
         assert held == [True, False]
+        await route(router, pending(DIGESTS[2]))
         assert not is_held("engine", "one", DIGESTS[2]), "sent, and not reported"
         router.update_replicas(pair[1:])
-        assert holders("engine", DIGESTS[0]) == ("two",)
-        assert holders("other", DIGESTS[0]) == ()
-
-
-async def test_a_question_for_a_replica_goes_there_or_nowhere(pair: list[Replica]) -> None:
-    def question(name: str) -> PendingRequest:
-        metadata = RequestMetadata(f"q-{name}", f"q-{name}", call_method="give_adapter")
-        return PendingRequest([AdapterOf(DIGESTS[0], name)], {}, metadata)
-
-    async with routing(pair) as router:
-        for name in ("two", "one", "two"):
-            assert await route(router, question(name)) == name
-        with pytest.raises(ReplicaUnavailable, match="three"):
-            await route(router, question("three"))
-        assert await route(router, question("one")) == "one"
-        assert not any(decisions("engine").values())
+        assert not is_held("engine", "two", DIGESTS[0])
+        assert not is_held("other", "one", DIGESTS[0])
 
 
 @pytest.mark.parametrize(("at_once", "num_long"), [(1, 0), (20, 0), (20, 2)])
