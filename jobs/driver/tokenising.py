@@ -17,7 +17,7 @@ from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.data.corpus import Task, located, run_here
 from loray.train.data.read import BadRow, Content, FilePart
-from loray.train.data.shards import ShardCache
+from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
 
 log = get_logger(__name__)
@@ -35,7 +35,7 @@ class RayTasks:
     def __init__(self, spec: TrainSpec, group: TrainingGroup | None, connect: Callable[[], None]) -> None:
         self._spec, self._group, self._connect = spec, group, connect
 
-    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+    def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
         if num_tasks == 1:
             run_here(tokenisation, cache, tasks, num_tasks)
             return
@@ -80,6 +80,6 @@ def _tokenise(shared: list[ObjectRef], key: str, content: Content) -> BadRow | N
 
 
 @lru_cache(maxsize=1)
-def _shared(reference: ObjectRef) -> tuple[Tokenisation, ShardCache]:
-    found: tuple[Tokenisation, ShardCache] = ray.get(reference)
+def _shared(reference: ObjectRef) -> tuple[Tokenisation, FolderCache]:
+    found: tuple[Tokenisation, FolderCache] = ray.get(reference)
     return found

@@ -147,7 +147,6 @@ class _Run:
             size=self.mesh.data_size,
             shares=data.shares,
             paired=data.is_paired,
-            cache=data.cache,
         )
         steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
 from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
-from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
+from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
 from loray.train.data.known import open_known
 from loray.train.data.read import DataFormat, RowFile
-from loray.train.data.shards import ShardCache
+from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
 
 
@@ -50,8 +50,7 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache` has the
-    tokens of training rows.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
     """
 
     train: RowSource
@@ -62,7 +61,6 @@ class Dataset:
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[SourceShare, ...] = ()
-    cache: ShardCache | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -87,7 +85,7 @@ def load_data(
     whole_windows: bool = False,
     paired: bool = False,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
-    cache: ShardCache | None = None,
+    cache: FolderCache | None = None,
     run: Runner = run_here,
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
@@ -149,7 +147,7 @@ def load_data(
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
 
 
 def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:
@@ -165,7 +163,7 @@ def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
 
 
 def _open(
-    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: ShardCache, paired: bool
+    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: FolderCache, paired: bool
 ) -> tuple[RowFile, ...]:
     """The files of one source."""
     return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
@@ -184,7 +182,7 @@ SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 class SourceRows(NamedTuple):
     """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
 
-    rows: SliceRows | JoinedRows
+    rows: StreamRows
     sources: NDArray[np.integer]
     truncated: NDArray[np.bool_]
     num_targets: Indices
@@ -231,7 +229,7 @@ def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
     lengths_R = np.minimum(left_R, max_length)
     is_text_R = corpus.is_text_E[example_R]
     part = SourceRows(
-        SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
+        StreamRows.of(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
         ~is_text_R & (left_R > max_length),
         np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
@@ -249,8 +247,8 @@ def joined_texts(
     def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
         bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
         streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
-        rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-        return SourceRows(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
+        rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
+        return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
 
     everything = np.arange(train.num_documents)
     if evaluation is not None:
@@ -304,14 +302,8 @@ def check_texts(files: Iterable[RowFile]) -> None:
 _BEGINNING = -1  # the start of the piece that is no document
 
 
-class TokenSource(Protocol):
-    def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Read token ids [start, stop)."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class JoinedRows:
+class StreamRows:
     """Row i is [starts[i], starts[i] + lengths[i]) of a stream, which is P pieces one after the other.
 
     Documents that follow each other in `tokens` are one piece: there are few, however many the documents.
@@ -319,51 +311,61 @@ class JoinedRows:
     beginning  token ids before the first document of a source
     begins_P   where a piece begins in `tokens`
     ends_P     where it ends in the stream
-    sources    whose stream a row is of
+    is_text    every token is a target
     """
 
-    tokens: TokenSource
+    tokens: ShardTokens
     beginning: NDArray[np.int32]
-    begins_P: NDArray[np.int64]
-    ends_P: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    sources: NDArray[np.int64]
+    begins_P: Indices
+    ends_P: Indices
+    starts: Indices
+    lengths: Indices
+    is_text: bool
+
+    @classmethod
+    def of(cls, tokens: ShardTokens, starts: Indices, lengths: Indices) -> StreamRows:
+        """Make rows of the tokens as they are: they are the only piece."""
+        whole = np.array([np.iinfo(np.int64).max])
+        return cls(tokens, np.empty(0, np.int32), np.zeros(1, np.int64), whole, starts, lengths, is_text=False)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Read the token ids of row i, all of which but the first are targets."""
+        """Read the token ids of row i, and which of them are targets: never the first."""
         at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
-        parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
+        num_tokens, piece = stop - at, int(np.searchsorted(self.ends_P, at, side="right"))
+        ids, targets = [], []
         while at < stop:
             end = int(self.ends_P[piece])
             skipped = at - (int(self.ends_P[piece - 1]) if piece else 0)
             taken, begin = min(stop, end) - at, int(self.begins_P[piece])
             if begin == _BEGINNING:
-                parts.append(self.beginning[skipped : skipped + taken])
+                ids.append(self.beginning[skipped : skipped + taken])
             else:
-                parts.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+                ids.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+                if not self.is_text:
+                    targets.append(self.tokens.targets(begin + skipped, begin + skipped + taken))
             at, piece = at + taken, piece + 1
-        ids = np.concatenate(parts)
-        return ids, np.arange(len(ids)) > 0
+        learned = np.concatenate(targets) if targets else np.ones(num_tokens, np.bool_)
+        learned[:1] = False
+        return np.concatenate(ids), learned
 
-    def select(self, indices: NDArray[np.int64]) -> JoinedRows:
+    def select(self, indices: Indices) -> StreamRows:
         """Select rows, without a copy of the tokens."""
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices])
 
 
 def join(
-    tokens: TokenSource,
+    tokens: ShardTokens,
     beginning: Sequence[int],
     begins_D: NDArray[np.int64],
     lengths_D: NDArray[np.int64],
     streams: Sequence[NDArray[np.int64]],
     row_length: int,
-) -> JoinedRows:
+) -> tuple[StreamRows, Indices]:
     """Join the documents of each source's stream into rows of `row_length` tokens, those of one before those of the
-    next.
+    next. Returns them, and the source of each.
 
     Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
     the last one of a stream loses. A stream has what the tokenizer puts before a text once.
@@ -378,21 +380,22 @@ def join(
         begins += [np.array([_BEGINNING]), at[heads]]
         lengths += [np.array([len(beginning)]), np.add.reduceat(size, heads)]
         stop = first + len(beginning) + int(size.sum())
-        rows = np.arange(first, stop - 1, row_length, dtype=np.int64)
-        starts.append(rows)
-        stops.append(np.minimum(rows + row_length, stop - 1))
-        sources.append(np.full(len(rows), source, np.int64))
+        firsts = np.arange(first, stop - 1, row_length, dtype=np.int64)
+        starts.append(firsts)
+        stops.append(np.minimum(firsts + row_length, stop - 1))
+        sources.append(np.full(len(firsts), source, np.int64))
         first = stop
     starts_R = _concatenated(starts)
-    return JoinedRows(
+    rows = StreamRows(
         tokens,
         np.array(beginning, np.int32),
         _concatenated(begins),
         np.cumsum(_concatenated(lengths)),
         starts_R,
         _concatenated(stops) - starts_R,
-        _concatenated(sources),
+        is_text=True,
     )
+    return rows, _concatenated(sources)
 
 
 def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
