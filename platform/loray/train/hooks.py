@@ -17,13 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loray.errors import UnsupportedError
-from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend, attend_heads
 from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
 from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulysses_attention
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
-from loray.train.sequence.ring import RingSegments, ring_attention, segment_ring
-from loray.train.sequence.shard import ActiveShard, active_shard
+from loray.train.sequence.shard import active_shard
 
 # -- S2-Attn ----------------------------------------------------------------------------------------------------------
 #
@@ -51,14 +49,15 @@ def s2_mask(
     if (active := active_shard()) is not None:
         sharded = active.take(batch_size, q_length, attention_mask, config)
         group_size, keep = config.s2_group_size, active.keep_halos
-        return segment_shard(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
-    _check_padding(attention_mask)
+        return segment_shard(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep)
+    real_BT = None if attention_mask is None else attention_mask.bool()
+    if real_BT is not None and bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
+        raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
     return segment_batch(
         batch_size,
         q_length,
         config.s2_group_size,
         document_ids_BT=find_documents(batch_size, q_length, mask_function, attention_mask, device),
-        device=device,
     )
 
 
@@ -80,48 +79,6 @@ def find_documents(
     return ids_BT if attention_mask is None else ids_BT.masked_fill(~attention_mask.bool(), -1)
 
 
-def _check_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None:
-        real_BT = attention_mask.bool()
-        if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
-            raise UnsupportedError(
-                "S2-Attn takes rows padded on the right: its groups are counted from the first column"
-            )
-
-
-def s2_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BatchSegments | ShardSegments | Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `s2_mask` made the mask."""
-    if not isinstance(attention_mask, BatchSegments | ShardSegments):
-        raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
-    if dropout:
-        raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
-    if kwargs.get("use_cache"):
-        raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
-    window = kwargs.get("sliding_window")
-    row_length = attention_mask.row_length if isinstance(attention_mask, ShardSegments) else query.shape[2]
-    if window is not None and window < row_length:
-        raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
-    is_first = getattr(module, "layer_idx", 0) == 0
-    if isinstance(attention_mask, ShardSegments):
-        if is_first and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
-            active.check_positions(kwargs.get("position_ids"))
-        layer: Any = module.layer_idx
-        return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
-    if is_first:
-        _check_positions(attention_mask, kwargs.get("position_ids"))
-    return attend(query, key, value, attention_mask, scale=scaling), None
-
-
 def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) -> None:
     """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
@@ -134,18 +91,12 @@ def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) ->
         raise ValueError("position_ids restart inside a row that has an attention mask; packed rows must not pass one")
 
 
-AttentionInterface.register(ATTENTION, s2_attention_forward)
-AttentionMaskInterface.register(ATTENTION, s2_mask)
-
-
 # -- dense attention --------------------------------------------------------------------------------------------------
 #
-# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses
-# or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and dropout on attention weights are left to
-# transformers' own attention.
+# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses.
+# A cache, sliding windows and dropout on attention weights are left to transformers' own attention.
 
 DENSE = "loray_dense"
-DenseSegments = AttentionSegments | GatheredSegments | RingSegments
 
 
 def dense_mask(
@@ -160,12 +111,17 @@ def dense_mask(
     config: Any,
     device: torch.device | str = "cpu",
     **others: Any,
-) -> DenseSegments | Tensor | None:
-    """Find the documents of a batch, in place of its mask. Where `dense_forward` is transformers', so is the mask."""
+) -> AttentionSegments | GatheredSegments | Tensor | None:
+    """Find the documents of a batch, in place of its mask. Where attention is transformers', so is the mask."""
     if (active := active_shard()) is not None:
         if q_length != kv_length or q_offset:
             raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
-        return _shared(active, batch_size, q_length, attention_mask, config, device)
+        sharded = active.take(batch_size, q_length, attention_mask, config)
+        if config.attention_dropout:
+            raise UnsupportedError(
+                "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
+            )
+        return segment_gathered(sharded.document_ids_BN, sharded.group)
     is_whole = q_length == kv_length and not q_offset and not others.get("use_vmap")
     if not is_whole or config.attention_dropout or (local_size is not None and local_size < kv_length):
         mask: Tensor | None = sdpa_mask(
@@ -181,60 +137,64 @@ def dense_mask(
         )
         return mask
     ids_BT = find_documents(batch_size, q_length, mask_function, attention_mask, device)
-    return document_segments(ids_BT, device=device)
+    return document_segments(ids_BT)
 
 
-def _shared(
-    active: ActiveShard,
-    num_rows: int,
-    num_tokens: int,
-    attention_mask: Tensor | None,
-    config: Any,
-    device: torch.device | str,
-) -> GatheredSegments | RingSegments:
-    sharded = active.take(num_rows, num_tokens, attention_mask, config)
-    if config.attention_dropout:
-        raise UnsupportedError(
-            "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
-        )
-    heads = config.num_attention_heads, config.num_key_value_heads
-    plan = DensePlan(sharded.row_length, sharded.group.size, *heads)
-    segment = segment_gathered if plan.exchange == "ulysses" else segment_ring
-    return segment(sharded.document_ids_BN, sharded.group, device=device)
+# -- both -------------------------------------------------------------------------------------------------------------
 
 
-def dense_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DenseSegments | Tensor | None,
+    attention_mask: BatchSegments | ShardSegments | AttentionSegments | GatheredSegments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `dense_mask` made the mask."""
-    if isinstance(attention_mask, AttentionSegments):
-        repeats = query.shape[1] // key.shape[1]
-        return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
-    if not isinstance(attention_mask, GatheredSegments | RingSegments):
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). A mask function above made the mask."""
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        config: Any = module.config
+        if config._attn_implementation == ATTENTION:
+            raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    window = kwargs.get("sliding_window")
-    if window is not None and window < attention_mask.row_length:
+    is_s2 = isinstance(attention_mask, BatchSegments | ShardSegments)
+    is_shared = isinstance(attention_mask, ShardSegments | GatheredSegments)
+    if is_s2 and dropout:
+        raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
+    if is_s2 and kwargs.get("use_cache"):
+        raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
+    window, row_length = kwargs.get("sliding_window"), query.shape[2]
+    if isinstance(attention_mask, ShardSegments | GatheredSegments):
+        row_length = attention_mask.row_length
+    if (is_s2 or is_shared) and window is not None and window < row_length:
         raise UnsupportedError(
-            f"a sliding window of {window} tokens is shorter than the rows of {attention_mask.row_length}; "
-            "attention over a sequence group has none"
+            f"a sliding window of {window} tokens is shorter than the rows of {row_length}; "
+            "neither S2-Attn nor attention over a sequence group has one"
         )
-    if getattr(module, "layer_idx", 0) == 0 and (active := active_shard()) is not None:
-        active.check_positions(kwargs.get("position_ids"))
-    if isinstance(attention_mask, GatheredSegments):
-        return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
-    return ring_attention(query, key, value, attention_mask, scale=scaling), None
+    if getattr(module, "layer_idx", 0) == 0:
+        if is_shared and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
+            active.check_positions(kwargs.get("position_ids"))
+        elif isinstance(attention_mask, BatchSegments):
+            _check_positions(attention_mask, kwargs.get("position_ids"))
+    match attention_mask:
+        case BatchSegments():
+            return attend(query, key, value, attention_mask, scale=scaling), None
+        case ShardSegments():
+            layer: Any = module.layer_idx
+            return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
+        case GatheredSegments():
+            return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
+        case AttentionSegments():
+            repeats = query.shape[1] // key.shape[1]
+            return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
 
 
-AttentionInterface.register(DENSE, dense_forward)
-AttentionMaskInterface.register(DENSE, dense_mask)
+for _name, _mask in ((ATTENTION, s2_mask), (DENSE, dense_mask)):
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, _mask)
