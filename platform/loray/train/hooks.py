@@ -1,8 +1,9 @@
 """S2-Attn and dense attention inside transformers' models, through their attention and mask interfaces.
 
-Model classes do not change; `attn_implementation` is `ATTENTION` or `DENSE`. A mask function returns the batch's
+Model classes do not change; `attn_implementation` is `ATTENTION`, whose G is `config.s2_group_size`, or `DENSE`. The
+mask function finds padding (a 2D attention mask) and packing (position ids that restart), once a batch, and returns
 segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
-sharded batch.
+sharded batch. In dense attention a cache, sliding windows and dropout on attention weights are left to transformers.
 """
 
 from __future__ import annotations
@@ -23,15 +24,12 @@ from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulyss
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
 from loray.train.sequence.shard import active_shard
 
-# -- S2-Attn ----------------------------------------------------------------------------------------------------------
-#
-# `config.s2_group_size` is G. The mask function finds padding (2D attention mask, right-padded) and packing (position
-# ids that restart).
+ATTENTION, DENSE = "s2_attn", "loray_dense"
 
-ATTENTION = "s2_attn"
+Segments = BatchSegments | ShardSegments | AttentionSegments | GatheredSegments
 
 
-def s2_mask(
+def segments_mask(
     *,
     batch_size: int,
     q_length: int,
@@ -39,26 +37,51 @@ def s2_mask(
     q_offset: int = 0,
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     config: Any,
     device: torch.device | str = "cpu",
-    **_: Any,
-) -> BatchSegments | ShardSegments:
-    """Find the segments of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
-    if q_length != kv_length or q_offset:
+    **others: Any,
+) -> Segments | Tensor | None:
+    """Find the segments of a batch, in place of its mask; transformers' own mask where attention is transformers', too.
+
+    Raises UnsupportedError for a cache or left padding with S2-Attn, and for a cache or dropout over a sequence group.
+    """
+    is_s2 = config._attn_implementation == ATTENTION
+    is_whole = q_length == kv_length and not q_offset
+    if is_s2 and not is_whole:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
+        if not is_whole:
+            raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
         sharded = active.take(batch_size, q_length, attention_mask, config)
-        group_size, keep = config.s2_group_size, active.keep_halos
-        return segment_shard(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep)
-    real_BT = None if attention_mask is None else attention_mask.bool()
-    if real_BT is not None and bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
+        ids_BN, group = sharded.document_ids_BN, sharded.group
+        if is_s2:
+            return segment_shard(ids_BN, group, config.s2_group_size, keep_halos=active.keep_halos)
+        if config.attention_dropout:
+            raise UnsupportedError(
+                "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
+            )
+        return segment_gathered(ids_BN, group)
+    has_window = local_size is not None and local_size < kv_length
+    if not is_s2 and (not is_whole or has_window or config.attention_dropout or others.get("use_vmap")):
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            device=device,
+            **others,
+        )
+        return mask
+    ids_BT = find_documents(batch_size, q_length, mask_function, attention_mask, device)
+    if not is_s2:
+        return document_segments(ids_BT)
+    if attention_mask is not None and bool(((ids_BT[:, 1:] >= 0) & (ids_BT[:, :-1] < 0)).any()):
         raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
-    return segment_batch(
-        batch_size,
-        q_length,
-        config.s2_group_size,
-        document_ids_BT=find_documents(batch_size, q_length, mask_function, attention_mask, device),
-    )
+    return segment_batch(batch_size, q_length, config.s2_group_size, document_ids_BT=ids_BT)
 
 
 def find_documents(
@@ -91,70 +114,18 @@ def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) ->
         raise ValueError("position_ids restart inside a row that has an attention mask; packed rows must not pass one")
 
 
-# -- dense attention --------------------------------------------------------------------------------------------------
-#
-# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses.
-# A cache, sliding windows and dropout on attention weights are left to transformers' own attention.
-
-DENSE = "loray_dense"
-
-
-def dense_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    config: Any,
-    device: torch.device | str = "cpu",
-    **others: Any,
-) -> AttentionSegments | GatheredSegments | Tensor | None:
-    """Find the documents of a batch, in place of its mask. Where attention is transformers', so is the mask."""
-    if (active := active_shard()) is not None:
-        if q_length != kv_length or q_offset:
-            raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
-        sharded = active.take(batch_size, q_length, attention_mask, config)
-        if config.attention_dropout:
-            raise UnsupportedError(
-                "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
-            )
-        return segment_gathered(sharded.document_ids_BN, sharded.group)
-    is_whole = q_length == kv_length and not q_offset and not others.get("use_vmap")
-    if not is_whole or config.attention_dropout or (local_size is not None and local_size < kv_length):
-        mask: Tensor | None = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            device=device,
-            **others,
-        )
-        return mask
-    ids_BT = find_documents(batch_size, q_length, mask_function, attention_mask, device)
-    return document_segments(ids_BT)
-
-
-# -- both -------------------------------------------------------------------------------------------------------------
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BatchSegments | ShardSegments | AttentionSegments | GatheredSegments | Tensor | None,
+    attention_mask: Segments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). A mask function above made the mask."""
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `segments_mask` made the mask."""
     if attention_mask is None or isinstance(attention_mask, Tensor):
         config: Any = module.config
         if config._attn_implementation == ATTENTION:
@@ -195,6 +166,6 @@ def attention_forward(
             return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
 
 
-for _name, _mask in ((ATTENTION, s2_mask), (DENSE, dense_mask)):
+for _name in (ATTENTION, DENSE):
     AttentionInterface.register(_name, attention_forward)
-    AttentionMaskInterface.register(_name, _mask)
+    AttentionMaskInterface.register(_name, segments_mask)
