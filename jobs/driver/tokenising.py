@@ -41,7 +41,10 @@ class RayTasks:
             return
         self._connect()
         log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
-        shared, remote = ray.put((tokenisation, cache)), self._remote()
+        takes = worker_resources(self._spec, self._group)
+        takes.pop("GPU", None)
+        remote: Any = ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
+        shared = ray.put((tokenisation, cache))
         most = min(int(ray.cluster_resources().get("CPU", 1)) + 1, _MOST_AT_ONCE)
         running: deque[tuple[FilePart, ObjectRef]] = deque()
         for task in tasks:
@@ -50,11 +53,6 @@ class RayTasks:
             running.append((task.part, remote.remote([shared], task.key, task.content)))
         while running:
             _finish(*running.popleft())
-
-    def _remote(self) -> Any:
-        takes = worker_resources(self._spec, self._group)
-        takes.pop("GPU", None)
-        return ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
 
 
 def _finish(part: FilePart, reference: ObjectRef) -> None:

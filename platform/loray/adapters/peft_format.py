@@ -337,12 +337,10 @@ class ModulePatterns:
         for i, value, pattern in self._patterns:
             if first is not None and first[0] < i:
                 break
-            if self._matches(pattern, path, {0} if pattern.from_start else set(starts)):
+            begins = {0} if pattern.from_start else set(starts)
+            if any(len(path) in self._ends(sequence, path, begins) for sequence in pattern.sequences):
                 return value
         return default if first is None else first[1]
-
-    def _matches(self, pattern: _Pattern, path: str, starts: set[int]) -> bool:
-        return any(len(path) in self._ends(sequence, path, starts) for sequence in pattern.sequences)
 
     def _ends(self, sequence: tuple[_Atom | _Group, ...], path: str, positions: set[int]) -> set[int]:
         """The positions at which a match of `sequence` that begins at one of `positions` may end."""

@@ -93,12 +93,10 @@ class EpochPlan(Sequence[MicroBatch]):
     def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        rows = range(int(self.starts_B[index]), int(self.stops_B[index]))
-        return tuple(self._row(r) for r in rows)
-
-    def _row(self, r: int) -> PlannedRow:
-        start = int(self.ends_R[r - 1]) if r else 0
-        return tuple(self.documents_D[start : int(self.ends_R[r])].tolist())
+        first, stop = int(self.starts_B[index]), int(self.stops_B[index])
+        begin, ends_R = int(self.ends_R[first - 1]) if first else 0, self.ends_R[first:stop]
+        rows = np.split(self.documents_D[begin : ends_R[-1]], ends_R[:-1] - begin)
+        return tuple(tuple(row.tolist()) for row in rows)
 
 
 def pair_lengths(lengths: Indices) -> Indices:

@@ -8,7 +8,7 @@ that every position of the context is trained, whatever the length of a text. Th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -112,9 +112,7 @@ def load_data(
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
-    trained, held_out, num_documents = rows_of(
-        train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed
-    )
+    trained, held_out = split(train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed, rows_of)
 
     each = 2 if paired else 1  # sequences of a row
     usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
@@ -133,7 +131,7 @@ def load_data(
     train = trained.rows.select(kept)
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
-        num_documents=num_documents,
+        num_documents=train_corpus.num_documents,
         num_rows=len(usable),
         num_eval_rows=len(measured),
         num_tokens=int(train.lengths.sum()),
@@ -193,98 +191,70 @@ class SourceRows(NamedTuple):
         )
 
 
-class HeldOutSplit(NamedTuple):
-    """`num_documents` are those of the training files, held-out ones included."""
-
-    trained: SourceRows
-    held_out: SourceRows
-    num_documents: int
+RowsOf = Callable[[Corpus, Indices, int], SourceRows]  # of (corpus, documents, max_length)
 
 
-def windows(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Make rows of single documents, or of windows of one."""
-    part, documents = _cut(train, max_length)
-    num_documents = train.num_documents
-    if evaluation is not None:
-        return HeldOutSplit(part, _cut(evaluation, max_length)[0], num_documents)
-    if num_documents == 1 and train.is_text_E[0] and fraction:
-        trained, held_out = _end_held_out(files, len(part.rows), fraction)
-    else:
-        _, documents_out = _hold_out(files, num_documents, fraction, seed)
-        is_held_out = np.isin(documents, documents_out)
-        trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    return HeldOutSplit(part.select(trained), part.select(held_out), num_documents)
-
-
-def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
-    """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
-    row.
+def split(
+    files: Files,
+    train: Corpus,
+    evaluation: Corpus | None,
+    max_length: int,
+    fraction: float,
+    seed: int,
+    rows_of: RowsOf,
+) -> tuple[SourceRows, SourceRows]:
+    """Make the rows to train on, and those to hold out. What becomes of one document is on one side, but for a single
+    text, whose last rows are held out.
     """
-    counts_E = np.where(corpus.is_text_E, -(-corpus.lengths_E // max_length), 1)
-    example_R = np.repeat(np.arange(len(counts_E)), counts_E)
-    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)  # of the window
+
+    def num_held_out(num_units: int) -> int:
+        if num_units < 2:
+            raise DataError(
+                f"{files[0][0].source} has a single row, so nothing can be held out of it; "
+                "give data.eval, or set data.eval_fraction to 0"
+            )
+        return min(max(1, round(num_units * fraction)), num_units - 1)
+
+    documents = np.arange(train.num_documents)
+    if evaluation is not None:
+        held_out = rows_of(evaluation, np.arange(evaluation.num_documents), max_length)
+        return rows_of(train, documents, max_length), held_out
+    if fraction == 0:
+        return rows_of(train, documents, max_length), rows_of(train, documents[:0], max_length)
+    if len(documents) == 1 and train.is_text_E[0]:
+        whole = rows_of(train, documents, max_length)
+        numbers = np.arange(len(whole.rows))
+        count = num_held_out(len(numbers))
+        return whole.select(numbers[:-count]), whole.select(numbers[-count:])
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(documents))
+    chosen = np.sort(order[: num_held_out(len(documents))])
+    trained = np.setdiff1d(documents, chosen)
+    return rows_of(train, trained, max_length), rows_of(train, chosen, max_length)
+
+
+def windows(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
+    """Make a row of every example of these documents, cut off at `max_length` tokens, and of a text all its windows."""
+    examples = np.flatnonzero(np.isin(corpus.documents_E, documents))
+    counts = np.where(corpus.is_text_E[examples], -(-corpus.lengths_E[examples] // max_length), 1)
+    example_R = np.repeat(examples, counts)
+    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the window
     left_R = corpus.lengths_E[example_R] - number_R * max_length
     lengths_R = np.minimum(left_R, max_length)
     is_text_R = corpus.is_text_E[example_R]
-    part = SourceRows(
+    return SourceRows(
         StreamRows.of(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
         ~is_text_R & (left_R > max_length),
         np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
     )
-    return part, corpus.documents_E[example_R]
 
 
-def joined_texts(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Make rows of joined texts, of each source for itself. What is held out is split off before texts are joined,
-    unless there is a single text.
-    """
-
-    def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
-        bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
-        streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
-        rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-        return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
-
-    everything = np.arange(train.num_documents)
-    if evaluation is not None:
-        return HeldOutSplit(
-            rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
-        )
-    if len(everything) == 1 and fraction:
-        whole = rows_of(train, everything)
-        trained, held_out = _end_held_out(files, len(whole.rows), fraction)
-        return HeldOutSplit(whole.select(trained), whole.select(held_out), 1)
-    trained, held_out = _hold_out(files, len(everything), fraction, seed)
-    return HeldOutSplit(rows_of(train, trained), rows_of(train, held_out), len(everything))
-
-
-def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
-    """(training, held out) rows of a single text, whose end is held out."""
-    count = _num_held_out(files, num_rows, fraction)
-    return np.arange(num_rows - count), np.arange(num_rows - count, num_rows)
-
-
-def _hold_out(files: Files, num_documents: int, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training, held out) documents: what becomes of one document is on one side."""
-    if fraction == 0:
-        return np.arange(num_documents), np.empty(0, np.int64)
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
-    held_out = np.sort(order[: _num_held_out(files, num_documents, fraction)])
-    return np.setdiff1d(np.arange(num_documents), held_out), held_out
-
-
-def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
-    if num_units < 2:
-        raise DataError(
-            f"{files[0][0].source} has a single row, so nothing can be held out of it; "
-            "give data.eval, or set data.eval_fraction to 0"
-        )
-    return min(max(1, round(num_units * fraction)), num_units - 1)
+def joined_texts(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
+    """Make rows of these documents, which are texts, joined, of each source for itself."""
+    bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
+    streams = [documents[slice(*np.searchsorted(documents, (a, b)))] for a, b in pairwise(bounds)]
+    rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
+    return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
 
 
 def check_texts(files: Iterable[RowFile]) -> None:

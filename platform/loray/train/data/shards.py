@@ -70,14 +70,8 @@ class ShardIndex(NamedTuple):
     @classmethod
     def from_bytes(cls, data: bytes) -> ShardIndex:
         with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            return cls(
-                found["lengths_E"],
-                found["documents_E"],
-                found["runs_R2"],
-                found["num_runs_E"],
-                bool(found["is_text"]),
-                int(found["num_documents"]),
-            )
+            read = cls(*(found[name] for name in cls._fields))
+        return read._replace(is_text=bool(read.is_text), num_documents=int(read.num_documents))
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,12 +160,9 @@ def _ordinal(number: int) -> str:
 def _token_ids(tokenizer: Any, text: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of its answer: both are tokenised as one text, and cut at the end of the prompt."""
     alone, whole = token_ids(tokenizer, [text, f"{text} {answer}"])
-    cut = _num_equal(alone, whole)
+    differing = (i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y)
+    cut = next(differing, min(len(alone), len(whole)))
     return whole[:cut], whole[cut:]
-
-
-def _num_equal(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
