@@ -137,8 +137,8 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
     share = run.trained.total / run.base.total
     rows = f"{run.num_rows} pairs × 2" if run.has_reference else f"{run.num_rows}"
     attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
-    if (shared := run.shared_dense) is not None:
-        attention += f", {shared.exchange} over {run.sequence} workers"
+    if run.shared_dense is not None:
+        attention += f", ulysses over {run.sequence} workers"
     keeps = "layer inputs (checkpointing)" if run.checkpointing else "all activations"
     layout = f"{run.num_workers} workers: {run.num_data_groups} data × {run.sequence} sequence, {run.strategy}"
     return pairs(

@@ -289,8 +289,6 @@ def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEs
     )
     compute_s = matmul_s + attention_s + memory_s
     dense_s = traffic.dense_bytes / device.link_bandwidth
-    if shared is not None and shared.exchange == "ring":  # during the attention to the keys before
-        dense_s = max(0.0, dense_s - attention_s)
     communication_s = max(0.0, halo_s - attention_s) + dense_s + max(0.0, gather_s - compute_s) + gradient_s
     step_s = compute_s + optimizer_s + communication_s
     return StepEstimate(

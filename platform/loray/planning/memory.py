@@ -190,33 +190,21 @@ def _halo(run: RunShape, alive: tuple[PeakMoment, ...]) -> Iterator[Item]:
 
 
 def _shared_dense(run: RunShape, plan: DensePlan) -> Iterator[Item]:
-    """The buffers of one layer's backward pass. Autograd keeps what it keeps on one worker, and with ulysses the keys
-    and values that several ranks hold.
-
-    ulysses  gradients of q, k and v as they are sent, received and put together
-    ring     keys and values held and received, their gradients sent and received, and fp32 sums of the gradients of
-             keys and values (of one block and of all) and of queries
+    """The gradients of q, k and v of one layer, as they are sent, received and put together; and what the worker with
+    most heads holds beyond an equal share of them: queries and outputs where workers do not divide the heads, keys and
+    values that serve several workers.
     """
     width = run.tokens_per_worker * run.model.head_dim
-    e, heads, kv_heads = run.element_bytes, plan.num_heads, plan.num_kv_heads
-    if plan.exchange == "ring":
-        kv = 2 * kv_heads * width
-        yield Item("ring: keys, values and gradients", (4 * e + 2 * _FP32) * kv, ("backward",), _FP32 * kv)
-        yield Item("ring: gradients of queries", (_FP32 + e) * heads * width, ("backward",), _FP32 * heads * width)
-        return
-    held = max(len(plan.kv_heads(rank)) for rank in range(plan.num_ranks)) * plan.num_ranks
-    part = e * (heads + 2 * held) * width
+    e, heads = run.element_bytes, plan.most_heads * plan.num_ranks
+    kv_heads = max(len(plan.kv_heads(rank)) for rank in range(plan.num_ranks)) * plan.num_ranks
+    part = e * (heads + 2 * kv_heads) * width
     yield Item("ulysses: gradients of q, k and v", 3 * part, ("backward",), part)
-    more = e * 2 * (held - kv_heads) * width
+    more = e * 2 * (heads - plan.num_heads + kv_heads - plan.num_kv_heads) * width
     if run.checkpointing:
-        yield Item("one layer, recomputed: key-value heads of several ranks", more, ("backward",), more // 2)
+        yield Item("one layer, recomputed: heads beyond an equal share", more, ("backward",), more // 2)
     else:
-        yield Item(
-            "activations: key-value heads of several ranks",
-            more * run.model.num_layers,
-            ("loss", "backward"),
-            more // 2,
-        )
+        layers = run.model.num_layers
+        yield Item("activations: heads beyond an equal share", more * layers, ("loss", "backward"), more // 2)
 
 
 def _loss(run: RunShape, device: Device) -> Iterator[Item]:

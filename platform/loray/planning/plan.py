@@ -105,7 +105,7 @@ class Plan:
             },
             "host": None if self.host is None else _host_facts(self.host),
             "traffic": asdict(self.traffic),
-            "dense_exchange": run.shared_dense and run.shared_dense.exchange,
+            "dense_exchange": "ulysses" if run.shared_dense else None,
             "exchanges": [[asdict(exchange) for exchange in row] for row in self.exchanges],
             "flops": asdict(self.flops) | {"total": self.flops.total},
             "time": asdict(self.time) | {"step_s": self.time.step_s},
