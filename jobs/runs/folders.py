@@ -9,7 +9,8 @@ published.json    what was published from the run, and with which recipe
 lock, lock/…      held by the driver that works on the run
 
 Ray Train lists the checkpoints in its snapshot, one file, which it overwrites with each checkpoint. Where that write
-was cut off, or somebody has removed a checkpoint by hand, it refuses the whole run; `repair` lists what is there.
+was cut off, or somebody has removed a checkpoint by hand, it refuses the whole run; `RunFolder.repair` lists what is
+there.
 """
 
 from __future__ import annotations
@@ -71,44 +72,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def repair(run: Path) -> None:
-    """Writes the snapshot of the run in the folder `run` anew, of all checkpoints that are whole, where Ray Train could
-    not read it or would miss one that it names. Nothing changes where it is sound, or there is no checkpoint.
-    """
-    if _is_sound(run):
-        return
-    whole = {step_of(path): state for path in run.glob(f"{PREFIX}*") if (state := _state(path)) is not None}
-    if not whole:
-        return
-    steps = ", ".join(map(str, sorted(whole)))
-    log.warning("the list of checkpoints in %s is missing or damaged; it is made anew, of steps %s", run, steps)
-    with replacing(run / SNAPSHOT) as file:
-        file.write(_snapshot(whole).encode())
-
-
-def _is_sound(run: Path) -> bool:
+def _is_sound(snapshot: Path) -> bool:
+    """Says whether Ray Train could read its list of checkpoints, and would find all of them."""
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState  # private
 
     try:
-        known = _CheckpointManagerState.model_validate_json((run / SNAPSHOT).read_bytes())
+        known = _CheckpointManagerState.model_validate_json(snapshot.read_bytes())
     except (OSError, ValueError):  # pydantic's errors are ValueErrors
         return False
-    return all((run / result.checkpoint_dir_name).is_dir() for result in known.checkpoint_results)
-
-
-def _state(checkpoint: Path) -> RunState | None:
-    """Returns None where a file is missing or was not written to its end."""
-    try:
-        read_optimizer(checkpoint)
-        read_tensors(checkpoint / ADAPTER)
-        return read_state(checkpoint)
-    except LorayError as e:
-        log.warning("%s is left out: %s", checkpoint, e)
-        return None
+    return all((snapshot.parent / result.checkpoint_dir_name).is_dir() for result in known.checkpoint_results)
 
 
 def _snapshot(states: dict[int, RunState]) -> str:
-    """Makes the snapshot as Ray Train does: the best checkpoint last where they are ranked, else the latest."""
+    """Makes the list as Ray Train does: the best checkpoint last where they are ranked, else the latest."""
     from ray.train.v2._internal.execution.checkpoint import checkpoint_manager as theirs  # private: no public way
 
     steps = sorted(states)
@@ -118,10 +94,9 @@ def _snapshot(states: dict[int, RunState]) -> str:
         )
         for step in steps
     }
+    ordered = steps
     if states[steps[-1]].recipe.evaluation.keep_best:
         ordered = sorted(steps, key=lambda step: score(states[step].eval_loss), reverse=True)
-    else:
-        ordered = steps
     made = theirs._CheckpointManagerState(
         checkpoint_results=[results[step] for step in ordered],
         checkpoint_report_indices=[steps.index(step) for step in ordered],
@@ -192,9 +167,28 @@ class RunFolder:
             file.write(data)
 
     def repair(self) -> None:
-        """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: see `repair`."""
+        """Lists the run's checkpoints that are whole anew for Ray Train, where it could not read the list or would miss
+        one that it names. Nothing changes where the list is sound, or there is no checkpoint.
+        """
         with _translate_errors(self):
-            repair(Path(self.path))
+            snapshot = Path(self.path, SNAPSHOT)
+            if _is_sound(snapshot):
+                return
+            whole = {}
+            for checkpoint in Path(self.path).glob(f"{PREFIX}*"):
+                try:  # a file may be missing, or not written to its end
+                    read_optimizer(checkpoint)
+                    read_tensors(checkpoint / ADAPTER)
+                    whole[step_of(checkpoint)] = read_state(checkpoint)
+                except LorayError as e:
+                    log.warning("%s is left out: %s", checkpoint, e)
+            if whole:
+                steps = ", ".join(map(str, sorted(whole)))
+                log.warning(
+                    "the list of checkpoints in %s is missing or damaged; it is made anew, of steps %s", self, steps
+                )
+                with replacing(snapshot) as file:
+                    file.write(_snapshot(whole).encode())
 
     def result(self) -> Result:
         """Returns Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""

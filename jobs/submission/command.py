@@ -12,10 +12,11 @@ import click
 
 from jobs.submission.server import HomeJobServer
 from jobs.submission.tracker import JobTracker
-from loray.catalog import Catalog, Job
+from loray.catalog import Catalog
 from loray.cli.connect import open_remote
 from loray.cli.output import console, emit, json_option, table, when
 from loray.schemas.resources import JobResource
+from loray.service import job as resource
 from loray.settings import Settings
 from loray.spec import JobStatus
 
@@ -126,7 +127,7 @@ class _Direct:
         cursor: str | None = None
         while True:
             page = self._tracker.page(_PAGE, cursor, cast("JobStatus | None", status), name)
-            yield from map(_resource, page.jobs)
+            yield from map(resource, page.jobs)
             if (cursor := page.next) is None:
                 return
 
@@ -147,11 +148,7 @@ class _Direct:
             yield rest
 
     def stop(self, job_id: str) -> JobResource:
-        return _resource(self._tracker.stop(job_id))
-
-
-def _resource(job: Job) -> JobResource:
-    return JobResource.model_validate(job, from_attributes=True)
+        return resource(self._tracker.stop(job_id))
 
 
 def _as_json(job: JobResource) -> dict[str, Any]:
