@@ -16,6 +16,7 @@ there.
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 from pyarrow import fs as pafs
 from ray.train import Result
@@ -35,12 +36,14 @@ from loray.errors import ConflictError, LorayError, SpecError, StoreError, Train
 from loray.files import replacing
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
+from loray.spec import Frozen
 from loray.store import ObjectStore, open_filesystem
 from loray.store.s3 import S3Store
 from loray.telemetry import get_logger
 from loray.train.checkpoint import ADAPTER, RunState, read_optimizer, read_state
 
 log = get_logger(__name__)
+M = TypeVar("M", bound=Frozen)
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 SCORE = "score"  # the metric by which Ray ranks checkpoints
@@ -111,17 +114,6 @@ def _snapshot(states: dict[int, RunState]) -> str:
     return str(made.model_dump_json())
 
 
-class RunHistory(NamedTuple):
-    """Files on this machine: `events`, one event a line, and `board`, TensorBoard's folder."""
-
-    events: Path
-    board: Path
-
-    @classmethod
-    def below(cls, folder: Path) -> RunHistory:
-        return cls(folder / _EVENTS, folder / _BOARD)
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """A run on this machine's disk: `path` in `filesystem`. Raises StoreError if it cannot be read or written."""
@@ -165,6 +157,18 @@ class RunFolder:
         """Writes in one step: a driver that dies, or a full disk, leaves what was there before."""
         with _translate_errors(self), replacing(Path(self.path, name)) as file:
             file.write(data)
+
+    def read_model(self, kind: type[M], name: str) -> M | None:
+        """Returns what a file of JSON holds; None where there is none, or it was not written to its end."""
+        data = self.read(name)
+        try:
+            return None if data is None else kind.parse(json.loads(data), source=f"{name} of {self}")
+        except ValueError as e:  # and SpecError
+            log.warning("%s is left out: %s", name, e)
+            return None
+
+    def write_model(self, name: str, model: Frozen) -> None:
+        self.write(name, model.model_dump_json(indent=2).encode() + b"\n")
 
     def repair(self) -> None:
         """Lists the run's checkpoints that are whole anew for Ray Train, where it could not read the list or would miss
@@ -213,9 +217,11 @@ class RunFolder:
             yield
 
     @contextmanager
-    def history(self) -> Iterator[RunHistory]:
-        """Opens files of this machine to append to. When the block ends, the run contains what was appended."""
-        yield RunHistory.below(Path(self.path))
+    def history(self) -> Iterator[tuple[Path, Path]]:
+        """Yields a file of this machine to append events to, one a line, and TensorBoard's folder. When the block ends,
+        the run contains what was appended.
+        """
+        yield Path(self.path, _EVENTS), Path(self.path, _BOARD)
 
     def _has(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
@@ -254,22 +260,21 @@ class SharedRunFolder(RunFolder):
             yield
 
     @contextmanager
-    def history(self) -> Iterator[RunHistory]:
+    def history(self) -> Iterator[tuple[Path, Path]]:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        history = RunHistory.below(self.scratch)
-        path = history.events
+        path, board = self.scratch / _EVENTS, self.scratch / _BOARD
         known = self.read(_EVENTS) or b""
         # A killed driver of this machine leaves a longer history here, which begins with the bucket's.
         if not path.is_file() or not path.read_bytes().startswith(known):
             path.write_bytes(known)
         try:
-            yield history
+            yield path, board
         finally:
             try:
                 if self._lost.is_set():
                     log.warning("the run in %s is another driver's now; this one's history stays in %s", self, path)
                 else:
-                    for file in (path, *history.board.glob("*")):
+                    for file in (path, *board.glob("*")):
                         self.write(str(file.relative_to(self.scratch)), file.read_bytes())
             except StoreError as e:  # raising it would hide an error that ended the run
                 log.warning("%s; its history stays in %s", e, path)

@@ -115,7 +115,10 @@ class TrialRecords:
 
     def __init__(self, folder: RunFolder, plan: SweepPlan, changed: Callable[[TrialRecord], None]) -> None:
         self._folder, self._changed = folder, changed
-        self._records = [self._read(i, trial.values) for i, trial in enumerate(plan.trials)]
+        self._records = [
+            folder.read_model(TrialRecord, record_file(i)) or TrialRecord(trial=i, values=trial.values)
+            for i, trial in enumerate(plan.trials)
+        ]
 
     def __iter__(self) -> Iterator[TrialRecord]:
         return iter(tuple(self._records))
@@ -125,15 +128,8 @@ class TrialRecords:
 
     def put(self, record: TrialRecord) -> None:
         self._records[record.trial] = record
-        self._folder.write(record_file(record.trial), record.model_dump_json().encode() + b"\n")
+        self._folder.write_model(record_file(record.trial), record)
         self._changed(record)
-
-    def _read(self, trial: int, values: dict[str, str]) -> TrialRecord:
-        name = record_file(trial)
-        try:
-            return TrialRecord.parse(json.loads(self._folder.read(name) or b""), source=name)
-        except (ValueError, SpecError):  # not written yet, or in part by a killed driver
-            return TrialRecord(trial=trial, values=values)
 
 
 class Halving(FIFOScheduler):  # type: ignore[misc]
