@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
-from jobs.submission.commands import Submission, from_spec
+from jobs.submission.commands import Place, Submission, Work
+from jobs.submission.server import AGENT_S, RayJob, RayJobServer
 from loray.adapters.manifest import check_recipe
 from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
 from loray.schemas.resources import Page
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger
@@ -30,10 +32,7 @@ COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the A
 _ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
 _MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
 _NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
-AGENT_S = 120.0  # how long a submission waits for Ray's agent
 _SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
-
-RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
 
 class JobLimits(NamedTuple):
@@ -85,52 +84,10 @@ def _check_source(source: str, tenant: str, settings: Settings) -> None:
         raise PermissionDenied(f"data {source!r} must be an s3:// URL without options below {folder}")
 
 
-class RayJob(NamedTuple):
-    """A job as Ray's job server reports it."""
-
-    status: RayStatus
-    message: str
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status not in ("PENDING", "RUNNING")
-
-
-class JobServer(Protocol):
-    """Ray's job server. Every method raises ClusterError if Ray does not answer."""
-
-    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        """Returns the job's id, chosen by Ray if none is given. `is_wanted` is asked before each try after a wait.
-
-        ConflictError if Ray has a job with this id, or the job is not wanted any more.
-        """
-
-    def cluster(self) -> str:
-        """Names the Ray cluster. One that was started anew is another one."""
-
-    def find(self, job_id: str) -> RayJob | None:
-        """Returns None if Ray does not know the job, not yet or no longer."""
-
-    def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
-        """Returns those of these jobs that Ray knows, by one request."""
-
-    def stop(self, job_id: str) -> None:
-        """Asks a job that Ray knows to stop, and returns before it has ended."""
-
-    def logs(self, job_id: str) -> Iterator[str]:
-        """Returns the log so far of a job that Ray knows, in pieces."""
-
-    def tail(self, job_id: str, num_lines: int) -> str:
-        """Returns the last lines of the log of a job that Ray knows; of many bytes the last."""
-
-    def follow(self, job_id: str) -> AsyncIterator[str]:
-        """Yields the log of a job that Ray knows, in pieces, until the job ends."""
-
-
 class JobTracker:
     """Submits, reads and stops jobs. Thread-safe, as the catalog is."""
 
-    def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
+    def __init__(self, catalog: Callable[[], Catalog], server: RayJobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
     def submit(self, spec: TrainSpec, chosen: str | None, *, resume: bool) -> Job:
@@ -145,7 +102,8 @@ class JobTracker:
         check_allowed(spec, catalog.principal, self._settings)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
             tenant = catalog.own_tenant
-            submission = from_spec(spec, self._settings, stage=Path(stage), resume=resume, tenant=tenant)
+            work = Work.training(Recipe(spec, None, Path("/")), resume=resume, tenant=tenant)
+            submission = Submission.of(work, Place.of_server(self._settings, Path(stage)))
             job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(tenant, chosen)
             if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
                 raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")

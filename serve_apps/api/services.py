@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 
 from fastapi import Depends, Path, Query, Request, Response
 
-from jobs.submission.tracker import JobServer, JobTracker
+from jobs.submission.server import RayJobServer
+from jobs.submission.tracker import JobTracker
 from loray.bases.registry import list_bases
 from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
@@ -60,7 +61,7 @@ class Services:
     """
 
     def __init__(
-        self, settings: Settings, jobs: JobServer, placements: Placements, gateway: GatewayClient | None = None
+        self, settings: Settings, jobs: RayJobServer, placements: Placements, gateway: GatewayClient | None = None
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements

@@ -47,7 +47,7 @@ def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest
         (OSError(28, "No space left on device"), "failed", "[Errno 28] No space left on device"),
         (MemoryError(), "failed", "MemoryError"),
         (Interrupted("stopped by SIGTERM"), "stopped", "stopped by SIGTERM"),
-        (KeyboardInterrupt(), "stopped", ""),
+        (KeyboardInterrupt(), "stopped", "interrupted; go on from the last checkpoint with --resume"),
     ],
 )
 def test_how_a_job_ends(catalog: Catalog, error: BaseException, status: str, message: str) -> None:

@@ -223,11 +223,12 @@ def test_a_stopped_job_is_recorded_and_releases_its_run(
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from jobs.submission.commands import from_spec
+    from jobs.submission.commands import Place, Submission, Work
 
-    spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
+    recipe = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000)
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)
-    job = client.submit_job(**from_spec(spec, settings, stage=tmp_path)._asdict())
+    submission = Submission.of(Work.training(recipe), Place.of_server(settings, tmp_path))
+    job = client.submit_job(**submission._asdict())
 
     def has_told_of_a_checkpoint() -> bool:
         lines = client.get_job_logs(job).splitlines()

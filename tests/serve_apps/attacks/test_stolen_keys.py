@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from jobs.submission.tracker import RayJob
+from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog import identity as stored_keys

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobs.submission.tracker import RayJob
+from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog.database import open_database, writing
 from loray.catalog.schema import adapters, versions

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from jobs.events import Event
-from jobs.runs.history import RunEvents
+from jobs.runs import history as run_history
 from loray.catalog import Catalog
 from loray.errors import LogsGone
 from loray.recipes.load import load_recipe
@@ -171,13 +171,13 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, False)
     assert seen.steps == ()
     num_bytes: list[int] = []
-    take = RunEvents._take
+    take = run_history._whole_lines
 
-    def counted(events: RunEvents, opened: object, at: int, length: int) -> bytes:
+    def counted(opened: object, at: int, length: int) -> bytes:
         num_bytes.append(length)
-        return take(events, opened, at, length)
+        return take(opened, at, length)
 
-    monkeypatch.setattr(RunEvents, "_take", counted)
+    monkeypatch.setattr(run_history, "_whole_lines", counted)
     assert history.look(job, tail).curve == seen.curve
     assert num_bytes == []
     with file.open("a") as events:

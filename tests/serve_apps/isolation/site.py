@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.routing import Route as PlainRoute
 
-from jobs.submission.tracker import RayJob
+from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.database import writing

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs.runs.folders import open_runs
-from jobs.submission import commands
+from jobs.submission.commands import Place, Submission, Work
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
-from loray.recipes.load import load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.spec import qualified_name
 from tests.serve_apps.isolation.site import SECRET, Site, site
@@ -125,9 +125,10 @@ def test_a_run_is_continued_by_its_tenant_alone(tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="there is no run"):
             runs.latest(name)
     data = recipe.data.model_copy(update={"train": "s3://bucket/data.jsonl", "eval": None})
-    whose = {"resume": True, "tenant": "acme"}
-    submission = commands.from_spec(recipe.model_copy(update={"data": data}), settings, stage=tmp_path, **whose)
-    assert submission.entrypoint.endswith("--resume --tenant acme < recipe.json")
+    asked = Recipe(recipe.model_copy(update={"data": data}), None, tmp_path)
+    work = Work.training(asked, resume=True, tenant="acme")
+    submission = Submission.of(work, Place.of_server(settings, tmp_path))
+    assert " - --resume --tenant acme " in submission.entrypoint
 
 
 def _asked_by(made: Site, *keys: str) -> Iterator[object]:

@@ -16,7 +16,8 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from jobs.submission.tracker import AGENT_S, id_of
+from jobs.submission.server import AGENT_S
+from jobs.submission.tracker import id_of
 from loray.bases.registry import add_base
 from loray.catalog.database import writing
 from loray.catalog.schema import clusters, jobs
@@ -48,8 +49,8 @@ def test_a_recipe_reaches_the_driver(api: Api) -> None:
     (job_id,) = api.jobs.submitted
     assert job_id == job["id"]
     command = shlex.split(api.jobs.submitted[job_id].entrypoint)
-    recipe = api.jobs.uploaded[job_id]["recipe.json"]
-    assert command[-3:] == ["--events", "<", "recipe.json"]
+    recipe = api.jobs.uploaded[job_id]["loray-input.json"]
+    assert command[:4] == ["exec", "<", "loray-input.json", "&&"]
     assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == load_recipe(json.dumps(RECIPE)).spec
     assert command[command.index("-m") + 1] == "jobs.train"
     assert "--resume" not in command
@@ -331,7 +332,7 @@ def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
     job = response.json()
     assert job["recipe"]["data"]["train"] == MINE
     submission = deployment.jobs.submitted[job["id"]]
-    assert json.loads(deployment.jobs.uploaded[job["id"]]["recipe.json"])["data"]["train"] == MINE
+    assert json.loads(deployment.jobs.uploaded[job["id"]]["loray-input.json"])["data"]["train"] == MINE
     assert submission.runtime_env["env_vars"]["LORAY_DATA"] == DATA
 
 
