@@ -78,6 +78,10 @@ class Permissions:
                 return action
         return None
 
+    def paths(self, action: Action) -> frozenset[str]:
+        """Return the paths of the routes with this action."""
+        return frozenset(route.path for route, its in self._routes if its == action and isinstance(route, Route))
+
     def named(self, method: str, path: str) -> Action:
         """Return the action of the route with this path, as the OpenAPI document spells it."""
         for route, action in self._routes:

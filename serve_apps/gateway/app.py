@@ -24,7 +24,7 @@ from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes import METERED, create_routes, describe
+from serve_apps.gateway.routes import create_routes, describe
 from serve_apps.http import BodyLimit, EchoRequestId
 from serve_apps.tracing import TraceRequests, Tracing
 
@@ -67,7 +67,8 @@ def create_app(
         return errors.response_of(errors.failure_of(error))
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
-    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused)
+    paths = permissions.paths("infer")  # which generate or tokenise
+    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=paths, refused=refused)
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
