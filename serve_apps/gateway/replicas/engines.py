@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client.core import Metric as Family
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
@@ -29,6 +29,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from loray.catalog import Catalog
 from loray.encryption import server_context
 from loray.errors import (
     BaseStarting,
@@ -48,8 +49,8 @@ from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.quarantine import DeathRecords, SharedQuarantine
-from serve_apps.scaling import ScalingLog
+from serve_apps.gateway.replicas.quarantine import SharedQuarantine
+from serve_apps.scaling import DemandRecords, ScalingLog
 
 ATTEMPTS = 3  # in a row that bring no token
 _BACKOFF_S = 0.2
@@ -218,16 +219,10 @@ def _translated(error: Exception) -> Exception:
     return translated
 
 
-class DemandStore(Protocol):
-    """`serve_apps.scaling.DemandRecords`."""
-
-    def write(self, gateway: str, record: DemandRecord) -> None: ...
-
-
 class DemandReporter:
     """Reports the demand for a base's adapters at the gateway `name`. Used from one event loop."""
 
-    def __init__(self, records: DemandStore, name: str, deployment: str) -> None:
+    def __init__(self, records: DemandRecords, name: str, deployment: str) -> None:
         self._records, self._name, self._deployment = records, name, deployment
         self._memory = DemandMemory()
         self._has_news = False
@@ -356,7 +351,7 @@ class ServeEngineClient:
         deployment: str,
         node: str,
         host: str,
-        open_records: Callable[[], DeathRecords] | None = None,
+        open_records: Callable[[], Catalog] | None = None,
         *,
         demand: DemandReporter | None = None,
         max_resumes: int = 1,

@@ -15,7 +15,7 @@ from loray.catalog.aliases import EndedCanary, ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded, EngineError, Overloaded
 from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
-from serve_apps.gateway.canaries import CanaryCounters, Reports
+from serve_apps.gateway.canaries import CanaryCounters
 from serve_apps.gateway.metrics import GatewayMetrics
 from tests.fixtures.gateway import HELLO, GatewayClient, ScriptedEngines, delta, register
 
@@ -135,7 +135,7 @@ async def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
                 raise answer
             return answer
 
-    async def ask(question: Callable[[Reports], ReportAnswer]) -> ReportAnswer:
+    async def ask(question: Callable[[Catalog], ReportAnswer]) -> ReportAnswer:
         return question(Told())
 
     canaries = CanaryCounters(ask, GatewayMetrics("local"))
