@@ -255,7 +255,7 @@ async def test_owners_of_two_clusters_know_of_each_other(
     actors = [QuotaActor("loray", 2) for _ in range(2)]
     assert [(await actor.exchange("g", ())).num_owners for actor in actors] == [1, 2]
     for actor in actors:
-        await actor._owner.close()
+        await actor.close()
 
 
 async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
