@@ -21,7 +21,7 @@ from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
 from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
-from serve_apps.accounting.accounts import UsageMeter, UsageSink
+from serve_apps.accounting.accounts import UsageMeter
 from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
 from tests.fixtures.figures import event
 
@@ -225,7 +225,7 @@ async def test_servers_with_one_gateway_divide_a_limit_and_keep_it_over_a_restar
 
     def server(name: str) -> UsageMeter:
         env = {"LORAY_HOME": str(tmp_path / name), "LORAY_CATALOG": catalog_url}
-        return UsageMeter(sink=UsageSink(Settings.from_env(env)))
+        return UsageMeter(Settings.from_env(env))
 
     def burst(server: UsageMeter) -> int:
         admitted = 0
