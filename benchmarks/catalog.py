@@ -143,22 +143,22 @@ class Setup(NamedTuple):
 async def measured(setup: Setup, folder: Path) -> dict[str, float]:
     """One database's figures, in a process of its own."""
     none = _directory(f"sqlite:///{folder}/none.db")
-    await none.refresh()
-    none.close()
+    await none.follower.refresh()
+    none.follower.close()
     gc.collect()
     before = resident_bytes()
     directory, figures = _directory(setup.url), {}
     async with heartbeat() as holds:
         began = time.perf_counter()
         while directory.num_adapters == 0:
-            await directory.refresh()
+            await directory.follower.refresh()
         figures["first_s"] = time.perf_counter() - began
     figures["first_hold_ms"] = 1e3 * holds.longest_s
     gc.collect()
     figures["memory_mb"] = (resident_bytes() - before) / 1e6
-    await directory.start()
+    await directory.follower.start()
     figures |= await _changes(directory, setup)
-    await directory.stop()
+    await directory.follower.stop()
     figures |= await _names(directory, setup)
     figures |= await _models(directory)
     catalog = Catalog(setup.url)

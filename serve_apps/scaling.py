@@ -90,13 +90,14 @@ def autoscaling_config(spec: ServeSpec, *, runs: bool = False) -> AutoscalingCon
     scaling = spec.autoscaling
     if scaling is None:
         return None
+    is_more = spec.num_replicas > scaling.min_replicas
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
             # Serve uses it as the target of every update, too.
-            initial_replicas=None if runs else _initial(spec.num_replicas, scaling),
+            initial_replicas=None if runs or not is_more else min(spec.num_replicas, scaling.max_replicas),
             metrics_interval_s=report_s(scaling),
             look_back_period_s=_HISTORY * report_s(scaling),
             upscale_delay_s=0.0,
@@ -196,10 +197,6 @@ def _observation(stats: Mapping[str, float] | None) -> Observation | None:
         return None if stats is None else Observation.from_stats(stats)
     except KeyError:  # from a replica of another version during an update, on which the controller must not fail
         return None
-
-
-def _initial(num_replicas: int, scaling: AutoscalingSpec) -> int | None:
-    return min(num_replicas, scaling.max_replicas) if num_replicas > scaling.min_replicas else None
 
 
 def _log_with_controller(logger: logging.Logger) -> None:

@@ -243,7 +243,7 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         access = Authenticator(KeyRing(), follower, host="0.0.0.0")
         directory = ModelResolver([base], follower)
         await access.start()
-        await directory.start()
+        await directory.follower.start()
         assert not access.is_limited.is_set()
         register(catalog, "tone", base.fingerprint)
         secret, key = catalog.keys.create("ci", limits=Limits(rpm_limit=5))
@@ -258,7 +258,7 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         catalog.keys.revoke(key.id)
         await until(lambda: not access.ring.state.keys)
         assert time.monotonic() - began < 10
-        await directory.stop()
+        await directory.follower.stop()
         await access.stop()
 
     asyncio.run(test())

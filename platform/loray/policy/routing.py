@@ -264,8 +264,7 @@ class RoutingDelta:
 
     Deltas form a series, one for each connection of a replica to a gateway, and are numbered in it. So a gateway knows
     when it has missed one, and asks for everything again; and the deltas of a replica are never applied to what its
-    predecessor, or an older connection, has said. The number of requests is not part of it: that changes constantly,
-    and Serve sends it with each response.
+    predecessor, or an older connection, has said. The number of requests is not part of it: that changes constantly.
 
     series, number    deltas of one series are numbered one after the other
     is_whole          what was said before counts no more
@@ -350,10 +349,11 @@ def _parts(*kinds: Collection[str]) -> Iterator[list[tuple[str, ...]]]:
 
 
 class Known(NamedTuple):
-    """`at`: when the replica last gave a sign of life."""
+    """`at`: when the replica last gave a sign of life. `num_of_others`: requests of other gateways that it has."""
 
     report: RoutingReport
     at: float
+    num_of_others: int = 0
 
 
 class RoutingReports:
@@ -377,10 +377,15 @@ class RoutingReports:
         if known is None:
             for other in [r for r, k in self._known.items() if k.at < now - _FORGOTTEN_S]:
                 del self._known[other]
-        self._known[replica] = Known(report, now)
+        self._known[replica] = Known(report, now, 0 if known is None or delta.is_whole else known.num_of_others)
         return True
 
     def alive(self, replica: str, now: float) -> None:
         """The replica still gives signs of life: nothing has changed."""
         if (known := self._known.get(replica)) is not None:
             self._known[replica] = known._replace(at=now)
+
+    def loaded(self, replica: str, num_of_others: int, now: float) -> None:
+        """The replica has so many requests of other gateways: none after a whole report, until it says so."""
+        if (known := self._known.get(replica)) is not None:
+            self._known[replica] = known._replace(at=now, num_of_others=num_of_others)

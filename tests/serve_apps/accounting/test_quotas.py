@@ -22,7 +22,7 @@ from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
 from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
-from serve_apps.accounting.accounts import UsageMeter, UsageSink
+from serve_apps.accounting.accounts import UsageMeter
 from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
 from tests.fixtures.figures import event
 
@@ -226,7 +226,7 @@ async def test_servers_with_one_gateway_divide_a_limit_and_keep_it_over_a_restar
 
     def server(name: str) -> UsageMeter:
         env = {"LORAY_HOME": str(tmp_path / name), "LORAY_CATALOG": catalog_url}
-        return UsageMeter(sink=UsageSink(Settings.from_env(env)))
+        return UsageMeter(Settings.from_env(env))
 
     def burst(server: UsageMeter) -> int:
         admitted = 0
@@ -256,7 +256,7 @@ async def test_owners_of_two_clusters_know_of_each_other(
     actors = [QuotaActor("loray", 2) for _ in range(2)]
     assert [(await actor.exchange("g", ())).num_owners for actor in actors] == [1, 2]
     for actor in actors:
-        await actor._owner.close()
+        await actor.close()
 
 
 async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,10 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError
-from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, SamplingParams, UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
-from serve_apps.accounting.accounts import RequestUsage, UsageMeter, UsageSink
+from serve_apps.accounting.accounts import RequestUsage, UsageMeter
 from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
 from tests.fixtures.asking import eventually
 from tests.fixtures.catalogs import new_postgresql, sqlite_catalog
@@ -280,9 +279,8 @@ class Gateway:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.writer = UsageWriter(lambda: Catalog(url), folder)
-        books = UsageSink(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": url}))
-        books._writer = self.writer
-        self.accounts = UsageMeter(sink=books)
+        self.accounts = UsageMeter()
+        self.accounts._writer = self.writer
         self.delivered: Counter[str] = Counter()
 
     def run(self) -> None:

@@ -81,7 +81,7 @@ def test_a_list_looks_at_no_name_that_the_caller_does_not_see(
                 register(view, f"{tenant}-{i:03}", base.fingerprint)
         catalog.close()
         assert gateway.client.portal is not None
-        gateway.client.portal.call(gateway.client.app.state.gateway.directory.refresh)  # type: ignore[attr-defined]
+        gateway.client.portal.call(gateway.client.app.state.gateway.directory.follower.refresh)  # type: ignore[attr-defined]
         looked: list[str] = []
         monkeypatch.setattr(directory, "may_ask", lambda principal, name: looked.append(name) or True)
         monkeypatch.setattr("serve_apps.gateway.directory.may_ask", lambda principal, name: looked.append(name) or True)

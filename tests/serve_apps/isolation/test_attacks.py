@@ -94,7 +94,7 @@ def test_a_shared_adapter_is_asked_and_not_changed(made: Site) -> None:
         headers={"Authorization": f"Bearer {publish}"},
     )
     assert shared.json()["shared_with"] == ["beta"]
-    made.gateway.client.portal.call(made.gateway.app.state.gateway.directory.refresh)  # type: ignore[union-attr]
+    made.gateway.client.portal.call(made.gateway.app.state.gateway.directory.follower.refresh)  # type: ignore[union-attr]
     assert made.gateway.ask("POST /v1/completions", SECRET, beta).status_code == 200
     seen = made.api.ask("GET /adapters/{name}", SECRET, beta).json()
     assert (seen["name"], seen["tenant"], seen["shared_with"]) == (SECRET.model, "acme", [])
