@@ -43,7 +43,7 @@ _COLUMNS = (
 @click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Popularity ∝ rank^-alpha.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs, whose means are shown.")
-@click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="Repeatable. Default: all.")
+@click.option("--policy", "names", multiple=True, type=click.Choice(POLICIES), help="Repeatable. Default: all.")
 @click.option("--fixed", is_flag=True, help="All replicas run all the time: compares routing alone.")
 @click.option(
     "--target-utilization",
@@ -107,7 +107,7 @@ def simulate(
     ray is Ray Serve's default router and autoscaler; random and dynamo (placement in proportion to demand) are scaled
     as loray is; oracle knows all requests in advance.
     """
-    names = names or tuple(POLICIES)
+    names = names or POLICIES
     profile = load_profile(profile_file) if profile_file is not None else SMOLLM2_TWO_CORES
     loaded = _trace(trace)
     if replay and loaded is not None:

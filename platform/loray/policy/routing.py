@@ -28,14 +28,18 @@ which serves it all the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from math import ceil
 from operator import attrgetter
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -243,8 +247,14 @@ def hashed(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def mixed(bits: int) -> int:
-    """Permute 64 bits, so that every output bit depends on all input bits (splitmix64's last part)."""
+@overload
+def mixed(bits: int) -> int: ...
+@overload
+def mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def mixed(bits: Any) -> Any:
+    """Permute 64 bits, so that every output bit depends on all input bits (splitmix64's last part); each element's of
+    an array.
+    """
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _BITS
     return bits ^ bits >> 31
@@ -334,23 +344,15 @@ class RoutingSeries:
         was_in_pool, was_on_host = self._told or (frozenset[str](), frozenset[str]())
         self._told = in_pool, on_host
         gone = (was_in_pool | was_on_host) - in_pool - on_host
+        kinds = (in_pool - was_in_pool, on_host - was_on_host, gone)
+        keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
         deltas: list[RoutingDelta] = []
-        for part in _parts(in_pool - was_in_pool, on_host - was_on_host, gone):
+        for start in range(0, max(len(keys), is_whole), MAX_KEYS):
+            part = keys[start : start + MAX_KEYS]
+            named = (tuple(key for kind, key in part if kind == wanted) for wanted in range(len(kinds)))
             self._number += 1
-            deltas.append(RoutingDelta(self._name, self._number, is_whole, *part))
-            is_whole = False
-        if is_whole:
-            self._number += 1
-            deltas.append(RoutingDelta(self._name, self._number, is_whole))
+            deltas.append(RoutingDelta(self._name, self._number, is_whole and not start, *named))
         return deltas
-
-
-def _parts(*kinds: Collection[str]) -> Iterator[list[tuple[str, ...]]]:
-    """The keys of all kinds, at most MAX_KEYS at once."""
-    keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
-    for start in range(0, len(keys), MAX_KEYS):
-        part = keys[start : start + MAX_KEYS]
-        yield [tuple(key for kind, key in part if kind == wanted) for wanted in range(len(kinds))]
 
 
 class Known(NamedTuple):
