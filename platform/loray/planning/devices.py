@@ -156,9 +156,10 @@ def gpu_here(machine: Machine) -> Device | None:
         "workers_per_node": len(hardware.gpus),
         "host_memory_bytes": hardware.memory_bytes,
     }
-    known = _preset_of(gpu)
-    if known is not None:
-        return known.model_copy(update=shape)
+    # The maker's figures of this model, by its name and the nearest memory.
+    models = [d for name, d in PRESETS.items() if gpu.name.lower().startswith(name.partition("-")[0])]
+    if models:
+        return min(models, key=lambda d: abs(d.memory_bytes - gpu.memory_bytes)).model_copy(update=shape)
     if rates is None or rates.gpu is None:
         return None
     return _measured(gpu, rates.gpu).model_copy(update=shape)
@@ -177,12 +178,6 @@ def device_on(hardware: Hardware, num_workers: int, *, use_gpu: bool) -> Device 
     device = gpu_here(machine) or _measured(gpu, GpuRates(1.0, 1.0))
     node = {"workers_per_node": num_workers, "host_memory_bytes": hardware.memory_bytes}
     return device.model_copy(update=node)
-
-
-def _preset_of(gpu: Gpu) -> Device | None:
-    """The maker's figures of this model, by its name and the nearest memory."""
-    models = [d for name, d in PRESETS.items() if gpu.name.lower().startswith(name.partition("-")[0])]
-    return min(models, key=lambda d: abs(d.memory_bytes - gpu.memory_bytes), default=None)
 
 
 def _measured(gpu: Gpu, rates: GpuRates) -> Device:

@@ -73,7 +73,10 @@ def given(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator:
             raise SpecError(f"{pair!r} gives a field no value; write it as optimizer.learning_rate=1e-3")
         check_known(path, known)
-        merge(nested, _nested(path, _value(text, is_list=path in known and known[path].is_list)))
+        value = _value(text, is_list=path in known and known[path].is_list)
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        merge(nested, value)
     return nested
 
 
@@ -123,13 +126,6 @@ def _value(text: str, *, is_list: bool) -> Any:
     return text
 
 
-def _nested(path: str, value: Any) -> dict[str, Any]:
-    for name in reversed(path.split(".")):
-        value = {name: value}
-    assert isinstance(value, dict)
-    return value
-
-
 def _walk(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseModel]]) -> Iterator[RecipeField]:
     """`chosen`: the section of each field that may be one of several."""
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "method"):  # an adapter's first
@@ -141,7 +137,8 @@ def _walk(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseMod
             yield from _walk(section, f"{path}.", chosen)
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        yield RecipeField(path, default, is_list=_is_list(field.annotation))
+        is_list = any(get_origin(kind) in (tuple, list) for kind in _members(field.annotation))
+        yield RecipeField(path, default, is_list=is_list)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -150,10 +147,6 @@ def _section(annotation: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
-
-
-def _is_list(annotation: Any) -> bool:
-    return any(get_origin(kind) in (tuple, list) for kind in _members(annotation))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -210,16 +203,14 @@ def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
     rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
     for path in dict.fromkeys(path for known in fields.values() for path in known):
         having = [method for method in METHODS if path in fields[method]]
-        if objective != FIRST_OBJECTIVE and not any(_differs(path, method, objective) for method in having):
+        if objective != FIRST_OBJECTIVE and all(
+            defaults_of(method, objective).get(path) == defaults_of(method).get(path) for method in having
+        ):
             continue
         cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
         reasons = dict.fromkeys(_why(path, defaults_of(method, objective)) for method in having)
         rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
     return "\n".join(rows) + "\n"
-
-
-def _differs(path: str, method: Method, objective: ObjectiveType) -> bool:
-    return defaults_of(method, objective).get(path) != defaults_of(method).get(path)
 
 
 def _cell(field: RecipeField, method: Method, objective: ObjectiveType) -> str:
