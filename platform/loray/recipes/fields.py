@@ -16,12 +16,7 @@ from yaml.composer import ComposerError
 
 from loray.errors import SpecError
 from loray.methods import METHODS
-from loray.recipes.defaults import (
-    BASE_SIZES,
-    FIRST_OBJECTIVE,
-    alternatives,
-    defaults_of,
-)
+from loray.recipes.defaults import FIRST_OBJECTIVE, alternatives, defaults_of
 from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType, TrainSpec
 
 
@@ -159,7 +154,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 # -- a recipe as YAML -------------------------------------------------------------------------------------------------
 
 _WIDTH = 110
-_NONE = "–"
 
 
 def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -181,63 +175,33 @@ def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingPr
         for depth in range(min(len(at), len(sections)) if shared is None else shared, len(sections)):
             lines.append(f"{'  ' * depth}{sections[depth]}:")
         at = sections
-        usual = _usual(field, defaults, size)
+        default = usual(field, defaults, size)
         is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
-        is_left_out = value is None and (usual is None or is_another_given)
-        text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
-        why = _why(path, defaults)
-        if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
-            why = f"default {_scalar(usual)}: {why}"
+        is_left_out = value is None and (default is None or is_another_given)
+        text = f"# {name}:" if is_left_out else f"{name}: {scalar(value)}"
+        why = defaults[path].why if path in defaults else ""
+        if not is_left_out and default is not None and scalar(value) != scalar(default):
+            why = f"default {scalar(default)}: {why}"
         why = "; ".join(filter(None, (here.get(path), why)))
         lines += _commented(text, why, "  " * len(sections))
     return "\n".join(lines) + "\n"
 
 
-def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
-    """Make a table in Markdown of every field, its default by method, and why. A large base's value is behind the
-    slash.
-
-    Of another objective than the first it has the fields that differ from the first one's.
-    """
-    fields = {method: fields_of(method, objective) for method in METHODS}
-    rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
-    for path in dict.fromkeys(path for known in fields.values() for path in known):
-        having = [method for method in METHODS if path in fields[method]]
-        if objective != FIRST_OBJECTIVE and all(
-            defaults_of(method, objective).get(path) == defaults_of(method).get(path) for method in having
-        ):
-            continue
-        cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
-        reasons = dict.fromkeys(_why(path, defaults_of(method, objective)) for method in having)
-        rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
-    return "\n".join(rows) + "\n"
-
-
-def _cell(field: RecipeField, method: Method, objective: ObjectiveType) -> str:
-    defaults = defaults_of(method, objective)
-    small, large = (_scalar(_usual(field, defaults, size)) for size in BASE_SIZES)
-    return (small if small == large else f"{small} / {large}").replace("null", _NONE)
-
-
-def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> object:
+def usual(field: RecipeField, defaults: Mapping[str, Default], size: BaseSize) -> object:
+    """Return the value of a field that a recipe leaves out, on a base of that size; None where it has none."""
     default = defaults.get(field.path)
     value = None if default is None else default.on(size)
     return field.default if value is None else value
 
 
-def _why(path: str, defaults: dict[str, Default]) -> str:
-    default = defaults.get(path)
-    return "" if default is None else default.why
-
-
-def _scalar(value: object) -> str:
+def scalar(value: object) -> str:
     """Write a value as YAML in one line, which is JSON but for plain words."""
     if value is None:
         return "null"
     if isinstance(value, BaseModel):
         return json.dumps(value.model_dump(mode="json"))
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_scalar, value))}]"
+        return f"[{', '.join(map(scalar, value))}]"
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, str) and value.replace("_", "").isalnum() and yaml.safe_load(value) == value:
