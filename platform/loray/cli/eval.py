@@ -131,18 +131,19 @@ _RETRIEVAL = (
 )
 
 
-def measures(*others: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., Any]]:
+def measures(*others: Callable[..., Any]) -> Callable[[Callable[..., None]], Any]:
     """Adds `others`, and the argument and options of `Options`, which the command gets as its first argument."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., None]) -> Any:
         @wraps(command)
         def gathered(**options: Any) -> None:
             ours = {name: options.pop(name) for name in Options._fields}
             command(Options(**ours), **options)
 
+        decorated: Any = gathered
         for option in reversed((*others, *_MEASUREMENT)):
-            gathered = option(gathered)
-        return gathered
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
