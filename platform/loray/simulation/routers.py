@@ -35,12 +35,14 @@ class Slots:
 
     def __init__(self, size: int) -> None:
         self.slots: list[int] = []  # of the replicas that are here
+        self.taken = slice(0)  # no slot after these has ever been taken
         self.is_here_N: Bools = np.zeros(size, bool)
         self.load_N: Ints = np.zeros(size, np.int64)
         self.hash_N: Hashes = np.zeros(size, np.uint64)
 
     def added(self, slot: int, name: str) -> None:
         self.slots.append(slot)
+        self.taken = slice(max(self.taken.stop, slot + 1))
         self.is_here_N[slot], self.load_N[slot], self.hash_N[slot] = True, 0, hashed(name)
 
     def removed(self, slot: int) -> None:
@@ -57,8 +59,10 @@ class Slots:
         pass
 
     def first_by_hash(self, key: np.uint64, fits_N: Bools) -> int:
-        """Return the first in the rendezvous order of an adapter's key among those that fit, of which there is one."""
-        return int(np.where(fits_N, mixed(self.hash_N ^ key), 0).argmax())
+        """Return the first in the rendezvous order of an adapter's key among those that fit, of which there is one.
+        `fits_N` is about the slots that have been taken.
+        """
+        return int(np.where(fits_N, mixed(self.hash_N[self.taken] ^ key), 0).argmax())
 
 
 def keys_of(num_adapters: int) -> Hashes:
@@ -110,25 +114,26 @@ class SimulatedRouter(Slots):
         self._unanswered_N[slot] -= job.num_prompt
 
     def _best(self, adapter: int) -> int:
-        policy, key, load_N = self._policy, self._keys[adapter], self.load_N
-        free_N = self.is_here_N & (load_N < self._limit)
+        policy, key, taken = self._policy, self._keys[adapter], self.taken
+        load_N, held_N, unanswered_N = self.load_N[taken], self._held_N[taken], self._unanswered_N[taken]
+        free_N = self.is_here_N[taken] & (load_N < self._limit)
         num_free = int(np.count_nonzero(free_N))
         if not num_free:
-            return self._least_loaded(key, self.is_here_N)
+            return self._least_loaded(key, self.is_here_N[taken])
         max_load = policy.max_load(int(load_N[free_N].sum()), num_free)
-        max_held = policy.bound(int(self._held_N[free_N].sum()), num_free)
+        max_held = policy.bound(int(held_N[free_N].sum()), num_free)
         within_N = free_N & (load_N < max_load)
-        fewest = int(self._unanswered_N.min(where=within_N, initial=_MOST - policy.excess_tokens))
-        within_N &= self._unanswered_N <= fewest + policy.excess_tokens
+        fewest = int(unanswered_N.min(where=within_N, initial=_MOST - policy.excess_tokens))
+        within_N &= unanswered_N <= fewest + policy.excess_tokens
         if not within_N.any():
             return self._least_loaded(key, free_N)
-        preference_N = _PREFERENCES[self._known_AN[adapter], (self._held_N >= max_held).view(np.int8)]
+        preference_N = _PREFERENCES[self._known_AN[adapter, taken], (held_N >= max_held).view(np.int8)]
         preference_N[~within_N] = _LAST
         return self.first_by_hash(key, preference_N == preference_N.min())
 
     def _least_loaded(self, key: np.uint64, fits_N: Bools) -> int:
-        fewest = self.load_N.min(where=fits_N, initial=_MOST)
-        return self.first_by_hash(key, fits_N & (self.load_N == fewest))
+        load_N = self.load_N[self.taken]
+        return self.first_by_hash(key, fits_N & (load_N == load_N.min(where=fits_N, initial=_MOST)))
 
     def _set_known(self, slot: int, adapter: int, known: int) -> None:
         before = self._known_AN[adapter, slot]
@@ -181,7 +186,7 @@ class LeastWork(Slots):
             self._done_N[slot] = 0.0  # the estimate was too high
 
     def choose(self, job: SimulatedRequest, now: float) -> int:
-        slot = int(np.where(self.is_here_N, self._done_N, np.inf).argmin())
+        slot = int(np.where(self.is_here_N[self.taken], self._done_N[self.taken], np.inf).argmin())
         self._done_N[slot] = max(self._done_N[slot], now) + self._profile.work_seconds(job.num_prompt, job.num_output)
         return slot
 
@@ -230,7 +235,7 @@ class ProportionalPlacement(Slots):
         self._arrived[job.adapter] += 1
         chosen = self._sets.get(job.adapter)
         if not chosen:
-            return self.first_by_hash(self._keys[job.adapter], self.is_here_N)
+            return self.first_by_hash(self._keys[job.adapter], self.is_here_N[self.taken])
         if len(chosen) > _MOST_COMPARED:
             chosen = self._random.sample(chosen, _MOST_COMPARED)
         return min(chosen, key=self.load_N.__getitem__)
