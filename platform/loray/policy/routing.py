@@ -45,7 +45,9 @@ Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
 _NOT_HELD = len(_TIERS)
-_NUM_PREFERENCES = _NOT_HELD + 3  # see `_preference`
+# By what is known of the adapter on a replica (one of _TIERS, or _NOT_HELD), and by whether the replica holds too many
+# adapters: how it is preferred, the smallest first.
+PREFERENCES = ((0, 0), (1, 4), (2, 2), (3, 5))
 _BITS = (1 << 64) - 1
 _MAX_ORDERED = 1 << 18  # positions of replicas that are kept
 KEY_DIGITS = 16
@@ -141,7 +143,7 @@ class Routing:
         held = [self._num_adapters(r) for r in free]
         max_held = self.policy.bound(sum(held), len(held))
         most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
-        within: list[list[Candidate]] = [[] for _ in range(_NUM_PREFERENCES)]
+        within: list[list[Candidate]] = [[] for _ in range(6)]  # by preference
         beyond: list[ReplicaView] = []
         first_by_hash: Candidate | None = None
         spilled = False
@@ -154,7 +156,7 @@ class Routing:
             candidate = Candidate(r.id, "overflow" if tier == _NOT_HELD else _TIERS[tier])
             if tier == _NOT_HELD and r is free[0]:
                 first_by_hash = candidate
-            within[_preference(tier, number >= max_held)].append(candidate)
+            within[PREFERENCES[tier][number >= max_held]].append(candidate)
         ranked = [candidate for some in within for candidate in some]
         if first_by_hash is not None and not spilled:
             ranked[ranked.index(first_by_hash)] = Candidate(first_by_hash.replica, "hash")
@@ -220,13 +222,6 @@ class Routing:
         for recent in self._recent.values():
             while recent and next(iter(recent.values())) < now - self.policy.recent_s:
                 recent.popitem(last=False)
-
-
-def _preference(tier: int, crowded: bool) -> int:
-    """Sort key of a replica; smaller is better. `crowded`: it holds too many adapters."""
-    if tier == _TIERS.index("host") and crowded:
-        return _NOT_HELD + 1
-    return tier if tier != _NOT_HELD else _NOT_HELD + 2 * crowded
 
 
 def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:

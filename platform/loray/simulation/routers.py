@@ -9,7 +9,7 @@ from math import floor
 import numpy as np
 from numpy.typing import NDArray
 
-from loray.policy.routing import RoutingPolicy, hashed, mixed, routing_key
+from loray.policy.routing import PREFERENCES, RoutingPolicy, hashed, mixed, routing_key
 from loray.simulation.cluster import HOST, NOWHERE, POOL, SimulatedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.workload import Bools, Floats, Ints, digest
@@ -19,11 +19,10 @@ Hashes = NDArray[np.uint64]
 _PERIOD_S, _WINDOW_PERIODS, _COOLDOWN, _SMOOTHING = 3.0, 30, 3, 0.3  # of Dynamo's controller, its defaults
 _MOST_COMPARED = 32  # of a larger set so many are drawn
 
-# What loray's router knows of an adapter on a replica; and by that and by whether the replica holds too many adapters,
-# how it prefers the replica, the smallest first (`policy.routing`).
+# What loray's router knows of an adapter on a replica, in the order of the policy's preferences but for the first.
 _NOT_HELD, _IN_POOL, _ON_HOST, _SENT = range(4)
 _KNOWN = {POOL: _IN_POOL, HOST: _ON_HOST, NOWHERE: _NOT_HELD}
-_PREFERENCES = np.array([(3, 5), (0, 0), (1, 4), (2, 2)])
+_PREFERENCES = np.array(PREFERENCES[-1:] + PREFERENCES[:-1])
 _LAST = 6
 _MOST = np.iinfo(np.int64).max
 
