@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.cli.chat import ChatAnswer, _Talk, printable, side_by_side
+from loray.cli.chat import ChatAnswer, Talk, printable, side_by_side
 from loray.cli.top import since
 from loray.client import LorayClient
 from loray.client.metrics import percentile
@@ -162,7 +162,7 @@ def test_models_are_compared_under_headings(loray: Loray, server: Server, say: S
 
 def test_columns_of_a_terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with LorayClient("http://test", transport=httpx.MockTransport(server)) as client:
-        talk = _Talk(client, ["tone", "dates"], None, {})
+        talk = Talk(client, ["tone", "dates"], None, {})
         answers = [ChatAnswer("tone"), ChatAnswer("dates")]
         side_by_side(talk, "one", answers, quiet=False)
     shown = capsys.readouterr().out

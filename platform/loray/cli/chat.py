@@ -85,7 +85,7 @@ def chat(
     if temperature is not None:
         options["temperature"] = temperature
     with LorayClient(target(url)) as client:
-        talk = _Talk(client, dict.fromkeys((model, *compare)), system, options)
+        talk = Talk(client, dict.fromkeys((model, *compare)), system, options)
         for name in talk.messages:
             client.model(name)  # says at once what is not served
         for line in _lines(f"{_HELP}\n"):
@@ -103,7 +103,7 @@ def chat(
                 _ask(talk, line, quiet=quiet, as_json=as_json)
 
 
-class _Talk:
+class Talk:
     """One conversation for each model."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Talk:
         self.messages[answer.model] = [*messages, {"role": "assistant", "content": answer.text}]
 
 
-def _ask(talk: _Talk, line: str, *, quiet: bool, as_json: bool) -> None:
+def _ask(talk: Talk, line: str, *, quiet: bool, as_json: bool) -> None:
     """Asks every model. Raises EngineError where all answers failed, and no terminal waits for the next question."""
     answers = [ChatAnswer(name) for name in talk.messages]
     if len(answers) > 1 and sys.stdout.isatty() and not as_json:
@@ -171,7 +171,7 @@ def _ask(talk: _Talk, line: str, *, quiet: bool, as_json: bool) -> None:
         raise EngineError(errors[0])
 
 
-def side_by_side(talk: _Talk, line: str, answers: Sequence[ChatAnswer], *, quiet: bool) -> None:
+def side_by_side(talk: Talk, line: str, answers: Sequence[ChatAnswer], *, quiet: bool) -> None:
     """Asks all models at once, and shows their answers in columns as they come."""
 
     def columns() -> Table:
