@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client  # internal: Ray has no public key-value store
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from loray.policy.autoscaling import Bursts, Decision, IdleState, PolicyState, ScalingState, decide_from_zero
+from loray.policy.autoscaling import Bursts, Decision, ScalingState, decide_from_zero
 from loray.policy.demand import Observation
 from loray.policy.warm_start import DemandRecord, merged
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
@@ -133,7 +133,7 @@ class AdapterDemandPolicy:
             "min_replicas": ctx.capacity_adjusted_min_replicas,
             "max_replicas": ctx.capacity_adjusted_max_replicas,
         }
-        decision, state = decide_from_zero(
+        decision = decide_from_zero(
             observations(ctx.running_replicas, ctx.raw_metrics, self._spec, now),
             self._spec.model_copy(update=bounds),
             _state_of(ctx.policy_state.get(_STATE)),
@@ -144,7 +144,7 @@ class AdapterDemandPolicy:
         self._scaling_log = self._scaling_log or ScalingLog(str(ctx.app_name), ctx.deployment_name)
         self._report(decision, self._scaling_log, target, now)
         self._target = decision.target
-        return decision.target, {_STATE: asdict(state)}
+        return decision.target, {_STATE: asdict(decision.state)}
 
     def _report(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
         change = None
@@ -164,13 +164,9 @@ class AdapterDemandPolicy:
         log.write(target=decision.target, reason=decision.reason, now=now, decision=change)
 
 
-def _state_of(kept: Mapping[str, Any] | None) -> PolicyState:
+def _state_of(kept: Mapping[str, Any] | None) -> ScalingState:
     """Inverse of `asdict`. Serve copies its policy state as plain data."""
-    if kept is None:
-        return PolicyState()
-    scaling = kept["scaling"]
-    bursts = Bursts(**scaling["bursts"])
-    return PolicyState(ScalingState(**scaling | {"bursts": bursts}), IdleState(**kept["idle"]))
+    return ScalingState() if kept is None else ScalingState(**{**kept, "bursts": Bursts(**kept["bursts"])})
 
 
 def observations(

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from loray.errors import SpecError
-from loray.spec import DTYPE_BYTES
 
 
 class Half(NamedTuple):
@@ -155,10 +154,6 @@ class HaloPlan:
     def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
         """Count the elements that `rank` sends in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
-
-    def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
-        """Count the bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
-        return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
 
     def _spans(self, start: int, stop: int) -> Iterator[Span]:
         length = self.tokens_per_rank

@@ -42,6 +42,6 @@ def test_counted_traffic_is_what_the_formulas_say(ranks: Ranks, size: int, group
     found = ranks(size, count, group_size)
     plan = HaloPlan(TOKENS, size, group_size, HEADS, KV_HEADS)
     assert {name: max(rank[name] for rank in found) for name in found[0]} == {
-        "halo": max(plan.bytes_sent(rank, WIDTH, "bfloat16") for rank in range(size)),
+        "halo": max(plan.elements_sent(rank, WIDTH) for rank in range(size)) * 2,
         "ulysses": ulysses_elements(TOKENS, size, HEADS, KV_HEADS, WIDTH) * 2,
     }
