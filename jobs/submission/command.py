@@ -137,4 +137,3 @@ class _Direct:
 
     def stop(self, job_id: str) -> JobResource:
         return self._tracker.stop(job_id)
-

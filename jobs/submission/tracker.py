@@ -20,8 +20,8 @@ from loray.adapters.manifest import check_recipe
 from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
-from loray.schemas.resources import Page
 from loray.recipes.load import Recipe
+from loray.schemas.resources import Page
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger

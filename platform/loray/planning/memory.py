@@ -234,7 +234,7 @@ def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
     adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
     widths = [(1, model.hidden_size)] * 2
-    widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.qk_norm else []
+    widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []
     trained = e if run.adapter.train_norms else 0
     norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
     # q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32.

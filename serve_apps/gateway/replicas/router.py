@@ -258,7 +258,5 @@ def _request(pending: PendingRequest | None) -> GenerateRequest | None:
     return first if isinstance(first, GenerateRequest) else None
 
 
-
-
 def _adapter(request: GenerateRequest | None) -> str | None:
     return None if request is None or request.adapter is None else routing_key(request.adapter.digest)
