@@ -6,12 +6,14 @@ Shapes: L layers, E packed elements of a layer, P pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from loray_kernels.prepare import Preparable
 
 
 class KvLayout(NamedTuple):
@@ -28,7 +30,7 @@ class KvLayout(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
+class AttentionMeta(Preparable):
     """The sequences of a step.
 
     query_start     S+1 offsets into the step's tokens
@@ -41,7 +43,6 @@ class AttentionMeta:
     context_len: tuple[int, ...]
     block_table: tuple[Tensor, ...]
     slot_mapping_T: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class PageCopy(NamedTuple):

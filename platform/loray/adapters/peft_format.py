@@ -256,7 +256,7 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
     for path, norm in w.norms.items():
         if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
             raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
-        if path.endswith(("q_norm", "k_norm")) and not base.qk_norm:
+        if path.endswith(("q_norm", "k_norm")) and not base.layers[int(path.split(".")[1])].qk_norm:
             raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
         width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
         yield f"norm {path}", tuple(norm.shape), (width,)

@@ -261,7 +261,7 @@ def _saved_norms(run: RunShape) -> SavedTensors:
     model, e = run.model, run.element_bytes
     trained = e if run.adapter.train_norms else 0
     heads = model.num_heads + model.num_kv_heads
-    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
+    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.layers[0].qk_norm else [])
     nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
     return SavedTensors("norms", nbytes, _FP32 * model.hidden_size)
 

@@ -72,7 +72,7 @@ class Plan:
         """Make a dictionary for JSON, in bytes, seconds, FLOPs and tokens."""
         run, memory = self.run, self.memory
         return {
-            "model": asdict(run.model) | {"rope": run.model.rope.to_hf()},
+            "model": run.model.to_json(),
             "parameters": {"base": run.base.total, "trained": run.trained.total} | asdict(run.trained),
             "run": {
                 name: getattr(run, name)
