@@ -17,7 +17,9 @@ from loray_kernels.prepare import Preparable
 
 
 class KvLayout(NamedTuple):
-    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim)."""
+    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim). The C++ kernels have K
+    as they multiply it: (num_kv_heads, head_dim / U, block_tokens, U), where U elements are four bytes.
+    """
 
     num_layers: int
     block_tokens: int

@@ -178,7 +178,7 @@ class CpuOps(ReferenceOps):
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
         pool, layout = step.pool, step.layout
         f = self._for(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td)
-        if f is None:
+        if f is None or layout.head_dim % 16:  # as in `paged_attention`, which reads the keys as they are written
             return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
