@@ -143,22 +143,22 @@ class Setup(NamedTuple):
 async def measured(setup: Setup, folder: Path) -> dict[str, float]:
     """One database's figures, in a process of its own."""
     none = _directory(f"sqlite:///{folder}/none.db")
-    await none.refresh()
-    none.close()
+    await none.follower.refresh()
+    none.follower.close()
     gc.collect()
     before = resident_bytes()
     directory, figures = _directory(setup.url), {}
     async with heartbeat() as holds:
         began = time.perf_counter()
         while directory.num_adapters == 0:
-            await directory.refresh()
+            await directory.follower.refresh()
         figures["first_s"] = time.perf_counter() - began
     figures["first_hold_ms"] = 1e3 * holds.longest_s
     gc.collect()
     figures["memory_mb"] = (resident_bytes() - before) / 1e6
-    await directory.start()
+    await directory.follower.start()
     figures |= await _changes(directory, setup)
-    await directory.stop()
+    await directory.follower.stop()
     figures |= await _names(directory, setup)
     figures |= await _models(directory)
     catalog = Catalog(setup.url)
@@ -218,7 +218,7 @@ def _unknown(catalog: Catalog, setup: Setup) -> dict[str, float]:
     views = [catalog.view(caller) for caller in callers]
     snapshot = catalog.snapshot()
     in_memory = [_refusal_s(partial(snapshot.resolve, name, caller)) for name in names for caller in callers]
-    in_database = [_refusal_s(partial(view.resolve, name)) for name in names for view in views]
+    in_database = [_refusal_s(partial(view.adapters.resolve, name)) for name in names for view in views]
     return {"unknown_ms": 1e3 * quantile(in_memory, 0.95), "unknown_database_ms": 1e3 * quantile(in_database, 0.95)}
 
 
@@ -286,7 +286,8 @@ def _pages(catalog: Catalog, setup: Setup) -> dict[str, float]:
         ],
     }
     return {
-        name: 1e3 * max(_median_s(partial(view.names, limit=_PAGE, **q)) for q in kinds for view in (catalog, tenant))
+        name: 1e3
+        * max(_median_s(partial(view.adapters.page, limit=_PAGE, **q)) for q in kinds for view in (catalog, tenant))
         for name, kinds in queries.items()
     }
 
@@ -309,7 +310,7 @@ def change(url: str, name: str) -> None:
     for i in range(_CHANGES):
         time.sleep(_PAUSE_S)
         version = (i + 1) % 3 + 1
-        catalog.promote(name, "prod", version)
+        catalog.aliases.move(name, "prod", version)
         click.echo(f"{version} {time.monotonic()}")  # it flushes
         sys.stdin.readline()
     catalog.close()

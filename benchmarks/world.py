@@ -456,7 +456,7 @@ def started_cluster(
         model = add_base(str(checkpoint), home=home, name=base)
         names = publish_copies(folder, model, settings, [adapter], num_adapters)
         published()
-        total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes if names else 0
+        total = num_adapters * Catalog(settings.catalog).adapters.resolve(names[0]).nbytes if names else 0
         local = start_local_cluster(home, num_cpus=num_cpus, env=settings.to_env() | _QUICK)
         stack.callback(stop_local_cluster, home)
         os.environ.update(local.client_env)  # before Ray is imported

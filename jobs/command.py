@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -15,16 +14,14 @@ from typing import Protocol, cast
 import click
 from rich.console import Console
 
-from jobs.events import RunView, describe
-from jobs.submission import commands
-from jobs.submission.server import RayJobServer
-from jobs.submission.tracker import RayJob, RayStatus
+from jobs.events import PublishedEvent, RunView, describe
+from jobs.submission.commands import Place, Submission, Work, for_server
+from jobs.submission.server import RayJob, RayJobServer, RayStatus
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, explained, recipe_options
 from loray.client import CatalogClient
 from loray.errors import ClusterError, JobNotFound, LorayError
 from loray.locations import http_url, is_this_machine
-from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.store import open_store
@@ -40,7 +37,6 @@ class ApiJobServer:
     """Offers what `loray train` needs of a job server, over the REST API. Raises the client's errors."""
 
     def __init__(self, url: str, client: CatalogClient | None = None) -> None:
-        self.address = url
         self._client = client or CatalogClient(url)
 
     def submit(self, spec: TrainSpec, *, resume: bool) -> str:
@@ -99,70 +95,86 @@ def train(
         where = address or settings.url
         is_here = where is None or is_this_machine(where)
         check_plan(recipe.spec, settings.home, device_name=device_name, is_here=is_here, to=console)
-    server, job = _submit(recipe, settings, address, console, resume=resume, no_plan=no_plan)
-    view = RunView(console)
-    try:
-        with view:
-            asyncio.run(follow(server, job, view.feed))
-    except KeyboardInterrupt:
-        console.print(_how_to_go_on(source, server, job), highlight=False, soft_wrap=True)
-        sys.exit(130)
-    if view.published is None:
-        fail(view, server, job, console)
-    elif as_json:
-        click.echo(json.dumps(view.published | {"job_id": job}, indent=2))
+    if address is None and settings.url is not None:
+        api = ApiJobServer(settings.url)
+        server: _Jobs = api
+        job = api.submit(for_server(recipe, settings.url), resume=resume)
     else:
-        console.print(describe(view.published), style="green", highlight=False, soft_wrap=True)
+        server, job = submit(Work.training(recipe, resume=resume, no_plan=no_plan), settings, address)
+    console.print(f"training {recipe.spec.name} as job {job}", highlight=False)
+    view = RunView(console)
+    resumed = f"loray train {shlex.join(source.arguments)} --resume"
+    published = watch(view, server, job, console, address, what="training", resumed=resumed)
+    if as_json:
+        click.echo(json.dumps(published | {"job_id": job}, indent=2))
+    else:
+        console.print(describe(published), style="green", highlight=False, soft_wrap=True)
 
 
 class _Jobs(Protocol):
     """Declares what Ray's job server and a loray server both offer."""
-
-    @property
-    def address(self) -> str: ...
 
     def find(self, job_id: str) -> RayJob | None: ...
 
     def follow(self, job_id: str) -> AsyncIterator[str]: ...
 
 
-def _submit(
-    recipe: Recipe, settings: Settings, address: str | None, console: Console, *, resume: bool, no_plan: bool
-) -> tuple[_Jobs, str]:
-    """Returns (server, job id). Without an address and a server, the local cluster is used, and started if it does not
-    run.
+def submit(work: Work, settings: Settings, address: str | None) -> tuple[RayJobServer, str]:
+    """Submits to Ray's job server at `address`; without one to that of the local cluster, which is started if it does
+    not run. Returns (server, job id). Raises LorayError where nothing answers there.
     """
-    server: RayJobServer | ApiJobServer
-    if address is None and settings.url is not None:
-        spec, server = commands.for_server(recipe, settings.url), ApiJobServer(settings.url)
-        job_id = server.submit(spec, resume=resume)
-    else:
-        with tempfile.TemporaryDirectory() as stage:
-            if address is not None and not is_this_machine(address):
-                job = commands.remote(
-                    recipe, settings, address=address, resume=resume, stage=Path(stage), no_plan=no_plan
-                )
-            else:
-                open_store(settings.store).check()  # refuses a store that the job could not publish to
-                job = commands.local(recipe, settings, resume=resume, stage=Path(stage), no_plan=no_plan)
-            if address is None:
-                from loray.local.cluster import ensure_started
+    with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
+        place = Place.at(address, settings, Path(stage))
+        if place.is_here:
+            open_store(settings.store).check()  # refuses a store that the job could not publish to
+        job = Submission.of(work, place)
+        if address is None:
+            from loray.local.cluster import ensure_started
 
-                address = ensure_started(settings).address
-            server = connect(address)
-            job_id = server.submit(job)
-    console.print(f"training {recipe.spec.name} as job {job_id}", highlight=False)
-    return server, job_id
+            address = ensure_started(settings).address
+        url = http_url(address)
+        server = RayJobServer(lambda: url)
+        try:
+            log.debug("Ray's job server is %s", server.address)
+        except ClusterError as e:
+            raise LorayError(
+                f"no Ray job server answers at {address}; start the cluster, or give another --address"
+            ) from e
+        return server, server.submit(job)
 
 
-def connect(address: str) -> RayJobServer:
-    """Returns Ray's job server at this address. Raises LorayError where nothing answers there."""
-    server = RayJobServer(lambda: http_url(address))
+def watch(
+    view: RunView, server: _Jobs, job: str, console: Console, address: str | None, *, what: str, resumed: str
+) -> PublishedEvent:
+    """Shows a job to its end, and returns what it published. Exits with 1 where that is nothing.
+
+    Ctrl-C ends the command and not the job; `resumed` is the command with which one that was stopped goes on.
+    """
     try:
-        log.debug("Ray's job server is %s", server.address)
-    except ClusterError as e:
-        raise LorayError(f"no Ray job server answers at {address}; start the cluster, or give another --address") from e
-    return server
+        with view:
+            asyncio.run(follow(server, job, view.feed))
+    except KeyboardInterrupt:
+        where = "" if address is None else f"LORAY_ADDRESS={address} "
+        console.print(
+            f"\nno longer following; {what} goes on as job {job}\n"
+            f"  follow  {where}loray jobs logs {job} --follow\n"
+            f"  stop    {where}loray jobs stop {job}\n"
+            f"  resume  {resumed}   (once stopped, from the last checkpoint)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(130)
+    if view.published is not None:
+        return view.published
+    if view.error is not None:
+        console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
+    else:
+        for line in view.log:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        known = server.find(job)
+        ended = "and Ray has forgotten how" if known is None else f"as {known.status}"
+        console.print(f"error: job {job} ended {ended} without a result", style="red")
+    sys.exit(1)
 
 
 async def follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:
@@ -190,33 +202,3 @@ async def follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:
             log.debug("connection to the job server lost: %s", e)
         await asyncio.sleep(_RECONNECT_S)
     raise LorayError(f"lost the connection to the job server; job {job} may still be running: ray job status {job}")
-
-
-def _how_to_go_on(source: RecipeSource, server: _Jobs, job: str) -> str:
-    if isinstance(server, ApiJobServer):
-        logs = f"curl {server.address}/api/v1/jobs/{job}"
-        follow, stop = f"{logs}/logs?follow=true", f"{logs}/stop -X POST"
-    else:
-        token = os.environ.get("RAY_AUTH_TOKEN_PATH")  # the local cluster's
-        ray = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray" if token else "ray"
-        follow = f"{ray} job logs --address {server.address} --follow {job}"
-        stop = f"{ray} job stop --address {server.address} {job}"
-    return (
-        f"\nno longer following; training goes on as job {job}\n"
-        f"  follow  {follow}\n"
-        f"  stop    {stop}\n"
-        f"  resume  loray train {shlex.join(source.arguments)} --resume   (once stopped, from the last checkpoint)"
-    )
-
-
-def fail(view: RunView, server: _Jobs, job: str, console: Console) -> None:
-    """Says why a job published nothing, and exits with 1."""
-    if view.error is not None:
-        console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
-    else:
-        for line in view.log:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        known = server.find(job)
-        ended = "and Ray has forgotten how" if known is None else f"as {known.status}"
-        console.print(f"error: job {job} ended {ended} without a result", style="red")
-    sys.exit(1)

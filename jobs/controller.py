@@ -84,20 +84,15 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
         self._left, self._counted_at = float(_MAX_AT_ONCE), 0.0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        decision = self._decide(training_failed_error)
-        failures = getattr(training_failed_error, "worker_failures", None)
+        error, decision = training_failed_error, super().make_decision(training_failed_error)
+        if decision is not FailureDecision.RETRY and isinstance(error, WorkerGroupError):
+            is_loss = any(map(is_lost, error.worker_failures.values()))
+            decision = FailureDecision.RETRY if is_loss and self._take() else FailureDecision.RAISE
+        failures = getattr(error, "worker_failures", None)
         if decision is FailureDecision.RETRY and failures:
-            rank, error = next(iter(failures.items()))
-            self._tell({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
+            rank, failure = next(iter(failures.items()))
+            self._tell({"event": "worker_lost", "message": f"rank {rank}: {first_line(failure)}"})
         return decision
-
-    def _decide(self, error: TrainingFailedError) -> FailureDecision:
-        decision: FailureDecision = super().make_decision(error)
-        if decision is FailureDecision.RETRY or not isinstance(error, WorkerGroupError):
-            return decision
-        if not any(map(is_lost, error.worker_failures.values())):
-            return FailureDecision.RAISE
-        return FailureDecision.RETRY if self._take() else FailureDecision.RAISE
 
     def _take(self) -> bool:
         """Says whether one more loss is allowed, and counts it."""

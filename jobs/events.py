@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -14,22 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from loray.spec import PERPLEXITY, Subject
+from loray.spec import OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
-
-# Of DPO: means over pairs, by TRL's names.
-RewardFigures = TypedDict(
-    "RewardFigures",
-    {
-        "rewards/chosen": NotRequired[float | None],
-        "rewards/rejected": NotRequired[float | None],
-        "rewards/accuracies": NotRequired[float | None],
-        "rewards/margins": NotRequired[float | None],
-    },
-)
 
 
 class StartEvent(TypedDict):
@@ -55,9 +44,9 @@ class StartEvent(TypedDict):
     peak_source: NotRequired[str]
 
 
-class StepEvent(RewardFigures):
-    """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU, the peak FLOP/s of
-    a worker that it is a share of, and peak memory.
+class StepEvent(TypedDict):
+    """One optimizer step, with its objective's metrics: see `figures`. A loss or norm that is not finite is null in
+    JSON. Rank 0 adds MFU, the peak FLOP/s of a worker that it is a share of, and peak memory.
     """
 
     event: Literal["step"]
@@ -76,7 +65,9 @@ class StepEvent(RewardFigures):
     memory_bytes: NotRequired[int]
 
 
-class EvalEvent(RewardFigures):
+class EvalEvent(TypedDict):
+    """Losses of held-out rows, with the objective's metrics."""
+
     event: Literal["eval"]
     step: int
     subject: Subject
@@ -214,13 +205,13 @@ def describe(event: Event) -> str:
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
             return (
-                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{rewards(event)}  "
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{_shown(event)}  "
                 f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
                 f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
         case "eval":
-            figures = f"{number(event['eval_loss'])}{rewards(event)}"
-            return f"step {event['step']}  held-out loss {figures} ({event['subject']})"
+            loss = f"{number(event['eval_loss'])}{_shown(event)}"
+            return f"step {event['step']}  held-out loss {loss} ({event['subject']})"
         case "early_stop":
             return (
                 f"step {event['step']}  ends early: {event['num_stale']} evaluations in a row were no better than "
@@ -268,11 +259,17 @@ def number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def rewards(figures: RewardFigures) -> str:
-    """Writes the share of pairs that are told apart, and the margin; nothing without pairs."""
-    if "rewards/accuracies" not in figures:
-        return ""
-    return f"  accuracy {number(figures['rewards/accuracies'])}  margin {number(figures.get('rewards/margins'))}"
+def figures(event: StepEvent | EvalEvent) -> dict[str, float | None]:
+    """Returns the metrics of an event's objective, beside the loss."""
+    values: Mapping[str, Any] = event
+    names = (name for spec in OBJECTIVES.values() for name in spec.metrics)
+    return {name: values[name] for name in names if name in values}
+
+
+def _shown(event: StepEvent | EvalEvent) -> str:
+    found = figures(event)
+    shown = {name: label for spec in OBJECTIVES.values() for name, label in spec.shown.items()}
+    return "".join(f"  {label} {number(found[name])}" for name, label in shown.items() if name in found)
 
 
 def speed(step: StepEvent) -> str:
@@ -384,7 +381,7 @@ class RunView:
 
     def _step(self, event: StepEvent) -> None:
         held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
-        figures = f"loss {number(event['loss'])}{rewards(event)}{held_out}  {speed(event)}"
+        figures = f"loss {number(event['loss'])}{_shown(event)}{held_out}  {speed(event)}"
         self._progress.update(self._task, completed=event["step"], figures=figures)
         every = max(1, event["num_steps"] // _LINES_OF_STEPS)
         if not self._console.is_terminal and event["step"] % every == 0:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tensorboardX import SummaryWriter
 
-from jobs.events import Emit, Event
+from jobs.events import Emit, Event, figures
 from loray.errors import LorayError, SpecError, TrainingError
-from loray.spec import REWARDS, TrackerName, TrainSpec
+from loray.spec import TrackerName, TrainSpec
 from loray.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ log = get_logger(__name__)
 
 _STEP = {
     "loss": "train/loss",
-    **{name: f"train/{name}" for name in REWARDS},
     "lr": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "skipped_steps": "train/skipped_steps",
@@ -50,13 +49,13 @@ def scalars(event: Event) -> tuple[dict[str, float], int]:
         case "step":
             values: Mapping[str, Any] = event
             found = {tag: values.get(name) for name, tag in _STEP.items()}
-            return {tag: value for tag, value in found.items() if value is not None}, event["step"]
+            found |= {f"train/{name}": value for name, value in figures(event).items()}
         case "eval" if event["eval_loss"] is not None:
-            figures: Mapping[str, Any] = event
-            measured = {"loss": event["eval_loss"]} | {name: figures.get(name) for name in REWARDS}
-            tags = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
-            return {tag: value for tag, value in tags.items() if value is not None}, event["step"]
-    return {}, 0
+            measured = {"loss": event["eval_loss"], **figures(event)}
+            found = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
+        case _:
+            return {}, 0
+    return {tag: value for tag, value in found.items() if value is not None}, event["step"]
 
 
 class TensorBoardWriter:

@@ -12,7 +12,7 @@ import click
 from ray.train import Result
 
 from jobs.driver.fit import connect, find_workers, fit
-from jobs.driver.prepare import Prepared, prepare, share_workload
+from jobs.driver.prepare import prepare, share_workload
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.tokenising import RayTasks
@@ -74,34 +74,28 @@ def train(
     """
     whole = Catalog(settings.catalog)
     catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, recipe.spec.name)
-    with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
-        catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
+    with recorded(catalog, recipe.spec) as job:
+        catalog.adapters.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
-        try:
-            connected = partial(connect, recipe.spec, settings, interrupts)
-            workers_of = partial(find_workers, settings=settings, interrupts=interrupts)
-            run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
-            prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
-        except KeyboardInterrupt:  # raised by ray.get while data is tokenised
-            raise interrupts.interrupted() from None
-        whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
+        connected = partial(connect, recipe.spec, settings, job.interrupts)
+        workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
+        run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
+        prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
+        whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
         run = runs.resumable(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
-            connect(prepared.spec, settings, interrupts)
+            connect(prepared.spec, settings, job.interrupts)
             run = run or runs.new(name, job.job_id)
             tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
-            with run.locked(job.job_id, interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
-                result = _fit(prepared, run, settings, trackers.emit, job, interrupts)
+            with run.locked(job.job_id, job.interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
+                result = fit(share_workload(prepared), run, settings, trackers.emit, on_interrupt=job.stop)
                 if result.return_value is not None:
-                    hint = f", or publish it with {_how_to_publish(recipe, tenant)}"
-                    raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
-                try:
-                    published = _publish(result, run, recipe, settings, emit, tenant)
-                    trackers.tell(published)
-                except KeyboardInterrupt:  # raised by ray.get while the adapter is measured
-                    raise interrupts.interrupted() from None
+                    hint = f", or publish it with {_how_to_publish(recipe, tenant)}" if result.checkpoint else ""
+                    raise TrainingError(f"{result.return_value}{hint}")
+                published = _publish(result, run, recipe, settings, emit, tenant)
+                trackers.tell(published)
         job.end("succeeded", version=published["version"])
     emit(published)
 
@@ -116,9 +110,8 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: st
             connect(recipe.spec, settings, interrupts)
         published = publish_best(run.result(), run, recipe, settings, emit, tenant=tenant)
     if run.job_id is not None:
-        JobRecord(Catalog(settings.catalog).view(driver_of(tenant)), run.job_id).end(
-            "succeeded", version=published["version"]
-        )
+        catalog = Catalog(settings.catalog).view(driver_of(tenant))
+        JobRecord(catalog, run.job_id, interrupts).end("succeeded", version=published["version"])
     emit(published)
 
 
@@ -134,17 +127,6 @@ def _publish(
 def _how_to_publish(recipe: Recipe, tenant: str) -> str:
     whose = "" if tenant == DEFAULT_TENANT else f" --tenant {tenant}"
     return f"`python -m jobs.train {recipe.path or 'RECIPE'} --publish-checkpoint{whose}`"
-
-
-def _fit(
-    prepared: Prepared, run: RunFolder, settings: Settings, emit: Emit, job: JobRecord, interrupts: Interrupts
-) -> Result:
-    def stop() -> None:
-        interrupted = interrupts.interrupted()
-        job.end("stopped", message=str(interrupted))  # at once: `ray job stop` kills a driver that ends slowly
-        raise interrupted from None
-
-    return fit(share_workload(prepared), run, settings, emit, on_interrupt=stop)
 
 
 if __name__ == "__main__":

@@ -105,10 +105,11 @@ def _engine(
     `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
     """
     has_ranks = spec.tensor_parallel_size > 1
+    scaling = autoscaling_config(spec, runs=_is_scaled(engine_of(spec.base)))
     engine = serve.deployment(
         EngineReplica,
         name=engine_of(spec.base),
-        **_replicas(spec),
+        **({"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
         max_ongoing_requests=_slots(spec),
         max_queued_requests=_slots(spec),
         request_router_config=routing,
@@ -156,11 +157,6 @@ class GatewayReplica:
         return gateway.own_families()
 
 
-def _replicas(spec: ServeSpec) -> dict[str, Any]:
-    scaling = autoscaling_config(spec, runs=_is_scaled(engine_of(spec.base)))
-    return {"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}
-
-
 def _is_scaled(deployment: str) -> bool:
     """Tell whether the autoscaler has looked at a deployment just now, which therefore is updated. It looks at that of
     the application `loray`, since Serve does not tell this function which one it builds.
@@ -196,15 +192,11 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
         name = engine_of(spec.base)
         return ServeEngineClient(
             serve.get_deployment_handle(name, here.app_name),
-            name,
+            spec,
             node,
             host,
             lambda: Catalog(settings.catalog, actor="gateway"),
-            demand=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
-            max_resumes=spec.max_resumes,
-            drain_grace_s=spec.drain_grace_s,
-            max_token_lateness=spec.max_token_lateness,
-            cold_start_timeout_s=None if spec.min_replicas else spec.cold_start_timeout_s,
+            DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
         )
 
     exchange = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
@@ -77,6 +77,10 @@ class Permissions:
             if route.matches(scope)[0] is Match.FULL:
                 return action
         return None
+
+    def paths(self, action: Action) -> frozenset[str]:
+        """Return the paths of the routes with this action."""
+        return frozenset(route.path for route, its in self._routes if its == action and isinstance(route, Route))
 
     def named(self, method: str, path: str) -> Action:
         """Return the action of the route with this path, as the OpenAPI document spells it."""
@@ -225,7 +229,7 @@ class Authenticator:
 
     def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
         before = self._empty if whole else self.ring
-        return before.updated(catalog.key_changes(before.counter), time.monotonic())
+        return before.updated(catalog.keys.changes(before.counter), time.monotonic())
 
     def read_kept(self) -> StoredSnapshot[KeyRing] | None:
         found = None if self._kept is None else self._kept.read()
@@ -234,7 +238,10 @@ class Authenticator:
     def take(self, state: KeyRing, at: float) -> None:
         if not state.has_same_keys(self.ring):
             self._num_changes += 1
-            self._end(self._asking.keys() - state.good_ids())
+            for key_id in self._asking.keys() - state.good_ids():
+                for revoked in self._asking[key_id]:
+                    if not revoked.done():
+                        revoked.set_result(None)
         self.ring = state.confirmed(at)
         if state.has_limits:
             self.is_limited.set()
@@ -247,20 +254,14 @@ class Authenticator:
         if at - self._wrote_at >= _USE_S:
             self._write_uses()
 
-    def _end(self, key_ids: Iterable[str]) -> None:
-        for key_id in key_ids:
-            for revoked in self._asking[key_id]:
-                if not revoked.done():
-                    revoked.set_result(None)
-
     def _write_uses(self) -> None:
         self._wrote_at = time.monotonic()
         if self._used:
             used, self._used = self._used, {}
-            self.follower.soon(lambda catalog: catalog.record_key_use(used))
+            self.follower.soon(lambda catalog: catalog.keys.record_use(used))
         if self._refused:
             refused, self._refused = self._refused, {}
-            self.follower.soon(lambda catalog: catalog.note_refused(refused))
+            self.follower.soon(lambda catalog: catalog.audit.record_refused(refused))
 
     def _note_refused(self, action: Action, headers: Mapping[str, str]) -> None:
         address, request_id = origin()
@@ -474,14 +475,11 @@ class RateLimits:
             level = levels[of] - 1
             self._buckets[of] = _Bucket(level, now, now + (burst - level) / rate)
         if len(self._buckets) > _KEPT:
-            self._forget_full(now)
+            self._buckets = {of: bucket for of, bucket in self._buckets.items() if now < bucket.full_at}
 
     def _level(self, of: str, rate: float, burst: float, now: float) -> float:
         bucket = self._buckets.get(of)
         return burst if bucket is None else min(burst, bucket.level + rate * (now - bucket.at))
-
-    def _forget_full(self, now: float) -> None:
-        self._buckets = {of: bucket for of, bucket in self._buckets.items() if now < bucket.full_at}
 
 
 # -- The middleware, and the principal behind it --

@@ -72,7 +72,7 @@ def check_keys(host: str, settings: Settings) -> None:
         return
     catalog = Catalog(settings.catalog)
     try:
-        has_key = any(stored.key.revoked_at is None for stored in catalog.key_changes().keys)
+        has_key = any(stored.key.revoked_at is None for stored in catalog.keys.changes().keys)
     finally:
         catalog.close()
     if not has_key:
@@ -91,10 +91,10 @@ def reserve_names(bases: Iterable[BaseModel], settings: Settings) -> None:
     try:
         catalog = Catalog(settings.catalog)
         try:
-            known = catalog.bases()
+            known = catalog.bases.fingerprints()
             for base in bases:
                 if base.name not in known:
-                    catalog.add_base(base.name, base.fingerprint)
+                    catalog.bases.add(base.name, base.fingerprint)
         finally:
             catalog.close()
     except ConflictError as e:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client  # internal: Ray has no public key-value store
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from loray.policy.autoscaling import Bursts, Decision, IdleState, PolicyState, ScalingState, decide_from_zero
+from loray.policy.autoscaling import Bursts, Decision, ScalingState, decide_from_zero
 from loray.policy.demand import Observation
 from loray.policy.warm_start import DemandRecord, merged
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
@@ -90,13 +90,14 @@ def autoscaling_config(spec: ServeSpec, *, runs: bool = False) -> AutoscalingCon
     scaling = spec.autoscaling
     if scaling is None:
         return None
+    is_more = spec.num_replicas > scaling.min_replicas
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
             # Serve uses it as the target of every update, too.
-            initial_replicas=None if runs else _initial(spec.num_replicas, scaling),
+            initial_replicas=None if runs or not is_more else min(spec.num_replicas, scaling.max_replicas),
             metrics_interval_s=report_s(scaling),
             look_back_period_s=_HISTORY * report_s(scaling),
             upscale_delay_s=0.0,
@@ -132,7 +133,7 @@ class AdapterDemandPolicy:
             "min_replicas": ctx.capacity_adjusted_min_replicas,
             "max_replicas": ctx.capacity_adjusted_max_replicas,
         }
-        decision, state = decide_from_zero(
+        decision = decide_from_zero(
             observations(ctx.running_replicas, ctx.raw_metrics, self._spec, now),
             self._spec.model_copy(update=bounds),
             _state_of(ctx.policy_state.get(_STATE)),
@@ -143,7 +144,7 @@ class AdapterDemandPolicy:
         self._scaling_log = self._scaling_log or ScalingLog(str(ctx.app_name), ctx.deployment_name)
         self._report(decision, self._scaling_log, target, now)
         self._target = decision.target
-        return decision.target, {_STATE: asdict(state)}
+        return decision.target, {_STATE: asdict(decision.state)}
 
     def _report(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
         change = None
@@ -163,13 +164,9 @@ class AdapterDemandPolicy:
         log.write(target=decision.target, reason=decision.reason, now=now, decision=change)
 
 
-def _state_of(kept: Mapping[str, Any] | None) -> PolicyState:
+def _state_of(kept: Mapping[str, Any] | None) -> ScalingState:
     """Inverse of `asdict`. Serve copies its policy state as plain data."""
-    if kept is None:
-        return PolicyState()
-    scaling = kept["scaling"]
-    bursts = Bursts(**scaling["bursts"])
-    return PolicyState(ScalingState(**scaling | {"bursts": bursts}), IdleState(**kept["idle"]))
+    return ScalingState() if kept is None else ScalingState(**{**kept, "bursts": Bursts(**kept["bursts"])})
 
 
 def observations(
@@ -196,10 +193,6 @@ def _observation(stats: Mapping[str, float] | None) -> Observation | None:
         return None if stats is None else Observation.from_stats(stats)
     except KeyError:  # from a replica of another version during an update, on which the controller must not fail
         return None
-
-
-def _initial(num_replicas: int, scaling: AutoscalingSpec) -> int | None:
-    return min(num_replicas, scaling.max_replicas) if num_replicas > scaling.min_replicas else None
 
 
 def _log_with_controller(logger: logging.Logger) -> None:

@@ -44,17 +44,11 @@ PRIVATE = (
     Private(_HANDLE, "DeploymentBroadcastResponse._fetch_replica_results_async"),
     Private(_HANDLE, "DeploymentResponseGenerator._fetch_future_result_async"),
     Private(_HANDLE, "DeploymentResponseGenerator._replica_result_future", None),
-    Private(_ROUTER, "RequestRouter._choose_replica_for_request", ("pending_request",)),
     Private(_ROUTER, "RequestRouter._deployment_id", None),
-    Private(_ROUTER, "RequestRouter._fulfill_next_pending_request", ("replica", "request_metadata")),
     Private(_ROUTER, "RequestRouter._get_pending_request_matching_internal_request_id", ("request_metadata",)),
     Private(_ROUTER, "RequestRouter._pending_requests_to_fulfill", None),
-    Private(_ROUTER, "RequestRouter._probe_queue_lens", ("replicas", "backoff_index")),
     # Without an underscore, and not in Serve's documentation: an override that Serve does not call would count nothing.
-    Private(_ROUTER, "RequestRouter.decrement_queue_len_cache", ("replica_id",)),
-    Private(_ROUTER, "RequestRouter.on_new_queue_len_info", ("replica_id", "num_ongoing_requests")),
     Private(_ROUTER, "RequestRouter.on_replica_actor_unavailable", ("replica_id",)),
-    Private(_ROUTER, "RequestRouter.on_send_request", ("replica_id",)),
     Private(_ROUTER, "RequestRouter.update_replicas", ("replicas",)),
 )
 

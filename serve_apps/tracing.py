@@ -51,16 +51,11 @@ _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 class Times(Protocol):
     """The times of a request that a replica notes, in seconds of one clock, and its tokens."""
 
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_output_tokens(self) -> int: ...
-    @property
-    def arrived(self) -> float: ...
-    @property
-    def first(self) -> float | None: ...
-    @property
-    def last(self) -> float: ...
+    num_prompt_tokens: int
+    num_output_tokens: int
+    arrived: float
+    first: float | None
+    last: float
 
 
 class Tracing:

@@ -31,7 +31,7 @@ def shape(name: str = "smollm2") -> ModelConfig:
     return found
 
 
-SMALL = replace(shape(), num_layers=3)
+SMALL = replace(shape(), layers=shape().layers[:3])
 
 
 def weights(spec: AdapterSpec) -> AdapterWeights:

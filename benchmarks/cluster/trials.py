@@ -284,10 +284,10 @@ def run_flood(world: World, args: argparse.Namespace, say: Say) -> Flood:
     """
     catalog, keys = Catalog(world.settings.catalog), {}
     for tenant in (STEADY, USUAL, LOUD, LIMITED):
-        catalog.create_tenant(tenant, LIMITS if tenant == LIMITED else None)
-        keys[tenant] = catalog.create_key(tenant, tenant=tenant).secret
+        catalog.tenants.create(tenant, LIMITS if tenant == LIMITED else None)
+        keys[tenant] = catalog.keys.create(tenant, tenant=tenant).secret
     for name in world.names:
-        catalog.share(name, "public")
+        catalog.adapters.share(name, "public")
     chance, models = random.Random(0), itertools.cycle(world.names)
     requests = [
         Request(0.0, model, [chance.randrange(256) for _ in range(_FLOOD_PROMPT)], _FLOOD_OUTPUT)

@@ -40,7 +40,6 @@ from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray_kernels import CapturedDecoding, CapturedStep, Decoding, LinearWeights, PageWriter
 from loray_kernels.cuda.graphs import Capture, DecodeGraphs
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.kv import DirectWriter
 
@@ -69,7 +68,7 @@ class StandInOps(CudaOps):
 
     def __init__(self) -> None:
         self.num_launches = self.num_replayed = 0
-        super().__init__(Gather(cast(Any, self.launched)), cast(Any, _NoTiles(self.launched)))
+        super().__init__(cast(Any, self.launched), cast(Any, _NoTiles(self.launched)))
 
     def launched(self, *arguments: object) -> None:
         self.num_launches += 1
@@ -186,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, StandInOps]]:
     heads = {"num_heads": args.heads, "num_kv_heads": args.kv_heads, "head_dim": 8}
     tiny = RANDOM["tiny-random"]
-    config = dataclasses.replace(tiny, num_layers=args.layers, **heads, max_position_embeddings=1 << 17)
+    config = dataclasses.replace(tiny, layers=tiny.layers[:1] * args.layers, **heads, max_position_embeddings=1 << 17)
     base = BaseModel("host", folder, hashlib.sha256(repr(config).encode()).hexdigest(), config, source="random")
     tokens = args.context + _max_tokens(args)
     kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * (args.rows * (tokens + 32) + 32)

@@ -6,7 +6,6 @@ without a cluster this process does.
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import ray
@@ -25,11 +24,8 @@ from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
-from loray.telemetry import get_logger
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray_kernels.memory import is_out_of_memory
-
-log = get_logger(__name__)
 
 _EVALUATIONS = "evaluations.json"
 _MEASURE_LATER = (
@@ -92,7 +88,7 @@ def measure_checkpoint(
         "evaluation": wanted.model_dump(mode="json", include={"perplexity", "retrieval"}),
         "data_sha256": documents and documents.sha256,
     }
-    saved = _read(run)
+    saved = run.read_model(_Saved, _EVALUATIONS)
     if saved is None or saved.asked != asked:
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
@@ -104,26 +100,16 @@ def measure_checkpoint(
             if not is_out_of_memory(e):
                 raise
             return MeasuredCheckpoint((), f"not measured, out of memory: {first_line(e)}; {_MEASURE_LATER}")
-        saved = _Saved(asked=asked, evaluations=tuple(e.model_dump(mode="json") for e in found))
-        run.write(_EVALUATIONS, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
-    return MeasuredCheckpoint(tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved.evaluations))
+        saved = _Saved(asked=asked, evaluations=found)
+        run.write_model(_EVALUATIONS, saved)
+    return MeasuredCheckpoint(saved.evaluations)
 
 
 class _Saved(Frozen):
-    """The run's `evaluations.json`: what was asked for, and the results as JSON."""
+    """The run's `evaluations.json`: what was asked for, and the results."""
 
     asked: dict[str, Any]
-    evaluations: tuple[dict[str, Any], ...]
-
-
-def _read(run: RunFolder) -> _Saved | None:
-    """Returns None where nothing was measured yet, or the file is damaged."""
-    data = run.read(_EVALUATIONS)
-    try:
-        return None if data is None else _Saved.parse(json.loads(data), source=f"{_EVALUATIONS} of {run}")
-    except ValueError as e:
-        log.warning("what the run has is measured again: %s", e)
-        return None
+    evaluations: tuple[Evaluation, ...]
 
 
 def _measure(measurement: Measurement, run: RunFolder, settings: Settings) -> tuple[Evaluation, ...]:

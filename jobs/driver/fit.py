@@ -53,7 +53,6 @@ class Workload(NamedTuple):
 
 def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
     spec = work.spec
-    ranked = spec.evaluation.keep_best and work.is_evaluated
     config = worker.WorkerConfig(
         recipe=spec.model_dump(mode="json"),
         home=str(settings.home),
@@ -66,71 +65,54 @@ def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: Acto
         initial=work.initial,
         dtype_reason=work.dtype_reason,
     )
-    run_config = RunConfig(
-        **run.storage,
-        checkpoint_config=CheckpointConfig(
-            num_to_keep=spec.checkpoint.keep,
-            checkpoint_score_attribute=SCORE if ranked else None,
-            checkpoint_score_order="min",
-        ),
-        callbacks=[EventLog(sink, str(run)), *_placement(spec)],
+    checkpoints = CheckpointConfig(
+        num_to_keep=spec.checkpoint.keep,
+        checkpoint_score_attribute=SCORE if spec.evaluation.keep_best and work.is_evaluated else None,
+        checkpoint_score_order="min",
     )
-    return _workers(worker.run, config, run_config, spec, settings, Restarts(EventSender(sink).send))
+    run_config = RunConfig(**run.storage, checkpoint_config=checkpoints, callbacks=[EventLog(sink, str(run))])
+    return _Trainer(worker.run, config, run_config, spec, settings, Restarts(EventSender(sink).send))
 
 
 def build_measuring(measurement: measuring.Measurement, run: RunFolder, settings: Settings) -> TorchTrainer:
     """Returns workers as those of the run, which measure and write nothing. Ray's own files are in a folder of it."""
-    spec = measurement.spec
     storage = {"name": _MEASURING, "storage_path": run.path, "storage_filesystem": run.storage["storage_filesystem"]}
-    run_config = RunConfig(**storage, callbacks=[*_placement(spec)])
-    return _workers(measuring.run, {"measurement": measurement}, run_config, spec, settings, Restarts())
-
-
-def _workers(
-    work: Callable[[Any], Any],
-    config: Mapping[str, Any],
-    run_config: RunConfig,
-    spec: TrainSpec,
-    settings: Settings,
-    restarts: Restarts,
-) -> TorchTrainer:
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray passes it to its controller
-    scaling_config = _scaling(spec, settings)
-    return _Trainer(
-        work,
-        restarts=restarts,
-        scaling=None if spec.min_workers is None else WholeGroupScaling(scaling_config, spec.parallel.sequence),
-        train_loop_config=config,
-        scaling_config=scaling_config,
-        run_config=run_config,
-    )
+    run_config = RunConfig(**storage, callbacks=[])
+    config = {"measurement": measurement}
+    return _Trainer(measuring.run, config, run_config, measurement.spec, settings, Restarts())
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's trainer with policies of ours. `scaling` None: Ray Train's."""
+    """Ray Train's trainer on the workers of a recipe, with policies of ours."""
 
-    def __init__(self, *args: Any, restarts: Restarts, scaling: WholeGroupScaling | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._policies = {"failure_policy": restarts} | ({} if scaling is None else {"scaling_policy": scaling})
+    def __init__(
+        self,
+        work: Callable[[Any], Any],
+        config: Mapping[str, Any],
+        run_config: RunConfig,
+        spec: TrainSpec,
+        settings: Settings,
+        restarts: Restarts,
+    ) -> None:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray passes it to its controller
+        group = spec.parallel.sequence
+        scaling_config = ScalingConfig(
+            num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
+            elastic_resize_monitor_interval_s=_RESIZE_S,
+            use_gpu=spec.use_gpu,
+            resources_per_worker=worker_resources(spec, settings.training_group),
+            placement_strategy="PACK",
+            label_selector=WholeGroups.label_selectors(spec.num_workers) if group > 1 else None,
+        )
+        if group > 1:
+            run_config.callbacks.append(WholeGroups(group))
+        super().__init__(work, train_loop_config=config, scaling_config=scaling_config, run_config=run_config)
+        self._policies: dict[str, Any] = {"failure_policy": restarts}
+        if spec.min_workers is not None:
+            self._policies["scaling_policy"] = WholeGroupScaling(scaling_config, group)
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:  # private: the only way to pass a policy
         return super()._initialize_and_run_controller(**kwargs | self._policies)
-
-
-def _scaling(spec: TrainSpec, settings: Settings) -> ScalingConfig:
-    has_groups = spec.parallel.sequence > 1
-    return ScalingConfig(
-        num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
-        elastic_resize_monitor_interval_s=_RESIZE_S,
-        use_gpu=spec.use_gpu,
-        resources_per_worker=worker_resources(spec, settings.training_group),
-        placement_strategy="PACK",
-        label_selector=WholeGroups.label_selectors(spec.num_workers) if has_groups else None,
-    )
-
-
-def _placement(spec: TrainSpec) -> list[WholeGroups]:
-    return [WholeGroups(spec.parallel.sequence)] if spec.parallel.sequence > 1 else []
 
 
 def cause(error: TrainingFailedError) -> Exception:
@@ -155,11 +137,11 @@ def fit(
     has_board = "tensorboard" in work.spec.tracking
     run.repair()
     with (
-        run.history() as history,
-        TensorBoardWriter(history.board) as board,
-        EventTail(history.events, write_and_emit if has_board else emit),
+        run.history() as (events, folder),
+        TensorBoardWriter(folder) as board,
+        EventTail(events, write_and_emit if has_board else emit),
     ):
-        sink = start_sink(history.events)
+        sink = start_sink(events)
         try:
             return build_trainer(work, run, settings, sink).fit()
         except TrainingFailedError as e:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
@@ -35,7 +34,6 @@ from loray.recipes.resolve import check_row_lengths, check_token_budget, continu
 from loray.settings import Settings
 from loray.spec import AdapterSpec, TrainSpec
 from loray.store import AdapterStore, open_store
-from loray.train.data.batches import plan_ahead
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset, load_data
 
@@ -93,7 +91,7 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
     from loray.adapters.peft_format import read_adapter
 
     assert spec.init_adapter is not None
-    ref = catalog.resolve(spec.init_adapter)
+    ref = catalog.adapters.resolve(spec.init_adapter)
     ref.check_base(base.name, base.fingerprint)
     with tempfile.TemporaryDirectory(prefix="loray-initial-") as scratch:
         folder = Path(scratch) / "adapter"
@@ -169,15 +167,6 @@ def prepare(
     )
     if is_planned:
         _check_plan(spec, base, data, workers)
-    plan_ahead(
-        data.train.lengths,
-        spec.batch,
-        max_length=data.max_length,
-        seed=spec.seed,
-        num_epochs=math.ceil(spec.num_epochs or 1),
-        shares=data.shares,
-        cache=data.cache,
-    )
     return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -24,10 +23,7 @@ from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Frozen, Principal, TrainSpec
 from loray.store import AdapterStore, open_store
-from loray.telemetry import get_logger
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
-
-log = get_logger(__name__)
 
 
 class _Publication(Frozen):
@@ -54,68 +50,14 @@ def publish_best(
     no evaluations, where the workers have too little memory for them. `sweep`: of which the run is the best
     trial. Raises LorayError.
     """
-    latest = result.checkpoint
-    if latest is None:
+    if result.checkpoint is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
-    keep_best = _state(latest).recipe.evaluation.keep_best
-    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit, tenant, sweep)
-    saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event))
-    run.write(PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
-    return event
-
-
-def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
-    """Returns the event of an earlier publication of this run with the same recipe; None if there is none.
-
-    Resuming a published run has nothing left to do.
-    """
-    data = run.read(PUBLISHED)
-    if data is None:
-        return None
-    try:
-        saved = _Publication.parse(json.loads(data), source=f"{PUBLISHED} of {run}")
-    except ValueError as e:
-        log.warning("the run is published again, which makes no second version: %s", e)
-        return None
-    return cast("PublishedEvent", saved.event) if saved.recipe == recipe.spec.model_dump(mode="json") else None
-
-
-def best(result: Result, *, by_loss: bool) -> Checkpoint:
-    """Returns the checkpoint with the lowest held-out loss; the latest without `by_loss`, or if none was evaluated."""
-    evaluated = [
-        (metrics["eval_loss"], checkpoint)
-        for checkpoint, metrics in result.best_checkpoints or ()
-        if metrics.get("eval_loss") is not None
-    ]
-    return min(evaluated, key=lambda pair: pair[0])[1] if by_loss and evaluated else result.checkpoint
-
-
-def _state(checkpoint: Checkpoint) -> RunState:
-    with checkpoint.as_directory() as path:
-        return read_state(Path(path))
-
-
-def driver_of(tenant: str) -> Principal:
-    """Returns who a job acts as: for its tenant alone."""
-    return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
-
-
-def _publish(
-    checkpoint: Checkpoint,
-    run: RunFolder,
-    recipe: Recipe,
-    settings: Settings,
-    emit: Emit,
-    tenant: str,
-    sweep: str | None,
-) -> PublishedEvent:
+    checkpoint = best(result, by_loss=_state(result.checkpoint).recipe.evaluation.keep_best)
     state = _state(checkpoint)
     check_publishable(state)
-    at_hand = recipe.spec
-    recipe = recipe._replace(spec=_to_publish(state.recipe, at_hand))
-    spec = recipe.spec
+    spec = _to_publish(state.recipe, recipe.spec)
     base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
-    on_workers = recipe._replace(spec=_on_workers_of(recipe.spec, at_hand))
+    on_workers = recipe._replace(spec=_on_workers_of(spec, recipe.spec))
     measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, emit)
     resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
@@ -136,7 +78,7 @@ def _publish(
             created_at=state.saved_at,
         )
         whole = Catalog.of(settings)
-        whole.add_base(base.name, base.fingerprint)
+        whole.bases.add(base.name, base.fingerprint)
         catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None
@@ -146,7 +88,7 @@ def _publish(
         except GateRefused as e:  # the version can be measured again later, and promoted
             aliases, refusal = (), str(e)
             version = publish(folder, base, plain, details)
-    return {
+    event: PublishedEvent = {
         "event": "published",
         "name": version.name,
         "version": version.version,
@@ -159,6 +101,39 @@ def _publish(
         "step": state.step,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
+    run.write_model(PUBLISHED, _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event)))
+    return event
+
+
+def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
+    """Returns the event of an earlier publication of this run with the same recipe; None if there is none.
+
+    Resuming a published run has nothing left to do.
+    """
+    saved = run.read_model(_Publication, PUBLISHED)
+    if saved is None or saved.recipe != recipe.spec.model_dump(mode="json"):
+        return None
+    return cast("PublishedEvent", saved.event)
+
+
+def best(result: Result, *, by_loss: bool) -> Checkpoint:
+    """Returns the checkpoint with the lowest held-out loss; the latest without `by_loss`, or if none was evaluated."""
+    evaluated = [
+        (metrics["eval_loss"], checkpoint)
+        for checkpoint, metrics in result.best_checkpoints or ()
+        if metrics.get("eval_loss") is not None
+    ]
+    return min(evaluated, key=lambda pair: pair[0])[1] if by_loss and evaluated else result.checkpoint
+
+
+def _state(checkpoint: Checkpoint) -> RunState:
+    with checkpoint.as_directory() as path:
+        return read_state(Path(path))
+
+
+def driver_of(tenant: str) -> Principal:
+    """Returns who a job acts as: for its tenant alone."""
+    return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
 
 
 def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:

@@ -11,6 +11,7 @@ from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from jobs.events import Emit, first_line
 from loray.catalog import Catalog
@@ -27,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
     """The driver must end now.
 
     It is a KeyboardInterrupt because Ray swallows any other exception that a signal handler raises during `ray.get`.
-    `ray.get` raises a plain KeyboardInterrupt instead; `Interrupts.interrupted` restores the reason.
+    `ray.get` raises a plain KeyboardInterrupt instead; `recorded` restores the reason.
     """
 
 
@@ -85,36 +86,47 @@ def reported(emit: Emit) -> Iterator[None]:
 class JobRecord:
     """One job in the catalog. A catalog that cannot be reached does not end the training."""
 
-    def __init__(self, catalog: Catalog, job_id: str) -> None:
+    def __init__(self, catalog: Catalog, job_id: str, interrupts: Interrupts) -> None:
         self._catalog = catalog
-        self.job_id = job_id
+        self.job_id, self.interrupts = job_id, interrupts
 
     def end(self, status: EndStatus, *, message: str = "", version: int | None = None) -> None:
         """Records how the job ended. The catalog keeps the first end."""
         try:
-            self._catalog.end_job(self.job_id, status, message=message, version=version)
+            self._catalog.jobs.end(self.job_id, status, message=message, version=version)
         except LorayError as e:
             log.warning("the end of job %s (%s) is not recorded: %s", self.job_id, status, e)
+
+    def stop(self) -> NoReturn:
+        """Records that the job was interrupted, at once: `ray job stop` kills a driver that ends slowly. Raises
+        Interrupted.
+        """
+        interrupted = self.interrupts.interrupted()
+        self.end("stopped", message=str(interrupted))
+        raise interrupted from None
 
 
 @contextmanager
 def recorded(catalog: Catalog, spec: TrainSpec) -> Iterator[JobRecord]:
-    """Records the job as running for the `with` block, and as stopped or failed if the block raises.
+    """Records the job as running for the `with` block, which SIGTERM interrupts, and as stopped or failed if the block
+    raises. A KeyboardInterrupt leaves it as Interrupted.
 
     The block itself records success.
     """
-    job_id = submission_id() or f"run_{secrets.token_hex(8)}"
-    catalog.add_job(job_id, name=spec.name, recipe=spec)
-    catalog.start_job(job_id)
-    record = JobRecord(catalog, job_id)
-    try:
-        yield record
-    except KeyboardInterrupt as e:
-        record.end("stopped", message=str(e))
-        raise
-    except BaseException as e:
-        record.end("failed", message=str(e) or type(e).__name__)
-        raise
+    with Interrupts() as interrupts:
+        record = JobRecord(catalog, submission_id() or f"run_{secrets.token_hex(8)}", interrupts)
+        catalog.jobs.add(record.job_id, name=spec.name, recipe=spec)
+        catalog.jobs.start(record.job_id)
+        try:
+            yield record
+        except Interrupted as e:
+            record.end("stopped", message=str(e))
+            raise
+        except KeyboardInterrupt:
+            record.stop()
+        except BaseException as e:
+            record.end("failed", message=str(e) or type(e).__name__)
+            raise
 
 
 def submission_id() -> str | None:

@@ -17,7 +17,7 @@ from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.data.corpus import Task, located, run_here
 from loray.train.data.read import BadRow, Content, FilePart
-from loray.train.data.shards import ShardCache
+from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
 
 log = get_logger(__name__)
@@ -35,13 +35,16 @@ class RayTasks:
     def __init__(self, spec: TrainSpec, group: TrainingGroup | None, connect: Callable[[], None]) -> None:
         self._spec, self._group, self._connect = spec, group, connect
 
-    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+    def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
         if num_tasks == 1:
             run_here(tokenisation, cache, tasks, num_tasks)
             return
         self._connect()
         log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
-        shared, remote = ray.put((tokenisation, cache)), self._remote()
+        takes = worker_resources(self._spec, self._group)
+        takes.pop("GPU", None)
+        remote: Any = ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
+        shared = ray.put((tokenisation, cache))
         most = min(int(ray.cluster_resources().get("CPU", 1)) + 1, _MOST_AT_ONCE)
         running: deque[tuple[FilePart, ObjectRef]] = deque()
         for task in tasks:
@@ -50,11 +53,6 @@ class RayTasks:
             running.append((task.part, remote.remote([shared], task.key, task.content)))
         while running:
             _finish(*running.popleft())
-
-    def _remote(self) -> Any:
-        takes = worker_resources(self._spec, self._group)
-        takes.pop("GPU", None)
-        return ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
 
 
 def _finish(part: FilePart, reference: ObjectRef) -> None:
@@ -80,6 +78,6 @@ def _tokenise(shared: list[ObjectRef], key: str, content: Content) -> BadRow | N
 
 
 @lru_cache(maxsize=1)
-def _shared(reference: ObjectRef) -> tuple[Tokenisation, ShardCache]:
-    found: tuple[Tokenisation, ShardCache] = ray.get(reference)
+def _shared(reference: ObjectRef) -> tuple[Tokenisation, FolderCache]:
+    found: tuple[Tokenisation, FolderCache] = ray.get(reference)
     return found

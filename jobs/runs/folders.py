@@ -9,12 +9,14 @@ published.json    what was published from the run, and with which recipe
 lock, lock/…      held by the driver that works on the run
 
 Ray Train lists the checkpoints in its snapshot, one file, which it overwrites with each checkpoint. Where that write
-was cut off, or somebody has removed a checkpoint by hand, it refuses the whole run; `repair` lists what is there.
+was cut off, or somebody has removed a checkpoint by hand, it refuses the whole run; `RunFolder.repair` lists what is
+there.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 from pyarrow import fs as pafs
 from ray.train import Result
@@ -34,12 +36,14 @@ from loray.errors import ConflictError, LorayError, SpecError, StoreError, Train
 from loray.files import replacing
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
+from loray.spec import Frozen
 from loray.store import ObjectStore, open_filesystem
 from loray.store.s3 import S3Store
 from loray.telemetry import get_logger
 from loray.train.checkpoint import ADAPTER, RunState, read_optimizer, read_state
 
 log = get_logger(__name__)
+M = TypeVar("M", bound=Frozen)
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 SCORE = "score"  # the metric by which Ray ranks checkpoints
@@ -71,44 +75,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def repair(run: Path) -> None:
-    """Writes the snapshot of the run in the folder `run` anew, of all checkpoints that are whole, where Ray Train could
-    not read it or would miss one that it names. Nothing changes where it is sound, or there is no checkpoint.
-    """
-    if _is_sound(run):
-        return
-    whole = {step_of(path): state for path in run.glob(f"{PREFIX}*") if (state := _state(path)) is not None}
-    if not whole:
-        return
-    steps = ", ".join(map(str, sorted(whole)))
-    log.warning("the list of checkpoints in %s is missing or damaged; it is made anew, of steps %s", run, steps)
-    with replacing(run / SNAPSHOT) as file:
-        file.write(_snapshot(whole).encode())
-
-
-def _is_sound(run: Path) -> bool:
+def _is_sound(snapshot: Path) -> bool:
+    """Says whether Ray Train could read its list of checkpoints, and would find all of them."""
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState  # private
 
     try:
-        known = _CheckpointManagerState.model_validate_json((run / SNAPSHOT).read_bytes())
+        known = _CheckpointManagerState.model_validate_json(snapshot.read_bytes())
     except (OSError, ValueError):  # pydantic's errors are ValueErrors
         return False
-    return all((run / result.checkpoint_dir_name).is_dir() for result in known.checkpoint_results)
-
-
-def _state(checkpoint: Path) -> RunState | None:
-    """Returns None where a file is missing or was not written to its end."""
-    try:
-        read_optimizer(checkpoint)
-        read_tensors(checkpoint / ADAPTER)
-        return read_state(checkpoint)
-    except LorayError as e:
-        log.warning("%s is left out: %s", checkpoint, e)
-        return None
+    return all((snapshot.parent / result.checkpoint_dir_name).is_dir() for result in known.checkpoint_results)
 
 
 def _snapshot(states: dict[int, RunState]) -> str:
-    """Makes the snapshot as Ray Train does: the best checkpoint last where they are ranked, else the latest."""
+    """Makes the list as Ray Train does: the best checkpoint last where they are ranked, else the latest."""
     from ray.train.v2._internal.execution.checkpoint import checkpoint_manager as theirs  # private: no public way
 
     steps = sorted(states)
@@ -118,10 +97,9 @@ def _snapshot(states: dict[int, RunState]) -> str:
         )
         for step in steps
     }
+    ordered = steps
     if states[steps[-1]].recipe.evaluation.keep_best:
         ordered = sorted(steps, key=lambda step: score(states[step].eval_loss), reverse=True)
-    else:
-        ordered = steps
     made = theirs._CheckpointManagerState(
         checkpoint_results=[results[step] for step in ordered],
         checkpoint_report_indices=[steps.index(step) for step in ordered],
@@ -134,17 +112,6 @@ def _snapshot(states: dict[int, RunState]) -> str:
         failed_validation_checkpoint_dir_names=[],
     )
     return str(made.model_dump_json())
-
-
-class RunHistory(NamedTuple):
-    """Files on this machine: `events`, one event a line, and `board`, TensorBoard's folder."""
-
-    events: Path
-    board: Path
-
-    @classmethod
-    def below(cls, folder: Path) -> RunHistory:
-        return cls(folder / _EVENTS, folder / _BOARD)
 
 
 @dataclass(frozen=True)
@@ -191,10 +158,41 @@ class RunFolder:
         with _translate_errors(self), replacing(Path(self.path, name)) as file:
             file.write(data)
 
+    def read_model(self, kind: type[M], name: str) -> M | None:
+        """Returns what a file of JSON holds; None where there is none, or it was not written to its end."""
+        data = self.read(name)
+        try:
+            return None if data is None else kind.parse(json.loads(data), source=f"{name} of {self}")
+        except ValueError as e:  # and SpecError
+            log.warning("%s is left out: %s", name, e)
+            return None
+
+    def write_model(self, name: str, model: Frozen) -> None:
+        self.write(name, model.model_dump_json(indent=2).encode() + b"\n")
+
     def repair(self) -> None:
-        """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: see `repair`."""
+        """Lists the run's checkpoints that are whole anew for Ray Train, where it could not read the list or would miss
+        one that it names. Nothing changes where the list is sound, or there is no checkpoint.
+        """
         with _translate_errors(self):
-            repair(Path(self.path))
+            snapshot = Path(self.path, SNAPSHOT)
+            if _is_sound(snapshot):
+                return
+            whole = {}
+            for checkpoint in Path(self.path).glob(f"{PREFIX}*"):
+                try:  # a file may be missing, or not written to its end
+                    read_optimizer(checkpoint)
+                    read_tensors(checkpoint / ADAPTER)
+                    whole[step_of(checkpoint)] = read_state(checkpoint)
+                except LorayError as e:
+                    log.warning("%s is left out: %s", checkpoint, e)
+            if whole:
+                steps = ", ".join(map(str, sorted(whole)))
+                log.warning(
+                    "the list of checkpoints in %s is missing or damaged; it is made anew, of steps %s", self, steps
+                )
+                with replacing(snapshot) as file:
+                    file.write(_snapshot(whole).encode())
 
     def result(self) -> Result:
         """Returns Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
@@ -219,9 +217,11 @@ class RunFolder:
             yield
 
     @contextmanager
-    def history(self) -> Iterator[RunHistory]:
-        """Opens files of this machine to append to. When the block ends, the run contains what was appended."""
-        yield RunHistory.below(Path(self.path))
+    def history(self) -> Iterator[tuple[Path, Path]]:
+        """Yields a file of this machine to append events to, one a line, and TensorBoard's folder. When the block ends,
+        the run contains what was appended.
+        """
+        yield Path(self.path, _EVENTS), Path(self.path, _BOARD)
 
     def _has(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
@@ -260,22 +260,21 @@ class SharedRunFolder(RunFolder):
             yield
 
     @contextmanager
-    def history(self) -> Iterator[RunHistory]:
+    def history(self) -> Iterator[tuple[Path, Path]]:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        history = RunHistory.below(self.scratch)
-        path = history.events
+        path, board = self.scratch / _EVENTS, self.scratch / _BOARD
         known = self.read(_EVENTS) or b""
         # A killed driver of this machine leaves a longer history here, which begins with the bucket's.
         if not path.is_file() or not path.read_bytes().startswith(known):
             path.write_bytes(known)
         try:
-            yield history
+            yield path, board
         finally:
             try:
                 if self._lost.is_set():
                     log.warning("the run in %s is another driver's now; this one's history stays in %s", self, path)
                 else:
-                    for file in (path, *history.board.glob("*")):
+                    for file in (path, *board.glob("*")):
                         self.write(str(file.relative_to(self.scratch)), file.read_bytes())
             except StoreError as e:  # raising it would hide an error that ended the run
                 log.warning("%s; its history stays in %s", e, path)

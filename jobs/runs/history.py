@@ -113,35 +113,35 @@ class RunEvents:
         if not longest.is_file or (longest.path, longest.size) == (self._path, self._size):
             return Appended([], is_anew=False)
         with filesystem.open_input_file(longest.path) as file:
-            size = file.size()
-            is_anew = longest.path != self._path or size < self._offset or not self._goes_on(file)
-            begin, mark = (0, b"") if is_anew else (self._offset, self._mark)
-            lines, end, mark = self._lines(file, begin, size, mark)
+            size, begin, mark = file.size(), self._offset, self._mark
+            is_same = longest.path == self._path and size >= begin
+            is_anew = not (is_same and bytes(file.read_at(len(mark), begin - len(mark))) == mark)
+            if is_anew:
+                begin, mark = 0, b""
+            lines, end, mark = _lines(file, begin, size, mark)
         self._path, self._size, self._offset, self._mark = longest.path, size, end, mark  # not where a read failed
         return Appended(lines, is_anew)
 
-    def _goes_on(self, file: Any) -> bool:
-        """Says whether the bytes before the next line are those that were read."""
-        return bytes(file.read_at(len(self._mark), self._offset - len(self._mark))) == self._mark
 
-    def _lines(self, file: Any, begin: int, size: int, mark: bytes) -> tuple[list[str], int, bytes]:
-        """Returns the whole lines from `begin` on; of more than MAX_BYTES, those in parts of it. With them, where the
-        next line begins, and the bytes before it: `begin` and `mark` where there is no whole line.
-        """
-        num_bytes, length = size - begin, MAX_BYTES // _PARTS
-        parts = [(begin, num_bytes)]
-        if num_bytes > MAX_BYTES:
-            parts = [(begin + part * (num_bytes - length) // (_PARTS - 1), length) for part in range(_PARTS)]
-        lines: list[str] = []
-        end = begin
-        for number, (at, part_bytes) in enumerate(parts):
-            whole = self._take(file, at, part_bytes)
-            if whole:
-                end, mark = at + len(whole), whole[-_MARK_BYTES:]
-            lines += whole.decode(errors="replace").splitlines()[1 if number else 0 :]
-        return lines, end, mark
+def _lines(file: Any, begin: int, size: int, mark: bytes) -> tuple[list[str], int, bytes]:
+    """Returns the whole lines from `begin` on; of more than MAX_BYTES, those in parts of it. With them, where the next
+    line begins, and the bytes before it: `begin` and `mark` where there is no whole line.
+    """
+    num_bytes, length = size - begin, MAX_BYTES // _PARTS
+    parts = [(begin, num_bytes)]
+    if num_bytes > MAX_BYTES:
+        parts = [(begin + part * (num_bytes - length) // (_PARTS - 1), length) for part in range(_PARTS)]
+    lines: list[str] = []
+    end = begin
+    for number, (at, part_bytes) in enumerate(parts):
+        whole = _whole_lines(file, at, part_bytes)
+        if whole:
+            end, mark = at + len(whole), whole[-_MARK_BYTES:]
+        lines += whole.decode(errors="replace").splitlines()[1 if number else 0 :]
+    return lines, end, mark
 
-    def _take(self, file: Any, at: int, num_bytes: int) -> bytes:
-        """Returns these bytes, without what comes after the last end of a line."""
-        data = bytes(file.read_at(num_bytes, at))
-        return data[: data.rfind(b"\n") + 1]
+
+def _whole_lines(file: Any, at: int, num_bytes: int) -> bytes:
+    """Returns these bytes, without what comes after the last end of a line."""
+    data = bytes(file.read_at(num_bytes, at))
+    return data[: data.rfind(b"\n") + 1]

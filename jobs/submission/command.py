@@ -6,32 +6,21 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol, cast, get_args
+from typing import cast, get_args
 
 import click
 
 from jobs.submission.server import HomeJobServer
 from jobs.submission.tracker import JobTracker
-from loray.catalog import Catalog, Job
+from loray.catalog import Catalog
 from loray.cli.connect import open_remote
 from loray.cli.output import console, emit, json_option, table, when
+from loray.client import CatalogClient
 from loray.schemas.resources import JobResource
 from loray.settings import Settings
 from loray.spec import JobStatus
 
 _PAGE = 100
-
-
-class _Calls(Protocol):
-    """Declares what these commands need; `CatalogClient` has it."""
-
-    def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]: ...
-
-    def logs(self, job_id: str) -> str: ...
-
-    def follow(self, job_id: str) -> Iterator[str]: ...
-
-    def stop(self, job_id: str) -> JobResource: ...
 
 
 @click.group()
@@ -52,7 +41,7 @@ def ls(status: JobStatus | None, name: str | None, limit: int, as_json: bool) ->
     with _opened() as calls:
         found = list(islice(calls.jobs(status=status, name=name), limit + 1))
     if as_json:
-        emit([_as_json(job) for job in found[:limit]])
+        emit([job.model_dump(mode="json") for job in found[:limit]])
     elif not found:
         click.echo("no jobs; `loray train RECIPE` starts one")
     else:
@@ -95,7 +84,7 @@ def stop(job: str, as_json: bool) -> None:
     with _opened() as calls:
         asked = calls.stop(job)
     if as_json:
-        emit(_as_json(asked))
+        emit(asked.model_dump(mode="json"))
     elif asked.has_ended:
         click.echo(f"{asked.id} has {asked.status}" if asked.status != "stopped" else f"{asked.id} is stopped")
     else:
@@ -103,7 +92,7 @@ def stop(job: str, as_json: bool) -> None:
 
 
 @contextmanager
-def _opened() -> Iterator[_Calls]:
+def _opened() -> Iterator[CatalogClient | _Direct]:
     with open_remote() as client:
         if client is not None:
             yield client
@@ -126,7 +115,7 @@ class _Direct:
         cursor: str | None = None
         while True:
             page = self._tracker.page(_PAGE, cursor, cast("JobStatus | None", status), name)
-            yield from map(_resource, page.jobs)
+            yield from page.items
             if (cursor := page.next) is None:
                 return
 
@@ -147,12 +136,4 @@ class _Direct:
             yield rest
 
     def stop(self, job_id: str) -> JobResource:
-        return _resource(self._tracker.stop(job_id))
-
-
-def _resource(job: Job) -> JobResource:
-    return JobResource.model_validate(job, from_attributes=True)
-
-
-def _as_json(job: JobResource) -> dict[str, Any]:
-    return job.model_dump(mode="json")
+        return self._tracker.stop(job_id)

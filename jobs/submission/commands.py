@@ -1,6 +1,6 @@
-"""Submissions to Ray's job server: a command line, its environment, and metadata.
+"""Submissions to Ray's job server: a driver's work, at a place, as a command line, its environment, and metadata.
 
-A recipe that is no file goes to the driver's standard input, from a file that Ray uploads: a command line has no room
+A recipe or a sweep's plan goes to the driver's standard input, from a file that Ray uploads: a command line has no room
 for a large one.
 
 Ray's dashboard shows a job's environment, so no password is sent to a cluster of other machines. Its nodes have their
@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.locations import is_this_machine
@@ -26,13 +24,123 @@ from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
 
-_DRIVER = ("-P", "-m", "jobs.train")  # -P: a module in the recipe's folder must not shadow one of ours
 _OF_TRACKERS = ("MLFLOW_", "WANDB_")
-_SWEEP_DRIVER = ("-P", "-m", "jobs.sweeps.driver")
-_PLAN = "plan.json"
-_RECIPE = "recipe.json"
+_INPUT = "loray-input.json"
 # The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
+
+
+class Work(NamedTuple):
+    """What a job's driver does: `python -m MODULE ARGUMENTS`, with `text` as its standard input.
+
+    metadata  of the job, for people
+    recipe    whose data the driver reads; None: it needs nothing of this machine
+    """
+
+    module: str
+    arguments: tuple[str, ...]
+    metadata: dict[str, str]
+    recipe: Recipe | None = None
+    text: str | None = None
+
+    @classmethod
+    def training(
+        cls, recipe: Recipe, *, resume: bool = False, no_plan: bool = False, tenant: str = DEFAULT_TENANT
+    ) -> Work:
+        arguments = [STDIN, *_chosen({"--resume": resume, "--no-plan": no_plan})]
+        if tenant != DEFAULT_TENANT:
+            arguments += ["--tenant", tenant]
+        spec = recipe.spec
+        metadata = {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
+        # With what is null: left out, it would be given its default.
+        return cls("jobs.train", tuple(arguments), metadata, recipe, spec.model_dump_json())
+
+    @classmethod
+    def sweep(cls, recipe: Recipe, plan: str, *, no_plan: bool = False) -> Work:
+        """Runs the trials of `recipe` that are in `plan`, as JSON."""
+        arguments = (STDIN, *_chosen({"--no-plan": no_plan}))
+        metadata = {"loray_name": recipe.spec.name, "loray_method": recipe.spec.adapter.method}
+        return cls("jobs.sweeps.driver", arguments, metadata, recipe, plan)
+
+    @classmethod
+    def resumed_sweep(cls, name: str, *, no_plan: bool = False) -> Work:
+        """Goes on with the latest sweep of the adapter `name`."""
+        arguments = ("--resume", name, *_chosen({"--no-plan": no_plan}))
+        return cls("jobs.sweeps.driver", arguments, {"loray_name": name})
+
+
+def _chosen(flags: dict[str, bool]) -> list[str]:
+    return [flag for flag, is_given in flags.items() if is_given]
+
+
+class Place(NamedTuple):
+    """Where a job runs, and the environment that it is given there.
+
+    stage    a folder that Ray uploads, and in which the driver starts
+    address  of another cluster, whose nodes have loray installed; None: this machine, or the cluster of this process,
+             whose nodes have its Python
+    is_here  the driver runs in the recipe's folder, on this machine
+    """
+
+    settings: Settings
+    stage: Path
+    env: dict[str, str]
+    address: str | None = None
+    is_here: bool = False
+
+    @classmethod
+    def at(cls, address: str | None, settings: Settings, stage: Path) -> Place:
+        """Returns the place of a command's job. Without an address it is this machine's own cluster.
+
+        Raises SettingsError if the cluster cannot reach the store or the catalog.
+        """
+        if address is not None and not is_this_machine(address):
+            settings.check_reachable_from(address)
+            return cls(settings, stage, settings.to_remote_env(), address)
+        # What the libraries of trackers read, too: on this machine, only its user sees a job's environment.
+        ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
+        ours.pop("WANDB_SERVICE", None)  # of this process alone
+        return cls(settings, stage, settings.to_env() | ours, is_here=True)
+
+    @classmethod
+    def of_server(cls, settings: Settings, stage: Path) -> Place:
+        """Returns the place of a job that a process of the cluster submits, the API's server."""
+        is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
+        return cls(settings, stage, settings.to_env(secrets=is_private))
+
+    def provide(self, recipe: Recipe) -> None:
+        """Copies local data files to where Ray uploads them from, if the job runs on another cluster. Raises DataError
+        for those that are missing, which a job would report only after it has started, and those that it could not
+        open: outside the recipe's folder, or named by an absolute path of this machine. A server's job has no folder
+        that relative paths could start at, and its absolute ones are those of the driver's machine.
+        """
+        named, sources = _local(recipe.spec.data), _local(recipe.data())
+        if self.address is None and not self.is_here:
+            for path in named:
+                if not Path(path).is_absolute():
+                    raise DataError(f"data file {path!r} is a relative path; name an s3:// URL or an absolute path")
+            return
+        for path, source in zip(named, sources, strict=True):
+            if self.address is not None and not Path(source).is_relative_to(recipe.folder):
+                raise DataError(
+                    f"{source} lies outside {recipe.folder}, which is all that is uploaded to {self.address}; "
+                    "move it there, or put it on object storage and name its s3:// URL"
+                )
+            files = uploaded_files(source)
+            for file in files:
+                if not file.is_file():
+                    raise DataError(f"data file {file} does not exist; relative paths start at {recipe.folder}")
+            if self.address is None:
+                continue
+            if Path(path).expanduser().is_absolute():
+                raise DataError(
+                    f"data file {source} is uploaded to {self.address}, where that path leads nowhere: write it "
+                    f"relative to the recipe, as {Path(source).relative_to(recipe.folder)}"
+                )
+            for file in files:
+                target = self.stage / file.relative_to(recipe.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 class Submission(NamedTuple):
@@ -43,106 +151,33 @@ class Submission(NamedTuple):
     metadata: dict[str, str]
     entrypoint_resources: dict[str, float] | None = None
 
-
-def local(recipe: Recipe, settings: Settings, *, resume: bool, stage: Path, no_plan: bool = False) -> Submission:
-    """Returns a job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded
-    but a recipe that is no file, from `stage`.
-
-    Raises DataError if a data file does not exist, which the job would report only after it has started.
-    """
-    for data in _sources(recipe.data()):
-        _local_files(data, recipe)
-    environment: dict[str, Any] = {"env_vars": _env_here(settings)}
-    redirect = ""
-    if recipe.path is None:
-        source, redirect = STDIN, f"exec {_staged(recipe.spec, stage)} && "
-        environment["working_dir"] = str(stage)
-    else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
-        source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
-    command = _command(sys.executable, source, resume=resume, no_plan=no_plan)
-    entrypoint = f"{redirect}cd {shlex.quote(str(recipe.folder))} && exec {command}"
-    return Submission(entrypoint, environment, _metadata(recipe.spec), _of_driver(settings))
-
-
-def remote(
-    recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path, no_plan: bool = False
-) -> Submission:
-    """Returns a job on a cluster that has loray installed. Puts the recipe, with its defaults, and local data files
-    into `stage`, which Ray uploads.
-
-    Raises SettingsError if the cluster cannot reach the store or the catalog; DataError for data outside the recipe's
-    folder, or named by an absolute path of this machine.
-    """
-    settings.check_reachable_from(address)
-    redirect = ""
-    if recipe.path is None:
-        source, redirect = STDIN, f" {_staged(recipe.spec, stage)}"
-    else:
-        source = recipe.path.name
-        (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
-    _stage_data(recipe, address, stage)
-    command = _command("python", source, resume=resume, no_plan=no_plan) + redirect
-    runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
-    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
-
-
-def _stage_data(recipe: Recipe, address: str, stage: Path) -> None:
-    """Copies local data files to where Ray uploads them from. Raises DataError as `remote` does."""
-    for named, source_path in zip(_sources(recipe.spec.data), _sources(recipe.data()), strict=True):
-        if not Path(source_path).is_relative_to(recipe.folder):
-            raise DataError(
-                f"{source_path} lies outside {recipe.folder}, which is all that is uploaded to {address}; "
-                "move it there, or put it on object storage and name its s3:// URL"
-            )
-        if Path(named).expanduser().is_absolute():
-            _local_files(source_path, recipe)
-            raise DataError(
-                f"data file {source_path} is uploaded to {address}, where that path leads nowhere: write it "
-                f"relative to the recipe, as {Path(source_path).relative_to(recipe.folder)}"
-            )
-    for path in {file: None for source in _sources(recipe.data()) for file in _local_files(source, recipe)}:
-        target = stage / path.relative_to(recipe.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-
-def sweep(
-    recipe: Recipe, plan: str, settings: Settings, *, address: str | None, stage: Path, no_plan: bool = False
-) -> Submission:
-    """Returns a job that runs a sweep of `recipe`, whose trials are in `plan`, as JSON. Ray uploads the plan from
-    `stage`, and local data where `address` is another machine's. Raises as `local` and `remote` do.
-    """
-    if address is not None and not is_this_machine(address):
-        settings.check_reachable_from(address)
-        _stage_data(recipe, address, stage)
-    else:
-        for data in _sources(recipe.data()):
-            _local_files(data, recipe)
-    (stage / _PLAN).write_text(plan, encoding="utf-8")
-    job = _sweep([_PLAN, *_unplanned(no_plan)], settings, address, _metadata(recipe.spec))
-    return job._replace(runtime_env={"working_dir": str(stage), **job.runtime_env})
-
-
-def resumed_sweep(name: str, settings: Settings, *, address: str | None, no_plan: bool = False) -> Submission:
-    """Returns a job that goes on with the latest sweep of the adapter `name`."""
-    return _sweep(["--resume", name, *_unplanned(no_plan)], settings, address, {"loray_name": name})
-
-
-def _sweep(arguments: list[str], settings: Settings, address: str | None, metadata: dict[str, str]) -> Submission:
-    is_here = address is None or is_this_machine(address)
-    command = shlex.join([sys.executable if is_here else "python", *_SWEEP_DRIVER, *arguments, "--events"])
-    if not is_here:
-        settings.check_reachable_from(str(address))
-        command = _with_own_catalog(command, settings)
-    env = _env_here(settings) if is_here else settings.to_remote_env()
-    return Submission(command, {"env_vars": env}, metadata, _of_driver(settings))
+    @classmethod
+    def of(cls, work: Work, place: Place) -> Submission:
+        """Returns the job that does `work` at `place`. Raises DataError for data that it could not read there."""
+        python = sys.executable if place.address is None else "python"
+        # -P: a module in the recipe's folder must not shadow one of ours
+        steps = [f"exec {shlex.join([python, '-P', '-m', work.module, *work.arguments, '--events'])}"]
+        runtime_env: dict[str, Any] = {"env_vars": place.env}
+        if work.recipe is not None:
+            place.provide(work.recipe)
+            if place.is_here:
+                steps.insert(0, f"cd {shlex.quote(str(work.recipe.folder))}")
+        if work.text is not None:
+            (place.stage / _INPUT).write_text(work.text, encoding="utf-8")
+            steps.insert(0, f"exec < {_INPUT}")
+            runtime_env["working_dir"] = str(place.stage)
+        if "LORAY_CATALOG" not in place.env:
+            steps.insert(0, _OWN_CATALOG)
+        # A training group says what the driver takes of its node; without one Ray starts it on the head node.
+        group = place.settings.training_group
+        return cls(" && ".join(steps), runtime_env, work.metadata, None if group is None else group.driver)
 
 
 def for_server(recipe: Recipe, url: str) -> TrainSpec:
     """Returns the recipe for a server at `url`, whose cluster opens the data itself. Raises DataError for data that it
     cannot open: files of this machine, unless the server is on it.
     """
-    here = [source for source in _sources(recipe.data()) if any(path.exists() for path in uploaded_files(source))]
+    here = [source for source in _local(recipe.data()) if any(path.exists() for path in uploaded_files(source))]
     if here and not is_this_machine(url):
         raise DataError(
             f"{here[0]} is a file of this machine, and the cluster of {url} cannot read it; put it on object storage "
@@ -151,77 +186,6 @@ def for_server(recipe: Recipe, url: str) -> TrainSpec:
     return recipe.spec.model_copy(update={"data": recipe.data()})
 
 
-def from_spec(
-    spec: TrainSpec, settings: Settings, *, stage: Path, resume: bool = False, tenant: str = DEFAULT_TENANT
-) -> Submission:
-    """Returns a job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server)
-    with its settings, and its Python, which the cluster's nodes have too. Ray uploads the recipe from `stage`.
-
-    Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
-    path on the driver's machine.
-    """
-    for source in _sources(spec.data):
-        if not Path(source).is_absolute():
-            raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
-    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
-    is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
-    if not is_private:
-        command = _with_own_catalog(f"exec {command}", settings)
-    environment = {"working_dir": str(stage), "env_vars": settings.to_env(secrets=is_private)}
-    return Submission(command, environment, _metadata(spec, tenant), _of_driver(settings))
-
-
-def _env_here(settings: Settings) -> dict[str, str]:
-    """Adds what the libraries of trackers read: on this machine, only its user sees a job's environment."""
-    ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
-    ours.pop("WANDB_SERVICE", None)  # of this process alone
-    return settings.to_env() | ours
-
-
-def _of_driver(settings: Settings) -> dict[str, float] | None:
-    """Returns what the driver takes of its node; None for nothing, and Ray starts it on the head node."""
-    return None if settings.training_group is None else settings.training_group.driver
-
-
-def _with_own_catalog(command: str, settings: Settings) -> str:
-    """Requires LORAY_CATALOG on the cluster's nodes if the catalog's URL holds a password, which is not sent."""
-    return f"{_OWN_CATALOG} && {command}" if settings.catalog_has_password else command
-
-
-def _command(python: str, source: str, *, resume: bool, tenant: str = DEFAULT_TENANT, no_plan: bool = False) -> str:
-    flags = [
-        *(["--resume"] if resume else []),
-        *_unplanned(no_plan),
-        *([] if tenant == DEFAULT_TENANT else ["--tenant", tenant]),
-    ]
-    return shlex.join([python, *_DRIVER, source, "--events", *flags])
-
-
-def _unplanned(no_plan: bool) -> list[str]:
-    return ["--no-plan"] if no_plan else []
-
-
-def _staged(spec: TrainSpec, stage: Path) -> str:
-    """Writes the recipe to `stage`, with what is null: left out, it would be given its default. Returns the redirection
-    with which a shell in that folder passes it to a driver whose recipe is STDIN.
-    """
-    (stage / _RECIPE).write_text(spec.model_dump_json(), encoding="utf-8")
-    return f"< {_RECIPE}"
-
-
-def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:
-    return {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
-
-
-def _sources(data: DataSpec) -> list[str]:
+def _local(data: DataSpec) -> list[str]:
     """Returns the sources that are files of this machine."""
     return [source for source in data.paths if "://" not in source]
-
-
-def _local_files(source: str, recipe: Recipe) -> tuple[Path, ...]:
-    """Returns the files that `source`, an absolute path, is read from. Raises DataError where there is none."""
-    files = uploaded_files(source)
-    for path in files:
-        if not path.is_file():
-            raise DataError(f"data file {path} does not exist; relative paths start at {recipe.folder}")
-    return files

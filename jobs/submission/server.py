@@ -8,23 +8,37 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import httpx
 
 from jobs.submission.commands import Submission
-from jobs.submission.tracker import AGENT_S, RayJob
 from loray.errors import ClusterError, ConflictError
 from loray.local.cluster import current_cluster
 from loray.locations import http_url
 from loray.settings import Settings
 
+AGENT_S = 120.0  # how long a submission waits for Ray's agent
 TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
 PIECE_BYTES = 64 << 10
 _ALL_LINES = -1  # as Ray says it
 _MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
 _AGENT_RETRY_S = 1.0
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
+
+
+RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+
+
+class RayJob(NamedTuple):
+    """A job as Ray's job server reports it."""
+
+    status: RayStatus
+    message: str
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status not in ("PENDING", "RUNNING")
 
 
 def _own_cluster() -> str:
@@ -34,7 +48,8 @@ def _own_cluster() -> str:
 
 
 class RayJobServer:
-    """Implements `jobs.submission.tracker.JobServer`. Ray's client is imported by the first call that finds a cluster.
+    """Every method raises ClusterError if Ray does not answer. Its client is imported by the first call that finds a
+    cluster.
 
     `find_address` returns where the dashboard, or Ray, is, and is asked at each call: a cluster that starts again has
     another address. By default it is this process's cluster.
@@ -51,8 +66,11 @@ class RayJobServer:
             return str(self._client.get_address())
 
     def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        """Submits a job. Waits for the head node's agent where it has not started yet: on a busy machine it comes a
-        minute after the job server, which then has submitted nothing.
+        """Submits a job, and returns its id, chosen by Ray if none is given. Waits for the head node's agent where it
+        has not started yet: on a busy machine it comes a minute after the job server, which then has submitted nothing.
+
+        `is_wanted` is asked before each try after a wait. ConflictError if Ray has a job with this id, or the job is
+        not wanted any more.
         """
         deadline = time.monotonic() + AGENT_S
         while True:
@@ -67,13 +85,14 @@ class RayJobServer:
                 raise ConflictError("the job has ended before Ray's agent started: it was stopped, or given up")
 
     def cluster(self) -> str:
-        """Names Ray's session, which begins with the head and has its time and process in its name."""
+        """Names the cluster, by Ray's session: one that was started anew is another one."""
         with _translate_errors():
             client = self._client
             url, headers = f"{client.get_address()}/api/version", client._headers
             return str(httpx.get(url, headers=headers, timeout=_TAIL_TIMEOUT).raise_for_status().json()["session_name"])
 
     def find(self, job_id: str) -> RayJob | None:
+        """Returns None if Ray does not know the job, not yet or no longer."""
         try:
             with _translate_errors():
                 info = self._client.get_job_info(job_id)
@@ -82,7 +101,7 @@ class RayJobServer:
         return _job(info)
 
     def find_all(self, job_ids: Collection[str]) -> dict[str, RayJob]:
-        """Ray lists all jobs that it knows, or one."""
+        """Returns those of these jobs that Ray knows, by one request: Ray lists all jobs, or one."""
         if len(job_ids) == 1:
             (job_id,) = job_ids
             found = self.find(job_id)
@@ -96,6 +115,7 @@ class RayJobServer:
             return any(not job.status.is_terminal() for job in self._client.list_jobs())
 
     def stop(self, job_id: str) -> None:
+        """Asks a job to stop, and returns before it has ended."""
         with _translate_errors():
             self._client.stop_job(job_id)
 
@@ -111,10 +131,12 @@ class RayJobServer:
         return pieces()
 
     def tail(self, job_id: str, num_lines: int) -> str:
+        """Returns the last lines of the log, and of many bytes the last."""
         with self._log(job_id, num_lines) as chunks:
             return _end_of(chunks).decode(errors="replace")
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
+        """Yields the log in pieces, until the job ends."""
         async for lines in self._client.tail_job_logs(job_id):
             yield lines
 

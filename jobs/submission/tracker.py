@@ -8,17 +8,20 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
-from jobs.submission.commands import Submission, from_spec
+from jobs.submission.commands import Place, Submission, Work
+from jobs.submission.server import AGENT_S, RayJob, RayJobServer
 from loray.adapters.manifest import check_recipe
-from loray.catalog import Catalog, Job, JobPage
+from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
+from loray.recipes.load import Recipe
+from loray.schemas.resources import Page
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger
@@ -29,10 +32,7 @@ COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the A
 _ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
 _MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
 _NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
-AGENT_S = 120.0  # how long a submission waits for Ray's agent
 _SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
-
-RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
 
 class JobLimits(NamedTuple):
@@ -84,52 +84,10 @@ def _check_source(source: str, tenant: str, settings: Settings) -> None:
         raise PermissionDenied(f"data {source!r} must be an s3:// URL without options below {folder}")
 
 
-class RayJob(NamedTuple):
-    """A job as Ray's job server reports it."""
-
-    status: RayStatus
-    message: str
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status not in ("PENDING", "RUNNING")
-
-
-class JobServer(Protocol):
-    """Ray's job server. Every method raises ClusterError if Ray does not answer."""
-
-    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        """Returns the job's id, chosen by Ray if none is given. `is_wanted` is asked before each try after a wait.
-
-        ConflictError if Ray has a job with this id, or the job is not wanted any more.
-        """
-
-    def cluster(self) -> str:
-        """Names the Ray cluster. One that was started anew is another one."""
-
-    def find(self, job_id: str) -> RayJob | None:
-        """Returns None if Ray does not know the job, not yet or no longer."""
-
-    def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
-        """Returns those of these jobs that Ray knows, by one request."""
-
-    def stop(self, job_id: str) -> None:
-        """Asks a job that Ray knows to stop, and returns before it has ended."""
-
-    def logs(self, job_id: str) -> Iterator[str]:
-        """Returns the log so far of a job that Ray knows, in pieces."""
-
-    def tail(self, job_id: str, num_lines: int) -> str:
-        """Returns the last lines of the log of a job that Ray knows; of many bytes the last."""
-
-    def follow(self, job_id: str) -> AsyncIterator[str]:
-        """Yields the log of a job that Ray knows, in pieces, until the job ends."""
-
-
 class JobTracker:
     """Submits, reads and stops jobs. Thread-safe, as the catalog is."""
 
-    def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
+    def __init__(self, catalog: Callable[[], Catalog], server: RayJobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
     def submit(self, spec: TrainSpec, chosen: str | None, *, resume: bool) -> Job:
@@ -144,14 +102,15 @@ class JobTracker:
         check_allowed(spec, catalog.principal, self._settings)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
             tenant = catalog.own_tenant
-            submission = from_spec(spec, self._settings, stage=Path(stage), resume=resume, tenant=tenant)
+            work = Work.training(Recipe(spec, None, Path("/")), resume=resume, tenant=tenant)
+            submission = Submission.of(work, Place.of_server(self._settings, Path(stage)))
             job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(tenant, chosen)
             if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
                 raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
             return self._submit(catalog, job_id, spec, submission)
 
     def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
-        catalog.check_name(spec.name, spec.publish.aliases)
+        catalog.adapters.check_name(spec.name, spec.publish.aliases)
         check_recipe(spec)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
@@ -159,15 +118,15 @@ class JobTracker:
         cluster = None
         with suppress(ClusterError):  # submitting raises it again
             cluster = self._server.cluster()
-        job = catalog.add_job(
+        job = catalog.jobs.add(
             job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers, cluster=cluster
         )
         try:
-            self._server.submit(submission, job_id, lambda: not catalog.job(job_id).has_ended)
+            self._server.submit(submission, job_id, lambda: not catalog.jobs.get(job_id).has_ended)
         except ConflictError:
             raise  # Ray has another job with this id, or this one has ended
         except LorayError as e:
-            catalog.end_job(job_id, "failed", message=f"not submitted: {e}")
+            catalog.jobs.end(job_id, "failed", message=f"not submitted: {e}")
             raise
         return job
 
@@ -183,19 +142,19 @@ class JobTracker:
             log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
-    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
-        """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
-        matches `status` is left out.
+    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> Page[Job]:
+        """Returns the jobs as the catalog's `Jobs.page` does, updated from Ray, which is asked once. A job whose status
+        no longer matches `status` is left out.
         """
-        page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
-        active = [job.id for job in page.jobs if not job.has_ended]
+        page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)
+        active = [job.id for job in page.items if not job.has_ended]
         try:
             known = self._server.find_all(active) if active else {}
-            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.jobs)
+            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.items)
         except ClusterError as e:
             log.warning("jobs are shown as the catalog has them: %s", e)
             return page
-        return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
+        return page.model_copy(update={"items": tuple(job for job in settled if status in (None, job.status))})
 
     def stop(self, job_id: str) -> Job:
         """Stops a job that has not ended. Its status becomes stopped once its driver has ended. Raises JobNotFound."""
@@ -204,7 +163,7 @@ class JobTracker:
             return job
         if self._server.find(job.id) is None:
             message = "recorded as stopped: this cluster does not know the job, so there was nothing to stop"
-            return self._open().end_job(job.id, "stopped", message=message)
+            return self._open().jobs.end(job.id, "stopped", message=message)
         self._server.stop(job.id)
         return self.get(job.id)
 
@@ -226,7 +185,7 @@ class JobTracker:
         """Notes that this cluster is there, and ends the jobs that are lost; called each half minute. Raises
         ClusterError and CatalogError.
         """
-        self._open().note_cluster(self._server.cluster())
+        self._open().jobs.record_cluster(self._server.cluster())
         self.settle_active()
 
     def settle_active(self) -> None:
@@ -249,18 +208,18 @@ class JobTracker:
         catalog = self._open()
         match ray.status if ray else None:
             case None if self._is_lost(job):
-                return catalog.end_job(
+                return catalog.jobs.end(
                     job.id, "failed", message="the Ray cluster that it ran on is gone, or has forgotten it"
                 )
             case "RUNNING" if job.status == "pending":
-                return catalog.start_job(job.id)
+                return catalog.jobs.start(job.id)
             case "SUCCEEDED":
-                return catalog.end_job(job.id, "succeeded")
+                return catalog.jobs.end(job.id, "succeeded")
             case "FAILED":
                 assert ray is not None
-                return catalog.end_job(job.id, "failed", message=ray.message)
+                return catalog.jobs.end(job.id, "failed", message=ray.message)
             case "STOPPED":
-                return catalog.end_job(job.id, "stopped", message="stopped")
+                return catalog.jobs.end(job.id, "stopped", message="stopped")
         return job
 
     def _is_lost(self, job: Job) -> bool:
@@ -275,14 +234,14 @@ class JobTracker:
             return True
         if job.cluster is None:
             return False
-        return job.cluster == self._server.cluster() or not self._open().is_cluster_there(job.cluster)
+        return job.cluster == self._server.cluster() or not self._open().jobs.is_cluster_there(job.cluster)
 
     def _find(self, job_id: str) -> Job:
         """Finds the caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
         catalog = self._open()
         with suppress(JobNotFound):
-            return catalog.job(id_of(catalog.own_tenant, job_id))
-        return catalog.job(job_id)
+            return catalog.jobs.get(id_of(catalog.own_tenant, job_id))
+        return catalog.jobs.get(job_id)
 
     def _is_known(self, job_id: str) -> bool:
         with suppress(JobNotFound):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from jobs.command import connect, fail, follow
+from jobs.command import submit, watch
 from jobs.events import RunView, SweepEvent, TrialEvent, decode, describe, number
-from jobs.submission import commands
-from jobs.submission.server import RayJobServer
+from jobs.submission.commands import Work
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, TrialRecord, label, ranked
 from loray.cli.output import table
-from loray.cli.pictures import MARGIN, document, text
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, recipe_options
 from loray.errors import LorayError, SpecError
@@ -30,94 +25,65 @@ from loray.recipes.fields import merge
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from loray.store import open_store
 
-_WIDTH, _PLOT_H, _LEFT, _TOP = 860, 320, 70, 64
-_LINE_H, _MAX_NAMED = 20, 20  # trials in the legend
-_BEST, _OTHER, _GREY = "#c44870", "#5b7db1", "#999"
-_NUM_TICKS = 5
+_WIDTH, _PLOT_H, _MARGIN, _LEFT, _TOP = 860, 320, 24, 70, 64
+_LINE_H, _MAX_NAMED, _NUM_TICKS = 20, 20, 5  # a line of the legend, trials in it; of each axis
+_BEST, _OTHER = "#c44870", "#5b7db1"
 
 
 def draw(title: str, records: Sequence[TrialRecord], best: int | None, *, keep_best: bool = True) -> str:
     """Draws the losses by step, as SVG. `best`: the trial to emphasise, if any. `keep_best`: as of the recipe."""
     order = ranked(records, keep_best=keep_best)
-    named = order[:_MAX_NAMED]
-    top, bottom = _TOP, _TOP + _PLOT_H
-    height = bottom + 56 + _LINE_H * (len(named) + (len(order) > len(named))) + MARGIN
-    scale = _Scale(records, top, bottom)
-    parts = [text(MARGIN, MARGIN + 14, title, size=18, weight=600), *scale.grid()]
-    for record in reversed(order):  # the best on top
-        if record.trial != best:
-            parts += _line(record, scale, is_best=False)
-    for record in order:
-        if record.trial == best:
-            parts += _line(record, scale, is_best=True)
-    y = bottom + 56
-    for record in named:
-        parts += _legend(record, record.loss(keep_best=keep_best), y, is_best=record.trial == best)
-        y += _LINE_H
-    if len(order) > len(named):
-        parts.append(text(_LEFT, y + 4, f"and {len(order) - len(named)} more", size=13, fill=_GREY))
-    return document(_WIDTH, height, parts)
+    losses = [loss for record in records for _, loss in record.losses] or [0.0]
+    low, num_steps = min(losses), max([record.num_steps or 1 for record in records], default=1)
+    spread, bottom, right = max(losses) - low or 1.0, _TOP + _PLOT_H, _WIDTH - _MARGIN
+
+    def x(step: float) -> float:
+        return _LEFT + (right - _LEFT) * step / num_steps
+
+    def y(loss: float) -> float:
+        return bottom - _PLOT_H * (loss - low) / spread
+
+    parts = [_text(_MARGIN, _MARGIN + 14, title, size=18), _text(right, bottom + 36, "step", anchor="end")]
+    for share in (i / (_NUM_TICKS - 1) for i in range(_NUM_TICKS)):
+        loss, step = low + share * spread, round(share * num_steps)
+        parts.append(f"<path d='M{_LEFT} {y(loss):.1f}H{right}' stroke='#ddd'/>")
+        parts.append(_text(_LEFT - 8, y(loss) + 4, f"{loss:.4g}", anchor="end"))
+        parts.append(_text(x(step), bottom + 18, f"{step:,}", anchor="middle"))
+    measured = [record for record in reversed(order) if record.losses]
+    for record in sorted(measured, key=lambda record: record.trial == best):  # the best on top
+        colour, width = (_BEST, 3.0) if record.trial == best else (_OTHER, 1.5)
+        dashes = " stroke-dasharray='5 4'" if record.status == "stopped" else ""
+        points = [(x(step), y(loss)) for step, loss in record.losses]
+        path = "L".join(f"{at:.1f} {height:.1f}" for at, height in points)
+        parts.append(
+            f"<path d='M{path}' fill='none' stroke='{colour}' stroke-width='{width}'{dashes}>"
+            f"<title>{escape(_name(record))}</title></path>"
+        )
+        parts += (f"<circle cx='{at:.1f}' cy='{height:.1f}' r='{width}' fill='{colour}'/>" for at, height in points)
+    line = bottom + 56
+    for record in order[:_MAX_NAMED]:
+        found = record.loss(keep_best=keep_best)
+        figure = "–" if found is None else f"{found:.4f}"
+        colour = _BEST if record.trial == best else _OTHER
+        parts.append(f"<rect x='{_LEFT}' y='{line - 6}' width='14' height='8' fill='{colour}'/>")
+        parts.append(_text(_LEFT + 22, line + 4, _name(record)))
+        said = figure if record.status == "completed" else f"{record.status}, {figure}"
+        parts.append(_text(right, line + 4, said, anchor="end"))
+        line += _LINE_H
+    if len(order) > _MAX_NAMED:
+        parts.append(_text(_LEFT, line + 4, f"and {len(order) - _MAX_NAMED} more"))
+        line += _LINE_H
+    height = line + _MARGIN
+    head = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{height}' "
+        f"viewBox='0 0 {_WIDTH} {height}' font-family='system-ui, Helvetica, Arial, sans-serif'>"
+    )
+    return "\n".join([head, f"<rect width='{_WIDTH}' height='{height}' fill='white'/>", *parts, "</svg>"]) + "\n"
 
 
-class _Scale:
-    """Steps and losses as points of the picture."""
-
-    def __init__(self, records: Sequence[TrialRecord], top: float, bottom: float) -> None:
-        losses = [loss for record in records for _, loss in record.losses] or [0.0, 1.0]
-        self.low, self.high = min(losses), max(losses)
-        if self.high == self.low:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
-        self.steps = max([record.num_steps or 1 for record in records], default=1)
-        self._top, self._bottom = top, bottom
-
-    def x(self, step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - MARGIN) * step / self.steps
-
-    def y(self, loss: float) -> float:
-        return self._bottom - (self._bottom - self._top) * (loss - self.low) / (self.high - self.low)
-
-    def grid(self) -> list[str]:
-        parts = []
-        for i in range(_NUM_TICKS):
-            share = i / (_NUM_TICKS - 1)
-            loss, step = self.low + share * (self.high - self.low), round(share * self.steps)
-            y = self.y(loss)
-            parts.append(f"<path d='M{_LEFT} {y:.1f}H{_WIDTH - MARGIN}' stroke='#ddd'/>")
-            parts.append(text(_LEFT - 8, y + 4, f"{loss:.4g}", size=12, anchor="end"))
-            parts.append(text(self.x(step), self._bottom + 18, f"{step:,}", size=12, anchor="middle"))
-        parts.append(text(self.x(self.steps), self._bottom + 36, "step", size=12, anchor="end", fill=_GREY))
-        return parts
-
-
-def _line(record: TrialRecord, scale: _Scale, *, is_best: bool) -> list[str]:
-    points = [(scale.x(step), scale.y(loss)) for step, loss in record.losses]
-    if not points:
-        return []
-    colour, width = (_BEST, 3) if is_best else (_OTHER, 1.5)
-    dashes = " stroke-dasharray='5 4'" if record.status == "stopped" else ""
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return [
-        f"<path d='M{path}' fill='none' stroke='{colour}' stroke-width='{width}'{dashes}>"
-        f"<title>{escape(_name(record))}</title></path>",
-        *(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{width + 0.5}' fill='{colour}'/>" for x, y in points),
-    ]
-
-
-def _legend(record: TrialRecord, loss: float | None, y: float, *, is_best: bool) -> list[str]:
-    figure = "–" if loss is None else f"{loss:.4f}"
-    return [
-        f"<rect x='{_LEFT}' y='{y - 6}' width='14' height='8' fill='{_BEST if is_best else _OTHER}'/>",
-        text(_LEFT + 22, y + 4, _name(record), size=13, weight=600 if is_best else 400),
-        text(
-            _WIDTH - MARGIN,
-            y + 4,
-            figure if record.status == "completed" else f"{record.status}, {figure}",
-            size=13,
-            anchor="end",
-        ),
-    ]
+def _text(x: float, y: float, content: str, *, anchor: str = "start", size: int = 13) -> str:
+    return f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}'>{escape(content)}</text>"
 
 
 def _name(record: TrialRecord) -> str:
@@ -125,11 +91,10 @@ def _name(record: TrialRecord) -> str:
 
 
 class SweepView(RunView):
-    """Keeps the trials' records, and the event of the sweep's end in `ended`. `server` and `job`: where it runs."""
+    """Keeps the trials' records, and the event of the sweep's end in `ended`."""
 
-    def __init__(self, console: Console, server: RayJobServer, job: str) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.server, self.job = server, job
         self.ended: SweepEvent | None = None
         self._trials: dict[int, TrialRecord] = {}
 
@@ -229,41 +194,38 @@ def sweep(
     address = address or settings.address
     if address is None and settings.url is not None:
         raise LorayError("a sweep is submitted to Ray's job server: give its --address; LORAY_URL takes single jobs")
-    with tempfile.TemporaryDirectory(prefix="loray-sweep-") as stage:
-        if resumed is not None:
-            if grid or ranges or num_draws or source.arguments:
-                raise SpecError("--resume goes on with a sweep as it was: give neither RECIPE nor what varies")
-            name, job = resumed, commands.resumed_sweep(resumed, settings, address=address, no_plan=no_plan)
-        else:
-            source, ranges = _without_ranges(source, ranges)
-            asked = {"grid": grid, "ranges": ranges, "num_draws": num_draws, "draw_seed": draw_seed}
-            asked |= {"max_concurrent": max_concurrent, "stops_early": not no_early_stopping}
-            plan, recipe = _plan(source, settings, address, SweepSpec.parse(asked, source="the command"))
-            if not no_plan:
-                _check_plans(plan.trials, settings, device_name, address, console)
-            if dry_run:
-                for i, trial in enumerate(plan.trials):
-                    line = f"trial {i}: {label(trial.values)}"
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
-                return
-            name = plan.name
-            job = commands.sweep(
-                recipe, plan.model_dump_json(), settings, address=address, stage=Path(stage), no_plan=no_plan
-            )
-            console.print(f"{len(plan.trials)} trials of {name}", highlight=False)
-        view = _run(job, settings, address, console)
-    if view.published is None:
-        fail(view, view.server, view.job, console)
-        return
+    if resumed is not None:
+        if grid or ranges or num_draws or source.arguments:
+            raise SpecError("--resume goes on with a sweep as it was: give neither RECIPE nor what varies")
+        name, work = resumed, Work.resumed_sweep(resumed, no_plan=no_plan)
+    else:
+        source, ranges = _without_ranges(source, ranges)
+        asked = {"grid": grid, "ranges": ranges, "num_draws": num_draws, "draw_seed": draw_seed}
+        asked |= {"max_concurrent": max_concurrent, "stops_early": not no_early_stopping}
+        plan, recipe = _plan(source, settings, address, SweepSpec.parse(asked, source="the command"))
+        if not no_plan:
+            _check_plans(plan.trials, settings, device_name, address, console)
+        if dry_run:
+            for i, trial in enumerate(plan.trials):
+                line = f"trial {i}: {label(trial.values)}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            return
+        name, work = plan.name, Work.sweep(recipe, plan.model_dump_json(), no_plan=no_plan)
+        console.print(f"{len(plan.trials)} trials of {name}", highlight=False)
+    server, job = submit(work, settings, address)
+    console.print(f"sweep runs as job {job}", highlight=False)
+    view = SweepView(console)
+    resumed_by = f"loray sweep --resume {name}"
+    published = watch(view, server, job, console, address, what="the sweep", resumed=resumed_by)
     if picture is not None:
         picture.write_text(
             draw(f"{name}: held-out loss", view.records, view.best, keep_best=view.keep_best), encoding="utf-8"
         )
     if as_json:
-        click.echo(json.dumps(_as_json(view), indent=2))
+        click.echo(json.dumps(published | {"job_id": job} | _as_json(view), indent=2))
     else:
         console.print(view.table())
-        console.print(describe(view.published), style="green", highlight=False, soft_wrap=True)
+        console.print(describe(published), style="green", highlight=False, soft_wrap=True)
 
 
 def _without_ranges(source: RecipeSource, ranges: tuple[str, ...]) -> tuple[RecipeSource, tuple[str, ...]]:
@@ -301,34 +263,6 @@ def _check_plans(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _run(job: commands.Submission, settings: Settings, address: str | None, console: Console) -> SweepView:
-    """Submits the job and follows it to its end. Without an address, the local cluster is used, and started."""
-    if address is None or is_this_machine(address):
-        open_store(settings.store).check()
-    if address is None:
-        from loray.local.cluster import ensure_started
-
-        address = ensure_started(settings).address
-    server = connect(address)
-    job_id = server.submit(job)
-    console.print(f"sweep runs as job {job_id}", highlight=False)
-    view = SweepView(console, server, job_id)
-    try:
-        with view:
-            asyncio.run(follow(server, job_id, view.feed))
-    except KeyboardInterrupt:
-        console.print(
-            f"\nno longer following; the sweep goes on as job {job_id}\n"
-            f"  follow  loray jobs logs {job_id} --follow\n"
-            f"  stop    loray jobs stop {job_id}\n"
-            "  resume  loray sweep --resume NAME   (once stopped)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        sys.exit(130)
-    return view
-
-
 def _as_json(view: SweepView) -> dict[str, Any]:
     trials = [
         record.model_dump(mode="json") | {"step": record.step, "loss": record.loss(keep_best=view.keep_best)}
@@ -336,4 +270,4 @@ def _as_json(view: SweepView) -> dict[str, Any]:
     ]
     assert view.ended is not None
     found = {"sweep": view.ended["sweep"], "folder": view.ended["folder"], "best": view.ended["best"]}
-    return dict(view.published or {}) | {"job_id": view.job, **found, "trials": trials}
+    return found | {"trials": trials}

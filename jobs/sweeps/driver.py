@@ -5,9 +5,9 @@ It checks all recipes and reads the data once. A trial's process starts a traine
 losses of the run's events and not of its checkpoints: with `checkpoint.interval_steps`, not every evaluation has a
 checkpoint. The best trial is published under the recipe's name, through the same gate as a run.
 
-What became of a trial is written into the sweep's folder as it happens. A sweep that goes on after it was killed starts
-the trials that have not ended, which continue from their checkpoints, and gives ASHA the losses of the others first:
-Tune's own restoration would forget them, since it does not keep a scheduler's state.
+What became of a trial is written into the sweep's folder as it happens. By these records trials are stopped, so that a
+sweep that goes on after it was killed knows the losses of those that have ended. It starts the others, which continue
+from their checkpoints.
 
 The folder is `sweeps/NAME/TIME`, beside the runs:
 
@@ -24,22 +24,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import click
 import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 
 from jobs.driver.fit import WorkerHardware, Workload, connect, find_workers, fit
 from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
-from jobs.driver.record import Interrupts, JobRecord, recorded, reported
+from jobs.driver.record import recorded, reported
 from jobs.driver.tokenising import RayTasks
 from jobs.events import Emit, Event, PublishedEvent, TrialEvent, describe, encode, first_line
 from jobs.runs.folders import RunFolder, Runs, open_runs
@@ -59,9 +58,8 @@ from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset
 
 PICTURE = "trials.svg"
-PERCENT, LOSS = "percent", "eval_loss"  # of the trial's steps; what is minimised
-_REDUCTION = 3  # of the trials that reach a rung, one of so many goes on
-_FIRST_RUNG = 100 / _REDUCTION**2  # per cent of a trial's steps
+_RUNGS = (1 / 3, 1 / 9)  # parts of a trial's steps, the later one first
+_BEST_PERCENT = 100 / 3  # of the trials that reach a rung, which go on
 _MAX_LOST_DRIVERS = 3  # of a trial, whose process died
 # Of the resource that each node has one of: trials' drivers run on the sweep's node, as its own does.
 _OF_DRIVER = 0.001
@@ -69,7 +67,6 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their events
     "RAY_AIR_NEW_OUTPUT": "0",  # prints a table on stdout, whatever `verbose` is
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that fails before its first evaluation has no loss
 }
 
 
@@ -81,51 +78,36 @@ class TrialTask(NamedTuple):
     tracked: TrackedRun
 
 
-class Results:
-    """Passes a run's held-out losses to Tune, the last one only when the run has ended: Tune may stop a trial at any
-    result, and a finished run must have saved its last checkpoint.
+def run_trial(config: Mapping[str, Any], *, tasks: Mapping[int, TrialTask], settings: Settings) -> None:
+    """Trains trial `config["trial"]`, from its last checkpoint if it has one, and tells Tune its held-out losses.
+
+    The last one is told with the end: Tune may stop a trial at any result, and a finished run must have saved its last
+    checkpoint.
     """
+    configure_logging(settings.log_level)
+    task, num_steps = tasks[config["trial"]], 0
+    end: dict[str, Any] = {"ended": True, "failure": None}
 
-    def __init__(self) -> None:
-        self._num_steps = 0
-        self._last: dict[str, Any] | None = None
-
-    def emit(self, event: Event) -> None:
+    def tell(event: Event) -> None:
+        nonlocal num_steps
         match event["event"]:
             case "start":
-                self._num_steps = event["num_steps"]
+                num_steps = event["num_steps"]
             case "eval" if event["subject"] == "adapter" and event["eval_loss"] is not None:
-                result = self._result(event["step"], event["eval_loss"])
-                if event["step"] < self._num_steps:
-                    tune.report(result)
-                else:
-                    self._last = result
+                if event["step"] < num_steps:
+                    tune.report({"step": event["step"], "num_steps": num_steps, "eval_loss": event["eval_loss"]})
 
-    def end(self, failure: str | None, latest: Mapping[str, Any]) -> None:
-        """Reports the end. `latest`: of the last checkpoint; a run that had ended before has no event of its loss."""
-        if self._last is None and latest.get("eval_loss") is not None and self._num_steps:
-            self._last = self._result(latest["step"], latest["eval_loss"])
-        tune.report({**(self._last or {}), "ended": True, "failure": failure})
-
-    def _result(self, step: int, loss: float) -> dict[str, Any]:
-        return {"step": step, "num_steps": self._num_steps, PERCENT: 100 * step / self._num_steps, LOSS: loss}
-
-
-def run_trial(config: Mapping[str, Any], *, tasks: Mapping[int, TrialTask], settings: Settings) -> None:
-    """Trains trial `config["trial"]`, from its last checkpoint if it has one."""
-    configure_logging(settings.log_level)
-    task, results = tasks[config["trial"]], Results()
-    failure: str | None = None
-    latest: Mapping[str, Any] = {}
     try:
-        with tracked(task.tracked, results.emit) as trackers:
+        with tracked(task.tracked, tell) as trackers:
             result = fit(task.work, open_runs(settings, "sweeps").make(task.run), settings, trackers.emit)
             if result.return_value is not None:
                 raise TrainingError(result.return_value)
             latest = result.metrics or {}
+            if num_steps and latest.get("eval_loss") is not None:
+                end |= {"step": latest["step"], "num_steps": num_steps, "eval_loss": latest["eval_loss"]}
     except LorayError as e:
-        failure = str(e)
-    results.end(failure, latest)
+        end["failure"] = str(e)
+    tune.report(end)
 
 
 class TrialRecords:
@@ -133,7 +115,10 @@ class TrialRecords:
 
     def __init__(self, folder: RunFolder, plan: SweepPlan, changed: Callable[[TrialRecord], None]) -> None:
         self._folder, self._changed = folder, changed
-        self._records = [self._read(i, trial.values) for i, trial in enumerate(plan.trials)]
+        self._records = [
+            folder.read_model(TrialRecord, record_file(i)) or TrialRecord(trial=i, values=trial.values)
+            for i, trial in enumerate(plan.trials)
+        ]
 
     def __iter__(self) -> Iterator[TrialRecord]:
         return iter(tuple(self._records))
@@ -143,42 +128,78 @@ class TrialRecords:
 
     def put(self, record: TrialRecord) -> None:
         self._records[record.trial] = record
-        self._folder.write(record_file(record.trial), record.model_dump_json().encode() + b"\n")
+        self._folder.write_model(record_file(record.trial), record)
         self._changed(record)
 
-    def _read(self, trial: int, values: dict[str, str]) -> TrialRecord:
-        name = record_file(trial)
-        try:
-            return TrialRecord.parse(json.loads(self._folder.read(name) or b""), source=name)
-        except (ValueError, SpecError):  # not written yet, or in part by a killed driver
-            return TrialRecord(trial=trial, values=values)
+
+class Halving(FIFOScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving (ASHA, Li et al., 2020) by the records of all trials, which it keeps up to date.
+
+    At its first evaluation after a ninth of its steps, and again after a third, a trial goes on if it is among the best
+    third of those that have come so far.
+    """
+
+    def __init__(self, records: TrialRecords, *, stops_early: bool) -> None:
+        super().__init__()
+        self._records, self._stops_early = records, stops_early
+
+    def on_trial_result(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        record = self._records[trial.config["trial"]]
+        if record.has_ended:  # Tune repeats the last result at the end
+            return str(self.CONTINUE)
+        if "eval_loss" in result:
+            record = record.with_loss(result["step"], result["eval_loss"], result["num_steps"])
+        if result.get("ended"):
+            failure = result["failure"]
+            ended = {"status": "failed", "message": failure} if failure else {"status": "completed"}
+            record = record.model_copy(update=ended)
+        self._records.put(record)
+        is_stopped = self._stops_early and not record.has_ended and falls_behind(record, self._records)
+        return str(self.STOP if is_stopped else self.CONTINUE)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+        record = self._records[trial.config["trial"]]
+        if not record.has_ended:
+            self._records.put(record.model_copy(update={"status": "stopped"}))
+
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
+        """Ends a trial; not one that Tune starts again, of which it tells too."""
+        if trial.status != "RUNNING" or not trial.should_recover():
+            error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
+            record = self._records[trial.config["trial"]]
+            self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
+
+
+def falls_behind(record: TrialRecord, records: Iterable[TrialRecord]) -> bool:
+    """Says whether the last evaluation of `record` is its first one of a rung, and worse than those of most others."""
+    for rung in _RUNGS:
+        own = record.losses_from(rung)
+        if own:
+            others = [losses[0] for r in records if r.trial != record.trial and (losses := r.losses_from(rung))]
+            return len(own) == 1 and bool(others) and own[0] > float(np.percentile(others, _BEST_PERCENT))
+    return False
 
 
 def search(
-    plan: SweepPlan, records: TrialRecords, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int
+    records: TrialRecords, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int, *, stops_early: bool
 ) -> None:
     """Runs the trials of `tasks`, those that have not ended, to their end."""
     os.environ.update(_SETTINGS)
     here = f"node:{ray.util.get_node_ip_address()}"
-    with_data = tune.with_parameters(run_trial, tasks=tasks, settings=settings)
-    trainable = tune.with_resources(with_data, tune.PlacementGroupFactory([{here: _OF_DRIVER}]))
     with tempfile.TemporaryDirectory(prefix="loray-sweep-") as scratch:
-        tune.Tuner(
-            trainable,
-            param_space={"trial": tune.grid_search(sorted(tasks))},
-            tune_config=tune.TuneConfig(
-                scheduler=_scheduler(plan, records),
-                max_concurrent_trials=num_at_once,
-                trial_dirname_creator=lambda trial: f"trial_{trial.config['trial']:04}",
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=scratch,
-                failure_config=tune.FailureConfig(max_failures=_MAX_LOST_DRIVERS),
-                callbacks=[_Watch(records)],
-                verbose=0,
-            ),
-        ).fit()
+        tune.run(
+            tune.with_parameters(run_trial, tasks=tasks, settings=settings),
+            name="tune",
+            config={"trial": tune.grid_search(sorted(tasks))},
+            resources_per_trial=tune.PlacementGroupFactory([{here: _OF_DRIVER}]),
+            scheduler=Halving(records, stops_early=stops_early),
+            max_concurrent_trials=num_at_once,
+            max_failures=_MAX_LOST_DRIVERS,
+            raise_on_failed_trial=False,
+            storage_path=scratch,
+            trial_dirname_creator=lambda trial: f"trial_{trial.config['trial']:04}",
+            verbose=0,
+        )
 
 
 def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
@@ -190,64 +211,13 @@ def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
     return max(1, min(fitting))
 
 
-def _scheduler(plan: SweepPlan, records: TrialRecords) -> TrialScheduler:
-    if not plan.stops_early:
-        return FIFOScheduler()
-    scheduler = ASHAScheduler(
-        time_attr=PERCENT,
-        metric=LOSS,
-        mode="min",
-        max_t=100,
-        grace_period=_FIRST_RUNG,
-        reduction_factor=_REDUCTION,
-        stop_last_trials=False,
-    )
-    for record in records:
-        if record.has_ended and record.num_steps:
-            known = SimpleNamespace(trial_id=f"ended-{record.trial}")
-            scheduler.on_trial_add(None, known)
-            for step, loss in record.losses:
-                scheduler.on_trial_result(None, known, {PERCENT: 100 * step / record.num_steps, LOSS: loss})
-    return scheduler
-
-
-class _Watch(tune.Callback):  # type: ignore[misc]
-    """Keeps the records up to date, in the driver's process."""
-
-    def __init__(self, records: TrialRecords) -> None:
-        self._records = records
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return tune.Callback, ()  # Tune saves its callbacks, for a restoration that nobody asks for
-
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        record = self._records[trial.config["trial"]]
-        if LOSS in result:
-            record = record.with_loss(result["step"], result[LOSS], result["num_steps"])
-        if result.get("ended"):
-            failure = result["failure"]
-            ended = {"status": "failed", "message": failure} if failure else {"status": "completed"}
-            record = record.model_copy(update=ended)
-        self._records.put(record)
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        record = self._records[trial.config["trial"]]
-        if not record.has_ended:
-            self._records.put(record.model_copy(update={"status": "stopped"}))
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        record = self._records[trial.config["trial"]]
-        error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
-        self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
-
-
 @click.command()
-@click.argument("plan", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("plan", required=False, type=click.File("rb"))
 @click.option("--resume", "resumed", metavar="NAME", help="Go on with the latest sweep of this adapter.")
 @click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
 @click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the sweep are.")
 @click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
-def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str, no_plan: bool) -> None:
+def main(plan: BinaryIO | None, resumed: str | None, as_events: bool, tenant: str, no_plan: bool) -> None:
     """Run the sweep of PLAN, which `loray sweep` writes, and publish its best trial."""
 
     def emit(event: Event) -> None:
@@ -257,7 +227,7 @@ def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str, n
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         if plan is not None and resumed is None:
-            sweep(_parse_plan(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant, is_planned=not no_plan)
+            sweep(_parse_plan(plan.read(), plan.name), settings, emit, tenant=tenant, is_planned=not no_plan)
         elif plan is None and resumed is not None:
             sweep(resumed, settings, emit, tenant=tenant, is_planned=not no_plan)
         else:
@@ -282,137 +252,120 @@ def sweep(
         plan = _parse_plan(folder.read(PLAN) or b"", f"{PLAN} of {folder}")
     whole = Catalog(settings.catalog)
     catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, plan.name)
-    with Interrupts() as interrupts, recorded(catalog, plan.recipe) as job:
-        catalog.check_name(plan.name, plan.recipe.publish.aliases)
+    with recorded(catalog, plan.recipe) as job:
+        catalog.adapters.check_name(plan.name, plan.recipe.publish.aliases)
         open_store(settings.store).check()
-        try:
-            connected = partial(connect, plan.recipe, settings, interrupts)
-            run = RayTasks(plan.recipe, settings.training_group, connected)
-            workers_of = partial(find_workers, settings=settings, interrupts=interrupts)
-            prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned)
-        except KeyboardInterrupt:  # raised by ray.get while data is tokenised
-            raise interrupts.interrupted() from None
-        whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
+        connected = partial(connect, plan.recipe, settings, job.interrupts)
+        run = RayTasks(plan.recipe, settings.training_group, connected)
+        workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
+        prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned)
+        whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
         for each in prepared:
-            connect(each.spec, settings, interrupts)
+            connect(each.spec, settings, job.interrupts)
         folder = folder or runs.new(name, job.job_id)
-        with folder.locked(job.job_id, interrupts.raise_in_main_thread):
+        with folder.locked(job.job_id, job.interrupts.raise_in_main_thread):
             folder.write(PLAN, plan.model_dump_json().encode() + b"\n")
             try:
-                published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job)
+                published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job.job_id)
             except KeyboardInterrupt:
-                interrupted = interrupts.interrupted()
-                job.end("stopped", message=str(interrupted))  # at once, as a run's driver does
-                raise interrupted from None
+                job.stop()
         job.end("succeeded", version=published["version"])
     emit(published)
     return published
 
 
+@dataclass(frozen=True)
 class _Sweep:
     """One driver's work on a sweep whose folder it has locked."""
 
-    def __init__(
-        self,
-        plan: SweepPlan,
-        prepared: list[Prepared],
-        runs: Runs,
-        folder: RunFolder,
-        settings: Settings,
-        emit: Emit,
-        tenant: str,
-    ) -> None:
-        self._plan, self._prepared, self._runs, self._folder = plan, prepared, runs, folder
-        self._settings, self._emit, self._tenant = settings, emit, tenant
-        self._name = qualified_name(tenant, plan.name)
-        self._at = folder.path.removeprefix(f"{runs.root}/")
-        self._records = TrialRecords(folder, plan, self._say)
+    plan: SweepPlan
+    prepared: list[Prepared]
+    runs: Runs
+    folder: RunFolder
+    settings: Settings
+    emit: Emit
+    tenant: str
 
-    def run(self, job: JobRecord) -> PublishedEvent:
-        for record in self._records:
+    @property
+    def at(self) -> str:
+        """Its folder below those of all sweeps."""
+        return self.folder.path.removeprefix(f"{self.runs.root}/")
+
+    def run(self, job_id: str) -> PublishedEvent:
+        records = TrialRecords(self.folder, self.plan, self._say)
+        for record in records:
             if record.has_ended:
                 self._say(record)
-        tasks = self._tasks(job)
-        if tasks:
-            specs = [self._prepared[i].spec for i in tasks]
-            at_once = min(len(tasks), self._plan.max_concurrent or num_at_once(specs, self._settings))
-            self._warn_of_late_evaluations()
-            # Trials need no catalog, and no key of the API.
-            search(self._plan, self._records, tasks, replace(self._settings, catalog="", api_key=None), at_once)
-            self._end_stopped(tasks)
-        keep_best = self._plan.recipe.evaluation.keep_best
-        chosen = best(tuple(self._records), keep_best=keep_best)
+        self._train([record.trial for record in records if not record.has_ended], records, job_id)
+        keep_best = self.plan.recipe.evaluation.keep_best
+        chosen = best(tuple(records), keep_best=keep_best)
         number = None if chosen is None else chosen.trial
-        picture = draw(f"{self._plan.name}: held-out loss", tuple(self._records), number, keep_best=keep_best)
-        self._folder.write(PICTURE, picture.encode())
-        self._emit(
+        picture = draw(f"{self.plan.name}: held-out loss", tuple(records), number, keep_best=keep_best)
+        self.folder.write(PICTURE, picture.encode())
+        self.emit(
             {
                 "event": "sweep",
-                "sweep": self._at,
-                "folder": str(self._folder),
+                "sweep": self.at,
+                "folder": str(self.folder),
                 "picture": PICTURE,
                 "best": number,
                 "keep_best": keep_best,
             }
         )
         if chosen is None:
-            reasons = {record.message for record in self._records if record.message}
+            reasons = {record.message for record in records if record.message}
             raise TrainingError(
                 f"no trial was completed with a held-out loss: {'; '.join(sorted(reasons)) or 'see their records'}"
             )
-        return self._publish(chosen)
-
-    def _tasks(self, job: JobRecord) -> dict[int, TrialTask]:
-        """Returns the tasks of the trials that have not ended. Trials with the same rows share them."""
-        datasets = {id(each.data): each.data for each in self._prepared}
-        shared = {key: ray.put(data) for key, data in datasets.items()}
-        tasks = {}
-        for record in self._records:
-            if not record.has_ended:
-                prepared, at = self._prepared[record.trial], self._run_of(record.trial)
-                self._runs.open(at, job.job_id)
-                work = share_workload(prepared, shared[id(prepared.data)])
-                tasks[record.trial] = TrialTask(work, at, self._tracked(record.trial))
-        return tasks
-
-    def _run_of(self, trial: int) -> str:
-        """Names a trial's run. Workers keep checkpoints by the last part of it, which no other sweep's trial has."""
-        return f"{self._at}/{self._folder.name}-{trial:04}"
-
-    def _publish(self, chosen: TrialRecord) -> PublishedEvent:
-        run, spec = self._runs.make(self._run_of(chosen.trial)), self._plan.trials[chosen.trial].recipe
-        recipe = Recipe(spec, None, Path(self._plan.folder))
-        sweep = f"{self._at}, trial {chosen.trial} of {len(self._plan.trials)}"
+        run = self.runs.make(self._run_of(chosen.trial))
+        recipe = Recipe(self.plan.trials[chosen.trial].recipe, None, Path(self.plan.folder))
+        sweep = f"{self.at}, trial {chosen.trial} of {len(self.plan.trials)}"
         with tracked(self._tracked(chosen.trial)) as trackers:
             published = publish_best(
-                run.result(), run, recipe, self._settings, self._emit, tenant=self._tenant, sweep=sweep
+                run.result(), run, recipe, self.settings, self.emit, tenant=self.tenant, sweep=sweep
             )
             trackers.tell(published)
         return published
 
+    def _train(self, trials: Sequence[int], records: TrialRecords, job_id: str) -> None:
+        """Trains these to their end. Trials with the same rows share them."""
+        if not trials:
+            return
+        if self.plan.stops_early and self.plan.recipe.evaluation.interval_steps is None:
+            message = "no trial is stopped early: without evaluation.interval_steps they are evaluated at their end"
+            self.emit({"event": "warning", "message": message})
+        prepared = {trial: self.prepared[trial] for trial in trials}
+        shared = {id(data): ray.put(data) for data in {id(each.data): each.data for each in prepared.values()}.values()}
+        tasks = {}
+        for trial, each in prepared.items():
+            at = self._run_of(trial)
+            self.runs.open(at, job_id)
+            tasks[trial] = TrialTask(share_workload(each, shared[id(each.data)]), at, self._tracked(trial))
+        places = num_at_once([each.spec for each in prepared.values()], self.settings)
+        at_once = min(len(tasks), self.plan.max_concurrent or places)
+        # Trials need no catalog, and no key of the API.
+        settings = replace(self.settings, catalog="", api_key=None)
+        search(records, tasks, settings, at_once, stops_early=self.plan.stops_early)
+        # Nobody ended, in the processes of stopped trials, their trackers, and the checkpoints that their workers left
+        # on this machine for workers that would have replaced them.
+        for trial in trials:
+            if records[trial].status == "stopped":
+                with tracked(self._tracked(trial)):
+                    pass
+        for path in Path(self.settings.home, "checkpoints", self.plan.name).glob(f"{self.folder.name}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _run_of(self, trial: int) -> str:
+        """Names a trial's run. Workers keep checkpoints by the last part of it, which no other sweep's trial has."""
+        return f"{self.at}/{self.folder.name}-{trial:04}"
+
     def _tracked(self, trial: int) -> TrackedRun:
-        return TrackedRun(self._name, self._run_of(trial), self._prepared[trial].spec, sweep=self._at)
+        name = qualified_name(self.tenant, self.plan.name)
+        return TrackedRun(name, self._run_of(trial), self.prepared[trial].spec, sweep=self.at)
 
     def _say(self, record: TrialRecord) -> None:
         fields = record.model_dump(mode="json")
-        self._emit(cast("TrialEvent", {"event": "trial", "num_trials": len(self._plan.trials), **fields}))
-
-    def _warn_of_late_evaluations(self) -> None:
-        if self._plan.stops_early and self._plan.recipe.evaluation.interval_steps is None:
-            message = "no trial is stopped early: without evaluation.interval_steps they are evaluated at their end"
-            self._emit({"event": "warning", "message": message})
-
-    def _end_stopped(self, trials: Iterable[int]) -> None:
-        """Ends what nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their
-        workers left on this machine for workers that would have replaced them.
-        """
-        for trial in trials:
-            if self._records[trial].status == "stopped":
-                with tracked(self._tracked(trial)):
-                    pass
-        kept = Path(self._settings.home, "checkpoints", self._plan.name)
-        for path in kept.glob(f"{self._folder.name}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self.emit(cast("TrialEvent", {"event": "trial", "num_trials": len(self.plan.trials), **fields}))
 
 
 def _prepare(

@@ -10,16 +10,15 @@ from pyarrow.fs import FileSelector
 
 from jobs.runs.history import RunFinder
 from jobs.sweeps.spec import PLAN, SweepPlan, TrialRecord, record_file
-from loray.errors import SpecError, StoreError
+from loray.errors import StoreError
 from loray.settings import Settings
 
-_Mark = tuple[int | None, int | None]  # a file's size, and when it was written
 MOST_READ = 200  # records that one look reads
 
 
 class Trials(NamedTuple):
-    """`records`: of all trials, in their order; one that was not read yet is as before its first step. `is_whole`: what
-    has changed was read.
+    """`records`: of all trials, in their order; one that was not read yet is as before its first step. `is_whole`: each
+    that there is was read.
     """
 
     records: tuple[TrialRecord, ...]
@@ -28,7 +27,8 @@ class Trials(NamedTuple):
 
 
 class SweepTrials:
-    """The trials of the sweep that one job began. Each look reads the records that have changed, and of many a part.
+    """The trials of the sweep that one job began. Each look reads the records of those that run or have just ended, and
+    of many a part.
 
     Not thread-safe.
     """
@@ -37,8 +37,7 @@ class SweepTrials:
         self._name = name
         self._sweep = RunFinder(settings, name, job_id, began_at, "sweeps")
         self._plan: SweepPlan | None = None
-        self._records: dict[int, TrialRecord] = {}
-        self._marks: dict[int, tuple[_Mark, bool]] = {}  # of what was read last, and whether it was read twice
+        self._records: dict[int, TrialRecord] = {}  # by trial, the one that was read last at the end
 
     def read(self) -> Trials | None:
         """Returns None where no sweep of this job is found, or none yet. Raises StoreError."""
@@ -58,41 +57,30 @@ class SweepTrials:
                 return None
             try:
                 self._plan = SweepPlan.parse(json.loads(data), source=PLAN)
-            except (ValueError, SpecError) as e:
+            except ValueError as e:  # and SpecError
                 raise StoreError(f"{folder}/{PLAN} is no sweep's plan: {e}") from e
-        changed = self._changed(filesystem, folder)
-        for number, mark in list(changed.items())[:MOST_READ]:
-            self._read_record(filesystem, folder, number, mark)
+        files = {info.base_name for info in filesystem.get_file_info(FileSelector(folder))}
+        order = {number: at for at, number in enumerate(self._records)}
+        unended = [
+            number
+            for number in range(len(self._plan.trials))
+            if record_file(number) in files and not (number in order and self._records[number].has_ended)
+        ]
+        unended.sort(key=lambda number: order.get(number, -1))  # what was read last comes last
+        for number in unended[:MOST_READ]:
+            name = record_file(number)
+            try:
+                record = TrialRecord.parse(json.loads(_content(filesystem, f"{folder}/{name}")), source=name)
+            except ValueError:  # written in part
+                continue
+            self._records.pop(number, None)
+            self._records[number] = record
         records = (
             self._records.get(number) or TrialRecord(trial=number, values=trial.values)
             for number, trial in enumerate(self._plan.trials)
         )
-        is_whole = len(changed) <= MOST_READ
+        is_whole = all(number in order for number in unended[MOST_READ:])
         return Trials(tuple(records), self._plan.recipe.evaluation.keep_best, is_whole)
-
-    def _changed(self, filesystem: Any, folder: str) -> dict[int, _Mark]:
-        """Finds, by one listing, the records of trials that have not ended whose files are others than those read last;
-        first those that were never read. A file is read twice: a bucket's times are whole seconds, and a record that
-        is written twice in one may be as long as before.
-        """
-        assert self._plan is not None
-        files = {info.base_name: (info.size, info.mtime_ns) for info in filesystem.get_file_info(FileSelector(folder))}
-        changed: dict[int, _Mark] = {}
-        for number in range(len(self._plan.trials)):
-            mark, known = files.get(record_file(number)), self._records.get(number)
-            if mark is None or (known is not None and known.has_ended) or self._marks.get(number) == (mark, True):
-                continue
-            changed[number] = mark
-        return dict(sorted(changed.items(), key=lambda item: item[0] in self._marks))
-
-    def _read_record(self, filesystem: Any, folder: str, number: int, mark: _Mark) -> None:
-        name, before = record_file(number), self._marks.get(number)
-        try:
-            record = TrialRecord.parse(json.loads(_content(filesystem, f"{folder}/{name}")), source=name)
-        except (ValueError, SpecError):  # written in part
-            return
-        self._records[number] = record
-        self._marks[number] = mark, before is not None and before[0] == mark
 
 
 def _content(filesystem: Any, path: str) -> bytes:

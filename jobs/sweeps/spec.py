@@ -188,6 +188,10 @@ class TrialRecord(Frozen):
         kept = tuple(pair for pair in self.losses if pair[0] < step)
         return self.model_copy(update={"losses": (*kept, (step, loss)), "num_steps": num_steps})
 
+    def losses_from(self, part: float) -> list[float]:
+        """Returns the losses that were measured when so much of the steps, from 0 to 1, was behind the trial."""
+        return [loss for step, loss in self.losses if self.num_steps and step >= part * self.num_steps]
+
     def loss(self, *, keep_best: bool) -> float | None:
         """Returns that of the checkpoint that would be published; None where nothing was measured."""
         if not self.losses:

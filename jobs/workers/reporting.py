@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event as ThreadingEvent
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 import ray.train
@@ -21,10 +21,9 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.events import Event, LoopEvent, RewardFigures, StartEvent, StepEvent, encode
+from jobs.events import EvalEvent, Event, LoopEvent, StartEvent, StepEvent, encode, figures
 from jobs.runs.folders import PREFIX, metrics_of, name_of, step_of
 from loray.errors import IntegrityError, LorayError
-from loray.spec import REWARDS
 from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS, get_logger
 from loray.train.checkpoint import WRITTEN, read_state
 from loray.train.mesh import World
@@ -32,6 +31,16 @@ from loray.train.mesh import World
 log = get_logger(__name__)
 
 _SAMPLING_SHARE = 0.005  # of a run's time
+_GAUGES = {  # of a step's event, without `train_`
+    "step": "step",
+    "loss": "loss",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens_per_s": "tokens_per_second",
+    "mfu": "mfu_ratio",
+    "num_tokens": "tokens",
+    "skipped_steps": "skipped_steps",
+}
 
 
 class _EventSink:
@@ -210,24 +219,9 @@ class TrainingGauges:
             if value is not None and math.isfinite(value):
                 self._gauges[f"train_{key}"].set(value)
 
-    def set_step(self, event: StepEvent) -> None:
-        self.set(
-            step=event["step"],
-            loss=event["loss"],
-            learning_rate=event["lr"],
-            grad_norm=event["grad_norm"],
-            tokens_per_second=event["tokens_per_s"],
-            mfu_ratio=event["mfu"],
-            tokens=event["num_tokens"],
-            skipped_steps=event["skipped_steps"],
-        )
-        self.set_rewards(event)
-
-    def set_rewards(self, figures: RewardFigures, *, evaluated: bool = False) -> None:
-        """Sets the gauges of DPO, of training or of the last evaluation; none without pairs."""
-        values: Mapping[str, Any] = figures
-        prefix = "eval_" if evaluated else ""
-        self.set(**{f"{prefix}{name.replace('/', '_')}": values.get(name) for name in REWARDS})
+    def set_figures(self, event: StepEvent | EvalEvent, prefix: str = "") -> None:
+        """Sets the gauges of the objective's metrics, of a step or an evaluation."""
+        self.set(**{f"{prefix}{name.replace('/', '_')}": value for name, value in figures(event).items()})
 
 
 def peak_memory(device: torch.device) -> int:
@@ -237,55 +231,34 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-class Peak(Protocol):
-    """The peak of a worker's device. `source`: "measured" with matrix products, or the "setting" LORAY_PEAK_TFLOPS."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def flops(self) -> float:
-        """FLOP/s, as far as is known now."""
-        ...
-
-    def compare(self, attained: float) -> float:
-        """Returns the FLOP/s with which a step that attained so many is compared. Called between steps."""
-        ...
-
-
-class GivenPeak(NamedTuple):
-    flops: float
-    source: str = "setting"
-
-    def compare(self, attained: float) -> float:
-        return self.flops
-
-
-class MeasuredPeak:
-    """The most that was measured so far.
+class Peak:
+    """The peak of a worker's device: the setting LORAY_PEAK_TFLOPS, or the most that was measured so far.
 
     What else runs on the machine makes a sample too low and never too high, so the peak only rises, by further samples.
     One is due as soon as all of them together take `_SAMPLING_SHARE` of the time, and ten times as often while steps
     attain more than the peak. Such a step is its own peak and no other's: the operations of short rows are
-    overestimated.
+    overestimated. A setting stays, and a step that attains more shows that it is wrong.
     """
-
-    source = "measured"
 
     def __init__(
         self,
-        first: Callable[[], float],
-        again: Callable[[], float] | None,
+        first: float | Callable[[], float],
+        again: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`first` measures before training and `again` between steps, in FLOP/s. `again` None: it stays."""
+        """`first`: the setting in FLOP/s, or measures them before training with matrix products; `again` measures them
+        between steps, None: it stays.
+        """
         self._again, self._clock = again, clock
         self._began = clock()
-        self.flops = first()
+        self.source, self.flops = ("measured", first()) if callable(first) else ("setting", first)
         self._cost = clock() - self._began  # of one sample, in seconds
         self._spent = 0.0
 
     def compare(self, attained: float) -> float:
+        """Returns the FLOP/s with which a step that attained so many is compared. Called between steps."""
+        if self.source == "setting":
+            return self.flops
         share = _SAMPLING_SHARE * (10 if attained > self.flops else 1)
         if self._again is not None and self._spent + self._cost <= share * (self._clock() - self._began):
             before = self._clock()
@@ -356,9 +329,11 @@ class RayReporter:
                     "peak_flops": utilisation.peak.flops,
                     "memory_bytes": peak_memory(self._device),
                 }
-                self._gauges.set_step(step)
+                values: Mapping[str, Any] = step
+                self._gauges.set(**{gauge: values[name] for name, gauge in _GAUGES.items()})
+                self._gauges.set_figures(step)
                 return step
             case "eval" if event["subject"] == "adapter":
                 self._gauges.set(eval_loss=event["eval_loss"])
-                self._gauges.set_rewards(event, evaluated=True)
+                self._gauges.set_figures(event, "eval_")
         return event

@@ -20,8 +20,7 @@ from jobs.workers.placement import straddling_warning
 from jobs.workers.reporting import (
     CheckpointUploads,
     EventSender,
-    GivenPeak,
-    MeasuredPeak,
+    Peak,
     RayReporter,
     TrainingGauges,
     Utilisation,
@@ -193,11 +192,11 @@ def _utilisation(
         has_reference=spec.is_paired,
     )
     if peak_tflops is not None:
-        return Utilisation(per_token, GivenPeak(peak_tflops * 1e12))
+        return Utilisation(per_token, Peak(peak_tflops * 1e12))
     sample = partial(fastest_product_flops, device)
     # A GPU is the worker's alone, and its memory may be full while it trains.
     again = None if device.type == "cuda" else partial(sample, passes=1)
-    return Utilisation(per_token, MeasuredPeak(sample, again))
+    return Utilisation(per_token, Peak(sample, again))
 
 
 def _slow_products(spec: TrainSpec, device: torch.device) -> str | None:

@@ -1,13 +1,14 @@
 """One set of ops over a paged pool: batched LoRA and VeRA, paged attention, norms and embeddings with per-row weights.
 
-`backend(name)` gives an implementation of `ops.Ops`.
+`backend(name)` gives the ops of a backend.
 
-    ops          the ops' equations, and the tables and weights that they take
+    ops          the tables and weights that ops take
     kv           how blocks hold keys and values, and writing rows into the pool
     descriptors  where an adapter's rows are, in the device's memory
     decode       decode steps that a backend captures and replays
     sampling     a token for each row of logits
-    reference    torch; every other backend is tested against it
+    prepare      what a backend makes of tables and weights once
+    reference    the ops' equations, in torch; every other backend is made of it and tested against it
     cpu/         C++ (cpu/csrc), compiled at first use
     cuda/        CUDA C++ (cuda/csrc) and Triton, for NVIDIA GPUs
     compiled     where compiled kernels are kept
@@ -58,7 +59,6 @@ from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
-    Ops,
     ProjectionMatrix,
     StepInputs,
     VeraTable,
@@ -120,6 +120,8 @@ __all__ = [
     "vector_words",
     "workspace_bytes",
 ]
+
+Ops = ReferenceOps  # every backend is one
 
 _log = logging.getLogger("loray.kernels")
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.kv import to_device
+from loray_kernels.prepare import Preparable
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ITEM_TOKENS = 4  # of one adapter, that share the reading of its rows
@@ -39,15 +40,14 @@ Offsets = Mapping[Name, Sequence[int]]  # of each segment
 
 
 @dataclass(frozen=True, slots=True)
-class RowTables:
+class RowTables(Preparable):
     """Rows of equal width: (column, width, int64 offsets of each row) for each segment."""
 
     segments: tuple[tuple[int, int, Tensor], ...]
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class RowOverrides:
+class RowOverrides(Preparable):
     """A row of the pool for each of the tokens `tokens_N` of the step: used instead of the base's, or DoRA's scale.
 
     Captured steps name all tokens, and those without a row have the offset −1.
@@ -79,12 +79,11 @@ class InputShape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DescriptorTable:
+class DescriptorTable(Preparable):
     """Descriptors in the device's memory, (words,) of int64, and the shape of the rows that they describe, by input."""
 
     words: Tensor
     inputs: tuple[InputShape, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class DescriptorAllocator:

@@ -6,16 +6,20 @@ Shapes: L layers, E packed elements of a layer, P pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loray_kernels.prepare import Preparable
+
 
 class KvLayout(NamedTuple):
-    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim)."""
+    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim). The C++ kernels have K
+    as they multiply it: (num_kv_heads, head_dim / U, block_tokens, U), where U elements are four bytes.
+    """
 
     num_layers: int
     block_tokens: int
@@ -28,7 +32,7 @@ class KvLayout(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
+class AttentionMeta(Preparable):
     """The sequences of a step.
 
     query_start     S+1 offsets into the step's tokens
@@ -41,7 +45,6 @@ class AttentionMeta:
     context_len: tuple[int, ...]
     block_table: tuple[Tensor, ...]
     slot_mapping_T: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class PageCopy(NamedTuple):

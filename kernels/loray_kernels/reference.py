@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import (
     INPUTS,
-    MAX_PAIR_RANK,
     MAX_ROWS,
     Columns,
+    InputShape,
     LoraRows,
     Pair,
     RowOverrides,
     RowTables,
+    StepVectors,
     read_descriptor,
 )
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
@@ -48,44 +49,62 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 
 class ReferenceOps:
-    """The reference of every op; `loray_kernels.ops.Ops` has the equations."""
+    """The equation of every op, and the op in torch. Intermediates are fp32, and other backends round values where
+    these are rounded. A backend overrides what it has kernels for.
+    """
 
     def page_writer(self, pool: Tensor) -> PageWriter:
+        """Give what writes adapters from host memory into `pool`."""
         return DirectWriter(pool)
 
     def captured_decoding(
         self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
     ) -> CapturedDecoding | None:
+        """Give what captures `forward`, when it is told to, and replays it; None if this backend captures nothing.
+
+        The launches of `forward` must not depend on a step's values. It gives a row for each sequence.
+        """
         return None
 
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
+        """Compute the layers from `first` on in one call, with the bits of their ops; None if there is no such call.
+
+        May write `x_TD`.
+        """
         return None
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        """Put the matrix into the layout that `linear` and `logits` read; the original may be freed."""
         return LinearWeights(weight_OI.shape[1], weight_OI.shape[0], weight_OI, bias_O)
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        """y = x Wᵀ + bias, (T, O)."""
         return F.linear(x_TI, weights.data, weights.bias_O)
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        """Give the results of `linear`, which are rounded to x's dtype, in fp32."""
         return self.linear(x_TD, weights).float()
 
     def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
+        """Draw a token for each of the draws' rows, also into `slots`; it is read before the call after the next."""
         drawn = sample(logits_SV, draws)
         if slots is not None:
             slots.tokens[slots.slots_S[list(draws.rows)]] = torch.tensor(drawn[0], device=slots.tokens.device)
         return lambda: drawn
 
     def chooser(self, logits_SV: Tensor) -> Chooser:
+        """Give what chooses tokens of all rows of logits like these, whatever requests change."""
         return ReferenceChooser(self.sample)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.silu(gate_TM) * up_TM
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
+        """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""
         x_TD = F.embedding(token_ids_T, table_VD)
         if own is not None:
             own_ND = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
@@ -95,6 +114,9 @@ class ReferenceOps:
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
+        """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row, where offsets are not
+        negative. Also for (T, heads, d).
+        """
         x32_TD = x_TD.float()
         normal_TD = (x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
         y_TD = weight_D * normal_TD
@@ -117,30 +139,29 @@ class ReferenceOps:
         own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
+        """x + added, and the `rms_norm` of that."""
         sum_TD = x_TD + added_TD
         return sum_TD, self.rms_norm(sum_TD, weight_D, eps, pool, own, layer_offset)
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
-        k_TKd = self.rope(k_TKd, step.cos_Td, step.sin_Td)
-        self.write_kv(step.pool, step.layout, layer, k_TKd, v_TKd, step.attention)
-        return self.rope(q_THd, step.cos_Td, step.sin_Td)
+        """Queries with their halves rotated: x · cos + (−x₂, x₁) · sin. Writes the pool: keys, rotated, and values at
+        the step's slots.
+        """
 
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        first, second = x_THd.chunk(2, dim=-1)
-        turned_THd = torch.cat((-second, first), dim=-1)
-        return x_THd * cos_Td.unsqueeze(1) + turned_THd * sin_Td.unsqueeze(1)
+        def turned(x_THd: Tensor) -> Tensor:
+            first, second = x_THd.chunk(2, dim=-1)
+            return x_THd * step.cos_Td.unsqueeze(1) + torch.cat((-second, first), dim=-1) * step.sin_Td.unsqueeze(1)
 
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        cache = _kv(pool, layout)[:, layer]
-        block, position = meta.slot_mapping_T // layout.block_tokens, meta.slot_mapping_T % layout.block_tokens
-        cache[block, 0, position] = k_TKd.to(pool.dtype)
-        cache[block, 1, position] = v_TKd.to(pool.dtype)
+        cache, block_tokens = _kv(step.pool, step.layout)[:, layer], step.layout.block_tokens
+        block, position = step.attention.slot_mapping_T // block_tokens, step.attention.slot_mapping_T % block_tokens
+        cache[block, 0, position] = turned(k_TKd).to(step.pool.dtype)
+        cache[block, 1, position] = v_TKd.to(step.pool.dtype)
+        return turned(q_THd)
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
     ) -> Tensor:
+        """Causal attention of each sequence's last tokens over its cache; (T, H, d)."""
         cache = _kv(pool, layout)[:, layer]
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads
@@ -163,6 +184,7 @@ class ReferenceOps:
     def lora_shrink(
         self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
+        """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input."""
         x32_TI = x_TI.float()
         out = []
         for table in tables:
@@ -185,6 +207,7 @@ class ReferenceOps:
         segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
+        """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
             for n, (first, last) in enumerate(pairwise(table.rank_start)):
                 if last > first:
@@ -193,73 +216,9 @@ class ReferenceOps:
                     delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
                     y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
-    def lora_by_descriptor(
+    def add_adapters(
         self,
         x_TI: Tensor,
-        outputs: tuple[Tensor, ...],
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        shape = descriptors.table.inputs[field % len(INPUTS)]
-        h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
-        found: list[tuple[slice, list[LoraRows | None]]] = []
-        for start, first, num in descriptors.items_S3.tolist():
-            own, column = slice(first, first + num), 0
-            found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
-            for lora in (r for r in found[-1][1] if r is not None):
-                a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
-                h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
-                column += len(a_RI)
-        for own, modules in found:
-            column = 0
-            for y_TO, rows, columns in zip(outputs, modules, shape.b, strict=False):
-                if rows is not None:
-                    b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
-                    num = len(rows.a[0])
-                    own_TR = h_TR[own, column : column + num]
-                    y_TO[own] = (y_TO[own].float() + rows.scale * (own_TR @ b_RO)).to(y_TO.dtype)
-                    column += num
-
-    def vera_by_descriptor(
-        self,
-        x_TI: Tensor,
-        y_TO: Tensor,
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        vectors, shape = descriptors.vectors, descriptors.table.inputs[field % len(INPUTS)]
-        assert vectors is not None
-        z_TR = torch.zeros(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        pairs = []
-        for words, first, num in (item for item in vectors.items_S3.tolist() if item[2]):
-            pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
-            pairs.append((pair, range(first, first + num)))
-            a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
-            a_RI = a_RI[:, shape.pair_column :]
-            own = slice(first, first + num)
-            z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], ProjectionMatrix(a_RI))
-        for pair, tokens in pairs:
-            for token in tokens:
-                z_1R = z_TR[token : token + 1, : pair.rank]
-                for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
-                    b_at = pair.b + shape.pair_rows[i] * pair.rank
-                    d, b = (
-                        [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
-                        for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
-                    )
-                    if int(d[0][2]) >= 0:
-                        y_1O = y_TO[token : token + 1, columns]
-                        b_OR = ProjectionMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
-                        own_d = RowTables(((0, pair.rank, d[0][2]),))
-                        table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
-                        ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
-
-    def scale_by_descriptor(
-        self,
         y_TO: Tensor,
         bias_O: Tensor | None,
         pool: Tensor,
@@ -267,18 +226,30 @@ class ReferenceOps:
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors = descriptors.vectors
-        assert vectors is not None
-        for module, layer, columns in vectors.modules(field, "dora"):
-            own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
-            plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
-            self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
-            y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
+        """Add what the descriptors have at `field`, which is layer × inputs + the input: LoRA's rows as `lora_shrink`
+        and `lora_expand` do, then VeRA's vectors as `vera_shrink` and `vera_expand`, then DoRA's scales as
+        `scale_rows`; of these the step's parts. `y_TO`, which is written, has the input's modules side by side.
+        """
+        shape, vectors = descriptors.table.inputs[field % len(INPUTS)], descriptors.vectors
+        if Parts.LORA in descriptors.parts:
+            _add_lora(x_TI, y_TO, pool, descriptors, field, layer_offset)
+        if Parts.VERA in descriptors.parts:
+            assert vectors is not None
+            _add_vera(x_TI, y_TO, pool, shape, vectors, field, layer_offset)
+        if Parts.DORA in descriptors.parts:
+            assert vectors is not None
+            for module, layer, columns in vectors.modules(field, "dora"):
+                own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
+                plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
+                self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
+                y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
+        """z = A[:, :I] x in fp32, (T, R); dense, for all adapters of the pair and all modules of the input."""
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b, and d ⊙ z in y's dtype. Writes `y_TO`."""
         rows = slice(table.start, table.stop)
         d_TR = gather_rows(pool, table.d, layer_offset).float()
         b_TO = gather_rows(pool, table.b, layer_offset).float()
@@ -289,6 +260,7 @@ class ReferenceOps:
     def scale_rows(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
     ) -> None:
+        """DoRA: y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one. Writes `y_TO`."""
         y_NO = y_TO[own.tokens_N].float()
         plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
         rows_NO = gather_rows(pool, own.rows, layer_offset).float()
@@ -306,3 +278,51 @@ def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
 
 def _row_tables(columns: Columns, offsets: Sequence[Sequence[int]]) -> RowTables:
     return RowTables(tuple((c, w, torch.tensor(own)) for (c, w), own in zip(columns, offsets, strict=True)))
+
+
+def _add_lora(
+    x_TI: Tensor, y_TO: Tensor, pool: Tensor, descriptors: StepDescriptors, field: int, layer_offset: int
+) -> None:
+    shape = descriptors.table.inputs[field % len(INPUTS)]
+    outputs = torch.split(y_TO, [sum(width for _, width in columns) for columns in shape.b], dim=1)
+    h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
+    found: list[tuple[slice, list[LoraRows | None]]] = []
+    for start, first, num in descriptors.items_S3.tolist():
+        own, column = slice(first, first + num), 0
+        found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
+        for lora in (r for r in found[-1][1] if r is not None):
+            a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
+            h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
+            column += len(a_RI)
+    for own, modules in found:
+        column = 0
+        for y_TM, rows, columns in zip(outputs, modules, shape.b, strict=False):
+            if rows is not None:
+                b_RM = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
+                num = len(rows.a[0])
+                own_TR = h_TR[own, column : column + num]
+                y_TM[own] = (y_TM[own].float() + rows.scale * (own_TR @ b_RM)).to(y_TM.dtype)
+                column += num
+
+
+def _add_vera(
+    x_TI: Tensor, y_TO: Tensor, pool: Tensor, shape: InputShape, vectors: StepVectors, field: int, layer_offset: int
+) -> None:
+    ops = ReferenceOps()
+    for words, first, num in (item for item in vectors.items_S3.tolist() if item[2]):
+        pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
+        a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)[:, shape.pair_column :]
+        z_NR = ops.vera_shrink(x_TI[first : first + num], ProjectionMatrix(a_RI))
+        for token, z_1R in enumerate(torch.split(z_NR, 1), first):
+            for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
+                b_at = pair.b + shape.pair_rows[i] * pair.rank
+                d, b = (
+                    [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
+                    for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
+                )
+                if int(d[0][2]) >= 0:
+                    y_1O = y_TO[token : token + 1, columns]
+                    b_OR = ProjectionMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
+                    own_d = RowTables(((0, pair.rank, d[0][2]),))
+                    table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
+                    ops.vera_expand(y_1O, z_1R, pool, table, layer_offset)

@@ -10,7 +10,7 @@ that adapters add to a decode step of the base.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from loray.bases.config import ModelConfig
@@ -136,7 +136,7 @@ def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> li
     """Estimate LoRA, DoRA, VeRA and LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention
     and RoPE.
     """
-    return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
+    return [_estimate(name, recipe, model, device) for name, recipe in candidates(answers.context_length, model)]
 
 
 def recipe_of(
@@ -204,9 +204,9 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
         yield "vera + longlora", both
 
 
-def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
+def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
+    adapter, trained = recipe.adapter, count_trained(model, recipe.adapter)
     problem, run, training_bytes, time = None, None, None, None
-    adapter = recipe.adapter
     try:
         run, training_bytes = _fitting(recipe, model, device)
         time = estimate_time(run, device, plan_traffic(run))
@@ -214,22 +214,24 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
             problem = "does not fit on one such device; see loray plan for several"
     except (SpecError, UnsupportedError) as e:
         problem = str(e)
-    trained = count_trained(model, adapter).total
+    modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
+    extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
     per_gib = _per_gib(adapter, model)
     served = int(NUM_SERVED / per_gib * GIB)
+    left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
     return Estimate(
-        method=method,
-        settings=_settings(adapter),
+        method=name,
+        settings=f"r{adapter.rank} on {modules}{extras}",
         problem=problem,
-        trained_parameters=trained,
-        adapter_bytes=trained * _BF16,
+        trained_parameters=trained.total,
+        adapter_bytes=trained.total * _BF16,
         training_bytes=training_bytes,
         step_s=None if time is None else time.step_s,
         tokens_per_s=None if time is None else time.tokens_per_s,
         checkpointing=run is not None and run.checkpointing,
         adapters_per_gib=per_gib,
         served_pool_bytes=served,
-        served_devices=-(-served // max(1, _room(model, device))),
+        served_devices=-(-served // max(1, int(left * _SHARE_FOR_ADAPTERS))),
         throughput=_throughput(adapter, model, device),
     )
 
@@ -237,17 +239,10 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
 def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[RunShape, int]:
     """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
     run = shape_of(recipe, model, dtype=device.training_dtype)
-    if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
-        return run, peak
-    checkpointed = recipe.model_copy(update={"gradient_checkpointing": True})
-    run = shape_of(checkpointed, model, dtype=device.training_dtype)
-    return run, plan_memory(run, device).peak_bytes
-
-
-def _settings(adapter: AdapterSpec) -> str:
-    modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
-    extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
-    return f"r{adapter.rank} on {modules}{extras}"
+    if (peak := plan_memory(run, device).peak_bytes) > device.usable_bytes:
+        run = replace(run, checkpointing=True)
+        peak = plan_memory(run, device).peak_bytes
+    return run, peak
 
 
 def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
@@ -260,18 +255,11 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     return float(adapters_in(adapter, model, room + pair) * GIB / room)
 
 
-def _room(model: ModelConfig, device: Device) -> int:
-    """Bytes of a device for adapters."""
-    left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
-    return int(left * _SHARE_FOR_ADAPTERS)
-
-
 def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
     rate = device.flops * device.matmul_share
-    elements, layers = model.num_matrix_elements, model.num_layers
+    elements, layers, method = model.num_matrix_elements, model.num_layers, method_of(adapter)
     base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
-    method, read = method_of(adapter), NUM_ROWS * count_trained(model, adapter).adapter
-    read += layers * method.pair_reads(adapter, model)
+    read = NUM_ROWS * count_trained(model, adapter).adapter + layers * method.pair_reads(adapter, model)
     computing = 2.0 * NUM_ROWS * method.factors(adapter, model) * layers / rate
     return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))
 

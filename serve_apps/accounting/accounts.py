@@ -1,4 +1,4 @@
-"""Accounts of requests: what one reserves and uses. `UsageMeter` opens a `RequestUsage`, which ends in `UsageSink`.
+"""Accounts of requests: what one reserves and uses. `UsageMeter` opens a `RequestUsage` for each.
 
 `AdmitRequests` is the middleware before it: limits are looked at before a body is read, and tenants' requests begin in
 turn (`TenantTurns`).
@@ -39,75 +39,10 @@ _LOOP_LATE_S = 0.003  # that the loop may be, in the mean
 _RETRY_S = 5.0
 
 
-class UsageSink:
-    """Records what requests used, and shares limits with other gateways, while it is open.
-
-    `exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
-    while a key or a tenant has a limit; None: it may always be so.
-    """
-
-    def __init__(
-        self, settings: Settings, exchange: QuotaExchange | None = None, is_limited: asyncio.Event | None = None
-    ) -> None:
-        self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
-        self._writer: UsageWriter | None = None
-
-    def _catalog(self) -> Catalog:
-        return Catalog(self._settings.catalog)
-
-    def add(self, event: UsageEvent) -> None:
-        assert self._writer is not None, "requests end before the sink is closed"
-        self._writer.add(event)
-
-    def note_open(self, event: UsageEvent) -> None:
-        """Take what an open request is charged with, see `UsageWriter.note_open`."""
-        assert self._writer is not None, "requests begin after the sink is opened"
-        self._writer.note_open(event)
-
-    @property
-    def status(self) -> UsageStatus | None:
-        """The state of the writer; None before it is opened."""
-        return None if self._writer is None else self._writer.status
-
-    @asynccontextmanager
-    async def opened(self, gate: QuotaGate) -> AsyncIterator[None]:
-        url = self._settings.store
-        # A folder is on the disk that has the log.
-        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
-        self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
-        async with self._with_owner(gate) as exchange:
-            task = asyncio.create_task(follow_owner(gate, exchange, self._is_limited))
-            try:
-                yield
-            finally:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-                await asyncio.to_thread(self._writer.close)
-
-    @asynccontextmanager
-    async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[QuotaExchange]:
-        """Open the exchange with the owner of the limits. One of this process begins with what was used before, and is
-        told at the end what the gate has admitted since its last exchange.
-        """
-        if self._exchange is not None:
-            yield self._exchange
-            return
-        owner = SharedOwner(secrets.token_hex(8), 1, self._catalog)
-        exchange = partial(owner.exchange, "gateway")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_START_S):
-                gate.apply(await exchange(()), time.time())
-        try:
-            yield exchange
-        finally:
-            await exchange(gate.reports(time.time()))
-            await owner.close()
-
-
 @dataclass(slots=True)
 class RequestUsage:
     """The account of one request, closed once, however it ends. `event` is what it used, once it is closed. Until then
-    the sink has what it is charged with where the gateway is killed.
+    the writer has what it is charged with where the gateway is killed.
 
     requests     one for each choice; those of one prompt, `num_choices`, follow each other
     received_at  seconds of the monotonic clock
@@ -124,10 +59,10 @@ class RequestUsage:
     reservation: Reservation
     granted: list[int]
     num_prompt_tokens: int
-    sink: UsageSink | None
+    writer: UsageWriter | None
     event: UsageEvent | None = None
     _num_output: list[int] = field(init=False)  # tokens of each choice when it asked last
-    _noted: list[int] = field(init=False)  # those of them that the sink knows
+    _noted: list[int] = field(init=False)  # those of them that the writer knows
 
     def __post_init__(self) -> None:
         self._num_output, self._noted = [0] * len(self.requests), [0] * len(self.requests)
@@ -165,13 +100,13 @@ class RequestUsage:
         num_cached = sum(delta.num_cached_tokens for delta in of_prompts)
         self.event = self._used(outcome, num_prompt, num_cached, num_output)
         self.reservation.settle(num_prompt + num_output, time.time())
-        if self.sink is not None:
-            self.sink.add(self.event)
+        if self.writer is not None:
+            self.writer.add(self.event)
         return self.event
 
     def _note(self) -> None:
-        if self.sink is not None:
-            self.sink.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
+        if self.writer is not None:
+            self.writer.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
 
     def _used(self, outcome: str, num_prompt: int, num_cached: int, num_output: int) -> UsageEvent:
         first = self.requests[0]
@@ -192,25 +127,67 @@ class RequestUsage:
 
 
 class UsageMeter:
-    """Opens the accounts of a gateway's requests, and keeps its shares of all limits while it runs."""
+    """Opens the accounts of a gateway's requests. While it runs, it records what they used, and shares limits with
+    other gateways.
 
-    def __init__(self, gate: QuotaGate | None = None, sink: UsageSink | None = None) -> None:
-        """`sink` None: what requests use is recorded nowhere, and limits are this process's alone."""
-        self._gate = gate or QuotaGate()
-        self._sink = sink
+    settings    None: what requests use is recorded nowhere, and limits are this process's alone
+    exchange    None: the gateway is the only one, and has the owner of its limits in its process
+    is_limited  is set while a key or a tenant has a limit; None: it may always be so
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        num_gateways: int = 1,
+        exchange: QuotaExchange | None = None,
+        is_limited: asyncio.Event | None = None,
+    ) -> None:
+        self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
+        self._gate = QuotaGate(num_gateways)
+        self._writer: UsageWriter | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        if self._sink is None:
+        if self._settings is None:
             yield
             return
-        async with self._sink.opened(self._gate):
-            yield
+        home, url, days = self._settings.home, self._settings.store, self._settings.usage_days
+        # A folder is on the disk that has the log.
+        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
+        open_catalog = partial(Catalog, self._settings.catalog)
+        self._writer = UsageWriter(open_catalog, home, days, open_objects)
+        async with self._with_owner(open_catalog) as exchange:
+            task = asyncio.create_task(follow_owner(self._gate, exchange, self._is_limited))
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await asyncio.to_thread(self._writer.close)
+
+    @asynccontextmanager
+    async def _with_owner(self, open_catalog: Callable[[], Catalog]) -> AsyncIterator[QuotaExchange]:
+        """Open the exchange with the owner of the limits. One of this process begins with what was used before, and is
+        told at the end what the gate has admitted since its last exchange.
+        """
+        if self._exchange is not None:
+            yield self._exchange
+            return
+        owner, gate = SharedOwner(secrets.token_hex(8), 1, open_catalog), self._gate
+        exchange = partial(owner.exchange, "gateway")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_S):
+                gate.apply(await exchange(()), time.time())
+        try:
+            yield exchange
+        finally:
+            await exchange(gate.reports(time.time()))
+            await owner.close()
 
     @property
     def usage_status(self) -> UsageStatus | None:
         """The state of the writer; None where usage is not recorded."""
-        return None if self._sink is None else self._sink.status
+        return None if self._writer is None else self._writer.status
 
     def enter(self, principal: Principal) -> None:
         """Take a request of those of a minute before it is read. Raises RateLimited where none can begin now."""
@@ -263,7 +240,7 @@ class UsageMeter:
             reservation,
             granted,
             num_prompt,
-            self._sink,
+            self._writer,
         )
 
 

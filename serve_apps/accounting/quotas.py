@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from loray.catalog import Catalog, QuotaUse
 from loray.catalog.quotas import OWNER_IS_GONE_S
@@ -25,11 +25,8 @@ _RETRY_S = 1.0
 _NAMESPACE = "serve"
 
 
-class QuotaExchange(Protocol):
-    """Tells the owner of the limits what a gateway has counted."""
-
-    async def __call__(self, reports: Sequence[Report]) -> Reply:
-        """Exchange with the owner. Raises OwnerAway."""
+# Tells the owner of the limits what a gateway has counted. Raises OwnerAway.
+QuotaExchange = Callable[[Sequence[Report]], Awaitable[Reply]]
 
 
 class OwnerAway(Exception):
@@ -37,7 +34,7 @@ class OwnerAway(Exception):
 
 
 async def follow_owner(gate: QuotaGate, exchange: QuotaExchange, is_limited: asyncio.Event | None = None) -> None:
-    """Exchange with the owner until cancelled. While the owner is away, the gateway goes on with its share.
+    """Exchange with the owner until cancelled. While the owner is away, the gateway goes on with its part.
 
     `is_limited` is set while anybody has a limit; without one there is nothing to share, and the owner is not asked. A
     gateway asks also where its own requests have none, since others may need what it holds. None: it is always so.
@@ -133,11 +130,11 @@ class SharedOwner:
             self._catalog = self._open()
         catalog, used = self._catalog, dict[Rule, float]()
         if self._known_at is None:
-            for key, (units, at) in catalog.known_quotas(now).items():
+            for key, (units, at) in catalog.quotas.known(now).items():
                 rule = _rule_of(key)
                 used[rule] = max(0.0, units - rule.rate * max(0.0, now - at))
         keys = {_key(one.rule, one.period): one.rule for one in counted}
-        state = catalog.count_quotas(self._name, [self._use(catalog, one, now) for one in counted], now)
+        state = catalog.quotas.count(self._name, [self._use(catalog, one, now) for one in counted], now)
         return state.num_owners, used | {keys[key]: units for key, units in state.used.items()}
 
     def _use(self, catalog: Catalog, one: Counted, now: float) -> QuotaUse:
@@ -148,13 +145,13 @@ class SharedOwner:
         if one.is_new:
             since = datetime.fromtimestamp(one.period * rule.period_s, UTC)
             key_id, tenant = (rule.subject, None) if rule.owner == "key" else (None, rule.subject)
-            before = float(catalog.tokens_used(tenant=tenant, key_id=key_id, since=since))
+            before = float(catalog.usage.tokens(tenant=tenant, key_id=key_id, since=since))
         return QuotaUse(key, one.units, 0.0, (one.period + 1) * rule.period_s, before)
 
     def _leave(self) -> None:
         try:
             if self._catalog is not None:
-                self._catalog.leave_quotas(self._name)
+                self._catalog.quotas.leave(self._name)
         except LorayError as e:
             _log.warning("others wait until this owner of limits is forgotten: %s", e)
         finally:
@@ -171,7 +168,7 @@ def _rule_of(key: str) -> Rule:
     return Rule(owner, subject, kind, float(limit), float(period_s))  # type: ignore[arg-type]  # words of _key
 
 
-class QuotaActor:
+class QuotaActor(SharedOwner):
     """The owner as a Ray actor. It ends with the gateway that made it; another one's next exchange makes a new one."""
 
     def __init__(self, application: str, num_gateways: int) -> None:
@@ -179,14 +176,11 @@ class QuotaActor:
 
         settings = Settings.from_env()
         name = f"{ray.get_runtime_context().get_session_name()}/{application}/{num_gateways}"
-        self._owner = SharedOwner(name, num_gateways, lambda: Catalog(settings.catalog))
-
-    async def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
-        return await self._owner.exchange(gateway, reports)
+        super().__init__(name, num_gateways, lambda: Catalog(settings.catalog))
 
 
 class RayExchange:
-    """Implements `QuotaExchange` for the gateway `name` of an application."""
+    """The `QuotaExchange` of the gateway `name` of an application."""
 
     def __init__(self, application: str, name: str, num_gateways: int, settings: Settings) -> None:
         # Gateways with another number of gateways, while an application is replaced, have another owner.

@@ -367,7 +367,7 @@ class UsageWriter:
                     looked_at = time.monotonic()
                 if self._retention_days and time.monotonic() - forgotten_at > _RETENTION_CHECK_S:
                     forgotten_at = time.monotonic()
-                    self._known().forget_usage(datetime.now(UTC) - timedelta(days=self._retention_days))
+                    self._known().usage.forget(datetime.now(UTC) - timedelta(days=self._retention_days))
                 self._num_failures, self._failing_since = 0, None
             except Exception as e:  # noqa: BLE001 - whatever it is, what is used must be recorded
                 if not self._num_failures:
@@ -405,7 +405,7 @@ class UsageWriter:
     def _record(self, events: Sequence[UsageEvent]) -> None:
         """Record events. One that the catalog refuses is put aside, so that it does not stop the others."""
         try:
-            self._known().record_usage(events)
+            self._known().usage.record(events)
         except DataError as e:
             if len(events) > 1:
                 for event in events:

@@ -1,4 +1,4 @@
-"""Conversions of adapters in processes of their own, and publications of uploads.
+"""Conversions of adapters in processes of their own.
 
 The API loads no torch and must go on answering, so a conversion is a bounded process: as many at once as there are
 processors and memory for, one for a tenant, with a deadline, and ended when its client leaves. Nothing is kept: a
@@ -20,17 +20,12 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from loray.bases.registry import base_with
-from loray.catalog import AdapterVersion
-from loray.errors import DeadlineExceeded, Overloaded, RateLimited, RequestError, SpecError
+from loray.errors import DeadlineExceeded, Overloaded, RateLimited
 from loray.machine import memory_left, num_cores
 from loray.priority import compute_in_background
-from loray.publishing import Destination
 from loray.publishing.convert import MAX_MEMORY_BYTES, Form, command_of, environment_of, raise_failure
-from loray.publishing.uploads import Uploads
-from loray.schemas.resources import Registration
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef, format_size
-from loray.text.templates import ChatTemplate
 
 DEADLINE_S = 900.0
 _LOOK_S = 0.2  # between two looks whether the client is still there
@@ -142,27 +137,3 @@ def _output_of(process: subprocess.Popen[bytes]) -> bytes:
         output = process.stdout.read()
         process.wait()
         return output
-
-
-def publish_upload(home: Path, asked: Registration, to: Destination) -> AdapterVersion:
-    """Check and publish the upload of `asked`; `home` has the bases. Raises as `Uploads.publish` does."""
-    assert asked.upload is not None
-    return Uploads(to.store, to.catalog.own_tenant).publish(
-        asked.upload,
-        to,
-        home=home,
-        check=_check_template,
-        base=asked.base,
-        licence=asked.licence,
-        description=asked.description,
-        tool_parser=asked.tool_parser,
-    )
-
-
-def _check_template(folder: Path) -> None:
-    template = folder / AdapterManifest.TEMPLATE_FILE
-    if template.is_file():
-        try:
-            ChatTemplate(template.read_text(encoding="utf-8", errors="replace"))
-        except RequestError as e:
-            raise SpecError(str(e)) from e

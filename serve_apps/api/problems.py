@@ -110,23 +110,15 @@ def _response(
     return Response(problem.model_dump_json(exclude_none=True), status, _HEADERS.get(status), media_type=MEDIA_TYPE)
 
 
-class _Tags(NamedTuple):
-    any: bool
-    revisions: frozenset[int]
-
-    def match(self, revision: int) -> bool:
-        """Tell whether a tag matches `revision`, which is 0 for an alias that is not set."""
-        return revision > 0 and (self.any or revision in self.revisions)
-
-
 class Preconditions(NamedTuple):
     """The conditional headers of a request."""
 
     if_match: str | None
     if_none_match: str | None
 
-    def expected_revision(self, current: int, alias: str) -> int | None:
-        """Return the revision that the alias must have when it is written; None without preconditions.
+    def expected(self, current: int, alias: str) -> str | None:
+        """Return the ETag that the alias must have when it is written, `"0"` where it must not be set; None without
+        preconditions.
 
         `current`: the revision now, 0 if the alias is not set. Raises RevisionConflict if it does not fit the headers,
         SpecError if a header is malformed.
@@ -134,26 +126,27 @@ class Preconditions(NamedTuple):
         self.check_match(current, alias)
         if self.found_unchanged(current):
             raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which If-None-Match rules out")
-        return None if self.if_match is None and self.if_none_match is None else current
+        return None if self.if_match is None and self.if_none_match is None else f'"{current}"'
 
     def check_match(self, current: int, alias: str) -> None:
         """Raise RevisionConflict if If-Match does not match the alias's revision."""
-        if self.if_match is not None and not _parse(self.if_match, "If-Match", _STRONG).match(current):
+        if self.if_match is not None and not _matches(self.if_match, "If-Match", _STRONG, current):
             raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which is not what If-Match asks for")
 
     def found_unchanged(self, revision: int) -> bool:
         """Tell whether a GET gets the response 304."""
-        return self.if_none_match is not None and _parse(self.if_none_match, "If-None-Match", _WEAK).match(revision)
+        return self.if_none_match is not None and _matches(self.if_none_match, "If-None-Match", _WEAK, revision)
 
 
 def _describe(revision: int) -> str:
     return f"has revision {revision}" if revision else "is not set"
 
 
-def _parse(header: str, name: str, tag: re.Pattern[str]) -> _Tags:
+def _matches(header: str, name: str, tag: re.Pattern[str], revision: int) -> bool:
+    """Tell whether a tag of the header matches `revision`, 0 for an alias that is not set. Raises SpecError."""
     if not _LIST.fullmatch(header):
         raise SpecError(f'{name} is neither * nor a list of ETags in quotes, as in {name}: "17"')
-    return _Tags(header.strip() == "*", frozenset(int(t) for t in tag.findall(header)))
+    return revision > 0 and (header.strip() == "*" or revision in map(int, tag.findall(header)))
 
 
 def _preconditions(

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, TypeVar
 from urllib.parse import urlencode
 
 from fastapi import Depends, Path, Query, Request, Response
 
-from jobs.submission.tracker import JobServer, JobTracker
+from jobs.submission.server import RayJobServer
+from jobs.submission.tracker import JobTracker
 from loray.bases.registry import list_bases
-from loray.catalog import AdapterVersion, Catalog
+from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import ServingAddress
-from loray.publishing import Destination
-from loray.publishing.uploads import Uploads
-from loray.schemas.resources import Page, Registration
+from loray.schemas.resources import Page
 from loray.scratch import Scratch
+from loray.service import CatalogService
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
-from serve_apps.api.conversions import Conversions, publish_upload
+from serve_apps.api.conversions import Conversions
 from serve_apps.auth import RateLimits
 from serve_apps.console import GatewayClient, Placements, Streams
 from serve_apps.places import MostPlaces, Places
@@ -62,7 +61,7 @@ class Services:
     """
 
     def __init__(
-        self, settings: Settings, jobs: JobServer, placements: Placements, gateway: GatewayClient | None = None
+        self, settings: Settings, jobs: RayJobServer, placements: Placements, gateway: GatewayClient | None = None
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
@@ -74,20 +73,11 @@ class Services:
         self.rates = RateLimits()
         self.followers = Places("followers of logs", FOLLOWERS)
         self.gateway = gateway or GatewayClient(ServingAddress("127.0.0.1", ServeSpec().port).url)
-        self._job_server, self._settings = jobs, settings
+        self.settings, self._job_server = settings, jobs
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None
         self._failure, self._failed_at = "", float("-inf")
         self._store: AdapterStore | None = None
-
-    @property
-    def settings(self) -> Settings:
-        return self._settings
-
-    @property
-    def home(self) -> FilePath:
-        """The folder that contains this node's bases."""
-        return self._settings.home
 
     @property
     def catalog(self) -> Catalog:
@@ -100,8 +90,8 @@ class Services:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    catalog = Catalog.of(self._settings, ACTOR)
-                    _reserve_bases(catalog, self._settings.home)
+                    catalog = Catalog.of(self.settings, ACTOR)
+                    _reserve_bases(catalog, self.settings)
                     self._catalog = catalog
                 except LorayError as e:
                     self._failure = str(e) if isinstance(e, CatalogError) else f"the catalog cannot be opened: {e}"
@@ -115,27 +105,24 @@ class Services:
             principal = principal.model_copy(update={"actor": ACTOR})
         return self.catalog.view(principal)
 
+    def service_of(self, principal: Principal) -> CatalogService:
+        """What this caller may do with the catalog, which is opened when it is first needed."""
+        return CatalogService(self.settings, lambda: self.catalog_of(principal), lambda: self.store, self.scratch)
+
     def jobs_of(self, principal: Principal) -> JobTracker:
         """Track the jobs of this caller's tenant."""
-        return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
+        return JobTracker(lambda: self.catalog_of(principal), self._job_server, self.settings)
 
     def watch_jobs(self) -> None:
         """Compare the jobs of all tenants with Ray's; see `JobTracker.watch`."""
-        JobTracker(lambda: self.catalog, self._job_server, self._settings).watch()
+        JobTracker(lambda: self.catalog, self._job_server, self.settings).watch()
 
     @property
     def store(self) -> AdapterStore:
         with self._store_lock:
             if self._store is None:
-                self._store = AdapterStore(open_store(self._settings.store))
+                self._store = AdapterStore(open_store(self.settings.store))
             return self._store
-
-    def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
-        """Publish an upload, against the bases of this node. Raises Overloaded where its disk has no room."""
-        assert asked.upload is not None
-        files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
-        with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
-            return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
         for places in (self.long, self.sending, self.downloads, self.followers):
@@ -153,24 +140,24 @@ async def _services(request: Request) -> Services:  # FastAPI would call a plain
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
-def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
+def _reserve_bases(catalog: Catalog, settings: Settings) -> None:
     """Keep the names of this machine's bases, so that no adapter takes one of a base that has published nothing."""
     try:
-        bases = list_bases(home)
+        bases = list_bases(settings.home)
     except LorayError as e:
         _log.warning("the bases of this machine cannot be read: %s", e)
         return
     for base in bases:
         try:
-            catalog.add_base(base.name, base.fingerprint)
+            catalog.bases.add(base.name, base.fingerprint)
         except ConflictError as e:
             _log.warning("%s", e)
 
 
-def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
-    """Make a page, with a Link header to the next one if there is one."""
-    if cursor is not None:
+def linked(page: Page[T], request: Request, response: Response) -> Page[T]:
+    """Give the page a Link header to the next one if there is one."""
+    if page.next is not None:
         others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-        query = urlencode([*others, ("cursor", cursor)])
+        query = urlencode([*others, ("cursor", page.next)])
         response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
-    return Page[T](items=items, next=cursor)
+    return page

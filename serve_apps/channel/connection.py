@@ -21,6 +21,7 @@ from serve_apps.channel.frames import (
     ALIVE,
     END,
     HELLO,
+    LOAD,
     SENT,
     WELCOME,
     ChannelAddress,
@@ -36,6 +37,7 @@ from serve_apps.channel.frames import (
 )
 
 PERIOD_S = 5.0  # between two reports: the router remembers what it has sent since
+LOAD_S = 0.25  # between two looks how many streams each gateway has
 MAX_BACKLOG = 32 << 20  # bytes
 _AT_ONCE = 64  # pieces of the backlog, sent under the lock
 _HANDSHAKE_S = 10.0
@@ -290,6 +292,7 @@ class Connection:
         self._heartbeat = Heartbeat(self._writer.write, self._end)
         self._reporting = Reporting(held, self._writer.write)
         self._streams: dict[int, Left] = {}
+        self._num_told = 0  # of other gateways' streams
         self._reader = asyncio.create_task(self._read())
 
     def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
@@ -317,6 +320,16 @@ class Connection:
     def unwatch(self, stream: int) -> None:
         self._streams.pop(stream, None)
 
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    def tell_load(self, num_of_others: int) -> None:
+        """Tell the gateway how many streams other gateways have here, if that has changed."""
+        if num_of_others != self._num_told:
+            self._num_told = num_of_others
+            self._writer.write(frame(LOAD, num_of_others))
+
     def close(self) -> None:
         self._end("closed")
 
@@ -333,17 +346,16 @@ class Connection:
 
     def _take(self, kind: object, *fields: Any) -> None:
         if kind == END:
-            self._left(*fields)
+            stream, reason = fields
+            self._writer.drop(stream)
+            left = self._streams.pop(stream, None)
+            if left is not None:
+                left(reason)
         elif kind == AGAIN:
             self._reporting.again()
+            self._num_told = 0
         elif kind != ALIVE:
             raise FrameError(f"kind {kind}")
-
-    def _left(self, stream: int, reason: str) -> None:
-        self._writer.drop(stream)
-        left = self._streams.pop(stream, None)
-        if left is not None:
-            left(reason)
 
     def _end(self, reason: str) -> None:
         if not self.is_open:
@@ -405,6 +417,7 @@ class Connections:
         self._node, self._replica, self._held, self._tls = node, replica, held, tls
         self._numbers = count()
         self._to: dict[ChannelAddress, asyncio.Task[Connection]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     async def to(self, address: ChannelAddress) -> Connection:
         """Return the connection that stands, or a new one. Raises OSError if the gateway cannot be reached."""
@@ -416,9 +429,23 @@ class Connections:
                 del self._to[gone]
             name = f"{self._replica}#{next(self._numbers)}"
             task = self._to[address] = asyncio.create_task(connect(address, self._node, name, self._held, self._tls))
-        return await asyncio.shield(task)
+        connection = await asyncio.shield(task)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LOAD_S, self._tell_loads)
+        return connection
+
+    def _tell_loads(self) -> None:
+        """Tell each gateway how many streams the others have, and go on with it while there are streams."""
+        done = [task for task in self._to.values() if task.done() and not task.cancelled() and not task.exception()]
+        standing = [connection for task in done if (connection := task.result()).is_open]
+        num_streams = sum(connection.num_streams for connection in standing)
+        for connection in standing:
+            connection.tell_load(num_streams - connection.num_streams)
+        self._timer = asyncio.get_running_loop().call_later(LOAD_S, self._tell_loads) if num_streams else None
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._to.values():
             if not task.done():
                 task.cancel()

@@ -10,6 +10,7 @@
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
     AGAIN    gateway   a report was missed: the whole, please
     SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
+    LOAD     replica   how many streams of other gateways it has
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
 one request; the gateway gives it a number that nobody can guess, and takes its frames from one connection. `pool`,
@@ -31,7 +32,7 @@ import msgpack
 from loray.policy.routing import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT = range(10)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD = range(11)
 MAX_FRAME = 1 << 20
 TOKEN_BYTES = 64  # of an address
 PERIOD_S = 5.0  # of the heartbeat

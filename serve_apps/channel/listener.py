@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import os
 import secrets
 import socket
@@ -22,6 +23,7 @@ from serve_apps.channel.frames import (
     ALIVE,
     END,
     HELLO,
+    LOAD,
     PROMPT,
     REPORT,
     SCORED,
@@ -38,9 +40,7 @@ from serve_apps.channel.frames import (
     unpack_delta,
     unpack_logprobs,
 )
-from serve_apps.channel.inbox import Inbox
-from serve_apps.channel.lateness import Lateness
-from serve_apps.channel.wakes import Wakes
+from serve_apps.channel.inbox import Inbox, Wakes
 
 _log = get_logger(__name__)
 
@@ -48,7 +48,44 @@ _HANDSHAKE_S = 10.0
 _MAX_STRANGERS = 128  # connections that have not shown the token yet
 _STREAM_BITS = 62
 _LOST = "the replica that served this request was lost; send it again"
+_WINDOW_S = 60.0  # of RecentLeast
 _LOST_S = 2.0  # after a connection's end, for the call to say what happened
+
+
+class RecentLeast:
+    """Keeps the least value of the last one to two minutes. `now`: seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._least = self._least_before = math.inf
+        self._window_ends = -math.inf
+
+    def add(self, value: float, now: float) -> float:
+        """Add a value, and return the least."""
+        if now >= self._window_ends:
+            self._least_before, self._least = self._least, math.inf
+            self._window_ends = now + _WINDOW_S
+        self._least = min(self._least, value)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The least value; inf: there was none."""
+        return min(self._least, self._least_before)
+
+
+class Lateness:
+    """Tells by how much longer than usual the messages of one connection are under way.
+
+    The clocks of both sides differ by an unknown time, which drifts slowly. So the shortest way of late counts as usual
+    (one-way delay over base delay: LEDBAT, RFC 6817).
+    """
+
+    def __init__(self) -> None:
+        self._shortest = RecentLeast()
+
+    def of(self, sent_at: float, now: float) -> float:
+        """Return the lateness of the message that came `now`. Seconds, each of its side's clock."""
+        return now - sent_at - self._shortest.add(now - sent_at, now)
 
 
 class Listener:
@@ -176,6 +213,12 @@ class Listener:
                 inbox.push_prompt(map(unpack_logprobs, part))
         elif kind == REPORT:
             self._reported(peer, unpack_delta(rest))
+        elif kind == LOAD:
+            (number,) = rest
+            if not isinstance(number, int):
+                raise TypeError("a load that is no number")
+            if peer.replica is not None and self._reporters.get(peer.replica) is peer:
+                self._reports.loaded(peer.replica, number, time.monotonic())
         elif fields == (ALIVE,):
             self._reported(peer, None)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from itertools import islice
 from typing import Annotated, NamedTuple, get_args
 from urllib.parse import urlencode
 
@@ -16,29 +15,26 @@ from starlette.concurrency import run_in_threadpool
 
 from loray.adapters.manifest import PUBLISHED_FILES
 from loray.bases.registry import base_names
-from loray.catalog import AdapterVersion, VersionSummary
+from loray.catalog import VersionSummary
 from loray.catalog.entries import parse_tags
 from loray.errors import SpecError
 from loray.policy.auth import check
-from loray.publishing import Destination
-from loray.publishing.uploads import Uploads
-from loray.schemas.resources import CanaryResource, Registration, VersionNumber
+from loray.schemas.resources import AdapterResource, Registration, VersionDetail, VersionNumber
 from loray.spec import (
     AdapterManifest,
     Alias,
     Method,
     Name,
     Percent,
-    Principal,
     QualifiedName,
     TenantName,
     split_qualified,
 )
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import receive_upload, send_adapter
-from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.backend import ConsoleDep, Service
 from serve_apps.console.recipes import recipe_text
-from serve_apps.console.rendering import MOST_SUGGESTED, Form, checked, led_to, page_router, read_form
+from serve_apps.console.rendering import MOST_SUGGESTED, checked, led_to, page_router, read_form
 
 _PAGE = 50
 _VERSIONS = 20
@@ -72,8 +68,8 @@ router = page_router()
 @may("read")
 def list_adapters(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     search: Annotated[str, Query(max_length=96)] = "",
     base: Annotated[str, Query(max_length=96)] = "",
     method: Annotated[str, Query(max_length=16)] = "",
@@ -81,11 +77,9 @@ def list_adapters(
     tenant: Annotated[str, Query(max_length=96)] = "",
     after: QualifiedName | None = None,
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    bases = catalog.bases()
-    found = catalog.names(
-        limit=_PAGE + 1,
-        after=after or "",
+    found = service.adapter_page(
+        _PAGE,
+        after,
         tenant=tenant or None,
         base=base or None,
         method=method or None,
@@ -94,17 +88,15 @@ def list_adapters(
     )
     asked = {"search": search, "base": base, "method": method, "tag": tag, "tenant": tenant}
     given = {name: value for name, value in asked.items() if value}
-    more = urlencode(given | {"after": found[_PAGE - 1].name}) if len(found) > _PAGE else ""
     return console.renderer.page(
         request,
         "adapters.html",
-        entries=found[:_PAGE],
+        adapters=found.items,
         asked=asked,
         is_filtered=bool(given),
         first="" if after is None else "?" + urlencode(given),
-        more=more,
-        bases={fingerprint: name for name, fingerprint in bases.items()},
-        choices=list(islice(bases, MOST_SUGGESTED)),
+        more="" if found.next is None else urlencode(given | {"after": found.next}),
+        choices=list(service.catalog.bases.fingerprints())[:MOST_SUGGESTED],
         methods=get_args(Method),
     )
 
@@ -113,28 +105,25 @@ def list_adapters(
 @may("read")
 def show_adapter(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     name: AdapterName,
     before: VersionNumber | None = None,
     done: Annotated[str, Query(max_length=16)] = "",
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    entry = catalog.entry(name)
-    shown, older = catalog.versions(name, limit=_VERSIONS, before=before)
+    adapter = service.adapter(name)
+    page = service.catalog.adapters.versions(name, limit=_VERSIONS, before=before)
     return console.renderer.page(
         request,
         "adapter.html",
-        **_names(entry.name, entry.tenant),
-        entry=entry,
-        versions=shown,
-        older=older,
-        aliases=catalog.aliases(name),
-        canaries=[
-            CanaryResource.of(s) for i, s in enumerate(catalog.canaries(name)) if i < _DRAWN or s.outcome is None
-        ],
-        tags=catalog.tags(name),
-        lineage=lineage_of(shown[:_DRAWN]),
+        **_places(adapter),
+        adapter=adapter,
+        versions=page.items,
+        older=page.next,
+        aliases=service.aliases(name),
+        canaries=[c for i, c in enumerate(service.canaries(name)) if i < _DRAWN or c.outcome is None],
+        tags=service.tags(name),
+        lineage=lineage_of(page.items[:_DRAWN]),
         done=_DONE.get(done, ""),
     )
 
@@ -142,16 +131,15 @@ def show_adapter(
 @router.get("/adapters/{name}/versions/{version}")
 @may("read")
 def show_version(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
+    console: ConsoleDep, service: Service, request: Request, name: AdapterName, version: VersionPath
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    found, entry = catalog.version(name, version), catalog.entry(name)
+    found, adapter = service.version(name, version), service.adapter(name)
     recipe = found.manifest.recipe
     return console.renderer.page(
         request,
         "version.html",
-        **_names(entry.name, entry.tenant),
-        entry=entry,
+        **_places(adapter),
+        adapter=adapter,
         version=found,
         manifest=_manifest_text(found),
         evaluations=found.evaluations[:_EVALUATIONS],
@@ -162,91 +150,77 @@ def show_version(
 @router.get("/adapters/{name}/versions/{version}/download")
 @may("download")
 async def download(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
+    console: ConsoleDep, service: Service, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> Response:
     """Send the files as a tar archive."""
-
-    def find() -> AdapterVersion:
-        catalog = console.backend.catalog_of(asking)
-        found = catalog.version(name, version)
-        catalog.note("download", found.label, tenant=found.tenant, form="peft")
-        return found
-
-    return await send_adapter(console.backend, asking, await run_in_threadpool(find))
+    found = await run_in_threadpool(service.record_download, name, version)
+    return await send_adapter(console.backend, asking, found)
 
 
 @router.get("/adapters/{name}/diff")
 @may("read")
 def show_difference(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     name: AdapterName,
     old: VersionNumber,
     new: VersionNumber,
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    entry = catalog.entry(name)
-    before, after = (_manifest_text(catalog.version(name, number)).splitlines() for number in (old, new))
+    adapter = service.adapter(name)
+    before, after = (_manifest_text(service.version(name, number)).splitlines() for number in (old, new))
     lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
-    return console.renderer.page(
-        request, "difference.html", **_names(entry.name, entry.tenant), old=old, new=new, lines=lines
-    )
+    return console.renderer.page(request, "difference.html", **_places(adapter), old=old, new=new, lines=lines)
 
 
 @router.post("/adapters/{name}/aliases/{alias}")
 @may("promote")
 def promote(
-    console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     version: VersionNumber,
 ) -> Response:
     """Point the alias at the version; the gate may refuse it."""
-    console.backend.catalog_of(asking).promote(name, alias, version)
+    service.promote(name, alias, version)
     return _again(request, name, "promoted")
 
 
 @router.post("/adapters/{name}/aliases/{alias}/rollback")
 @may("promote")
 def roll_back(
-    console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     revision: Annotated[int | None, Query(ge=0)] = None,
 ) -> Response:
     """Point the alias back at where it pointed before its last move, if it has this revision still."""
-    console.backend.catalog_of(asking).rollback(name, alias, expected_revision=revision)
+    service.rollback(name, alias, etag=None if revision is None else f'"{revision}"')
     return _again(request, name, "rolled-back")
 
 
 @router.post("/adapters/{name}/aliases/{alias}/canary")
 @may("promote")
 def set_canary(
-    console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     version: VersionNumber,
     percent: Percent,
 ) -> Response:
     """Give the version a share of the alias's requests, or change the share of its canary."""
-    console.backend.catalog_of(asking).set_canary(name, alias, version, percent)
+    service.set_canary(name, alias, version, percent)
     return _again(request, name, "divided")
 
 
 @router.post("/adapters/{name}/aliases/{alias}/canary/end")
 @may("promote")
-def end_canary(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, alias: Annotated[Alias, Path()]
-) -> Response:
+def end_canary(service: Service, request: Request, name: AdapterName, alias: Annotated[Alias, Path()]) -> Response:
     """Give all requests to the version that the alias points at."""
-    console.backend.catalog_of(asking).end_canary(name, alias)
+    service.end_canary(name, alias)
     return _again(request, name, "ended")
 
 
@@ -263,8 +237,8 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
 
 @router.post("/uploads")
 @may("publish")
-def begin_upload(console: ConsoleDep, asking: CurrentPrincipal) -> Response:
-    return JSONResponse({"id": _uploads(console, asking).begin()}, 201)
+def begin_upload(service: Service) -> Response:
+    return JSONResponse({"id": service.begin_upload().id}, 201)
 
 
 @router.put("/uploads/{id}/files/{name}")
@@ -283,27 +257,11 @@ async def put_file(
 
 @router.post("/uploads/{id}/publish")
 @may("publish")
-async def publish(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: UploadId) -> Response:
+async def publish(
+    console: ConsoleDep, service: Service, request: Request, asking: CurrentPrincipal, id: UploadId
+) -> Response:
     """Check the folder as a whole, publish it, and show its page."""
     form = await read_form(request)
-    version = await console.backend.long.run(asking.tenant, lambda: _publish(console, asking, id, form))
-    bare = version.name.rpartition("/")[2]
-    return led_to(request, f"/adapters/{bare}?tenant={asking.tenant}&done=published")
-
-
-@router.delete("/uploads/{id}")
-@may("publish")
-def forget(console: ConsoleDep, asking: CurrentPrincipal, id: UploadId) -> Response:
-    """Forget an upload that could not be published, so that it does not count among those that are open."""
-    _uploads(console, asking).delete(id)
-    return Response(status_code=204)
-
-
-def _uploads(console: Console, asking: Principal) -> Uploads:
-    return Uploads(console.backend.store, console.backend.catalog_of(asking).own_tenant)
-
-
-def _publish(console: Console, asking: Principal, id: str, form: Form) -> AdapterVersion:
     given = {name: form.get(name) for name in ("base", "licence", "description") if form.get(name)}
     aliases = [alias for alias in form.get("aliases").replace(",", " ").split() if alias]
     asked = checked(Registration, {"upload": id, "aliases": aliases, **given})
@@ -313,14 +271,22 @@ def _publish(console: Console, asking: Principal, id: str, form: Form) -> Adapte
         raise SpecError(f"the name {form.get('name')!r} is none of an adapter: {e.errors()[0]['msg']}") from e
     if asked.aliases:
         check(asking, "promote")
-    to = Destination(name, console.backend.store, console.backend.catalog_of(asking), asked.aliases)
-    return console.backend.publish_upload(asked, to)
+    await console.backend.long.run(asking.tenant, lambda: service.register(name, **asked.model_dump()))
+    return led_to(request, f"/adapters/{name}?tenant={asking.tenant}&done=published")
 
 
-def _names(name: str, tenant: str) -> dict[str, str]:
+@router.delete("/uploads/{id}")
+@may("publish")
+def forget(service: Service, id: UploadId) -> Response:
+    """Forget an upload that could not be published, so that it does not count among those that are open."""
+    service.delete_upload(id)
+    return Response(status_code=204)
+
+
+def _places(adapter: AdapterResource) -> dict[str, str]:
     """`here` is the path of the adapter's page, `of` the query that says whose it is."""
-    bare = split_qualified(name)[1]
-    return {"bare": bare, "here": f"/adapters/{bare}", "of": urlencode({"tenant": tenant})}
+    bare = split_qualified(adapter.name)[1]
+    return {"bare": bare, "here": f"/adapters/{bare}", "of": urlencode({"tenant": adapter.tenant})}
 
 
 def _again(request: Request, name: str, done: str) -> Response:
@@ -329,7 +295,7 @@ def _again(request: Request, name: str, done: str) -> Response:
     return led_to(request, f"/adapters/{bare}?{urlencode(query)}")
 
 
-def _manifest_text(version: AdapterVersion) -> str:
+def _manifest_text(version: VersionDetail) -> str:
     data = version.manifest.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from functools import partial
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -10,8 +11,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from loray.catalog import AdapterVersion
-from loray.publishing.uploads import Archive, UploadedFile, Uploads, adapter_as_tar, check_file_name
-from loray.schemas.resources import DownloadForm
+from loray.publishing.uploads import Archive, adapter_as_tar, check_file_name
+from loray.schemas.resources import DownloadForm, FileResource
 from loray.spec import Principal
 from serve_apps.console.backend import Backend
 from serve_apps.http import length_of, receive_file
@@ -56,23 +57,15 @@ def label_of(version: AdapterVersion) -> str:
     return f"{version.name.replace('/', '-')}-{version.version}"
 
 
-async def receive_upload(backend: Backend, request: Request, asking: Principal, id: str, name: str) -> UploadedFile:
+async def receive_upload(backend: Backend, request: Request, asking: Principal, id: str, name: str) -> FileResource:
     """Receive the file `name` of the upload `id`. All that it costs is counted before its first byte is read.
 
     Raises as `Uploads.put`; LimitExceeded where the tenant would store too much, Overloaded where no place or no disk
     is left.
     """
+    service = backend.service_of(asking)
     num_bytes = length_of(request, check_file_name(name))
     async with backend.sending.one(asking.tenant):
         with backend.scratch.folder(num_bytes, of=asking.tenant) as folder:
-            uploads = await run_in_threadpool(_room, backend, asking, id, name)
-            return await receive_file(request, folder / name, num_bytes, lambda path: uploads.put(id, name, path))
-
-
-def _room(backend: Backend, asking: Principal, id: str, name: str) -> Uploads:
-    """The tenant's uploads, once it is known that its files under way may come."""
-    catalog = backend.catalog_of(asking)
-    uploads = Uploads(backend.store, catalog.own_tenant)
-    uploads.check_open(id)
-    catalog.check_stored_bytes(lambda: uploads.num_bytes(beside=(id, name)) + backend.scratch.held(asking.tenant))
-    return uploads
+            await run_in_threadpool(service.check_file, id, name, lambda: backend.scratch.held(asking.tenant))
+            return await receive_file(request, folder / name, num_bytes, partial(service.put_file, id))

@@ -14,15 +14,14 @@ from typing import Annotated, NamedTuple, Protocol
 from fastapi import Depends, Request
 
 from jobs.submission.tracker import JobTracker
-from loray.catalog import AdapterVersion, Catalog
-from loray.publishing import Destination
-from loray.schemas.resources import Registration
+from loray.catalog import Catalog
 from loray.schemas.status import AdapterPlacement
 from loray.scratch import Scratch
+from loray.service import CatalogService
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.auth import Authenticator, RateLimits
+from serve_apps.auth import Authenticator, CurrentPrincipal, RateLimits
 from serve_apps.console.gateway import GatewayClient
 from serve_apps.console.rendering import Renderer, Streams
 from serve_apps.console.runs import Histories
@@ -53,20 +52,20 @@ class Sessions:
     def begin(self, key: str, principal: Principal) -> str:
         """Begin a session, and return the value of its cookie. `principal` is the key's."""
         value = secrets.token_urlsafe(32)
-        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex())
+        self._catalog_of(principal).logins.begin(_sha256(value), _sealed(value, key.encode()).hex())
         return value
 
     def find(self, value: str | None) -> Session | None:
         if value is None:
             return None
-        sealed = self._catalog_of(Principal()).find_login(_sha256(value))
+        sealed = self._catalog_of(Principal()).logins.find(_sha256(value))
         if sealed is None:
             return None
         return Session(_sealed(value, bytes.fromhex(sealed)).decode(), _derived(value, "csrf", 32).hex())
 
     def end(self, value: str | None, principal: Principal) -> None:
         if value is not None:
-            self._catalog_of(principal).end_login(_sha256(value))
+            self._catalog_of(principal).logins.end(_sha256(value))
 
 
 def _sha256(value: str) -> str:
@@ -90,7 +89,7 @@ class Placements(Protocol):
 
 
 class Backend(Protocol):
-    """The catalog API's services. As for the REST API, `catalog_of` and `jobs_of` decide what exists for a caller."""
+    """The catalog API's services. As for the REST API, `service_of` and `jobs_of` decide what exists for a caller."""
 
     gateway: GatewayClient
     placements: Placements
@@ -107,11 +106,9 @@ class Backend(Protocol):
     @property
     def store(self) -> AdapterStore: ...
 
-    def catalog_of(self, principal: Principal) -> Catalog: ...
+    def service_of(self, principal: Principal) -> CatalogService: ...
 
     def jobs_of(self, principal: Principal) -> JobTracker: ...
-
-    def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion: ...
 
 
 class Console(NamedTuple):
@@ -135,3 +132,16 @@ async def _console(request: Request) -> Console:  # FastAPI would call a plain f
 
 
 ConsoleDep = Annotated[Console, Depends(_console)]
+
+
+async def _service(console: ConsoleDep, asking: CurrentPrincipal) -> CatalogService:
+    return console.backend.service_of(asking)
+
+
+async def _jobs(console: ConsoleDep, asking: CurrentPrincipal) -> JobTracker:
+    return console.backend.jobs_of(asking)
+
+
+# As the request's caller may use them.
+Service = Annotated[CatalogService, Depends(_service)]
+Jobs = Annotated[JobTracker, Depends(_jobs)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from typing import Any
+from collections.abc import AsyncIterator
 
 import httpx
 from pydantic import ValidationError
@@ -13,46 +11,28 @@ from starlette.concurrency import run_in_threadpool
 from loray.client.metrics import Metrics
 from loray.errors import ClusterError, LorayError, PermissionDenied, Unauthenticated
 from loray.schemas.status import Status
-from serve_apps.console.demand import Demand
 
 _TIMEOUT = httpx.Timeout(5.0)
 _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
 
 
 class GatewayClient:
-    """One connection pool to `url` for all callers; `transport` replaces the network in tests.
+    """One connection pool to `url` for all callers; `transport` replaces the network in tests."""
 
-    demand    what `status` found so far, for callers who may see it
-    replicas  names of those that `status` found last
-    """
-
-    def __init__(
-        self,
-        url: str,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
-        self.demand = Demand(clock)
-        self.replicas: tuple[str, ...] = ()
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
 
-    async def status(self, authorization: str | None, *, layout: bool | Collection[str] = False) -> Status:
-        """Ask GET /status; with `layout` also what pools hold by position, or those of replicas of these names. Raises
-        PermissionDenied where the key may not see it, and ClusterError where nothing answers.
+    async def status(self, authorization: str | None) -> Status:
+        """Ask GET /status. Raises PermissionDenied where the key may not see it, and ClusterError where nothing
+        answers.
         """
-        asked: dict[str, Any] = {"layout": True} if layout else {}
-        if not isinstance(layout, bool):
-            asked["replica"] = list(layout)
-        response = await self._get("/status", authorization, asked)
+        response = await self._get("/status", authorization)
         try:  # of many replicas it is long
-            status = await run_in_threadpool(Status.model_validate_json, response.content)
+            return await run_in_threadpool(Status.model_validate_json, response.content)
         except ValidationError as e:
             raise ClusterError("the gateway's status is not one of this version's") from e
-        self.demand.note(status)
-        self.replicas = tuple(replica.replica for replica in status.replicas)
-        return status
 
     async def metrics(self, authorization: str | None, *names: str) -> Metrics:
         """Ask GET /metrics for these metrics. Raises as `status` does."""
@@ -81,11 +61,9 @@ class GatewayClient:
         if self._client is not None:
             await self._client.aclose()
 
-    async def _get(
-        self, path: str, authorization: str | None, asked: Mapping[str, Any] | None = None
-    ) -> httpx.Response:
+    async def _get(self, path: str, authorization: str | None) -> httpx.Response:
         try:
-            response = await self._open().get(path, headers=_authorized(authorization), params=asked)
+            response = await self._open().get(path, headers=_authorized(authorization))
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
         if response.status_code == 401:

@@ -9,12 +9,13 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
+from jobs.submission.tracker import JobTracker
 from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.policy.auth import check
-from loray.spec import JobId, JobStatus, Method, Principal
+from loray.spec import JobId, JobStatus, Method
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.backend import Console, ConsoleDep, Jobs, Service
 from serve_apps.console.recipes import form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import MOST_SUGGESTED, led_to, page_router, read_form
 from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
@@ -31,29 +32,29 @@ router = page_router()
 @may("follow")
 def list_jobs(
     console: ConsoleDep,
+    jobs: Jobs,
     request: Request,
-    asking: CurrentPrincipal,
     cursor: JobId | None = None,
     status: JobStatus | None = None,
 ) -> Response:
     """Jobs of the own tenant, newest first."""
-    page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
+    page = jobs.page(_PAGE, cursor, status, None)
     return console.renderer.page(
-        request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
+        request, "jobs.html", jobs=page.items, more=page.next, chosen=status, statuses=get_args(JobStatus)
     )
 
 
 @router.get("/jobs/new")
 @may("train")
-def show_form(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+def show_form(console: ConsoleDep, service: Service, request: Request) -> Response:
     """Show the form of a recipe."""
-    bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
+    bases = list(service.catalog.bases.fingerprints())[:MOST_SUGGESTED]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 
 @router.post("/jobs/plan")
 @may("train")
-async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+async def show_plan(console: ConsoleDep, service: Service, request: Request, asking: CurrentPrincipal) -> Response:
     """Show what `loray plan` says of the form; where it is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
     if not is_begun(form):
@@ -61,9 +62,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrinci
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
     try:
         console.backend.rates.take_advice(asking, time.monotonic())
-        estimate = await run_in_threadpool(
-            lambda: plan_of(recipe_of(form, settings.home), console.backend.catalog_of(asking), settings)
-        )
+        estimate = await run_in_threadpool(lambda: plan_of(recipe_of(form, settings.home), service.catalog, settings))
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
     return console.renderer.page(request, "parts/plan.html", plan=estimate, problem="")
@@ -71,7 +70,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrinci
 
 @router.post("/jobs")
 @may("train")
-async def submit_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+async def submit_job(console: ConsoleDep, jobs: Jobs, request: Request, asking: CurrentPrincipal) -> Response:
     """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does."""
     form = await read_form(request)
 
@@ -79,7 +78,7 @@ async def submit_job(console: ConsoleDep, request: Request, asking: CurrentPrinc
         recipe = recipe_of(form, console.backend.settings.home)
         if recipe.publish.aliases:
             check(asking, "promote")
-        return console.backend.jobs_of(asking).submit(recipe, None, resume=False)
+        return jobs.submit(recipe, None, resume=False)
 
     job = await run_in_threadpool(submit)
     return led_to(request, f"/jobs/{job.id}")
@@ -89,38 +88,30 @@ async def submit_job(console: ConsoleDep, request: Request, asking: CurrentPrinc
 @may("follow")
 def compare_jobs(
     console: ConsoleDep,
+    jobs: Jobs,
     request: Request,
-    asking: CurrentPrincipal,
     job: Annotated[list[JobId], Query(max_length=_COMPARED)] = [],  # noqa: B006 - not changed
 ) -> Response:
     """The runs of some jobs beside each other."""
     ids = list(dict.fromkeys(job))
     if not ids:
         raise SpecError(f"choose up to {_COMPARED} jobs of the list, and compare them")
-    tracker = console.backend.jobs_of(asking)
-    found = [tracker.get(id) for id in ids]
-    seen = {each.id: (each, _look(console, asking, each)) for each in found}
+    found = [jobs.get(id) for id in ids]
+    seen = {each.id: (each, _look(console, jobs, each)) for each in found}
     return console.renderer.page(request, "compare.html", **compare(seen)._asdict())
 
 
+@router.get("/jobs/{id}/live")
 @router.get("/jobs/{id}")
 @may("follow")
-def show_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
-    job = console.backend.jobs_of(asking).get(id)
+def show_job(console: ConsoleDep, jobs: Jobs, request: Request, id: JobPath) -> Response:
+    job = jobs.get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
-    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
+    return console.renderer.followed(request, "job.html", recipe=recipe, **_state(console, jobs, job))
 
 
-@router.get("/jobs/{id}/live")
-@may("follow")
-def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
-    """The part of the page that is asked for again and again until the job has ended."""
-    job = console.backend.jobs_of(asking).get(id)
-    return console.renderer.page(request, "parts/job.html", **_state(console, asking, job))
-
-
-def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:
-    seen = _look(console, asking, job)
+def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
+    seen = _look(console, jobs, job)
     lines = {
         "rate": {step.step: step.lr for step in seen.steps if step.lr is not None},
         "pace": {step.step: step.tokens_per_s for step in seen.steps if step.tokens_per_s is not None},
@@ -140,13 +131,12 @@ def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:
     }
 
 
-def _look(console: Console, asking: Principal, job: Job) -> Seen:
-    history = console.histories.of(job, console.backend.settings)
-    return history.look(job, console.backend.jobs_of(asking).tail)
+def _look(console: Console, jobs: JobTracker, job: Job) -> Seen:
+    return console.histories.of(job, console.backend.settings).look(job, jobs.tail)
 
 
 @router.post("/jobs/{id}/stop")
 @may("train")
-def stop_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
-    job = console.backend.jobs_of(asking).stop(id)
+def stop_job(jobs: Jobs, request: Request, id: JobPath) -> Response:
+    job = jobs.stop(id)
     return led_to(request, f"/jobs/{job.id}")

@@ -10,13 +10,12 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.usage import UsageRow
 from loray.errors import SpecError
-from loray.schemas.access import KeyCreation, KeyResource, TenantCreation
-from loray.service import DirectAccess
-from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName, UsageGroup
+from loray.schemas.access import KeyCreation, TenantChange, TenantCreation
+from loray.schemas.resources import UsageResource
+from loray.spec import SCOPES, TENANT_SCOPES, JobId, TenantName, UsageGroup
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.backend import ConsoleDep, Service
 from serve_apps.console.rendering import Form, checked, led_to, page_router, read_form
 
 _PAGE = 50  # keys
@@ -33,20 +32,20 @@ router = page_router()
 @may("manage_own")
 def list_keys(
     console: ConsoleDep,
+    service: Service,
     request: Request,
     asking: CurrentPrincipal,
     cursor: JobId | None = None,
     tenant: Annotated[str, Query(max_length=96)] = "",
 ) -> Response:
     """Show keys newest first, those revoked included: the own tenant's, and to administrators all."""
-    catalog = console.backend.catalog_of(asking)
-    tenants = catalog.tenants(limit=_TENANTS + 1) if asking.is_admin else ()
-    page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
+    tenants = service.tenants(limit=_TENANTS + 1) if asking.is_admin else ()
+    page = service.key_page(_PAGE, cursor, tenant=tenant or None)
     return console.renderer.page(
         request,
         "keys.html",
-        keys=[KeyResource.of(key) for key in page.keys],
-        fixed=set() if asking.is_admin else {key.id for key in page.keys if key.scopes - TENANT_SCOPES},
+        keys=page.items,
+        fixed=set() if asking.is_admin else {key.id for key in page.items if set(key.scopes) - TENANT_SCOPES},
         more=page.next,
         tenants=tenants[:_TENANTS],
         is_cut=len(tenants) > _TENANTS,
@@ -57,37 +56,34 @@ def list_keys(
 
 @router.post("/keys")
 @may("manage_own")
-async def create_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+async def create_key(console: ConsoleDep, service: Service, request: Request) -> Response:
     """Make a key, which is in this answer and nowhere else."""
     wanted = _key(await read_form(request))
-    made = await run_in_threadpool(lambda: _access_of(console, asking).create_key(wanted))
+    made = await run_in_threadpool(service.create_key, wanted)
     return console.renderer.page(request, "parts/new_key.html", 201, made=made)
 
 
 @router.post("/keys/{id}/revoke")
 @may("manage_own")
-def revoke_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: KeyPath) -> Response:
+def revoke_key(service: Service, request: Request, id: KeyPath) -> Response:
     """Revoke a key for ever: every server refuses it within two seconds."""
-    _access_of(console, asking).revoke_key(id)
+    service.revoke_key(id)
     return led_to(request, "/keys")
 
 
 @router.post("/tenants")
 @may("manage")
-async def create_tenant(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+async def create_tenant(service: Service, request: Request) -> Response:
     wanted = checked(TenantCreation, {"name": (await read_form(request)).get("name")})
-    await run_in_threadpool(lambda: _access_of(console, asking).create_tenant(wanted.name))
+    await run_in_threadpool(service.create_tenant, wanted.name)
     return led_to(request, "/keys")
 
 
 @router.post("/tenants/{name}/block")
 @may("manage")
-def block_tenant(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: Annotated[TenantName, Path()]
-) -> Response:
+def block_tenant(service: Service, request: Request, name: Annotated[TenantName, Path()]) -> Response:
     """Block a tenant with all its keys, or let it pass again."""
-    catalog = console.backend.catalog_of(asking)
-    catalog.update_tenant(name, blocked=not catalog.tenant(name).blocked)
+    service.change_tenant(name, TenantChange(blocked=not service.tenant(name).blocked))
     return led_to(request, "/keys")
 
 
@@ -95,33 +91,28 @@ def block_tenant(
 @may("identify")
 def show_usage(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     by: UsageGroup = "model",
     days: Annotated[int, Query(ge=1, le=90)] = 30,
 ) -> Response:
     """Show the own tenant's usage, and to administrators that of all."""
-    catalog, tenant = console.backend.catalog_of(asking), None if asking.is_admin else asking.tenant
     today = datetime.now(UTC).date()
     first = today - timedelta(days=days - 1)
     since = datetime(first.year, first.month, first.day, tzinfo=UTC)
-    rows = catalog.usage([by], tenant=tenant, since=since, limit=_ROWS + 1)
-    daily = catalog.usage(["day"], tenant=tenant, since=since, limit=days + 1)
+    page = service.usage_page([by], _ROWS, since=since)
+    daily = service.usage_page(["day"], days + 1, since=since)
     return console.renderer.page(
         request,
         "usage.html",
         by=by,
         days=days,
-        rows=rows[:_ROWS],
-        is_cut=len(rows) > _ROWS,
-        bars=bars_of(daily, first, days),
+        rows=page.items,
+        is_cut=page.next is not None,
+        bars=bars_of(daily.items, first, days),
         bar=_BAR,
         height=_HEIGHT,
     )
-
-
-def _access_of(console: Console, asking: Principal) -> DirectAccess:
-    return DirectAccess(console.backend.catalog_of(asking))
 
 
 def _key(form: Form) -> KeyCreation:
@@ -144,7 +135,7 @@ class Bar(NamedTuple):
     num_tokens: int
 
 
-def bars_of(rows: Sequence[UsageRow], first: date, days: int) -> list[Bar]:
+def bars_of(rows: Sequence[UsageResource], first: date, days: int) -> list[Bar]:
     """Make a bar for each day from `first` on, the highest of the picture's height."""
     tokens = {row.day: row.num_output_tokens for row in rows}
     most = max(tokens.values(), default=0) or 1

@@ -107,8 +107,8 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> RunEstimat
     if model is None:
         raise NotFoundError(f"the base {spec.base} is not on this machine, so there is no estimate")
     if spec.init_adapter is not None:
-        ref = catalog.resolve(spec.init_adapter)
-        spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
+        ref = catalog.adapters.resolve(spec.init_adapter)
+        spec = continued(spec, catalog.adapters.version(ref.name, ref.version).manifest, ref.label, model)
     return RunEstimate(make_plan(shape_of(spec, model, dtype=device.training_dtype), device), is_timed, is_assumed)
 
 

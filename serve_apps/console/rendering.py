@@ -80,6 +80,11 @@ class Renderer:
         html = _templates().get_template(template).render(shared | context)
         return HTMLResponse(html, status, headers=PAGE_HEADERS)
 
+    def followed(self, request: Request, template: str, /, **context: Any) -> HTMLResponse:
+        """Render the page, or where its route ends with /live, the part of it that the browser follows."""
+        is_part = request.scope["route"].path.endswith("/live")
+        return self.page(request, f"parts/{template}" if is_part else template, **context)
+
     def refusal(self, request: Request, error: Exception) -> Response:
         """Answer with an error's page, for a part of a page with its message alone; without a key, with the login."""
         answer = self._failed(error)

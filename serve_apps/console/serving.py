@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, NamedTuple
 
@@ -11,19 +13,27 @@ from fastapi import Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.identity import AuditEntry
 from loray.client.metrics import ROUTED, STEPS, TTFT, Buckets, Metrics, percentile, together
 from loray.errors import ClusterError, LorayError, NotFoundError, PermissionDenied
 from loray.schemas.status import ReplicaStatus, Status
+from loray.service import CatalogService
 from loray.spec import Principal, format_seconds
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console.backend import Backend, Console, ConsoleDep
-from serve_apps.console.pools import KINDS, heat_map, parts_of, rows_of, strip_of
+from serve_apps.console.backend import Backend, ConsoleDep, Service
 from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, page_router
 
 _NUM_NEWEST = 8  # versions and jobs of the overview
 _ROWS, _COLUMNS = 50, 50  # adapters and replicas of the table of places
-_MOMENTS = 20  # of demand
+_TIERS_OF_REPLICAS = (("host", "adapters_on_host"), ("loading", "adapters_loading"), ("pool", "adapters_in_pool"))
+# What a pool's block holds.
+_KINDS: Mapping[str, str] = {
+    "kv": "KV cache of requests",
+    "cached": "prefixes that no request holds",
+    "layered": "rows of adapters in layers",
+    "flat": "other rows of adapters",
+    "run": "VeRA pairs",
+    "free": "free",
+}
 _WHY: dict[str, str] = {
     "pool": "its pool has the adapter",
     "host": "its host memory has the adapter",
@@ -49,28 +59,18 @@ ReplicaName = Annotated[str, Path(max_length=200)]
 router = page_router()
 
 
+@router.get("/live")
 @router.get("")
 @may("identify")
-async def show_overview(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    return await _overview(console, request, asking, "overview.html")
-
-
-@router.get("/live")
-@may("identify")
-async def show_overview_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """Show the part of the page that is asked for again and again."""
-    return await _overview(console, request, asking, "parts/live.html")
-
-
-async def _overview(console: Console, request: Request, asking: Principal, template: str) -> Response:
+async def show_overview(console: ConsoleDep, service: Service, request: Request, asking: CurrentPrincipal) -> Response:
     served = await _served(console.backend, request.state.authorization)
-    recent = await run_in_threadpool(_recent, console.backend, asking)
-    return console.renderer.page(request, template, **served, **recent)
+    recent = await run_in_threadpool(_recent, service, asking)
+    return console.renderer.followed(request, "overview.html", **served, **recent)
 
 
 async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
     """`problem` says why there is no status; whether the caller may see it, the gateway decides."""
-    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None, "pace": None}
+    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None}
     try:
         status = await backend.gateway.status(authorization)
         # Adapters in how many places of pools and of host memory, and all in the store.
@@ -82,7 +82,6 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
         seen |= {"status": status, "tiers": tiers, "target": sum(base.target for base in status.bases)}
         first = together((await backend.gateway.metrics(authorization, TTFT)).buckets(TTFT, "replica"))
         seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
-        seen["pace"] = backend.gateway.demand.tokens_per_s()
     except PermissionDenied as e:
         seen |= {"problem": str(e), "is_hidden": True}
     except ClusterError as e:
@@ -90,55 +89,38 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     return seen
 
 
-def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
-    catalog = backend.catalog_of(asking)
-    newest: tuple[AuditEntry, ...] = ()
-    if is_allowed(asking, "audit"):
-        of = None if asking.is_admin else asking.tenant
-        newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
+def _recent(service: CatalogService, asking: Principal) -> dict[str, Any]:
+    may_audit, may_follow = is_allowed(asking, "audit"), is_allowed(asking, "follow")
+    newest = service.audit_page(_NUM_NEWEST, action="register").items if may_audit else ()
+    jobs = service.catalog.jobs.page(limit=_NUM_NEWEST, status="running").items if may_follow else ()
     return {"newest": newest, "jobs": jobs}
 
 
+@router.get("/serving/live")
 @router.get("/serving")
 @may("observe")
 async def show_serving(console: ConsoleDep, request: Request) -> Response:
-    return await _serving(console, request, "serving.html")
-
-
-@router.get("/serving/live")
-@may("observe")
-async def show_serving_live(console: ConsoleDep, request: Request) -> Response:
-    return await _serving(console, request, "parts/serving.html")
-
-
-async def _serving(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
-    # Of many, only the engines that are shown make a layout: the first ones of the last look.
-    wanted = gateway.replicas[:_COLUMNS] if len(gateway.replicas) > _COLUMNS else True
     try:
-        status = await gateway.status(request.state.authorization, layout=wanted)
+        status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
-        return console.renderer.page(request, template, problem=str(e), status=None)
+        return console.renderer.followed(request, "serving.html", problem=str(e), status=None)
     shown = await run_in_threadpool(_serving_context, status, metrics)
-    demand = {"curve": gateway.demand.curve(), "moments": gateway.demand.rows(_MOMENTS)}
-    return console.renderer.page(request, template, problem="", status=status, **shown, **demand)
+    return console.renderer.followed(request, "serving.html", problem="", status=status, **shown)
 
 
 def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
     """Describe the first replicas, whatever their number; nothing grows with the number of adapters."""
     replicas = status.replicas[:_COLUMNS]
-    rows, num_rows = heat_map(replicas, _ROWS)
+    rows, num_rows = places_of(replicas, _ROWS)
     steps, routed = metrics.buckets(STEPS, "replica"), metrics.sums(ROUTED, "reason")
     most = sorted(routed.items(), key=lambda item: -item[1])
     return {
         "shown": replicas,
         "rows": rows,
         "num_rows": num_rows,
-        "kinds": KINDS,
-        "parts": {replica.replica: parts_of(replica.blocks) for replica in replicas},
-        "strips": {replica.replica: strip_of(replica.layout) for replica in replicas},
+        "kinds": _KINDS,
         "step_times": {
             replica.replica: [percentile(steps.get(replica.replica, {}), share) for share in (0.5, 0.99)]
             for replica in replicas
@@ -148,32 +130,42 @@ def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-@router.get("/serving/replicas/{name}")
-@may("observe")
-async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _replica(console, request, name, "replica.html")
+class PlaceRow(NamedTuple):
+    """`tiers`: pool, loading, host or nothing, for each replica."""
+
+    adapter: str
+    tiers: tuple[str, ...]
+
+
+def places_of(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[PlaceRow], int]:
+    """Return the `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
+    tiers: dict[str, dict[int, str]] = {}
+    for at, replica in enumerate(replicas):
+        for tier, field in _TIERS_OF_REPLICAS:
+            for name in getattr(replica, field):
+                tiers.setdefault(name, {})[at] = tier
+    most = heapq.nsmallest(num_rows, tiers.items(), key=lambda item: (-len(item[1]), item[0]))
+    columns = range(len(replicas))
+    return [PlaceRow(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
 
 
 @router.get("/serving/replicas/{name}/live")
+@router.get("/serving/replicas/{name}")
 @may("observe")
-async def show_replica_live(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _replica(console, request, name, "parts/replica.html")
-
-
-async def _replica(console: Console, request: Request, name: str, template: str) -> Response:
+async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
     """Answer 404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
-        status = await gateway.status(request.state.authorization, layout=(name,))
+        status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, STEPS)
     except (ClusterError, PermissionDenied) as e:
-        return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
+        return console.renderer.followed(request, "replica.html", name=name, problem=str(e), replica=None)
     found = next((replica for replica in status.replicas if replica.replica == name), None)
     if found is None:
         raise NotFoundError(f"no replica {name!r} answers; it may have ended")
     buckets = metrics.buckets(STEPS, "replica").get(name, {})
     shown = await run_in_threadpool(_replica_context, found, buckets)
-    return console.renderer.page(request, template, name=name, problem="", replica=found, **shown)
+    return console.renderer.followed(request, "replica.html", name=name, problem="", replica=found, **shown)
 
 
 def _replica_context(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
@@ -188,10 +180,8 @@ def _replica_context(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]
     )
     num_held = len(replica.adapters_loading) + len(replica.adapters_in_pool) + len(replica.adapters_on_host)
     return {
-        "kinds": KINDS,
-        "parts": parts_of(replica.blocks),
-        "drawn": strip_of(replica.layout),
-        "rows": rows_of(replica.layout),
+        "kinds": _KINDS,
+        "num_blocks": sum(replica.blocks.values()) or 1,
         "steps": steps_of(buckets),
         "step_times": [percentile(buckets, share) for share in (0.5, 0.99)],
         "adapters": list(islice(held, _ADAPTERS)),
@@ -223,13 +213,12 @@ def steps_of(buckets: Buckets) -> list[Steps]:
 @may("infer")
 def show_playground(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    adapters = [entry.name for entry in catalog.names(limit=_SUGGESTED)]
-    bases = list(catalog.bases())[:_SUGGESTED]
+    adapters = [adapter.name for adapter in service.adapter_page(_SUGGESTED).items]
+    bases = list(service.catalog.bases.fingerprints())[:_SUGGESTED]
     return console.renderer.page(
         request,
         "playground.html",
@@ -250,16 +239,15 @@ async def chat(console: ConsoleDep, request: Request) -> Response:
 @router.get("/playground/tier")
 @may("infer")
 async def find_tier(
-    console: ConsoleDep, asking: CurrentPrincipal, model: Annotated[str, Query(max_length=300)] = ""
+    console: ConsoleDep, service: Service, model: Annotated[str, Query(max_length=300)] = ""
 ) -> Response:
     """Say where the model's adapter is now: the next request takes it from there."""
-    backend = console.backend
     try:
-        ref = await run_in_threadpool(lambda: backend.catalog_of(asking).resolve(model))
+        ref = await run_in_threadpool(lambda: service.catalog.adapters.resolve(model))
     except LorayError:  # a base; or no model at all, which its answer will say
         return JSONResponse({"tier": ""})
     try:
-        found = await asyncio.wait_for(backend.placements.adapters([ref.digest]), _LOOK_S)
+        found = await asyncio.wait_for(console.backend.placements.adapters([ref.digest]), _LOOK_S)
     except (LorayError, TimeoutError):
         return JSONResponse({"tier": ""})
     tiers = {placement.tier for placement in found}
@@ -269,9 +257,8 @@ async def find_tier(
 @router.get("/playground/models")
 @may("infer")
 async def find_models(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, search: Annotated[str, Query(max_length=96)] = ""
+    console: ConsoleDep, service: Service, request: Request, search: Annotated[str, Query(max_length=96)] = ""
 ) -> Response:
     """Find adapters with this in their names, for the list of suggestions."""
-    catalog = console.backend.catalog_of(asking)
-    found = await run_in_threadpool(lambda: catalog.names(limit=_SUGGESTED, search=search or None))
-    return console.renderer.page(request, "parts/models.html", names=[entry.name for entry in found])
+    found = await run_in_threadpool(service.adapter_page, _SUGGESTED, search=search or None)
+    return console.renderer.page(request, "parts/models.html", names=[adapter.name for adapter in found.items])

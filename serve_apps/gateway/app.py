@@ -11,12 +11,11 @@ from fastapi.responses import Response
 from loray import __version__
 from loray.bases.registry import get_bases
 from loray.catalog.snapshot_file import SnapshotFile
-from loray.policy.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import FleetSpec
 from serve_apps import auth
 from serve_apps.accounting.access_log import log_access
-from serve_apps.accounting.accounts import AdmitRequests, UsageMeter, UsageSink
+from serve_apps.accounting.accounts import AdmitRequests, UsageMeter
 from serve_apps.accounting.quotas import QuotaExchange
 from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissions, open_auth
 from serve_apps.gateway import errors
@@ -24,7 +23,7 @@ from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes import METERED, create_routes, describe
+from serve_apps.gateway.routes import create_routes, describe
 from serve_apps.http import BodyLimit, EchoRequestId
 from serve_apps.tracing import TraceRequests, Tracing
 
@@ -40,14 +39,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
-        await gateway.directory.start()
+        await gateway.directory.follower.start()
         async with gateway.canaries.running(), gateway.accounts.running(), AsyncExitStack() as running:
             for base in gateway.bases.values():
                 await running.enter_async_context(base.engines.running(gateway.turns.tokens_are_late))
             yield
         for base in gateway.bases.values():
             base.prompts.close()
-        await gateway.directory.stop()
+        await gateway.directory.follower.stop()
         await access.stop()
 
     app = FastAPI(
@@ -67,7 +66,8 @@ def create_app(
         return errors.response_of(errors.failure_of(error))
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
-    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused)
+    paths = permissions.paths("infer")  # which generate or tokenise
+    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=paths, refused=refused)
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
@@ -98,8 +98,7 @@ def open_gateway(
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
     access = access or open_auth(settings, fleet.host)
     directory = ModelResolver(bases, access.follower, kept)
-    sink = UsageSink(settings, exchange, access.is_limited)
-    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), sink)
+    accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
     return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)

@@ -196,7 +196,12 @@ class PromptEncoder:
 
         most = None if keep is not None or limit is None else limit * self.tokenizer.max_token_characters
         if most is not None and limit is not None:
-            _check_number(len(request.messages), limit)
+            if len(request.messages) > limit:  # no template writes a message in less than one token
+                raise ContextLengthExceeded(
+                    f"this model's maximum context length is {limit} tokens, but the chat has "
+                    f"{len(request.messages):,} messages; send fewer",
+                    "messages",
+                )
             _check_characters(request.num_characters, most, limit, "messages")
         if dialect.own is None:
             characters = request.num_characters + _MESSAGE_OVERHEAD * len(request.messages)
@@ -248,16 +253,6 @@ def _check_characters(num: int, most: int, limit: int, param: str) -> None:
             f"this model's maximum context length is {limit} tokens, which have {most:,} characters at most, but the "
             f"prompt has {num:,}; shorten it",
             param,
-        )
-
-
-def _check_number(num_messages: int, limit: int) -> None:
-    """Refuse more messages than tokens: no template writes a message in less than one."""
-    if num_messages > limit:
-        raise ContextLengthExceeded(
-            f"this model's maximum context length is {limit} tokens, but the chat has {num_messages:,} messages; send "
-            "fewer",
-            "messages",
         )
 
 

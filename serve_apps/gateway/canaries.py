@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
+from loray.catalog import Catalog
 from loray.catalog.aliases import ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded
 from loray.policy.canary import Arm
@@ -24,12 +24,6 @@ _log = get_logger(__name__)
 REPORT_S = 2.0  # between two reports
 _LAST_S = 5.0  # for the last report, when the gateway stops
 _SHORTEST_S = 1e-6  # a time is counted as so much at least: its logarithm is taken
-
-
-class Reports(Protocol):
-    """The part of the catalog that is used here."""
-
-    def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer: ...
 
 
 class CanaryMeter:
@@ -78,7 +72,7 @@ class CanaryCounters:
 
     def __init__(
         self,
-        ask: Callable[[Callable[[Reports], ReportAnswer]], Awaitable[ReportAnswer]],
+        ask: Callable[[Callable[[Catalog], ReportAnswer]], Awaitable[ReportAnswer]],
         metrics: GatewayMetrics,
     ) -> None:
         self._ask, self._metrics = ask, metrics
@@ -119,7 +113,7 @@ class CanaryCounters:
         if not reported:
             return
         try:
-            over, ended = await self._ask(lambda catalog: catalog.report_canaries(self._name, reported))
+            over, ended = await self._ask(lambda catalog: catalog.canaries.report(self._name, reported))
         except Exception as e:  # noqa: BLE001 - after any error of the database, the next report has it too
             _log.log(logging.DEBUG if isinstance(e, CatalogError) else logging.WARNING, "canaries: %r", e)
             return

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot, split_model
@@ -22,8 +22,6 @@ from loray.schemas.openai import Model
 from loray.spec import AdapterRef, Limits, Principal
 from serve_apps.catalog_watch import CatalogWatcher, SnapshotWriter
 from serve_apps.python_gc import collection_paused, exempt_all
-
-T = TypeVar("T")
 
 REFRESH_S = 0.5  # the time after which a promotion or a rollback takes effect
 LOOK_AGAIN_S = 0.05
@@ -54,7 +52,7 @@ class ModelResolver:
         """`bases`: different models, at least one."""
         self.bases = {base.name: base for base in bases}
         self._by_fingerprint = {base.fingerprint: base for base in bases}
-        self._follower = follower
+        self.follower = follower
         self._snapshot: CatalogSnapshot | None = None
         self._looking = asyncio.Lock()
         self._read_at = float("-inf")  # when the last successful look began
@@ -90,34 +88,15 @@ class ModelResolver:
         refs = (ref for entry in snapshot.models() for ref in entry.refs)
         return await asyncio.to_thread(lambda: {ref.digest: ref.label for ref in refs if ref.digest in wanted})
 
-    @property
-    def failure(self) -> str | None:
-        """The reason why the catalog cannot be read now; None: it can."""
-        return self._follower.failure
-
-    async def start(self) -> None:
-        """Follow the catalog from now on."""
-        await self._follower.start()
-
-    async def stop(self) -> None:
-        await self._follower.stop()
-
-    def close(self) -> None:
-        self._follower.close()
-
-    async def refresh(self) -> None:
-        """Take a new snapshot if the catalog has changed."""
-        await self._follower.refresh()
-
     async def _look_again(self) -> None:
         """Return after a refresh that began later than this call. Such refreshes are LOOK_AGAIN_S apart at least, so
         that a flood of unknown names does not become one of reads.
         """
         called_at = time.monotonic()
         async with self._looking:
-            if self._follower.looked_at < called_at:
-                await asyncio.sleep(self._follower.looked_at + LOOK_AGAIN_S - time.monotonic())
-            await self._follower.refresh(called_at)
+            if self.follower.looked_at < called_at:
+                await asyncio.sleep(self.follower.looked_at + LOOK_AGAIN_S - time.monotonic())
+            await self.follower.refresh(called_at)
 
     async def resolve(self, model: str, principal: Principal) -> ResolvedModel:
         """Find what a name means for this caller. `base:name` is accepted as `name`.
@@ -179,10 +158,6 @@ class ModelResolver:
         ref = entry.select(str(canary.version))
         return ResolvedModel(self._base_of(ref, None, principal), ref), arm
 
-    async def ask(self, question: Callable[[Catalog], T]) -> T:
-        """Ask the catalog in a thread. Raises what it raises."""
-        return await self._follower.ask(question)
-
     def template(self, adapter: AdapterRef | None) -> str | None:
         """Return the chat template of an adapter that has its own; None: the base's is used."""
         if adapter is None or adapter.chat_template is None:
@@ -212,8 +187,8 @@ class ModelResolver:
     def _lookup(self, model: str, principal: Principal) -> AdapterRef:
         if self._snapshot is None:
             raise CatalogError(
-                f"the model {shown(model)} cannot be looked up: the catalog could not be read yet ({self.failure}); "
-                "try again"
+                f"the model {shown(model)} cannot be looked up: the catalog could not be read yet "
+                f"({self.follower.failure}); try again"
             )
         try:
             return self._snapshot.resolve(model, principal)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from fastapi.responses import Response
 from prometheus_client.core import Metric as Family
@@ -36,6 +37,15 @@ from serve_apps.gateway.directory import ModelCards, ModelResolver, ResolvedMode
 from serve_apps.gateway.metrics import GatewayMetrics, together
 
 
+class _Asked(NamedTuple):
+    """A request, with its headers and its model. `meter` measures it where its alias has a canary."""
+
+    request: GenerationRequest
+    headers: RequestHeaders
+    target: ServedModel
+    meter: CanaryMeter | None
+
+
 class Gateway:
     """Checks and tokenises requests, resolves their models, and builds OpenAI's responses from the engines' deltas."""
 
@@ -54,14 +64,14 @@ class Gateway:
         self.models = ModelCards(directory, lambda base, length: self.bases[base.name].limit(length))
         self.accounts, self.turns = accounts or UsageMeter(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
-        self.canaries = CanaryCounters(directory.ask, self.counted)
+        self.canaries = CanaryCounters(directory.follower.ask, self.counted)
         self._health = Health(bases)
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
     async def completions(self, request: CompletionRequest, headers: RequestHeaders) -> Response:
-        target, meter = await self._chosen(request, headers)
-        encoder, limit = target.base.prompts, target.limit
+        asked = await self._asked(request, headers)
+        encoder, limit = asked.target.base.prompts, asked.target.limit
         prompts = await encoder.texts(
             request.prompt,
             limit,
@@ -69,17 +79,16 @@ class Gateway:
             special=request.add_special_tokens,
             keep=_num_kept(request, limit),
         )
-        answer = CompletionFormat(_new_id("cmpl"), *_about(request, target, prompts))
-        told = await self._check(target, request.constraint, headers, prompts)
-        requests = await self._requests(request, target, prompts, answer.id, "prompt", headers, request.constraint)
+        answer = CompletionFormat(_new_id("cmpl"), *_about(asked, prompts))
+        requests, told = await self._requests(asked, prompts, answer.id, "prompt", request.constraint)
         writer = writer_of(answer, len(requests), request)
         texts = [RequestText(encoder.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
         if not request.echo:
-            return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
+            return self._answer(asked, requests, texts, writer, answer.id, told)
         echoed = request.prompt if request.truncate_prompt_tokens is None else prompts
         echoes = [partial(encoder.echo, prompt) for prompt in echoed for _ in range(request.n)]
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
-        return self._answer(request, target, requests, echoing, writer, answer.id, headers, meter, told)
+        return self._answer(asked, requests, echoing, writer, answer.id, told)
 
     async def responses(
         self, request: ResponsesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
@@ -101,20 +110,20 @@ class Gateway:
         answer_id: str | None = None,
     ) -> Response:
         """Answer a chat. `writer` None: as a chat completion."""
-        target, meter = await self._chosen(request, headers)
-        tenant, keep = headers.principal.tenant, _num_kept(request, target.limit)
+        asked = await self._asked(request, headers)
+        target, tenant = asked.target, headers.principal.tenant
         dialect = await self.dialect(request, target, tenant)
+        keep = _num_kept(request, target.limit)
         prompt = await target.base.prompts.chat(request, dialect, target.limit, tenant, keep=keep)
         given, use = request.constraint, request.tool_use
         constraint = await target.base.prompts.constraint(request, dialect, tenant)
         if use is not None:
             given = None if constraint is None else RequestedConstraint("tools", constraint)
-        answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(request, target, [prompt]))
-        told = await self._check(target, given, headers, [prompt])
-        requests = await self._requests(request, target, [prompt], answer.id, "messages", headers, given)
+        answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(asked, [prompt]))
+        requests, told = await self._requests(asked, [prompt], answer.id, "messages", given)
         writer = writer or writer_of(answer, len(requests), request)
         texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
-        return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
+        return self._answer(asked, requests, texts, writer, answer.id, told)
 
     async def dialect(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> Dialect:
         """Find how the model of a chat is spoken to; `tenant` is who asks."""
@@ -136,52 +145,38 @@ class Gateway:
         served = self.bases[found.base.name]
         return ServedModel(served, found.adapter, served.limit_of(found.adapter))
 
-    async def _chosen(
-        self, request: GenerationRequest, headers: RequestHeaders
-    ) -> tuple[ServedModel, CanaryMeter | None]:
-        """Find the request's model, and what measures the request if its alias has a canary. Nothing does while its
-        base has no replica: the wait for one says nothing of a version.
+    async def _asked(self, request: GenerationRequest, headers: RequestHeaders) -> _Asked:
+        """Find the request's model. Nothing measures a canary while its base has no replica: the wait for one says
+        nothing of a version.
         """
         session = session_of(headers.principal, headers.session_id, request.user)
         found, arm = await self.directory.choose(request.model, headers.principal, session)
         target, own = self._target(found), headers.timeout_s
         has_own = own is not None and own <= (target.base.spec.request_timeout_s or own)
         arm = None if target.base.engines.is_cold() else arm
-        return target, self.canaries.meter(arm, headers.received_at, has_timeout=has_own)
-
-    async def _check(
-        self,
-        target: ServedModel,
-        given: RequestedConstraint | None,
-        headers: RequestHeaders,
-        prompts: Sequence[tuple[int, ...]],
-    ) -> dict[str, str]:
-        """Return the answer's headers that say what of a constraint is ignored. Where it is refused, RequestError, what
-        was tokenised is charged.
-        """
-        if given is None:
-            return {}
-        with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
-            return ignored_fields(await target.base.grammars.check(given.constraint, given.param))
+        meter = self.canaries.meter(arm, headers.received_at, has_timeout=has_own)
+        return _Asked(request, headers, target, meter)
 
     async def _requests(
         self,
-        request: GenerationRequest,
-        target: ServedModel,
+        asked: _Asked,
         prompts: Sequence[tuple[int, ...]],
         answer_id: str,
         param: str,
-        headers: RequestHeaders,
         given: RequestedConstraint | None,
-    ) -> list[GenerateRequest]:
-        """Make the engine's requests, one for each choice. Their ids begin with the client's, and are unique.
+    ) -> tuple[list[GenerateRequest], dict[str, str]]:
+        """Make the engine's requests, one for each choice, and the answer's headers that say what of a constraint is
+        ignored. Their ids begin with the client's, and are unique.
 
         `given`: what the answers must match. What was tokenised for a request that is refused is charged.
         """
-        with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
-            bad_words = await target.base.prompts.bad_words(request.bad_words, headers.principal.tenant)
+        request, headers, target, _ = asked
+        principal = headers.principal
+        with self.accounts.charged_if_refused(principal, sum(map(len, prompts))):
+            ignored = () if given is None else await target.base.grammars.check(given.constraint, given.param)
+            bad_words = await target.base.prompts.bad_words(request.bad_words, principal.tenant)
             prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
-            return [
+            requests = [
                 GenerateRequest(
                     request_id=f"{prefix}-{i * request.n + choice}",
                     prompt_ids=prompt,
@@ -192,29 +187,28 @@ class Gateway:
                         structured=None if given is None else given.constraint,
                     ),
                     adapter=target.adapter,
-                    tenant=share_of(headers.principal, request.user),
-                    priority=allowed_priority(headers.principal, request.priority),
+                    tenant=share_of(principal, request.user),
+                    priority=allowed_priority(principal, request.priority),
                     ttft_slo_s=request.ttft_slo_s,
-                    cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
+                    cache_salt=cache_salt(principal.tenant, request.cache_salt),
                     traceparent=None if headers.trace is None else headers.trace.traceparent,
                 )
                 for i, prompt in enumerate(prompts)
                 for choice in range(request.n)
             ]
+        return requests, ignored_fields(ignored)
 
     def _answer(
         self,
-        request: GenerationRequest,
-        target: ServedModel,
+        asked: _Asked,
         requests: Sequence[GenerateRequest],
         texts: Sequence[DeltaText],
         writer: AnswerWriter,
         answer_id: str,
-        headers: RequestHeaders,
-        meter: CanaryMeter | None,
         told: dict[str, str],
     ) -> AnswerResponse:
         """`told`: headers that the answer has beside others."""
+        request, headers, (base, adapter, _), meter = asked
         if headers.trace is not None:
             headers.trace.asked(request, requests, answer_id)
         fit = request.requested_max_tokens is None
@@ -222,16 +216,15 @@ class Gateway:
             headers.principal,
             requests,
             answer_id=answer_id,
-            base=target.base.name,
+            base=base.name,
             num_choices=request.n,
             received_at=headers.received_at,
             open_ended=fit,
         )
-        base, adapter, priority = target.base, target.adapter, requests[0].priority
         if adapter is not None:
             told[ADAPTER] = adapter.label
-        if priority or request.priority:
-            told[PRIORITY] = str(priority)
+        if requests[0].priority or request.priority:
+            told[PRIORITY] = str(requests[0].priority)
         streams = [base.engines.generate(r, fit=fit) for r in requests]
         return AnswerResponse(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
@@ -269,11 +262,11 @@ class Gateway:
                 field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field)) for field in fields
             }
             replicas.append(replica.model_copy(update=named))
-        healthy = all(r.status.status != "degraded" for r in reports) and self.directory.failure is None
+        healthy = all(r.status.status != "degraded" for r in reports) and self.directory.follower.failure is None
         return Status(
             status="ok" if healthy else "degraded",
             bases=tuple(report.status for report in reports),
-            catalog=CatalogStatus(num_adapters=self.directory.num_adapters, failure=self.directory.failure),
+            catalog=CatalogStatus(num_adapters=self.directory.num_adapters, failure=self.directory.follower.failure),
             replicas=tuple(replicas),
             totals=total(tuple(replicas)),
         )
@@ -296,11 +289,9 @@ class Gateway:
         return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting, status)
 
 
-def _about(
-    request: GenerationRequest, target: ServedModel, prompts: Sequence[tuple[int, ...]]
-) -> tuple[int, str, str, bool, Extras]:
+def _about(asked: _Asked, prompts: Sequence[tuple[int, ...]]) -> tuple[int, str, str, bool, Extras]:
     """Each format begins with these, after the id."""
-    fingerprint = target.base.system_fingerprint
+    request, fingerprint = asked.request, asked.target.base.system_fingerprint
     return int(time.time()), request.model, fingerprint, request.include_usage, _extras(request, prompts)
 
 

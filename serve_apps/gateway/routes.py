@@ -7,12 +7,14 @@ load and unload an adapter say whether the name can be requested, and change not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode
 from starlette.routing import BaseRoute
@@ -49,20 +51,38 @@ from serve_apps.http import extend_openapi, parse_json, read, schema_reference
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
+E = TypeVar("E", bound=Callable[..., object])
 
+_ANSWERS = "loray_answers"
 _TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
-# Of POST, by path.
-BODIES: Mapping[str, type[Body]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/v1/load_lora_adapter": LoadLoraRequest,
-    "/v1/unload_lora_adapter": UnloadLoraRequest,
-}
-METERED = frozenset(BODIES) - {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # generate or tokenise
+_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+_WITH_KEY = (401, 403, 500, 503)
+_ABOUT_MODEL = (400, 404, *_WITH_KEY)
+_WITH_BODY = (408, 413, *_ABOUT_MODEL)
+_TOKENIZES = (429, *_WITH_BODY)
+_GENERATES = (501, 504, *_TOKENIZES)
+_HEALTH = (500, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the OpenAPI document says of an endpoint, which this stands over, below its route's decorator.
+
+    errors   the statuses of refusals and failures
+    content  media type → its model; None: text, or an object without a model of ours
+    body     the model of the request's body
+    limited  whether limits of keys apply, which headers tell
+    """
+
+    errors: tuple[int, ...]
+    content: Mapping[str, type[BaseModel] | None]
+    body: type[Body] | None = None
+    limited: bool = False
+
+    def __call__(self, endpoint: E) -> E:
+        setattr(endpoint, _ANSWERS, self)
+        return endpoint
 
 
 def create_routes(gateway: Gateway) -> list[BaseRoute]:
@@ -80,6 +100,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/v1/completions")
     @may("infer")
+    @Answers(_GENERATES, {_JSON: Completion, _EVENTS: None}, CompletionRequest, limited=True)
     async def completions(request: Request) -> Response:
         """OpenAI's completions of texts or token ids, with vLLM's further fields; streamed as server-sent events."""
         headers = RequestHeaders.of(request)
@@ -87,6 +108,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/v1/chat/completions")
     @may("infer")
+    @Answers(_GENERATES, {_JSON: ChatCompletion, _EVENTS: None}, ChatCompletionRequest, limited=True)
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions with tools and structured output; streamed as server-sent events."""
         headers = RequestHeaders.of(request)
@@ -94,6 +116,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/v1/responses")
     @may("infer")
+    @Answers(_GENERATES, {_JSON: None, _EVENTS: None}, ResponsesRequest, limited=True)
     async def responses(request: Request) -> Response:
         """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
         headers = RequestHeaders.of(request)
@@ -106,6 +129,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/tokenize")
     @may("infer")
+    @Answers(_TOKENIZES, {_JSON: TokenizeResponse}, TokenizeRequest)
     async def tokenize(request: Request) -> Response:
         """vLLM's: a text or a chat as token ids."""
         body, chat = await _converted_body(request, tokenize_and_chat)
@@ -126,6 +150,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/detokenize")
     @may("infer")
+    @Answers(_TOKENIZES, {_JSON: DetokenizeResponse}, DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
         body = await _body(request, DetokenizeRequest)
@@ -144,6 +169,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/v1/load_lora_adapter")
     @may("publish")
+    @Answers(_WITH_BODY, {_TEXT: None}, LoadLoraRequest)
     async def load_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
         body = await _body(request, LoadLoraRequest)
@@ -158,6 +184,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.post("/v1/unload_lora_adapter")
     @may("publish")
+    @Answers(_WITH_BODY, {_TEXT: None}, UnloadLoraRequest)
     async def unload_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
         body = await _body(request, UnloadLoraRequest)
@@ -166,6 +193,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.get("/v1/models", response_class=JSONResponse)
     @may("read")
+    @Answers((400, 429, *_WITH_KEY), {_JSON: ModelList})
     async def models(
         request: Request,
         after: Annotated[str | None, Query(description="only models after this one")] = None,
@@ -178,6 +206,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.get("/v1/models/{model:path}")
     @may("read")
+    @Answers(_ABOUT_MODEL, {_JSON: Model})
     async def model(request: Request, model: str) -> Response:
         """One model, by `name`, `name@alias` or `name@version`."""
         card = await gateway.models.card(model, principal_of(request))
@@ -187,6 +216,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @router.get("/ping")
     @router.post("/ping")
     @may("open")
+    @Answers(_HEALTH, {_JSON: None})
     async def health() -> Response:
         """200 if a replica of any base answers that its engine runs, or a base is asleep and the next request starts
         one.
@@ -200,12 +230,14 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.get("/version")
     @may("open")
+    @Answers((500,), {_JSON: None})
     async def version() -> Response:
         """The server's version."""
         return JSONResponse({"version": __version__})
 
     @router.get("/status")
     @may("observe")
+    @Answers((400, *_WITH_KEY), {_JSON: Status})
     async def status(
         layout: bool = False,
         replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
@@ -218,6 +250,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.get("/metrics")
     @may("observe")
+    @Answers(_WITH_KEY, {_TEXT: None, "application/openmetrics-text": None})
     async def metrics(request: Request) -> Response:
         """Metrics of all gateways and replicas, for Prometheus."""
         return await gateway.metrics(request.headers.get("accept", ""))
@@ -250,41 +283,6 @@ def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRe
 
 # -- The OpenAPI document --
 
-_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
-
-
-class _Answers(NamedTuple):
-    """content  media type → its model; None: text, or an object without a model of ours
-    errors   the statuses of refusals and failures
-    limited  whether limits of keys apply, which headers tell
-    """
-
-    content: Mapping[str, type[BaseModel] | None]
-    errors: tuple[int, ...]
-    limited: bool = False
-
-
-_WITH_KEY = (401, 403, 500, 503)
-_ABOUT_MODEL = (400, 404, *_WITH_KEY)
-_WITH_BODY = (408, 413, *_ABOUT_MODEL)
-_GENERATES = (429, 501, 504, *_WITH_BODY)
-_HEALTH = _Answers({_JSON: None}, (500, 503))
-_ANSWERS: Mapping[str, _Answers] = {
-    "/v1/completions": _Answers({_JSON: Completion, _EVENTS: None}, _GENERATES, limited=True),
-    "/v1/chat/completions": _Answers({_JSON: ChatCompletion, _EVENTS: None}, _GENERATES, limited=True),
-    "/v1/responses": _Answers({_JSON: None, _EVENTS: None}, _GENERATES, limited=True),
-    "/v1/models": _Answers({_JSON: ModelList}, (400, 429, *_WITH_KEY)),
-    "/v1/models/{model}": _Answers({_JSON: Model}, _ABOUT_MODEL),
-    "/v1/load_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),
-    "/v1/unload_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),
-    "/tokenize": _Answers({_JSON: TokenizeResponse}, (*_WITH_BODY, 429)),
-    "/detokenize": _Answers({_JSON: DetokenizeResponse}, (*_WITH_BODY, 429)),
-    "/health": _HEALTH,
-    "/ping": _HEALTH,
-    "/version": _Answers({_JSON: None}, (500,)),
-    "/status": _Answers({_JSON: Status}, (400, *_WITH_KEY)),
-    "/metrics": _Answers({_TEXT: None, "application/openmetrics-text": None}, _WITH_KEY),
-}
 _EVENT = {  # of a stream of server-sent events
     "type": "object",
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
@@ -304,12 +302,18 @@ _OF_LIMITS = {
 
 def describe(app: FastAPI, permissions: Permissions) -> None:
     """Give each operation its answers and the schema of its body, and say whether it needs a key."""
+    shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    answers: dict[str, Answers] = {route.path_format: getattr(route.endpoint, _ANSWERS) for route in shown}
+    bodies = {path: about.body for path, about in answers.items() if about.body is not None}
+    models: set[type[BaseModel]] = {ErrorBody}
+    for about in answers.values():
+        models.update(model for model in about.content.values() if model is not None)
 
     def edit(document: dict[str, Any]) -> None:
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                operation["responses"] = _responses(_ANSWERS[path])
-        for path, body in BODIES.items():
+                operation["responses"] = _responses(answers[path])
+        for path, body in bodies.items():
             document["paths"][path]["post"]["requestBody"] = {
                 "required": True,
                 "content": {_JSON: {"schema": schema_reference(body.__name__)}},
@@ -318,22 +322,17 @@ def describe(app: FastAPI, permissions: Permissions) -> None:
             document["components"]["schemas"].pop(unused, None)
         describe_keys(document, permissions)
 
-    extend_openapi(app, [*((body, "validation") for body in BODIES.values()), *_answer_models()], edit)
+    schemas: list[tuple[type[BaseModel], JsonSchemaMode]] = [(body, "validation") for body in bodies.values()]
+    schemas += [(m, "serialization") for m in sorted(models, key=lambda model: model.__name__)]
+    extend_openapi(app, schemas, edit)
 
 
-def _answer_models() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
-    models: set[type[BaseModel]] = {ErrorBody}
-    for answers in _ANSWERS.values():
-        models.update(model for model in answers.content.values() if model is not None)
-    return [(model, "serialization") for model in sorted(models, key=lambda model: model.__name__)]
-
-
-def _responses(answers: _Answers) -> dict[str, Any]:
-    content = {kind: _media_type(kind, model) for kind, model in answers.content.items()}
-    described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if answers.limited else {})}
+def _responses(about: Answers) -> dict[str, Any]:
+    content = {kind: _media_type(kind, model) for kind, model in about.content.items()}
+    described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if about.limited else {})}
     error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}
-    for status in sorted(answers.errors):
-        headers = _HEADERS.get(status, {}) | (_OF_LIMITS if answers.limited and status == 429 else {})
+    for status in sorted(about.errors):
+        headers = _HEADERS.get(status, {}) | (_OF_LIMITS if about.limited and status == 429 else {})
         described[str(status)] = _response(HTTPStatus(status), error, headers)
     return described
 

@@ -14,8 +14,7 @@ from loray.errors import ContextLengthExceeded, LorayError, Overloaded, ReplicaU
 from loray.policy.autoscaling import burst_s
 from loray.policy.demand import DemandMeter, EngineLoad, TrackedRequest
 from loray.spec import AutoscalingSpec, ServeSpec
-from serve_apps.channel.inbox import Inbox, reading
-from serve_apps.channel.wakes import Wakes
+from serve_apps.channel.inbox import Inbox, Wakes, reading
 from serve_apps.replica.metrics import ReplicaMetrics, RequestTimes
 from serve_apps.tracing import ReplicaTrace, Tracing
 

@@ -1,13 +1,18 @@
-"""RoPE scaled once, and scaled again on a base that is scaled already, against the equations."""
+"""Families of bases, and RoPE scaled once and again against the equations."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loray.bases.config import scaled
+from loray.bases.checkpoint import canonical_config, expected_shapes
+from loray.bases.config import ARCHITECTURES, LayerSpec, ModelConfig, scaled
 from loray.engine.model.decoder import frequencies
+from loray.errors import UnsupportedError
 from loray.spec import RopeParameters, RopeScaling
 
 DIM = 64
@@ -66,3 +71,88 @@ def test_what_is_no_rope_of_transformers_is_refused(base: RopeParameters, kind: 
     scaling = RopeScaling.model_validate({"type": kind, "factor": 2})
     with pytest.raises(ValueError, match=f"is '{base.rope_type}' already, which {kind} cannot .* type: ntk"):
         scaled(base, scaling, original_context=4096, head_dim=DIM)
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+}
+
+
+def config_of(family: str, **fields: Any) -> ModelConfig:
+    return ModelConfig.from_hf(TINY | {"architectures": [f"{family}ForCausalLM"]} | fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("Llama", LayerSpec()),
+        ("Mistral", LayerSpec()),
+        ("Qwen2", LayerSpec(qkv_bias=True)),
+        ("Qwen3", LayerSpec(qk_norm=True)),
+    ],
+)
+def test_a_familys_layers(family: str, layer: LayerSpec) -> None:
+    assert f"{family}ForCausalLM" in ARCHITECTURES
+    config = config_of(family)
+    assert config.layers == (layer, layer)
+    assert config.attention_scale(1) == 8**-0.5
+    shapes = expected_shapes(config)
+    assert ("model.layers.1.self_attn.k_proj.bias" in shapes) == layer.qkv_bias
+    assert ("model.layers.1.self_attn.k_norm.weight" in shapes) == layer.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "why"),
+    [
+        ("Llama", {"mlp_bias": True}, "Llama checkpoints with attention_bias or mlp_bias are not supported"),
+        ("Qwen3", {"attention_bias": True}, "Qwen3 checkpoints with attention_bias are not supported"),
+        ("Qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only silu is"),
+        ("Mistral", {"sliding_window": 32}, r"sliding-window attention \(window 32\) is not supported"),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True}, r"sliding-window attention \(window 32\)"),
+    ],
+)
+def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(UnsupportedError, match=why):
+        config_of(family, **fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("Mistral", {"sliding_window": 64}),  # as long as the context
+        ("Qwen2", {"sliding_window": 32}),  # which it does not use
+        ("Qwen2", {"attention_bias": True}),  # no field of its own
+    ],
+)
+def test_a_familys_checkpoint_is_served(family: str, fields: dict[str, Any]) -> None:
+    assert config_of(family, **fields) == config_of(family)
+
+
+def test_a_base_keeps_its_fingerprint() -> None:
+    """Adapters name the base that they are for by it."""
+    assert canonical_config(config_of("Qwen2", eos_token_id=3)) == (
+        '{"architecture":"Qwen2ForCausalLM","head_dim":8,"hidden_size":16,"intermediate_size":24,'
+        '"max_position_embeddings":64,"num_heads":2,"num_kv_heads":1,"num_layers":2,"qk_norm":false,"qkv_bias":true,'
+        '"rms_norm_eps":1e-06,"rope":{"rope_theta":10000.0,"rope_type":"default"},"tie_word_embeddings":false,'
+        '"vocab_size":32}'
+    )
+
+
+def test_layers_that_compute_otherwise_have_another_fingerprint() -> None:
+    plain = config_of("Llama")
+    first, *_ = plain.layers
+    others = [
+        replace(plain, layers=(first, LayerSpec(attention_scale=0.5))),
+        replace(plain, layers=(LayerSpec(attention_scale=0.5),) * 2),
+        replace(plain, layers=(LayerSpec(attention_scale=0.5), first)),
+        replace(plain, layers=(first, LayerSpec(qk_norm=True))),
+        replace(plain, layers=(first,) * 3),
+    ]
+    assert len({canonical_config(config) for config in (plain, *others)}) == 6

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from loray.bases import tokenizer
 from loray.bases.registry import BaseModel, add_base
-from loray.errors import UnsupportedError
+from loray.errors import IntegrityError, UnsupportedError
 from tests.fixtures.tiny import write_checkpoint
 
 TEXTS = ("", " a", "naïve café → 日本語 😀\n\n  x", "<|im_start|>user\nhi<|im_end|>", "a<|extra|>b", "\x00\ufffd")
@@ -41,13 +41,13 @@ def test_what_other_files_say_is_in_the_one_file(checkpoint: Path, tmp_path: Pat
     assert json.loads(tokenizer.read(base.path))["added_tokens"][-1]["content"] == "<|extra|>"
 
 
-def test_a_base_of_an_older_version_gets_it_when_it_is_added_again(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_base_without_it_is_to_be_added_again(checkpoint: Path, tmp_path: Path) -> None:
     base = add_base(str(checkpoint), home=tmp_path / "home")
     file = base.path / tokenizer.FILE
     written = file.read_bytes()
     file.unlink()
-    assert_same_ids(base)
-    assert json.loads(tokenizer.read(base.path)) == json.loads(written)
+    with pytest.raises(IntegrityError, match=f"lacks {tokenizer.FILE}: add the base again"):
+        tokenizer.load(base.path)
     add_base(str(checkpoint), home=tmp_path / "home")
     assert file.read_bytes() == written
 

@@ -22,10 +22,10 @@ def test_what_it_fills(tmp_path: Path) -> None:
     assert set(snapshot.adapters) == {adapter_name(i, _NUM_TENANTS) for i in range(1, _NUM + 1)}
     for method in ("lora", "vera", "longlora"):
         expected = [entry.name for entry in snapshot.models() if entry.default.method == method]
-        assert [entry.name for entry in catalog.names(limit=_NUM, method=method)] == expected
+        assert [entry.name for entry in catalog.adapters.page(limit=_NUM, method=method)] == expected
     assert {len(entry.refs) for entry in snapshot.models()} == {1, 3}
     name = adapter_name(1, _NUM_TENANTS)
-    catalog.promote(name, "prod", 2)
+    catalog.aliases.move(name, "prod", 2)
     after = catalog.snapshot(snapshot)
     assert (after.adapters[name].default.version, snapshot.adapters[name].default.version) == (2, 1)
     assert after == catalog.snapshot()

@@ -24,7 +24,7 @@ from benchmarks.cluster.trace import Asked, Load, make_trace
 from loray.simulation.cluster import SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES, Profile
 from loray.simulation.routers import RandomRouter
-from loray.simulation.scalers import Fixed
+from loray.simulation.scalers import Scaler
 from loray.simulation.scenario import Scenario
 from loray.simulation.simulator import Policy, Simulator
 from loray.simulation.workload import read
@@ -153,7 +153,7 @@ def _simulated_answers(costs: Profile, asked: Sequence[Asked]) -> list[Seen]:
             return super().choose(job, now)
 
     made = requests(*((one.at, one.num_prompt, one.num_output, one.adapter) for one in asked))
-    outcome = Simulator(made, costs, Policy("x", Noting(6, 0), Fixed(3)), initial=3, size=3).run()
+    outcome = Simulator(made, costs, Policy("x", Noting(6, 0), Scaler(3)), initial=3, size=3).run()
     columns = zip(asked, outcome.ttft_R.tolist(), outcome.end_R.tolist(), outcome.slot_R.tolist(), strict=True)
     return [
         Seen(*one, first=one.at + ttft, last=one.at + end, routed=routed[i], replica=f"r{slot}")

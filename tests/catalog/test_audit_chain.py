@@ -22,24 +22,24 @@ from tests.fixtures.versions import digest, manifest
 
 @pytest.fixture
 def written(catalog: Catalog) -> Catalog:
-    catalog.register("tone", digest(1), manifest(1), ["prod"])
+    catalog.adapters.register("tone", digest(1), manifest(1), ["prod"])
     with coming_from(Origin("10.0.0.1", "req-1")):
-        catalog.note("download", "tone@1", tenant="default", form="peft")
-    catalog.note_refused({Refused("unknown", "", "10.0.0.1", "infer"): Refusals(10, "req-2")})
+        catalog.audit.record("download", "tone@1", tenant="default", form="peft")
+    catalog.audit.record_refused({Refused("unknown", "", "10.0.0.1", "infer"): Refusals(10, "req-2")})
     return catalog
 
 
 def test_what_was_written_is_verified(written: Catalog) -> None:
-    state = written.verify_audit()
-    assert state.num_entries == len(written.audit().entries)
-    written.set_tag("tone", "team", "support")
-    assert written.verify_audit((state.last_id, state.last_hash)).num_entries == state.num_entries + 1
-    download, refusal = (written.audit(action=action).entries[0] for action in ("download", "refuse"))
+    state = written.audit.verify()
+    assert state.num_entries == len(written.audit.page().items)
+    written.tags.set("tone", "team", "support")
+    assert written.audit.verify((state.last_id, state.last_hash)).num_entries == state.num_entries + 1
+    download, refusal = (written.audit.page(action=action).items[0] for action in ("download", "refuse"))
     assert (download.subject, download.detail) == ("tone@1", {"form": "peft"})
     assert (download.address, download.request_id) == ("10.0.0.1", "req-1")
     assert (refusal.actor, refusal.subject, refusal.detail) == ("unknown", "infer", {"count": 10})
     assert (refusal.address, refusal.request_id) == ("10.0.0.1", "req-2")
-    assert {(e.address, e.request_id) for e in written.audit().entries} >= {(None, None)}
+    assert {(e.address, e.request_id) for e in written.audit.page().items} >= {(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -57,24 +57,24 @@ def test_what_was_written_is_verified(written: Catalog) -> None:
     ],
 )
 def test_a_changed_or_removed_entry_is_found(written: Catalog, change: Callable[[int], Any]) -> None:
-    written.create_tenant("acme")
-    with writing(written._engine) as c:
-        assert c.execute(change(written.audit(limit=1).entries[0].id)).rowcount == 1
-    refused(IntegrityError, "the audit log was changed", written.verify_audit)
+    written.tenants.create("acme")
+    with writing(written._db.engine) as c:
+        assert c.execute(change(written.audit.page(limit=1).items[0].id)).rowcount == 1
+    refused(IntegrityError, "the audit log was changed", written.audit.verify)
 
 
 def test_an_end_that_was_cut_off_is_found_by_who_has_kept_it(written: Catalog) -> None:
-    state = written.verify_audit()
-    with writing(written._engine) as c:
+    state = written.audit.verify()
+    with writing(written._db.engine) as c:
         c.execute(audit_log.delete().where(audit_log.c.id == state.last_id))
-    assert written.verify_audit().num_entries == state.num_entries - 1
+    assert written.audit.verify().num_entries == state.num_entries - 1
     with pytest.raises(IntegrityError, match="does not have the entry with the known hash"):
-        written.verify_audit((state.last_id, state.last_hash))
+        written.audit.verify((state.last_id, state.last_hash))
 
 
 def test_entries_without_a_request_have_no_such_field_in_their_hash(written: Catalog) -> None:
-    entry = written.audit(action="register").entries[0]
-    with written._engine.connect() as c:
+    entry = written.audit.page(action="register").items[0]
+    with written._db.engine.connect() as c:
         row = c.execute(sa.select(audit_log).where(audit_log.c.id == entry.id)).one()
     said = {name: getattr(row, name) for name in ("actor", "action", "subject", "tenant", "detail", "address")}
     said["created_at"] = entry.created_at.isoformat()

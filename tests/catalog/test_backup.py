@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.backup import Line, table_lines
 from loray.catalog.database import reading, writing
-from loray.catalog.queries import utc
 from loray.catalog.schema import audit_log, changes, metadata
 from loray.errors import ConflictError, DataError, IntegrityError, LorayError, UnsupportedError
 from loray.files import read_json_lines, write_json_lines
@@ -30,17 +29,17 @@ Rows = dict[str, list[tuple[object, ...]]]
 def filled(catalog_url: str) -> Iterator[Catalog]:
     """With rows in most of its tables."""
     catalog = Catalog(catalog_url)
-    catalog.add_base("base", BASE)
+    catalog.bases.add("base", BASE)
     publish(catalog, "tone", 1, 2, aliases=("prod",))
     publish(catalog, "gone", 3)
-    catalog.register("vera", digest(4), vera_manifest(4, key=0))
-    catalog.delete_adapter("gone")
-    catalog.rollback("tone")
-    catalog.create_tenant("acme", Limits(rpm_limit=600))
-    catalog.share("tone", "shared", ["acme"])
-    catalog.record_evaluations(digest(1), [Evaluation(metric="loss", value=1.5, dataset="docs")])
-    catalog.record_upload(digest(1))
-    catalog.set_tag("tone", "team", "search")
+    catalog.adapters.register("vera", digest(4), vera_manifest(4, key=0))
+    catalog.removal.delete_adapter("gone")
+    catalog.aliases.rollback("tone")
+    catalog.tenants.create("acme", Limits(rpm_limit=600))
+    catalog.adapters.share("tone", "shared", ["acme"])
+    catalog.evaluations.record(digest(1), [Evaluation(metric="loss", value=1.5, dataset="docs")])
+    catalog.adapters.record_upload(digest(1))
+    catalog.tags.set("tone", "team", "search")
     yield catalog
     catalog.close()
 
@@ -55,11 +54,11 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]:
 
 def rows_of(catalog: Catalog) -> Rows:
     """Of all tables, but those that restoring changes."""
-    with reading(catalog._engine) as c:
+    with reading(catalog._db.engine) as c:
         tables = [table for table in metadata.sorted_tables if table not in (changes, audit_log)]
         return {
             table.name: [
-                tuple(utc(v).astimezone(UTC) if isinstance(v, datetime) else v for v in row)
+                tuple(v.astimezone(UTC) if isinstance(v, datetime) else v for v in row)
                 for row in c.execute(sa.select(table).order_by(*table.primary_key))
             ]
             for table in tables
@@ -67,27 +66,27 @@ def rows_of(catalog: Catalog) -> Rows:
 
 
 def test_all_comes_back(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
-    made = filled.write_backup(tmp_path / "backup")
+    made = filled.backup.write(tmp_path / "backup")
     assert (made.num_names, made.num_versions) == (3, 4)
     assert (tmp_path / "backup").stat().st_mode & 0o077 == 0
     publish(filled, "later", 9)
-    assert empty.read_backup(tmp_path / "backup") == made
-    assert empty.alias("tone", "prod") == filled.alias("tone", "prod")
-    assert [entry.name for entry in empty.adapters()] == ["tone", "vera"]
-    empty.restore("gone")
-    assert empty.entry("gone").versions.keys() == {1}
+    assert empty.backup.read(tmp_path / "backup") == made
+    assert empty.aliases.get("tone", "prod") == filled.aliases.get("tone", "prod")
+    assert [entry.name for entry in empty.snapshot().models()] == ["tone", "vera"]
+    empty.removal.restore("gone")
+    assert empty.adapters.get("gone").versions.keys() == {1}
 
 
 def test_rows_are_equal_and_others_follow_them(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
-    filled.write_backup(tmp_path / "backup")
-    empty.read_backup(tmp_path / "backup")
+    filled.backup.write(tmp_path / "backup")
+    empty.backup.read(tmp_path / "backup")
     assert rows_of(empty) == rows_of(filled)
     assert all(rows_of(filled)[name] for name in ("versions", "alias_moves", "evaluations", "shares", "uploads"))
-    before = filled.alias("tone", "prod").revision
-    empty.register("tone", digest(7), manifest(7), ["prod"])  # ids and revisions that nobody has had
-    assert empty.entry("tone").versions.keys() == {1, 2, 3}
-    assert empty.alias("tone", "prod").revision > before + 1000
-    refused(ConflictError, "not empty", empty.read_backup, tmp_path / "backup")
+    before = filled.aliases.get("tone", "prod").revision
+    empty.adapters.register("tone", digest(7), manifest(7), ["prod"])  # ids and revisions that nobody has had
+    assert empty.adapters.get("tone").versions.keys() == {1, 2, 3}
+    assert empty.aliases.get("tone", "prod").revision > before + 1000
+    refused(ConflictError, "not empty", empty.backup.read, tmp_path / "backup")
 
 
 @pytest.mark.parametrize(
@@ -103,16 +102,16 @@ def test_a_damaged_backup_changes_nothing(
     filled: Catalog, empty: Catalog, tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]]
 ) -> None:
     file = tmp_path / "backup"
-    filled.write_backup(file)
+    filled.backup.write(file)
     file.write_bytes(b"".join(damage(file.read_bytes().splitlines(keepends=True))))
-    refused(IntegrityError, "nothing was restored", empty.read_backup, file)
-    filled.write_backup(file)
-    empty.read_backup(file)
+    refused(IntegrityError, "nothing was restored", empty.backup.read, file)
+    filled.backup.write(file)
+    empty.backup.read(file)
 
 
 def test_backups_of_others_are_refused(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
     file = tmp_path / "backup"
-    filled.write_backup(file)
+    filled.backup.write(file)
     with file.open("rb") as f:
         first, *rest = read_json_lines(f)
     for changed, error in [
@@ -123,10 +122,10 @@ def test_backups_of_others_are_refused(filled: Catalog, empty: Catalog, tmp_path
     ]:
         with file.open("wb") as f:
             write_json_lines(f, [changed, *rest])
-        refused(error, "", empty.read_backup, file)
+        refused(error, "", empty.backup.read, file)
     for missing in (tmp_path / "missing", tmp_path):
-        refused(DataError, "cannot be read", empty.read_backup, missing)
-    refused((LorayError, OSError), "", filled.write_backup, tmp_path / "no folder" / "backup")
+        refused(DataError, "cannot be read", empty.backup.read, missing)
+    refused((LorayError, OSError), "", filled.backup.write, tmp_path / "no folder" / "backup")
 
 
 def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("loray.catalog.backup.table_lines", interrupted)
     before = rows_of(filled)
-    filled.write_backup(tmp_path / "backup")
+    filled.backup.write(tmp_path / "backup")
     assert "concurrent" not in (tmp_path / "backup").read_text()
     monkeypatch.undo()
     num_tables = len(metadata.sorted_tables) - 5  # without claims, clusters, logins, and owners and levels of quotas
@@ -147,10 +146,10 @@ def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch:
 
 
 def test_a_row_of_time_is_kept_exactly(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
-    with writing(filled._engine) as c:
+    with writing(filled._db.engine) as c:
         moment = datetime(2026, 11, 26, 12, 0, 0, 123456, tzinfo=UTC)
         c.execute(audit_log.update().values(created_at=moment))
-    filled.write_backup(tmp_path / "backup")
-    empty.read_backup(tmp_path / "backup")
-    with reading(empty._engine) as c:
-        assert {utc(t).astimezone(UTC) for t in c.scalars(sa.select(audit_log.c.created_at).limit(3))} == {moment}
+    filled.backup.write(tmp_path / "backup")
+    empty.backup.read(tmp_path / "backup")
+    with reading(empty._db.engine) as c:
+        assert {t.astimezone(UTC) for t in c.scalars(sa.select(audit_log.c.created_at).limit(3))} == {moment}

@@ -88,14 +88,14 @@ def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise RuntimeError("killed")
 
-    for module in ("catalog", "aliases"):
+    for module in ("adapters", "aliases"):
         monkeypatch.setattr(f"loray.catalog.{module}.count_change", fail)
     for write in (
         lambda: publish(catalog, "tone", 2, aliases=("prod",)),
         lambda: publish(catalog, "new", 3),
-        lambda: catalog.promote("tone", "canary", 1),
-        lambda: catalog.delete_alias("tone", "prod"),
-        lambda: catalog.add_base("base", BASE),
+        lambda: catalog.aliases.move("tone", "canary", 1),
+        lambda: catalog.aliases.delete("tone", "prod"),
+        lambda: catalog.bases.add("base", BASE),
     ):
         refused(RuntimeError, "killed", write)
     assert catalog.snapshot() == before
@@ -164,7 +164,7 @@ def test_processes_register_one_name_at_once(url: str) -> None:
         "sys.stdin.readline()\n"
         "for i in range(5):\n"
         "    n = 10 * int(sys.argv[1]) + i\n"
-        "    catalog.register('tone', digest(n), manifest(n), ['prod'])\n"
+        "    catalog.adapters.register('tone', digest(n), manifest(n), ['prod'])\n"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -178,8 +178,8 @@ def test_processes_register_one_name_at_once(url: str) -> None:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
     catalog = Catalog(url)
-    assert sorted(catalog.entry("tone").versions) == list(range(1, 16))
-    assert catalog.resolve("tone@prod").version == 15  # every registration moved it to the version it made
+    assert sorted(catalog.adapters.get("tone").versions) == list(range(1, 16))
+    assert catalog.adapters.resolve("tone@prod").version == 15  # every registration moved it to the version it made
     assert catalog.change_counter() == 15
     catalog.close()
 
@@ -188,7 +188,7 @@ def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:
     catalog = Catalog(postgres.new_database())
     publish(catalog, "tone", 1)
     postgres.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
-    assert catalog.resolve("tone").version == 1
+    assert catalog.adapters.resolve("tone").version == 1
     catalog.close()
 
 
@@ -201,10 +201,10 @@ def test_a_server_that_takes_no_writes_or_ends_them_cannot_be_used(
     monkeypatch.setattr("loray.catalog.database._IDLE_TIMEOUT_MS", 1)
     refused(CatalogError, "cannot be used", stop_in_a_transaction, catalog, postgres)
     monkeypatch.undo()
-    catalog.add_base("base", BASE)
+    catalog.bases.add("base", BASE)
     postgres.execute("postgres", f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_read_only = on")
     catalog.close()
-    refused(CatalogError, "read-only", catalog.add_base, "other", BASE)
+    refused(CatalogError, "read-only", catalog.bases.add, "other", BASE)
     catalog.close()
 
 
@@ -216,7 +216,7 @@ def test_a_statement_that_the_server_refuses_is_the_catalogs_error(
     postgres: Postgres, statement: str, reason: str
 ) -> None:
     catalog = Catalog(postgres.new_database())
-    with pytest.raises(CatalogError, match=reason), writing(catalog._engine) as c:
+    with pytest.raises(CatalogError, match=reason), writing(catalog._db.engine) as c:
         c.exec_driver_sql(statement)
     catalog.close()
 
@@ -245,7 +245,7 @@ def test_statements_and_connections_of_postgresql_have_limits(
 
 
 def stop_in_a_transaction(catalog: Catalog, postgres: Postgres) -> None:
-    with writing(catalog._engine) as c, psycopg.connect(postgres.url("postgres"), autocommit=True) as other:
+    with writing(catalog._db.engine) as c, psycopg.connect(postgres.url("postgres"), autocommit=True) as other:
         pid = c.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         while other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is not None:
             time.sleep(0.01)

@@ -23,80 +23,80 @@ def catalog(url: str) -> Iterator[Catalog]:
 
 
 def add(catalog: Catalog, job_id: str = "job-1", name: str = "tone") -> None:
-    catalog.add_job(job_id, name=name, recipe=RECIPE.model_copy(update={"name": name}))
+    catalog.jobs.add(job_id, name=name, recipe=RECIPE.model_copy(update={"name": name}))
 
 
 def test_a_job_from_its_submission_to_its_end(catalog: Catalog) -> None:
     before = catalog.change_counter()
-    job = catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    job = catalog.jobs.add("job-1", name="tone", recipe=RECIPE)
     assert (job.status, job.recipe, job.actor, job.message) == ("pending", RECIPE, "tester", "")
     assert (job.started_at, job.ended_at, job.version, job.has_ended) == (None, None, None, False)
-    started = catalog.start_job("job-1")
+    started = catalog.jobs.start("job-1")
     assert started.status == "running"
     assert started.started_at is not None
-    ended = catalog.end_job("job-1", "succeeded", version=4)
+    ended = catalog.jobs.end("job-1", "succeeded", version=4)
     assert (ended.status, ended.version, ended.has_ended) == ("succeeded", 4, True)
     assert ended.ended_at is not None
     assert job.created_at <= started.started_at <= ended.ended_at
-    assert catalog.job("job-1") == ended
+    assert catalog.jobs.get("job-1") == ended
     assert catalog.change_counter() == before  # serving has nothing to read again
 
 
 def test_every_call_may_come_twice_and_late(catalog: Catalog) -> None:
     add(catalog)
-    running = catalog.start_job("job-1")
+    running = catalog.jobs.start("job-1")
     add(catalog)
-    assert catalog.start_job("job-1") == running
-    failed = catalog.end_job("job-1", "failed", message="no such base")
-    assert catalog.end_job("job-1", "stopped", message="later") == failed
-    assert catalog.start_job("job-1") == failed
+    assert catalog.jobs.start("job-1") == running
+    failed = catalog.jobs.end("job-1", "failed", message="no such base")
+    assert catalog.jobs.end("job-1", "stopped", message="later") == failed
+    assert catalog.jobs.start("job-1") == failed
     add(catalog)
-    assert catalog.job("job-1") == failed
+    assert catalog.jobs.get("job-1") == failed
     refused(ConflictError, "trains 'tone', not 'other'", add, catalog, name="other")
 
 
 def test_what_is_published_is_published(catalog: Catalog) -> None:
     """A driver out of reach was taken for dead, and then it ended well."""
     add(catalog)
-    lost = catalog.end_job("job-1", "failed", message="the driver was lost")
-    done = catalog.end_job("job-1", "succeeded", version=2)
+    lost = catalog.jobs.end("job-1", "failed", message="the driver was lost")
+    done = catalog.jobs.end("job-1", "succeeded", version=2)
     assert (done.status, done.version, done.message, done.ended_at) == ("succeeded", 2, "", lost.ended_at)
-    assert catalog.end_job("job-1", "failed", message="no") == done
-    assert catalog.end_job("job-1", "succeeded", version=3) == done
+    assert catalog.jobs.end("job-1", "failed", message="no") == done
+    assert catalog.jobs.end("job-1", "succeeded", version=3) == done
 
 
 def test_jobs_that_are_none(catalog: Catalog) -> None:
-    for call in (catalog.job, catalog.start_job, lambda i: catalog.end_job(i, "failed")):
+    for call in (catalog.jobs.get, catalog.jobs.start, lambda i: catalog.jobs.end(i, "failed")):
         refused(JobNotFound, "no job 'job-9'", call, "job-9")
     for job_id in ("", "a b", "../a", "x" * 129):
         refused(SpecError, "not a valid job id", add, catalog, job_id)
     refused(SpecError, "not a valid adapter name", add, catalog, name="a@b")
     add(catalog)
-    refused(SpecError, "'running' is not how a job ends", catalog.end_job, "job-1", "running")  # type: ignore[arg-type]
+    refused(SpecError, "'running' is not how a job ends", catalog.jobs.end, "job-1", "running")  # type: ignore[arg-type]
 
 
 def test_pages_newest_first(catalog: Catalog) -> None:
     for i in range(5):
         add(catalog, f"job-{i}", "tone" if i % 2 else "other")
-    catalog.start_job("job-3")
-    page = catalog.jobs(limit=2)
-    assert ([j.id for j in page.jobs], page.next) == (["job-4", "job-3"], "job-3")
+    catalog.jobs.start("job-3")
+    page = catalog.jobs.page(limit=2)
+    assert ([j.id for j in page.items], page.next) == (["job-4", "job-3"], "job-3")
     add(catalog, "job-5")  # what comes meanwhile moves no page
-    page = catalog.jobs(limit=2, cursor=page.next)
-    assert [j.id for j in page.jobs] == ["job-2", "job-1"]
-    page = catalog.jobs(limit=2, cursor=page.next)
-    assert ([j.id for j in page.jobs], page.next) == (["job-0"], None)
-    assert [j.id for j in catalog.jobs(status="running").jobs] == ["job-3"]
-    assert [j.id for j in catalog.jobs(name="tone", status="pending").jobs] == ["job-5", "job-1"]
-    refused(SpecError, "is no cursor", catalog.jobs, cursor="job-99")
+    page = catalog.jobs.page(limit=2, cursor=page.next)
+    assert [j.id for j in page.items] == ["job-2", "job-1"]
+    page = catalog.jobs.page(limit=2, cursor=page.next)
+    assert ([j.id for j in page.items], page.next) == (["job-0"], None)
+    assert [j.id for j in catalog.jobs.page(status="running").items] == ["job-3"]
+    assert [j.id for j in catalog.jobs.page(name="tone", status="pending").items] == ["job-5", "job-1"]
+    refused(SpecError, "is no cursor", catalog.jobs.page, cursor="job-99")
 
 
 def test_server_and_driver_add_one_job_at_once(catalog: Catalog, url: str) -> None:
     def tell(i: int) -> str:
         with closing(Catalog(url)) as mine:
-            mine.add_job("job-1", name="tone", recipe=RECIPE)
-            mine.start_job("job-1")
-            return mine.end_job("job-1", "succeeded", version=i + 1).status
+            mine.jobs.add("job-1", name="tone", recipe=RECIPE)
+            mine.jobs.start("job-1")
+            return mine.jobs.end("job-1", "succeeded", version=i + 1).status
 
     assert set(at_once(6, tell)) == {"succeeded"}
-    assert len(catalog.jobs().jobs) == 1
+    assert len(catalog.jobs.page().items) == 1

@@ -40,7 +40,7 @@ CALLERS = [Principal(), Principal(tenant=tenant_name(1), scopes=frozenset({"infe
 def catalog(catalog_url: str) -> Catalog:
     fill(catalog_url, _NUM, _NUM_TENANTS)
     catalog = Catalog(catalog_url)
-    with writing(catalog._engine) as c:
+    with writing(catalog._db.engine) as c:
         c.execute(tags.insert(), [{"adapter_id": i, "key": "long", "value": f"{_LONG}{i % 2}"} for i in range(1, 50)])
     return catalog
 
@@ -59,7 +59,7 @@ def passes(entry: AdapterEntry, tagged: Mapping[str, str], wanted: Mapping[str, 
 def test_pages_have_what_the_filters_say(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     tagged, snapshot = dict[str, dict[str, str]](), catalog.snapshot()
     query = sa.select(adapters.c.name, tags.c.key, tags.c.value).join(tags, tags.c.adapter_id == adapters.c.id)
-    with reading(catalog._engine) as c:
+    with reading(catalog._db.engine) as c:
         for name, key, value in c.execute(query):
             tagged.setdefault(name, {})[key] = value
     for few in (0, 10_000):
@@ -70,20 +70,20 @@ def test_pages_have_what_the_filters_say(catalog: Catalog, monkeypatch: pytest.M
                 seen = snapshot.models(principal=caller)
                 expected = sorted(e.name for e in seen if passes(e, tagged.get(e.name, {}), wanted))
                 found: list[str] = []
-                while page := view.names(limit=150, after=found[-1] if found else "", **wanted):
+                while page := view.adapters.page(limit=150, after=found[-1] if found else "", **wanted):
                     found += [entry.name for entry in page]
                 assert found == expected, (few, caller.tenant, wanted)
     catalog.close()
 
 
 def test_sqlite_reads_pages_in_order_and_from_indices_alone(catalog: Catalog) -> None:
-    if catalog._engine.dialect.name == "sqlite":
-        with reading(catalog._engine) as c:
+    if catalog._db.engine.dialect.name == "sqlite":
+        with reading(catalog._db.engine) as c:
             for caller in CALLERS:
                 for wanted in (f for f in FILTERS if "tags" not in f and f.get("base") != "nobody"):
                     given = {"tenant": None, "base": None, "method": None, "search": None, "tags": {}} | wanted
                     query = queries.select_names(c, caller, adapter_name(250, _NUM_TENANTS), **given).limit(100)
-                    words = str(query.compile(catalog._engine, compile_kwargs={"literal_binds": True}))
+                    words = str(query.compile(catalog._db.engine, compile_kwargs={"literal_binds": True}))
                     plan = [row[-1] for row in c.exec_driver_sql(f"EXPLAIN QUERY PLAN {words}")]
                     assert not [step for step in plan if "TEMP" in step or "SCAN" in step], plan
                     of_adapters = [step for step in plan if "adapters" in step]

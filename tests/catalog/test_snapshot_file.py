@@ -29,7 +29,7 @@ def snapshot(tmp_path: Path) -> CatalogSnapshot:
         publish(catalog, f"x{i}", i)
     files = {AdapterManifest.TEMPLATE_FILE: text_sha256("{{ messages }}")}
     own = manifest(9).model_copy(update={"chat_template": "{{ messages }}", "files": files})
-    catalog.register("chat", digest(9), own)
+    catalog.adapters.register("chat", digest(9), own)
     found = catalog.snapshot()
     catalog.close()
     return found

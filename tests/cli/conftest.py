@@ -36,6 +36,7 @@ def known_rates(home: Path) -> None:
 def loray(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        capsys.readouterr()  # what libraries said when the test imported them
         code = _run()
         return Result(code, *capsys.readouterr())
 

@@ -31,7 +31,7 @@ def test_keys(loray: Loray) -> None:
     rotated = loray("keys", "rotate", "ci", "--json").json
     assert rotated["key"] != secret
     assert loray("keys", "block", rotated["id"]).out.endswith("is blocked\n")
-    assert catalog().key(rotated["id"]).blocked
+    assert catalog().keys.get(rotated["id"]).blocked
     assert loray("keys", "block", "ci", "--off").out.endswith("passes again\n")
     assert loray("keys", "revoke", "ci").code == 0
     assert [key["revoked_at"] is None for key in loray("keys", "ls", "--all", "--json").json] == [False] * 2
@@ -55,7 +55,7 @@ def test_a_key_of_the_deployment(loray: Loray) -> None:
     made = loray("keys", "create", "--static", "--json").json
     assert hashlib.sha256(made["key"].encode()).hexdigest() == made["sha256"]
     assert loray("keys", "create", "--static").out.startswith("LORAY_API_KEY=sk-lr-")
-    assert catalog().keys().keys == ()
+    assert catalog().keys.page().items == ()
 
 
 def test_tenants(loray: Loray) -> None:

@@ -88,7 +88,9 @@ def test_from_import_to_rollback(loray: Loray, folder: Path, base: BaseModel, pe
     assert loray("adapters", "show", "tone@1", "--json").json["all_aliases"] == {"prod": 2}
     assert loray("adapters", "promote", "tone@1", "prod", "--expected", "1").code == 1
     with closing(Catalog(Settings.from_env().catalog)) as catalog:
-        catalog.report_death(second["digest"], "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
+        catalog.quarantine.report_death(
+            second["digest"], "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths)
+        )
     assert "a replica died on it" in loray("adapters", "show", "tone@2").out
     assert loray("adapters", "show", "tone@2", "--json").json["quarantine"]["deaths"] == 1
     assert loray("adapters", "release", "tone@2").out == "released tone@2: the next request tries it\n"
@@ -231,7 +233,7 @@ def test_search(loray: Loray, home: Path) -> None:
 def with_canary(home: Path) -> Catalog:
     catalog = Catalog(Settings.from_env().catalog)
     publish(catalog, "tone", 1, 2, 3)
-    catalog.promote("tone", "prod", 2)
+    catalog.aliases.move("tone", "prod", 2)
     return catalog
 
 
@@ -243,19 +245,19 @@ def test_a_canary_from_its_start_to_its_end(loray: Loray, with_canary: Catalog) 
     grown = loray(*given, "--percent", 20, "--max-ttft-ratio", 3, "--json").json
     wanted = {"max_error_rate": 0.5, "max_ttft_ratio": 3.0, "max_itl_ratio": 2.0, "min_requests": 10}
     assert (grown["percent"], grown["bounds"]) == (20, wanted)
-    running = with_canary.canary("tone")
-    with_canary.report_canaries("a", {running.id: CanaryCounts(counts(80), counts(20, errors=3))})
+    running = with_canary.canaries.get("tone")
+    with_canary.canaries.report("a", {running.id: CanaryCounts(counts(80), counts(20, errors=3))})
     assert loray("adapters", "canary", "tone", "--json").json["counts"]["canary"]["num_requests"] == 20
     (row,) = loray("adapters", "ls", "--json").json
     assert row["weights"] == {"prod": {"2": 80, "3": 20}}
-    with_canary.report_canaries("a", {running.id: CanaryCounts(counts(80), counts(30, errors=16))})
+    with_canary.canaries.report("a", {running.id: CanaryCounts(counts(80), counts(30, errors=16))})
     ended = loray("adapters", "canary", "tone", "--json").json
     assert (ended["outcome"], ended["reason"][:24]) == ("rolled_back", "16 of 30 requests failed")
     assert "rolled back" in loray("adapters", "show", "tone").out
     again = loray(*given, "--percent", 10, "--json")
     assert json.loads(again.out)["bounds"]["max_error_rate"] == 0.05
     assert loray("adapters", "promote", "tone@3").out == "tone@prod is version 3 now\n"
-    assert with_canary.canary("tone").outcome == "promoted"
+    assert with_canary.canaries.get("tone").outcome == "promoted"
 
 
 def test_wrong_canaries(loray: Loray, with_canary: Catalog) -> None:

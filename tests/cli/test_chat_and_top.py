@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.cli.chat import ChatAnswer, _Talk, printable
+from loray.cli.chat import ChatAnswer, Talk, printable, side_by_side
 from loray.cli.top import since
 from loray.client import LorayClient
 from loray.client.metrics import percentile
@@ -162,14 +162,14 @@ def test_models_are_compared_under_headings(loray: Loray, server: Server, say: S
 
 def test_columns_of_a_terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with LorayClient("http://test", transport=httpx.MockTransport(server)) as client:
-        talk = _Talk(client, ["tone", "dates"], None, {}, quiet=False)
+        talk = Talk(client, ["tone", "dates"], None, {})
         answers = [ChatAnswer("tone"), ChatAnswer("dates")]
-        talk._side_by_side("one", answers)
+        side_by_side(talk, "one", answers, quiet=False)
     shown = capsys.readouterr().out
     assert "tonehearsone" in shown
     assert "dateshearsone" in shown
     assert [a.num_tokens for a in answers] == [5, 5]
-    assert [m["content"] for m in talk._messages["dates"]] == ["one", "dateshearsone"]
+    assert [m["content"] for m in talk.messages["dates"]] == ["one", "dateshearsone"]
 
 
 def test_what_is_not_served(loray: Loray, server: Server, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
@@ -25,7 +27,7 @@ from click.testing import CliRunner
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.cli import doctor
-from loray.cli.doctor import CHECKS, CheckResult, Facts, Situation, _left_in_container, _specs, examined, existing
+from loray.cli.doctor import CHECKS, CheckResult, Situation, _specs, examined
 from loray.cli.main import cli
 from loray.errors import CatalogError, SpecError
 from loray.local.cluster import LocalCluster, current_cluster, dead_cluster
@@ -45,24 +47,56 @@ Situations = Callable[..., Situation]
 GIB = 1 << 30
 
 
-@pytest.fixture
-def situation(tmp_path: Path) -> Situations:
-    """`situation(shm=0, env={"LORAY_URL": …}, spec={"port": 1})`: facts that differ, the environment, the spec."""
+class Usage(NamedTuple):
+    """Of a disk."""
 
-    def make(env: dict[str, str] | None = None, spec: dict[str, Any] | None = None, **facts: Any) -> Situation:
-        well: dict[str, Any] = {
-            "python": "3.12.1",
-            "requirements": ("numpy>=1.26", "torch>=2.6,<3", "mlflow-skinny>=3; extra == 'mlflow'"),
-            "installed": {"numpy": "2.0", "torch": "2.9.1"},
-            "available": 16 * GIB,
-            "shm": 8 * GIB,
-            "disk_free": 100 * GIB,
-            "disk_total": 200 * GIB,
-            "max_open_files": 65536,
-            "hard_open_files": 65536,
-        }
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def situation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Situations:
+    """`situation(shm=0, env={"LORAY_URL": …}, spec={"port": 1})`: what differs on a machine that is well, the
+    environment, the spec.
+    """
+
+    def make(
+        env: dict[str, str] | None = None,
+        spec: dict[str, Any] | None = None,
+        *,
+        python: str = "3.12.1",
+        requirements: Sequence[str] | None = ("numpy>=1.26", "torch>=2.6,<3", "mlflow-skinny>=3; extra == 'mlflow'"),
+        installed: Mapping[str, str] | None = None,
+        available: int = 16 * GIB,
+        shm: int | None = 8 * GIB,
+        disk_free: int = 100 * GIB,
+        max_open_files: tuple[int, int] = (65536, 65536),
+    ) -> Situation:
+        distributions: dict[str, Any] = {"loray": requirements}
+        distributions |= {"numpy": "2.0", "torch": "2.9.1"} if installed is None else installed
+
+        def of(name: str) -> Any:
+            if distributions.get(name) is None:
+                raise PackageNotFoundError(name)
+            return distributions[name]
+
+        folder = tmp_path / "shm"
+        if shm is not None:
+            folder.mkdir(exist_ok=True)
+
+        def disk_usage(path: Path) -> Usage:
+            return Usage(200 * GIB, 0, (shm or 0) if path == folder else disk_free)
+
+        monkeypatch.setattr(doctor, "python_version", lambda: python)
+        monkeypatch.setattr(doctor, "requires", of)
+        monkeypatch.setattr(doctor, "version", of)
+        monkeypatch.setattr(doctor, "memory_left", lambda: available)
+        monkeypatch.setattr(doctor, "_SHM", folder)
+        monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+        monkeypatch.setattr(doctor, "getrlimit", lambda limit: max_open_files)
         settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")} | (env or {}))
-        return Situation(settings, ServeSpec(**{"base": "tiny"} | (spec or {})), Facts(**well | facts))
+        return Situation(settings, ServeSpec(**{"base": "tiny"} | (spec or {})))
 
     return make
 
@@ -117,8 +151,8 @@ def test_all_is_well(of: Check, situation: Situations) -> None:
         (doctor.shm, {"shm": None}, "warning", "is missing", "/dev/shm"),
         (doctor.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
         (doctor.disk, {"disk_free": 5 * GIB}, "warning", "free", "loray store gc --yes"),
-        (doctor.files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
-        (doctor.files, {"max_open_files": 256, "hard_open_files": 256}, "error", "256 open files", "limits.conf"),
+        (doctor.files, {"max_open_files": (256, 65536)}, "error", "256 open files", "ulimit -n 800"),
+        (doctor.files, {"max_open_files": (256, 256)}, "error", "256 open files", "limits.conf"),
     ],
 )
 def test_what_is_wrong_is_found(
@@ -148,22 +182,8 @@ def test_the_memory_of_all_bases_is_counted(situation: Situations) -> None:
     assert doctor.memory(replace(s, others=(gpu,))).severity == "warning"
 
 
-def test_facts_of_this_machine(tmp_path: Path) -> None:
-    facts = Facts.read(tmp_path / "not" / "there")
-    assert facts.available > 0
-    assert facts.disk_total >= facts.disk_free > 0
-    assert facts.installed["click"] is not None
-    assert "mlflow-skinny" not in facts.installed  # of an extra
-    assert existing(tmp_path / "not" / "there") == tmp_path
-
-
-def test_a_containers_limit(tmp_path: Path) -> None:
-    assert _left_in_container(tmp_path) is None
-    (tmp_path / "memory.current").write_text("30\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _left_in_container(tmp_path) is None
-    (tmp_path / "memory.max").write_text("100\n")
-    assert _left_in_container(tmp_path) == 70
+def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert doctor.existing(tmp_path / "not" / "there") == tmp_path
 
 
 def on(machine: Machine, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

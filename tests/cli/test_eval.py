@@ -123,7 +123,7 @@ def test_a_published_longlora_adapter_earns_its_alias(
     catalog = Catalog(f"sqlite:///{tmp_path}/home/catalog.db")
     lengths = {OWN: 1024, NATIVE: 512}
     good = {(subject, lengths[length]): value for (subject, length), value in GOOD.items()}
-    catalog.record_evaluations(measured["digest"], figures(good))
+    catalog.evaluations.record(measured["digest"], figures(good))
     catalog.close()
     assert loray("adapters", "promote", "long").out == "long@prod is version 1 now\n"
     shown_text = loray("adapters", "show", "long").out
@@ -294,7 +294,7 @@ def test_figures_are_recorded_with_the_version_that_was_asked(
         "num_concurrent=8",
     ]
     assert key == "k" * 40
-    version = Catalog(Settings.from_env().catalog).adapter("tone").versions[-1]
+    version = Catalog(Settings.from_env().catalog).adapters.version("tone", 1)
     found = [(e.dataset, e.metric, e.value, e.count) for e in version.evaluations]
     assert found == [
         ("letters", "acc", 0.5, 6),
@@ -311,7 +311,7 @@ def test_figures_are_recorded_with_the_version_that_was_asked(
     unrecorded = loray("eval", "tasks", "tone", "letters", "--no-record")
     assert unrecorded.code == 0
     assert "exact_match/strict-match" in unrecorded.out
-    assert len(Catalog(Settings.from_env().catalog).adapter("tone").versions[-1].evaluations) == 3
+    assert len(Catalog(Settings.from_env().catalog).adapters.version("tone", 1).evaluations) == 3
 
 
 def test_without_the_package(loray: Loray, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

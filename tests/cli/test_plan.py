@@ -70,7 +70,7 @@ def test_tables_of_a_run_that_fits(plan: Plan) -> None:
         "469.8 MB",
         "tokens/s",
         "312 TFLOP/s",
-        "Memory of a node (its own, with 8 workers and the driver)",
+        "Memory of a node (its own, with 8 workers and the driver: 1.0 TB to use)",
         "a tensor of the base, as each worker reads it",
     ):
         assert words in out

@@ -73,11 +73,11 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `loray train` would have submitted. Nothing is."""
     recipes: list[Any] = []
 
-    def submit(recipe: Any, *args: object, **flags: bool) -> tuple[Any, str]:
-        recipes.append(recipe)
+    def submit(work: Any, *args: object) -> tuple[Any, str]:
+        recipes.append(work.recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.command._submit", submit)
+    monkeypatch.setattr("jobs.command.submit", submit)
     return recipes
 
 

@@ -12,16 +12,14 @@ from jobs.command import ApiJobServer
 from jobs.submission.tracker import id_of
 from loray.client import CatalogClient
 from loray.errors import (
-    AdapterNotFound,
     CatalogError,
     ClusterError,
     GateRefused,
     JobNotFound,
-    RevisionConflict,
     SpecError,
 )
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
-from serve_apps.api.examples import RECIPE
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.versions import BASE, digest, publish, vera_manifest
@@ -41,13 +39,13 @@ def client(api: Api) -> Iterator[CatalogClient]:
 
 
 def test_adapters_across_pages(api: Api, client: CatalogClient) -> None:
-    api.catalog.add_base("smollm2", BASE)
+    api.catalog.bases.add("smollm2", BASE)
     names = [f"adapter-{i:03}" for i in range(103)]
     for name in names:
         publish(api.catalog, name, 1)
     assert [a.name for a in client.adapters(base="smollm2")] == names
     for number, key in ((3, 0), (4, 7)):
-        api.catalog.register("adapter-000", digest(number), vera_manifest(number, key=key))
+        api.catalog.adapters.register("adapter-000", digest(number), vera_manifest(number, key=key))
     (base,) = client.bases()
     assert (base.name, base.fingerprint) == ("smollm2", BASE)
     assert [(p.key, p.rank, p.canonical) for p in base.projections] == [(0, 256, True), (7, 256, False)]
@@ -56,26 +54,6 @@ def test_adapters_across_pages(api: Api, client: CatalogClient) -> None:
     assert [v.label for v in client.versions("adapter-000")] == [f"adapter-000@{n}" for n in (3, 2, 1)]
     assert client.version("adapter-000", 1).manifest.nbytes == 401
     assert client.placement("adapter-000").items == ()
-
-
-def test_promotion_with_preconditions(api: Api, client: CatalogClient) -> None:
-    publish(api.catalog, "tone", 1, 2, 3)
-    first = client.promote("tone", "prod", 1, create=True)
-    second = client.promote("tone", "prod", 2, etag=first.etag)
-    for write in (
-        lambda: client.promote("tone", "prod", 3, etag=first.etag),
-        lambda: client.promote("tone", "prod", 3, create=True),
-        lambda: client.rollback("tone", etag=first.etag),
-        lambda: client.delete_alias("tone", "prod", etag=first.etag),
-    ):
-        with pytest.raises(RevisionConflict, match="has revision"):
-            write()
-    assert client.alias("tone", "prod") == second
-    assert client.rollback("tone", etag=second.etag).version == 1
-    assert [a.alias for a in client.aliases("tone")] == ["prod"]
-    client.delete_alias("tone", "prod")
-    with pytest.raises(AdapterNotFound, match="no alias 'prod'"):
-        client.alias("tone", "prod")
 
 
 def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tmp_path: Path) -> None:

@@ -26,8 +26,15 @@ from loray.errors import (
 )
 from loray.schemas.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
 from loray.schemas.openai.formats import Choice
-from loray.schemas.resources import Problem, problem_type
-from serve_apps.api import examples
+from loray.schemas.resources import (
+    AliasResource,
+    FileResource,
+    Problem,
+    UploadResource,
+    VersionDetail,
+    example_of,
+    problem_type,
+)
 from tests.fixtures.answers import delta, fmt
 from tests.fixtures.calls import refused
 from tests.fixtures.versions import manifest
@@ -180,9 +187,9 @@ def unavailable(**headers: str) -> httpx.Response:
     return httpx.Response(503, text=problem.model_dump_json(), headers=headers)
 
 
-UPLOAD = httpx.Response(200, json=examples.UPLOAD)
-VERSION = httpx.Response(201, json=examples.VERSION_DETAIL | {"manifest": manifest(1).model_dump(mode="json")})
-ALIAS = httpx.Response(200, json=examples.ALIAS)
+UPLOAD = httpx.Response(200, json=example_of(UploadResource))
+VERSION = httpx.Response(201, json=example_of(VersionDetail) | {"manifest": manifest(1).model_dump(mode="json")})
+ALIAS = httpx.Response(200, json=example_of(AliasResource))
 
 
 @pytest.mark.parametrize("first", [unavailable(), httpx.Response(502), httpx.ReadError, httpx.RemoteProtocolError])
@@ -191,7 +198,7 @@ def test_what_may_be_sent_twice_is_sent_again(clock: Clock, tmp_path: Path, firs
     calls: list[tuple[Callable[[CatalogClient], object], httpx.Response]] = [
         (lambda c: c.upload("1"), UPLOAD),
         (lambda c: c.begin_upload("a key"), UPLOAD),
-        (lambda c: c.put_file("1", tmp_path / "README.md"), httpx.Response(200, json=examples.FILE)),
+        (lambda c: c.put_file("1", tmp_path / "README.md"), httpx.Response(200, json=example_of(FileResource))),
         (lambda c: c.register("tone", upload="1"), VERSION),
         (lambda c: c.promote("tone", "prod", 1), ALIAS),
         (lambda c: list(c.follow("job")), httpx.Response(200, text="a line\n")),

@@ -12,14 +12,13 @@ import yaml
 
 from docs.site.markdown import for_site, headings, links, site_path, table
 from docs.site.pages import all_pages, navigation, placed, problems, written
-from docs.site.reference.limits import limits_table
+from docs.site.reference.limits import TABLES, limits_table
 from loray import errors
 from loray.cli.main import cli
 from loray.recipes.defaults import METHODS, OBJECTIVES
 from loray.recipes.fields import fields_of
 from loray.spec import ServeSpec
 from loray.telemetry import METRICS, TRAINING_METRICS
-from serve_apps.limits import TABLES
 from tests.conftest import REPOSITORY
 
 

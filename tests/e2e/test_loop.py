@@ -54,7 +54,7 @@ def trained(
         data={"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
     )
     train_here(recipe, served.settings, folder)
-    vera = served.catalog.version("loop-vera", 1)
+    vera = served.catalog.adapters.version("loop-vera", 1)
     ends = {"lora": command_job.events[-1], "longlora": api_job.events[-1]}
     assert [end["event"] for end in ends.values()] == ["published"] * 2, f"{command_job.log}\n{api_job.log}"
     return {method: (end["name"], end["digest"]) for method, end in ends.items()} | {"vera": (vera.name, vera.digest)}
@@ -102,7 +102,7 @@ def test_every_method_is_served_as_peft_computes_it(
 ) -> None:
     tokenizer = byte_tokenizer()
     ids = tuple(tokenizer(PROMPT)["input_ids"])
-    refs = {method: served.catalog.resolve(name) for method, (name, _) in trained.items()}
+    refs = {method: served.catalog.adapters.resolve(name) for method, (name, _) in trained.items()}
     assert {method: ref.digest for method, ref in refs.items()} == {
         method: digest for method, (_, digest) in trained.items()
     }
@@ -142,7 +142,7 @@ def test_promote_changes_the_next_answer_and_rollback_restores_it(
     name, _ = trained["vera"]
     folder = tmp_path / "second"
     make_adapter(served.base, folder, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]), seed=5, std=0.3)
-    served.catalog.promote(name, "prod", 1)
+    served.catalog.aliases.move(name, "prod", 1)
     second = publish(folder, served.base, Destination(name, served.store, served.catalog))
     first, new = (ask(client, f"{name}@{version}").logprobs for version in (1, second.version))
     assert first != new
@@ -151,9 +151,9 @@ def test_promote_changes_the_next_answer_and_rollback_restores_it(
         return eventually(lambda: ask(client, name).logprobs == logprobs)
 
     assert is_answered_by(first)
-    served.catalog.promote(name, "prod", second.version)
+    served.catalog.aliases.move(name, "prod", second.version)
     assert is_answered_by(new)
-    served.catalog.rollback(name, "prod")
+    served.catalog.aliases.rollback(name, "prod")
     assert is_answered_by(first)
 
 

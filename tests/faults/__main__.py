@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tuple[list[Window], list[str]]:
     """The windows, and what was left behind."""
     catalog = world.catalog
-    key = catalog.create_key("faults", limits=Limits(tpm_limit=10_000_000)).secret
-    observer_key = catalog.create_key("observer", scopes=["admin"]).secret
+    key = catalog.keys.create("faults", limits=Limits(tpm_limit=10_000_000)).secret
+    observer_key = catalog.keys.create("observer", scopes=["admin"]).secret
     chance = random.Random(args.seed)
     models = [BASE, *world.names]
     kinds = make_kinds(models, len(models) + 40, chance)

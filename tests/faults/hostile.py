@@ -82,25 +82,25 @@ def make_callers(catalog: Catalog, base: str, names: Sequence[str]) -> Callers:
     Administrators are given names of the hostile tenant alone: they may delete whatever they name.
     """
     for name in names:
-        catalog.share(name, "public")
+        catalog.adapters.share(name, "public")
     for tenant in (HOSTILE, OTHER):
-        catalog.create_tenant(tenant, _LIMITS if tenant == OTHER else None)
+        catalog.tenants.create(tenant, _LIMITS if tenant == OTHER else None)
     own = [f"{HOSTILE}/tone-{number}" for number in range(_NUM_OWN)]
-    versions = [catalog.version(name, 1) for name in names[:2]]
+    versions = [catalog.adapters.version(name, 1) for name in names[:2]]
     for name in own:
         for version in versions:
-            catalog.register(name, version.digest, version.manifest, ["prod"])
-        catalog.set_tag(name, "team", "support")
+            catalog.adapters.register(name, version.digest, version.manifest, ["prod"])
+        catalog.tags.set(name, "team", "support")
     headers: dict[str, dict[str, str]] = {"none": {}, "wrong": {"Authorization": f"Bearer {WRONG}"}}
     for kind, fields in _KEYS.items():
         more = {"models": [names[0]]} if kind == "infer of one model" else {}
-        secret = catalog.create_key(kind.replace("'", ""), **{"tenant": HOSTILE} | fields | more).secret
+        secret = catalog.keys.create(kind.replace("'", ""), **{"tenant": HOSTILE} | fields | more).secret
         headers[kind] = {"Authorization": f"Bearer {secret}"}
-    spare = [catalog.create_key(f"spare-{number}", tenant=HOSTILE).key.id for number in range(_NUM_OWN)]
+    spare = [catalog.keys.create(f"spare-{number}", tenant=HOSTILE).key.id for number in range(_NUM_OWN)]
     streams, ids = {}, []
     for tenant in (f"steady-{number}" for number in range(NUM_STREAMS)):
-        catalog.create_tenant(tenant)
-        key = catalog.create_key(tenant, tenant=tenant)
+        catalog.tenants.create(tenant)
+        key = catalog.keys.create(tenant, tenant=tenant)
         streams[tenant] = key.secret
         ids.append(key.key.id)
     models, short = [base, *names, *own[:NUM_STREAMS]], [name.partition("/")[2] for name in own]

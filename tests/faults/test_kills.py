@@ -215,8 +215,8 @@ def check_backup(
 ) -> None:
     """It has what was acknowledged before; store and copy have all that it has."""
     restored = Catalog(postgres.new_database())
-    summary = restored.read_backup(folder / "backup")
-    entries = restored.adapters()
+    summary = restored.backup.read(folder / "backup")
+    entries = tuple(restored.snapshot().models())
     versions = {(entry.name, ref.version, ref.digest) for entry in entries for ref in entry.versions.values()}
     assert summary.num_versions == len(versions)
     assert {each[1:] for each in before} <= versions <= {each[1:] for each in after}

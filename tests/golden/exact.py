@@ -352,15 +352,15 @@ def _pair(i: int) -> dict[str, str]:
 def write_backup(made: Published, path: Path) -> None:
     """Fill the catalog's tables beside those of adapters, and write its backup."""
     catalog = made.catalog
-    catalog.create_tenant("acme", Limits(rpm_limit=600))
-    catalog.create_key("team", scopes=["infer"], tenant="acme")
-    catalog.share("dora", "shared", ["acme"])
-    catalog.add_job("job-1", name="lora", recipe=_recipe(_METHODS["lora"]))
-    catalog.record_evaluations(
+    catalog.tenants.create("acme", Limits(rpm_limit=600))
+    catalog.keys.create("team", scopes=["infer"], tenant="acme")
+    catalog.adapters.share("dora", "shared", ["acme"])
+    catalog.jobs.add("job-1", name="lora", recipe=_recipe(_METHODS["lora"]))
+    catalog.evaluations.record(
         made.versions["lora"].digest, [Evaluation(metric="loss", value=1.25, dataset="documents")]
     )
-    catalog.delete_adapter("vera")
-    catalog.write_backup(path)
+    catalog.removal.delete_adapter("vera")
+    catalog.backup.write(path)
 
 
 def backup_rows(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -35,7 +35,7 @@ from loray.errors import SettingsError
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import AdapterManifest, FleetSpec, ServeSpec, TrainSpec, UsageEvent
+from loray.spec import OBJECTIVES, AdapterManifest, FleetSpec, ServeSpec, TrainSpec, UsageEvent
 from loray.telemetry import METRICS, TRAINING_METRICS, Metric
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as catalog_app
@@ -246,6 +246,8 @@ def _events() -> str:
         hints = get_type_hints(kind, include_extras=True)
         (name,) = get_args(hints.pop("event"))
         found[name] = {field: _type(hint) for field, hint in sorted(hints.items())}
+    for name in ("step", "eval"):
+        found[name] |= {metric: "float | None?" for spec in OBJECTIVES.values() for metric in spec.metrics}
     step: Any = {"event": "step", "step": 3, "loss": float("nan"), "lr": 1e-3, "rewards/margins": 0.5}
     used = UsageEvent(
         request_id="r-1",

@@ -124,8 +124,8 @@ def test_adapters_that_were_published_are_read(
 def test_a_backup_comes_back(tmp_path: Path) -> None:
     """All its rows, whatever comes after them: restoring is an entry of the audit log, and a change."""
     with closing(Catalog(f"sqlite:///{tmp_path}/catalog.db")) as catalog:
-        catalog.read_backup(exact.BACKUP)
-        catalog.write_backup(tmp_path / "again")
+        catalog.backup.read(exact.BACKUP)
+        catalog.backup.write(tmp_path / "again")
     before, after = exact.backup_rows(exact.BACKUP), exact.backup_rows(tmp_path / "again")
     assert before.keys() == after.keys()
     assert {name: after[name][: len(rows)] for name, rows in before.items() if name != "changes"} == {

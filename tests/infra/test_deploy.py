@@ -182,7 +182,8 @@ def published(laptop: Laptop, postgres: Postgres, tmp_path_factory: pytest.TempP
 def test_the_job_publishes_into_s3_and_postgresql(laptop: Laptop, published: str) -> None:
     assert laptop.settings.store.startswith("s3://")
     assert laptop.settings.catalog.startswith("postgresql")
-    (version,) = Catalog(laptop.settings.catalog).adapter(published).versions
+    assert list(Catalog(laptop.settings.catalog).adapters.get(published).versions) == [1]
+    version = Catalog(laptop.settings.catalog).adapters.version(published, 1)
     assert version.aliases == ("prod",)
     assert version.manifest.recipe is not None
     assert version.manifest.recipe.data.train.startswith(f"s3://{laptop.store.bucket}/data/")

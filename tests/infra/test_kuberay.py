@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jobs.submission.commands import from_spec
+from jobs.submission.commands import Place, Submission, Work
 from jobs.train import main as train_command
 from jobs.workers.placement import worker_resources
 from loray.bases import smollm2
@@ -27,7 +27,7 @@ from loray.machine import Gpu
 from loray.planning.devices import PRESETS, device_on
 from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
-from loray.recipes.load import load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import ServeSpec, TrainingGroup, TrainSpec
@@ -309,6 +309,10 @@ def test_the_job_s_recipe_fits_its_pods_and_the_gpu_that_it_names(folder: str, t
 TAINT = {"key": "loray", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
 
 
+def submitted(settings: Settings, stage: Path) -> Submission:
+    return Submission.of(Work.training(Recipe(recipe(), None, Path("/"))), Place.of_server(settings, stage))
+
+
 @pytest.mark.parametrize("folder", SERVICES)
 def test_driver_and_workers_of_a_job_fit_on_the_training_group_alone(folder: str, tmp_path: Path) -> None:
     spec = cluster_spec(the("RayService", folder))
@@ -316,7 +320,7 @@ def test_driver_and_workers_of_a_job_fit_on_the_training_group_alone(folder: str
     (container,) = training["template"]["spec"]["containers"]
     settings = Settings.from_env(environment(container, folder))
     assert settings.training_group == TrainingGroup(training["groupName"])  # Ray's label of its nodes
-    job = from_spec(recipe(), settings, stage=tmp_path)
+    job = submitted(settings, tmp_path)
     assert job.entrypoint_resources is not None
     assert offered(training) == job.entrypoint_resources | worker_resources(recipe(), settings.training_group)
     assert training["rayStartParams"]["num-cpus"] == "0"  # an engine, and a rank of one, takes a CPU
@@ -381,7 +385,7 @@ def test_gateways_have_nodes_of_their_own(folder: str) -> None:
 def test_without_a_group_nothing_of_it_is_asked_for(tmp_path: Path) -> None:
     settings = Settings.from_env({})
     assert settings.training_group is None
-    assert from_spec(recipe(), settings, stage=tmp_path).entrypoint_resources is None
+    assert submitted(settings, tmp_path).entrypoint_resources is None
     assert worker_resources(recipe(), None) == {"CPU": 1.0}
     gpu = recipe().model_copy(update={"use_gpu": True})
     assert worker_resources(gpu, TrainingGroup("gpus")) == {"gpus_worker": 1.0, "GPU": 1.0}

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from jobs import command
 from jobs import train as driver
 from jobs.events import decode
-from jobs.submission import commands
-from jobs.submission.tracker import RayJob
+from jobs.submission.commands import Submission
+from jobs.submission.server import RayJob
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError, LorayError, StoreError
 from loray.settings import Settings
@@ -22,7 +22,7 @@ from tests.fixtures.recipes import write
 
 
 def test_other_weights_under_a_known_base_are_refused_before_training(tmp_path: Path, settings: Settings) -> None:
-    Catalog(settings.catalog).add_base("tiny", "0" * 64)
+    Catalog(settings.catalog).bases.add("tiny", "0" * 64)
     with pytest.raises(ConflictError, match="knows base model 'tiny' with fingerprint 000000000000"):
         driver.train(write(tmp_path), settings, print)
     assert not (settings.home / "runs").exists()
@@ -83,7 +83,7 @@ def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.
         def find(self, job: str) -> RayJob:
             return RayJob("FAILED", "")
 
-    monkeypatch.setattr(command, "_submit", lambda *_, **__: (Failed(), "job"))
+    monkeypatch.setattr(command, "submit", lambda *_, **__: (Failed(), "job"))
     outcome = CliRunner().invoke(command.train, [str(write(tmp_path, base="missing").path)])
     assert outcome.exit_code == 1
     assert outcome.output.splitlines()[-1] == "error: no base model 'missing'"
@@ -92,7 +92,7 @@ def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.
 def test_a_store_that_does_not_answer_is_refused_at_submission(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "local", lambda *_, **__: pytest.fail("submitted"))
+    monkeypatch.setattr(Submission, "of", lambda *_: pytest.fail("submitted"))
     (tmp_path / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
     store = f"s3://bucket/loray?endpoint_url=http://127.0.0.1:{free_port()}&credentials_file={tmp_path}/keys"
     for name, value in (settings.to_env() | {"LORAY_STORE": store}).items():

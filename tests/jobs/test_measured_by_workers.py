@@ -39,7 +39,7 @@ def test_a_base_that_workers_share_is_measured_by_them(
     assert [e["event"] for e in events[-2:]] == ["measure", "published"]
     assert events[-1]["unmeasured"] is None
     catalog = Catalog(ray_cluster.settings.catalog)
-    ours, theirs = (catalog.version(name, 1).manifest.evaluations for name in ("shared", "whole"))
+    ours, theirs = (catalog.adapters.version(name, 1).manifest.evaluations for name in ("shared", "whole"))
     assert len(ours) == 3 + 6 + 6
     for one, other in zip(ours, theirs, strict=True):
         assert one.model_copy(update={"value": 0.0}) == other.model_copy(update={"value": 0.0})

@@ -41,7 +41,7 @@ def recipe_of(folder: Path, **fields: Any) -> Recipe:
 
 def published(settings: Settings, name: str) -> dict[str, float]:
     """The figures of the published adapter, by metric."""
-    manifest = Catalog(settings.catalog).adapter(name).versions[-1].manifest
+    manifest = Catalog(settings.catalog).adapters.version(name, 1).manifest
     assert manifest.recipe is not None
     assert manifest.recipe.objective == DpoSpec(beta=0.2)
     return {e.metric: e.value for e in manifest.evaluations if e.subject == "adapter"}
@@ -71,6 +71,6 @@ def test_a_job_of_two_workers(ray_cluster: RayCluster, tmp_path: Path) -> None:
     assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     last = [e for e in events if e["event"] == "eval"][-1]
     assert published(ray_cluster.settings, "preferred") == {"loss": last["eval_loss"]} | {n: last[n] for n in REWARDS}
-    version = Catalog(ray_cluster.settings.catalog).adapter("preferred").versions[-1]
+    version = Catalog(ray_cluster.settings.catalog).adapters.version("preferred", 1)
     AdapterStore(open_store(ray_cluster.settings.store)).fetch(version.digest, tmp_path / "fetched")
     assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 8

@@ -56,8 +56,9 @@ def test_a_submitted_job_trains_and_publishes(
 
     published, job_id = events[-1], command_job.job_id
     catalog = Catalog(ray_cluster.settings.catalog)
-    (version,) = catalog.adapter("submitted").versions
-    assert (catalog.job(job_id).status, catalog.job(job_id).version) == ("succeeded", version.version)
+    assert list(catalog.adapters.get("submitted").versions) == [1]
+    version = catalog.adapters.version("submitted", 1)
+    assert (catalog.jobs.get(job_id).status, catalog.jobs.get(job_id).version) == ("succeeded", version.version)
     assert (version.label, version.digest, version.aliases) == (published["label"], published["digest"], ("prod",))
     assert version.manifest.job_id == job_id
     assert version.manifest.recipe is not None
@@ -102,11 +103,11 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     losses = [{e["step"]: e["loss"] for e in events if e["event"] == "step"} for events in (unbroken, broken)]
     assert losses[0] == losses[1]
     catalog = Catalog(ray_cluster.settings.catalog)
-    files = [catalog.adapter(name).versions[-1].manifest.files for name in ("unbroken", "broken")]
+    files = [catalog.adapters.version(name, 1).manifest.files for name in ("unbroken", "broken")]
     assert files[0] == files[1]
 
     assert run(write(tmp_path, name="broken", **fields), ray_cluster.settings, resume=True) == broken[-1:]
-    assert len(catalog.adapter("broken").versions) == 1
+    assert len(catalog.adapters.get("broken").versions) == 1
 
     saved = {e["step"]: e["eval_loss"] for e in broken if e["event"] == "checkpoint"}
     assert saved[35] is None
@@ -122,8 +123,8 @@ def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseMo
     with pytest.raises(TrainingError, match=r"stopped at step \d: 2 steps .* not finite"):
         run(recipe, ray_cluster.settings)
     with pytest.raises(AdapterNotFound):
-        Catalog(ray_cluster.settings.catalog).adapter("diverging")
-    (job,) = Catalog(ray_cluster.settings.catalog).jobs(name="diverging").jobs
+        Catalog(ray_cluster.settings.catalog).adapters.get("diverging")
+    (job,) = Catalog(ray_cluster.settings.catalog).jobs.page(name="diverging").items
     assert (job.status, job.version) == ("failed", None)
     assert "not finite" in job.message
 

@@ -48,7 +48,11 @@ def turned(ops: Ops, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     pool = x_THd.new_zeros(-(-num_tokens // 16) * layout.layer_share)
     meta = AttentionMeta((0, num_tokens), (num_tokens,), (), torch.arange(num_tokens, device=x_THd.device))
     y_THd = ops.rope_kv(x_THd, x_THd, x_THd, StepInputs(pool, layout, meta, AdapterSegments((), ()), cos_Td, sin_Td), 0)
-    k_THd, v_THd = pool.view(-1, 2, 16, num_heads, d).transpose(0, 1).reshape(2, -1, num_heads, d)[:, :num_tokens]
+    k_NE, v_NE = pool.view(-1, 2, 16 * num_heads * d).unbind(dim=1)
+    if isinstance(ops, CpuOps) and d % 16 == 0 and x_THd.dtype is not torch.float16:
+        # units of four bytes, each of all tokens of a block
+        k_NE = k_NE.reshape(k_NE.shape[0], -1, 16, 4 // x_THd.itemsize).transpose(1, 2)
+    k_THd, v_THd = (x_NE.reshape(-1, num_heads, d)[:num_tokens] for x_NE in (k_NE, v_NE))
     assert torch.equal(k_THd, y_THd)
     assert torch.equal(v_THd, x_THd)
     return y_THd

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import LinearWeights, Ops, backend
+from loray_kernels import LinearWeights, Ops, RowTables, backend
+from loray_kernels.cpu import structs
+from loray_kernels.cuda import tables
 from tests.kernels.backends import BACKENDS, NATIVE, make_ops
 from tests.kernels.cases import *  # noqa: F403
 
@@ -107,3 +109,11 @@ def test_silu_mul_over_the_whole_range(ops: Ops, dtype: torch.dtype, width: int)
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="no kernel backend 'cubist'; there is: auto, cpu, cuda, reference"):
         backend("cubist")
+
+
+def test_a_table_is_prepared_once_by_each_backend() -> None:
+    rows = RowTables(((0, 4, torch.tensor([0, 8])),))
+    assert structs.pack_rows(rows) is structs.pack_rows(rows)
+    assert tables.pack_rows(rows) is tables.pack_rows(rows)
+    assert structs.pack_rows(RowTables(rows.segments)) is not structs.pack_rows(rows)
+    assert rows == RowTables(rows.segments)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from loray_kernels import Draws, Ops
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.fixtures.shim import ShimLauncher, or_skip
 from tests.kernels.backends import BACKENDS as NATIVE
@@ -24,7 +23,7 @@ BACKENDS = [*NATIVE, "cuda shim"]
 def make_ops(name: str) -> Ops:
     if name != "cuda shim":
         return make_native(name)
-    return or_skip(lambda: CudaOps(Gather(ShimLauncher()), cast(Any, None)))
+    return or_skip(lambda: CudaOps(ShimLauncher(), cast(Any, None)))
 
 
 def words_of(allowed_MV: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from loray.planning.memory import (
     HOST_MOMENTS,
     MEASURED_AT_ONCE,
     MOMENTS,
-    TrainingMemory,
+    MemoryPlan,
     measuring_bytes,
     plan_host,
     plan_memory,
@@ -124,7 +124,7 @@ def test_the_peak_is_the_fullest_moment() -> None:
     assert short.peak_moment == "update"
 
 
-def at(plan: TrainingMemory, moment: str) -> set[str]:
+def at(plan: MemoryPlan, moment: str) -> set[str]:
     return {item.name for item in plan.items if moment in item.moments}
 
 

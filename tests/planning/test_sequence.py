@@ -12,7 +12,7 @@ from loray.planning.compute import count_flops, estimate_time, plan_traffic
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan
 from loray.planning.run import RunShape, shape_of
-from loray.planning.sequence import DensePlan, HaloMessage, HaloPlan, padded_length, ring_elements, ulysses_elements
+from loray.planning.sequence import DensePlan, HaloMessage, HaloPlan, padded_length, ulysses_elements
 from tests.fixtures.planning import A100, bare, closed_form_elements, known, recipe
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1), (2, 1), (32, 8)]
@@ -120,16 +120,6 @@ def dense_run(sequence: int, base: str = "Meta-Llama-3-8B", **fields: Any) -> Ru
     return shape_of(recipe(data=data, num_workers=sequence, parallel={"sequence": sequence}, **fields), known(base))
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "exchange"),
-    [(32, 8, 8, "ulysses"), (32, 8, 16, "ulysses"), (32, 1, 4, "ulysses"), (9, 3, 2, "ring"), (9, 3, 3, "ulysses")],
-)
-def test_ulysses_where_the_query_heads_divide(heads: int, kv_heads: int, size: int, exchange: str) -> None:
-    plan = DensePlan(size * 16, size, heads, kv_heads)
-    assert plan.exchange == exchange
-    assert DensePlan(16, 1, heads, kv_heads).exchange == "ulysses"
-
-
 def test_every_head_is_on_one_rank_with_the_key_value_heads_that_serve_it() -> None:
     plan = DensePlan(64, 4, 12, 3)
     assert [plan.query_heads(rank) for rank in range(4)] == [range(3), range(3, 6), range(6, 9), range(9, 12)]
@@ -144,16 +134,17 @@ def test_bytes_are_those_of_the_closed_formulas() -> None:
     assert formula * 2 / 1e6 == pytest.approx(293.6, abs=0.05)
     for rank in range(8):
         assert plan.forward_elements(rank, 128) == plan.backward_elements(rank, 128) == formula
-    ring = DensePlan(64, 4, 9, 3)
-    block = 2 * 16 * 3 * 8
-    assert [ring.forward_elements(rank, 8) for rank in range(4)] == [block, 2 * block, 3 * block, 0]
-    assert max(ring.forward_elements(rank, 8) for rank in range(4)) == ring_elements(64, 4, 3, 8)
-    assert [ring.backward_elements(rank, 8) for rank in range(4)] == [block, 3 * block, 5 * block, 3 * block]
+    uneven = DensePlan(64, 4, 9, 3)  # 2, 2, 2 and 3 query heads, served by 1, 2, 1 and 1 KV heads
+    assert [uneven.forward_elements(rank, 8) for rank in range(4)] == [21 * 128, 19 * 128, 21 * 128, 23 * 128]
+    assert [uneven.backward_elements(rank, 8) for rank in range(4)] == [19 * 128, 25 * 128, 19 * 128, 21 * 128]
 
 
-def test_the_last_rank_of_a_ring_works_longest() -> None:
-    assert DensePlan(64, 4, 9, 3).imbalance == pytest.approx(7 / 4)  # 3½ blocks of 2 on average
+def test_the_rank_with_most_heads_works_longest() -> None:
+    assert DensePlan(64, 4, 9, 3).imbalance == pytest.approx(3 / (9 / 4))
     assert DensePlan(64, 4, 8, 2).imbalance == 1
+    assert DensePlan(64, 4, 1, 1).imbalance == 4
+    assert [len(DensePlan(64, 4, 3, 1).query_heads(rank)) for rank in range(4)] == [0, 1, 1, 1]
+    assert [len(DensePlan(64, 4, 3, 1).kv_heads(rank)) for rank in range(4)] == [0, 1, 1, 1]
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -179,20 +170,21 @@ def test_memory_of_the_exchange() -> None:
     alone, shared = ({i.name: i.nbytes for i in plan_memory(dense_run(p), bare()).items} for p in (1, 4))
     assert shared["activations: mlp"] == alone["activations: mlp"] // 4
     assert shared["ulysses: gradients of q, k and v"] == 3 * 2 * (32 + 16) * 1024 * 128
-    assert "activations: key-value heads of several ranks" not in shared
+    assert "activations: heads beyond an equal share" not in shared
     twice = {i.name: i.nbytes for i in plan_memory(dense_run(16), bare()).items}
-    assert twice["activations: key-value heads of several ranks"] == 32 * 2 * 2 * 8 * 256 * 128
-    ring = {i.name: i.nbytes for i in plan_memory(dense_run(2, "smollm2"), bare()).items}
-    assert ring["ring: keys, values and gradients"] == (4 * 2 + 2 * 4) * 2 * 3 * 64 * 2048
-    assert ring["ring: gradients of queries"] == (4 + 2) * 9 * 64 * 2048
+    assert twice["activations: heads beyond an equal share"] == 32 * 2 * 2 * 8 * 256 * 128
+    uneven = {i.name: i.nbytes for i in plan_memory(dense_run(2, "smollm2"), bare()).items}
+    assert uneven["ulysses: gradients of q, k and v"] == 3 * 2 * (10 + 2 * 4) * 64 * 2048
+    # One more query head with its output, and one more key-value head, in each of 30 layers.
+    assert uneven["activations: heads beyond an equal share"] == 30 * 2 * 2 * (1 + 1) * 64 * 2048
 
 
 def test_time_and_plan() -> None:
     run = dense_run(4, "smollm2")
     flops, slow = count_flops(run), A100.model_copy(update={"link_bandwidth": 1e9})
     time = estimate_time(run, A100, plan_traffic(run))
-    assert time.attention_s == pytest.approx(3.5 * flops.attention * 7 / 4 / (312e12 * A100.dense_attention_share))
+    assert time.attention_s == pytest.approx(3.5 * flops.attention * 12 / 9 / (312e12 * A100.dense_attention_share))
     assert estimate_time(run, slow, plan_traffic(run)).communication_s > time.communication_s
-    assert make_plan(run, A100).to_dict()["dense_exchange"] == "ring"
+    assert make_plan(run, A100).to_dict()["dense_exchange"] == "ulysses"
     assert make_plan(dense_run(4), A100).to_dict()["dense_exchange"] == "ulysses"
     assert make_plan(dense_run(1), A100).to_dict()["dense_exchange"] is None

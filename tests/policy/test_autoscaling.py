@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.policy.autoscaling import Bursts, Decision, IdleState, PolicyState, ScalingState, decide, decide_from_zero
+from loray.policy.autoscaling import BURST_MEMORY_S, Bursts, Decision, ScalingState, decide, decide_from_zero
 from loray.policy.demand import DemandMeter, EngineLoad, Observation, TrackedRequest
 from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AutoscalingSpec
@@ -337,8 +337,8 @@ def test_a_queue_from_before_the_window_counts_once() -> None:
     assert decided(42_000.0).target == 2
 
 
-BURSTY = AutoscalingSpec(max_replicas=40, startup_s=20, wait_slo_s=5.0, burst_factor=2.0, burst_memory_s=600.0)
-LONG_AGO = ScalingState(bursts=Bursts(since=NOW - 1000))
+BURSTY = AutoscalingSpec(max_replicas=40, startup_s=20, wait_slo_s=5.0)
+LONG_AGO = ScalingState(bursts=Bursts(since=NOW - 2000))
 
 
 def bursty(state: ScalingState = LONG_AGO, target: int = 10, now: float = NOW, **fields: float) -> Decision:
@@ -365,13 +365,13 @@ def test_first_tokens_of_long_prompts_may_wait_as_long_as_a_prompt_takes() -> No
 
 def test_the_largest_burst_is_remembered_for_a_time_and_then_the_number_falls() -> None:
     state, target = bursty(burst=300_000.0).state, 12
-    for second in range(2, 1000, 2):
+    for second in range(2, 2000, 2):
         decision = bursty(state, target, NOW + second, burst=20_000.0)
         state = decision.state
         if decision.target != target:
             break
     assert decision.target == 1
-    assert 600 + BURSTY.downscale_delay_s <= second <= 610 + BURSTY.downscale_delay_s + 4
+    assert 1200 + BURSTY.downscale_delay_s <= second <= 1220 + BURSTY.downscale_delay_s + 4
 
 
 def test_a_new_load_is_expected_to_have_bursts_and_one_that_has_been_watched_has_those_seen() -> None:
@@ -379,8 +379,8 @@ def test_a_new_load_is_expected_to_have_bursts_and_one_that_has_been_watched_has
     steady = {"tokens": 60 * 5000.0, "burst": 20 * 5000.0}
     new = bursty(ScalingState(), 1, **steady)
     assert new[:2] == (8, "bursts")
-    assert bursty(new.state, 8, NOW + 599, **steady).cause == "bursts"
-    watched = bursty(new.state, 8, NOW + 601, **steady)
+    assert bursty(new.state, 8, NOW + 1199, **steady).cause == "bursts"
+    watched = bursty(new.state, 8, NOW + 1201, **steady)
     assert watched.cause == "tokens"
 
 
@@ -402,20 +402,19 @@ def test_a_burst_has_no_delay_and_other_loads_keep_theirs() -> None:
     assert decide([seen], BURSTY, first.state, target=4, now=NOW + BURSTY.upscale_delay_s).target == 40
 
 
-@pytest.mark.parametrize("memory_s", [10.0, 600.0])
-def test_the_memory_is_exact_to_a_sixtieth_and_stays_small(memory_s: float) -> None:
-    bursts, each = Bursts(), memory_s / 60
+def test_the_memory_is_exact_to_a_sixtieth_and_stays_small() -> None:
+    bursts, memory_s, each = Bursts(), BURST_MEMORY_S, BURST_MEMORY_S / 60
     seen: list[tuple[float, float]] = []
     for step in range(1000):
         now, tokens = step * each / 5, float((step * 7919) % 1009)
-        bursts = bursts.noted(tokens, now, memory_s)
+        bursts = bursts.noted(tokens, now)
         seen.append((now, tokens))
-        largest = bursts.largest(0.0, now, memory_s)
+        largest = bursts.largest(0.0, now)
         assert largest >= max(t for at, t in seen if at > now - memory_s)
         assert largest <= max(t for at, t in seen if at > now - memory_s - each)
     assert len(bursts.marks) <= 61
     for step in range(1000):  # the worst case: each smaller than all before
-        bursts = bursts.noted(1000.0 - step, now + step * each / 5, memory_s)
+        bursts = bursts.noted(1000.0 - step, now + step * each / 5)
     assert len(bursts.marks) <= 61
 
 
@@ -451,7 +450,7 @@ class Deployment:
         self._requests, self._spec = list(requests), spec
         self._queue: list[Request] = []
         self._replicas = [_replica(0.0)]
-        self._state = PolicyState()
+        self._state = ScalingState()
         self.changes: list[tuple[float, int, str]] = []  # (time, target, cause)
 
     def run(self, until_s: float) -> list[tuple[float, int, str]]:
@@ -490,9 +489,8 @@ class Deployment:
     def _decide(self, now: float, target: int) -> Decision:
         seen = [r.meter.observe(now) if r.ready_at <= now else None for r in self._replicas]
         queued = len(self._queue)
-        decision, self._state = decide_from_zero(
-            seen, self._spec, self._state, target=target, num_queued=queued, now=now
-        )
+        decision = decide_from_zero(seen, self._spec, self._state, target=target, num_queued=queued, now=now)
+        self._state = decision.state
         return decision
 
 
@@ -533,13 +531,14 @@ def test_a_long_request_is_not_idleness() -> None:
 
 
 def test_a_client_that_leaves_during_the_start_leaves_a_replica_that_goes_again() -> None:
-    asked, state = observation(age_s=1.0), PolicyState()
+    asked, state = observation(age_s=1.0), ScalingState()
     for now in (5.0, 10.0):  # it starts, and nobody waits any more
-        decision, state = decide_from_zero([None], FROM_ZERO, state, target=1, num_queued=0, now=now)
+        decision = decide_from_zero([None], FROM_ZERO, state, target=1, num_queued=0, now=now)
         assert (decision.target, decision.cause) == (1, "no statistics")
-    decision, state = decide_from_zero([asked], FROM_ZERO, state, target=1, num_queued=0, now=20.0)
-    assert (decision.target, state.idle.since) == (1, 19.0)
-    decision, state = decide_from_zero([asked], FROM_ZERO, state, target=1, num_queued=0, now=319.0)
+        state = decision.state
+    decision = decide_from_zero([asked], FROM_ZERO, state, target=1, num_queued=0, now=20.0)
+    assert (decision.target, decision.state.idle_since) == (1, 19.0)
+    decision = decide_from_zero([asked], FROM_ZERO, decision.state, target=1, num_queued=0, now=319.0)
     assert (decision.target, decision.cause) == (0, "idle")
     assert decision.reason == "no request for 300 s; the next one starts a replica"
 
@@ -551,18 +550,18 @@ def test_a_client_that_leaves_during_the_start_leaves_a_replica_that_goes_again(
 def test_nothing_goes_to_zero_where_one_is_silent_or_waited_for_or_the_least(
     seen: list[Observation | None], num_queued: float, least: int
 ) -> None:
-    spec, state = FROM_ZERO.model_copy(update={"min_replicas": least}), PolicyState(idle=IdleState(since=0.0))
-    decision, after = decide_from_zero(seen, spec, state, target=max(1, len(seen)), num_queued=num_queued, now=10_000.0)
+    spec, state = FROM_ZERO.model_copy(update={"min_replicas": least}), ScalingState(idle_since=0.0)
+    decision = decide_from_zero(seen, spec, state, target=max(1, len(seen)), num_queued=num_queued, now=10_000.0)
     assert decision.target >= 1
-    assert after.idle.since is None or least or num_queued
+    assert decision.state.idle_since is None or least or num_queued
 
 
 def test_several_replicas_go_where_nobody_asks_the_last_one_after_the_others() -> None:
     """Ray Serve goes to zero from one replica alone."""
     spec = FROM_ZERO.model_copy(update={"downscale_delay_s": 10_000.0})
-    state, target, targets = PolicyState(idle=IdleState(since=0.0)), 3, []
+    state, target, targets = ScalingState(idle_since=0.0), 3, []
     for now in (400.0, 401.0, 402.0):
-        decision, state = decide_from_zero([observation()] * target, spec, state, target=target, num_queued=0, now=now)
-        target = decision.target
+        decision = decide_from_zero([observation()] * target, spec, state, target=target, num_queued=0, now=now)
+        target, state = decision.target, decision.state
         targets.append(target)
     assert targets == [1, 0, 0]

@@ -152,6 +152,16 @@ def test_a_request_larger_than_a_share_is_admitted() -> None:
     assert all_.ask(1, 50)
 
 
+def test_what_is_left_goes_to_the_gateway_that_is_asked_and_the_others_keep_enough_for_one() -> None:
+    all_ = Deployment(4, rpm_limit=400)
+    assert sum(all_.ask(0) is not None for _ in range(60)) == 60
+    for _ in range(3):
+        for gateway in range(4):
+            all_.exchange(gateway)
+    assert sum(all_.ask(0) is not None for _ in range(320)) == 320
+    assert all(all_.ask(gateway) is not None for gateway in (1, 2, 3))
+
+
 def test_parallel_requests_of_a_gateway_that_is_gone_are_free_again() -> None:
     all_ = Deployment(2, max_parallel_requests=4)
     mine = [all_.ask(0), all_.ask(0)]
@@ -186,6 +196,21 @@ def test_a_new_owner_learns_what_is_left_from_the_gateways() -> None:
         all_.ask(step % 2)
         all_.exchange(step % 2)
     assert len(all_.admitted) in range(55, 63)
+
+
+def test_a_new_owner_believes_the_gateway_that_knows_most() -> None:
+    all_ = Deployment(2, max_budget=100)
+    for gateway in (0, 1):
+        all_.ask(gateway)
+        all_.exchange(gateway)
+    assert all(all_.ask(1) for _ in range(30))
+    all_.exchange(1)  # of which the other one is not told
+    all_.fail()
+    for step in range(400):
+        all_.ask(step % 2)
+        if step % 10 < 2:
+            all_.exchange(step % 2)
+    assert 95 <= len(all_.admitted) <= 102
 
 
 def test_without_its_owner_a_gateway_goes_on_with_its_share() -> None:

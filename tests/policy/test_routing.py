@@ -426,6 +426,13 @@ def test_signs_of_life_are_kept_beside_the_report_and_old_replicas_forgotten() -
     assert reports.take("one", RoutingDelta("s", 0, True, ("a",)), 2.0)
     reports.alive("one", 7.0)
     assert not reports.take("one", RoutingDelta("s", 2, False, ("b",)), 8.0)
-    assert reports.of("one") == (RoutingReport("s", 0, frozenset("a")), 7.0)
+    reports.loaded("one", 3, 9.0)
+    assert reports.of("one") == (RoutingReport("s", 0, frozenset("a")), 9.0, 3)
+    assert reports.take("one", RoutingDelta("s", 1, False, ("b",)), 9.0)
+    assert reports.of("one") == (RoutingReport("s", 1, frozenset("ab")), 9.0, 3)
+    assert reports.take("one", RoutingDelta("t", 0, True, ("a",)), 9.0)
+    assert reports.of("one") == (RoutingReport("t", 0, frozenset("a")), 9.0, 0)
+    reports.loaded("two", 3, 9.0)  # which has not reported yet
+    assert reports.of("two") is None
     assert reports.take("two", RoutingDelta("t", 0, True), 1000.0)
     assert reports.of("one") is None

@@ -86,18 +86,18 @@ def test_what_nothing_needs(
 
 def test_what_was_deleted_is_kept_for_a_time(store: AdapterStore, catalog: Catalog, published: Import) -> None:
     first, second = published("tone", 1), published("tone", 2)
-    catalog.delete_version("tone", 1)
+    catalog.removal.delete_version("tone", 1)
     assert run(store, catalog, keep_deleted_s=3600) == set()
     restore("tone", 1, store, catalog)
-    store.verify(catalog.resolve("tone@1").digest)
-    catalog.delete_version("tone", 1)
+    store.verify(catalog.adapters.resolve("tone@1").digest)
+    catalog.removal.delete_version("tone", 1)
     assert first in run(store, catalog)
     with pytest.raises(ConflictError, match=f"the bytes of adapter {first[:12]} are gone; publish it again"):
         restore("tone", 1, store, catalog)
     store.verify(second)
     assert published("tone", 1) == first
-    store.verify(catalog.resolve("tone@1").digest)
-    catalog.delete_adapter("tone")
+    store.verify(catalog.adapters.resolve("tone@1").digest)
+    catalog.removal.delete_adapter("tone")
     assert {first, second} <= run(store, catalog)
     assert list(store.objects.list()) == []
 
@@ -183,7 +183,7 @@ class Worker:
     def run(self, work: Callable[[AdapterStore, Catalog], object]) -> None:
         catalog = Catalog(f"{self.url}?application_name={self.name}")
         for name in ("before_cursor_execute", "commit"):
-            sa.event.listen(catalog._engine, name, self._step)
+            sa.event.listen(catalog._db.engine, name, self._step)
         try:
             work(AdapterStore(SteppedStore(self.folder, self._step)), catalog)
         except (CatalogError, ConflictError) as e:
@@ -242,7 +242,7 @@ def test_no_version_loses_its_files(
     publish(store, catalog)
     for seed in range(num_rounds):
         chance = random.Random(seed)
-        catalog.delete_version("tone", 2)
+        catalog.removal.delete_version("tone", 2)
         steps = [chance.randrange(1, NUM_STEPS) for _ in range(3)]
         collector = Worker("collector", url, folder, steps[0], ends_at=steps[1])
         publisher = Worker("publisher", url, folder, steps[2])
@@ -263,7 +263,7 @@ def test_no_version_loses_its_files(
             postgres.execute(url.rpartition("/")[2], "DELETE FROM claims")
             publish(store, catalog)
             assert verify_store(store, catalog) == [], (seed, steps)
-        assert sorted(catalog.entry("tone").versions) == [1, 2]
+        assert sorted(catalog.adapters.get("tone").versions) == [1, 2]
     catalog.close()
 
 
@@ -309,7 +309,7 @@ def test_no_version_is_half_there_and_only_orphans_are_collected(
     kills = collections = num_deleted = 0
     while any(p.runs for p in publishers):
         running = [p for p in publishers if p.runs]
-        num_published = len(catalog.references(keep_deleted_s=0).files)
+        num_published = len(catalog.removal.references(keep_deleted_s=0).files)
         if kills < NUM_KILLS and running and num_published >= kills * NUM_PUBLICATIONS // (2 * NUM_KILLS):
             victim = chance.choice(running)
             victim.process.kill()
@@ -324,7 +324,7 @@ def test_no_version_is_half_there_and_only_orphans_are_collected(
     assert [p.process.returncode for p in publishers] == [0] * NUM_PROCESSES
     assert kills == NUM_KILLS
 
-    entries = catalog.adapters()
+    entries = tuple(catalog.snapshot().models())
     digests = {ref.digest for entry in entries for ref in entry.versions.values()}
     assert (len(digests), sum(len(entry.versions) for entry in entries)) == (NUM_PUBLICATIONS,) * 2
     assert verify_store(store, catalog) == []
@@ -332,7 +332,7 @@ def test_no_version_is_half_there_and_only_orphans_are_collected(
         store.verify(digest)
     garbage = find_garbage(store, catalog, grace_s=-60)
     collect(store, catalog, garbage, keep_deleted_s=0)
-    files = catalog.references(keep_deleted_s=0).files
+    files = catalog.removal.references(keep_deleted_s=0).files
     needed = digests.union(*files.values())
     assert {object_name(key) for key in store.objects.list()} == needed
     print(f"{collections} collections deleted {num_deleted} objects under the publishers")

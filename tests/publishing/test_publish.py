@@ -70,8 +70,8 @@ def test_published(place: Place) -> None:
     version = publish(folder, place.base, place.to(aliases=["prod"]), details)
     assert (version.label, version.aliases) == ("tone@1", ("prod",))
     assert version.manifest == read_manifest(folder) == place.store.manifest(version.digest)
-    assert version.digest == digest(version.manifest) == catalog.resolve("tone").digest
-    assert version.ref == catalog.resolve("tone@1")
+    assert version.digest == digest(version.manifest) == catalog.adapters.resolve("tone").digest
+    assert version.ref == catalog.adapters.resolve("tone@1")
     assert catalog.snapshot().bases == {place.base.name: place.base.fingerprint}
 
 
@@ -80,7 +80,7 @@ def test_an_adapter_carries_how_it_speaks(place: Place, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(template.encode())
     version = import_folder(folder, place.base, place.to(), tool_parser="mistral")
     assert (version.manifest.tool_parser, version.manifest.chat_template) == ("mistral", template)
-    ref, snapshot = catalog.resolve("tone"), catalog.snapshot()
+    ref, snapshot = catalog.adapters.resolve("tone"), catalog.snapshot()
     assert ref == version.ref
     assert (ref.tool_parser, snapshot.templates) == ("mistral", {ref.chat_template: template})
     assert import_folder(folder, place.base, place.to("again")).digest != version.digest
@@ -107,7 +107,7 @@ def test_the_bases_own_template_is_no_adapters(
 
 def test_refused_before_anything_is_stored(place: Place, tiny_base: Callable[..., BaseModel]) -> None:
     folder, other = place.folder(), tiny_base(hidden_size=32)
-    place.catalog.add_base("taken", "0" * 64)
+    place.catalog.bases.add("taken", "0" * 64)
     before = place.catalog.change_counter()
     refused(SpecError, "", publish, folder, place.base, place.to("a b"))
     refused(SpecError, "", publish, folder, place.base, place.to(aliases=["9"]))
@@ -120,9 +120,9 @@ def test_refused_before_anything_is_stored(place: Place, tiny_base: Callable[...
 def test_cut_off_and_repeated(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, register = place.folder(), Mock(side_effect=CatalogError("the database went away"))
     with monkeypatch.context() as m:
-        m.setattr(place.catalog, "register", register)
+        m.setattr("loray.catalog.adapters.Adapters.register", register)
         refused(CatalogError, "", publish, folder, place.base, place.to())
-    assert place.catalog.adapters() == ()
+    assert tuple(place.catalog.snapshot().models()) == ()
     stored = list(place.store.objects.list())
     version = publish(folder, place.base, place.to())
     assert version.version == 1
@@ -183,8 +183,8 @@ class Publication:
         if kill_at is not None:
             steps = itertools.count()
             store._client.meta.events.register("before-send.s3", _killing_send(steps, kill_at))
-            for name in ("add_base", "register"):
-                setattr(catalog, name, _killing_call(getattr(catalog, name), steps, kill_at))
+            for part, name in ((catalog.bases, "add"), (catalog.adapters, "register")):
+                setattr(part, name, _killing_call(getattr(part, name), steps, kill_at))
         adapters = AdapterStore(store)
         publish(self.folder, self.base, Destination("a", adapters, catalog, version=self.version))
         if kill_at is not None:
@@ -247,7 +247,7 @@ def check_what_readers_see(publication: Publication, objects: S3Store) -> int | 
         assert hashlib.sha256(objects.get(key)).hexdigest() == Path(key).name
     catalog = publication.catalog
     try:
-        ref = catalog.resolve("a")
+        ref = catalog.adapters.resolve("a")
     except AdapterNotFound:
         return None
     finally:
@@ -294,7 +294,7 @@ def test_killed_at_every_step(
             break
         replace(publication, parts_from=None).run(store=objects)  # again, and not killed
         assert check_what_readers_see(publication, objects) == 1
-        assert list(publication.catalog.adapter("a").entry.versions) == [1]
+        assert list(publication.catalog.adapters.get("a").versions) == [1]
         assert len(list(objects.list("manifests/"))) == 1
     assert len(seen) > (16 if parts_from else 8)
     assert seen == [None] * (len(seen) - 2) + [1, 1]  # it appears in the last transaction, before the last step

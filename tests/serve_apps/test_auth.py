@@ -18,6 +18,7 @@ from loray.catalog.snapshot_file import KeysFile
 from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
 from loray.policy import auth as policy
 from loray.policy.auth import KeyRing
+from loray.schemas.access import KeyChange
 from loray.spec import OPERATOR, Limits, Principal
 from serve_apps import auth as door
 from serve_apps.auth import HEADERS, REFRESH_S, Authenticator, Permissions, refuse_strangers
@@ -72,13 +73,13 @@ def test_a_method_that_a_path_does_not_have(site_of: SiteOf) -> None:
 def test_a_key_that_is_blocked(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
-    newest = site.catalog.keys().keys[0]
-    site.catalog.update_key(newest.id, blocked=True)
+    newest = site.catalog.keys.page().items[0]
+    site.catalog.keys.update(newest.id, KeyChange(blocked=True))
     site.refresh()
     assert code_of(site.complete(key)) == (403, "permission_denied")
     assert code_of(site.api.get("adapters", headers=key)) == (403, "permission-denied")
-    site.catalog.update_key(newest.id, blocked=False)
-    site.catalog.update_tenant("default", blocked=True)
+    site.catalog.keys.update(newest.id, KeyChange(blocked=False))
+    site.catalog.tenants.update("default", blocked=True)
     site.refresh()
     assert code_of(site.complete(key)) == (403, "permission_denied")
 
@@ -88,7 +89,7 @@ def test_a_revoked_key_is_refused_by_running_servers(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
     assert site.complete(key).status_code == 200
-    site.catalog.revoke_key(site.catalog.keys().keys[0].id)
+    site.catalog.keys.revoke(site.catalog.keys.page().items[0].id)
     assert eventually(lambda: site.complete(key).status_code == 401)
     assert eventually(lambda: site.api.get("adapters", headers=key).status_code == 401)
 
@@ -115,7 +116,7 @@ def test_loopback_needs_no_key_until_one_is_made(site_of: SiteOf) -> None:
         assert code_of(site.api.post(path)) == (403, "permission-denied")
         assert site.api.post(path, headers=JSON).status_code == 404
     key = site.key("infer")
-    site.catalog.revoke_key(site.catalog.keys().keys[0].id)
+    site.catalog.keys.revoke(site.catalog.keys.page().items[0].id)
     site.refresh()
     assert site.complete({}).status_code == 401  # the last revocation opens nothing
     assert site.complete(key).status_code == 401
@@ -124,7 +125,7 @@ def test_loopback_needs_no_key_until_one_is_made(site_of: SiteOf) -> None:
 
 def test_tenants_are_named_by_keys_that_may(site_of: SiteOf) -> None:
     site = site_of()
-    site.catalog.create_tenant("acme", Limits(min_priority=-5))
+    site.catalog.tenants.create("acme", Limits(min_priority=-5))
     proxy, plain = site.key("infer", "act_for"), site.key("infer", tenant="acme")
     for headers, tenant in ((proxy | {"X-Tenant-Id": "acme"}, "acme"), (proxy, "default"), (plain, "acme")):
         assert site.complete(headers, user="x", priority=-7).status_code == 200
@@ -146,9 +147,9 @@ def test_the_last_use_is_noted_when_the_server_ends(site_of: SiteOf) -> None:
     key = site.key("infer")
     for _ in range(3):
         assert site.complete(key).status_code == 200
-    assert site.catalog.keys().keys[0].last_used_at is None  # once a minute at most
+    assert site.catalog.keys.page().items[0].last_used_at is None  # once a minute at most
     site.gateway.__exit__()
-    used = site.catalog.keys().keys[0].last_used_at
+    used = site.catalog.keys.page().items[0].last_used_at
     assert used is not None
     assert used.second == 0
     site.gateway.__enter__()
@@ -182,7 +183,7 @@ def kept_bytes() -> int:
 async def test_the_memory_of_keys_is_bounded(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/catalog.db"
     with closing(Catalog(url)) as catalog:
-        right = catalog.create_key("ci").secret
+        right = catalog.keys.create("ci").secret
 
     async def ask(access: Authenticator, secret: str) -> None:
         await access.admit("POST", "infer", {"authorization": f"Bearer {secret}"})
@@ -250,10 +251,10 @@ async def admitted(access: Authenticator, *secrets: str, refreshes: int = 1) -> 
 
 async def test_a_server_starts_while_the_database_is_away(kept_keys: Keys) -> None:
     with closing(kept_keys.open()) as catalog:
-        catalog.create_tenant("acme")
-        good, key = catalog.create_key("ci", tenant="acme", scopes=("infer",))
-        revoked, other = catalog.create_key("old", scopes=("infer",))
-        catalog.revoke_key(other.id)
+        catalog.tenants.create("acme")
+        good, key = catalog.keys.create("ci", tenant="acme", scopes=("infer",))
+        revoked, other = catalog.keys.create("old", scopes=("infer",))
+        catalog.keys.revoke(other.id)
     assert len(await admitted(kept_keys.server())) == 0  # the first server writes the file
     assert good not in kept_keys.file.path.read_text()
     assert kept_keys.file.path.stat().st_mode & 0o077 == 0
@@ -268,10 +269,10 @@ async def test_a_server_starts_while_the_database_is_away(kept_keys: Keys) -> No
 
 async def test_what_the_database_says_replaces_what_was_kept(kept_keys: Keys) -> None:
     with closing(kept_keys.open()) as catalog:
-        good, key = catalog.create_key("ci", scopes=("infer",))
+        good, key = catalog.keys.create("ci", scopes=("infer",))
     await admitted(kept_keys.server())
     with closing(kept_keys.open()) as catalog:
-        catalog.revoke_key(key.id)
+        catalog.keys.revoke(key.id)
     kept_keys.is_away = True
     with closing(kept_keys.server()) as server:
         await server.refresh()
@@ -301,7 +302,7 @@ async def test_what_the_database_says_replaces_what_was_kept(kept_keys: Keys) ->
 )
 async def test_a_file_that_cannot_be_used(kept_keys: Keys, harm: Callable[[Path], object]) -> None:
     with closing(kept_keys.open()) as catalog:
-        good, _ = catalog.create_key("ci", scopes=("infer",))
+        good, _ = catalog.keys.create("ci", scopes=("infer",))
     await admitted(kept_keys.server())
     harm(kept_keys.file.path)
     kept_keys.is_away = True
@@ -310,7 +311,7 @@ async def test_a_file_that_cannot_be_used(kept_keys: Keys, harm: Callable[[Path]
 
 
 async def test_keys_from_disk_are_as_old_as_they_are(kept_keys: Keys) -> None:
-    key = Catalog(kept_keys.url).create_key("ci", scopes=("infer",)).secret
+    key = Catalog(kept_keys.url).keys.create("ci", scopes=("infer",)).secret
     with closing(kept_keys.server()) as before:
         assert before.age_s == float("inf")
         assert isinstance((await admitted(before, key))[0], Principal)

@@ -15,6 +15,7 @@ from loray.catalog import Catalog
 from loray.catalog.snapshot_file import StoredSnapshot
 from loray.errors import CatalogError
 from loray.policy.auth import KeyRing
+from loray.schemas.access import KeyChange
 from loray.spec import OPERATOR, Limits
 from serve_apps import catalog_watch
 from serve_apps.auth import Authenticator
@@ -242,22 +243,22 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         access = Authenticator(KeyRing(), follower, host="0.0.0.0")
         directory = ModelResolver([base], follower)
         await access.start()
-        await directory.start()
+        await directory.follower.start()
         assert not access.is_limited.is_set()
         register(catalog, "tone", base.fingerprint)
-        secret, key = catalog.create_key("ci", limits=Limits(rpm_limit=5))
+        secret, key = catalog.keys.create("ci", limits=Limits(rpm_limit=5))
         headers = {"authorization": f"Bearer {secret}"}
         assert (await directory.resolve("tone", OPERATOR)).adapter is not None
         assert (await access.admit("POST", "infer", headers)) is not None  # the look for the name brought the key too
         assert access.is_limited.is_set()
-        catalog.update_key(key.id, limits=Limits(max_jobs=1))
+        catalog.keys.update(key.id, KeyChange(limits=Limits(max_jobs=1)))
         await access.refresh()
         assert not access.is_limited.is_set()
         began = time.monotonic()
-        catalog.revoke_key(key.id)
+        catalog.keys.revoke(key.id)
         await until(lambda: not access.ring.state.keys)
         assert time.monotonic() - began < 10
-        await directory.stop()
+        await directory.follower.stop()
         await access.stop()
 
     asyncio.run(test())

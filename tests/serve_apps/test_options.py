@@ -45,9 +45,9 @@ def test_a_key_of_the_catalog_or_of_the_deployment_is_enough(tmp_path: Path) -> 
     check_keys(spec, settings(tmp_path, LORAY_API_KEY=KEY))
     check_keys(spec, settings(tmp_path, LORAY_API_KEYS_SHA256="0" * 64))
     catalog = Catalog(settings(tmp_path).catalog)
-    key = catalog.create_key("admin", scopes=("admin",)).key
+    key = catalog.keys.create("admin", scopes=("admin",)).key
     check_keys(spec, settings(tmp_path))
-    catalog.revoke_key(key.id)
+    catalog.keys.revoke(key.id)
     with pytest.raises(SettingsError):
         check_keys(spec, settings(tmp_path))
 

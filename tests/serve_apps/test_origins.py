@@ -69,8 +69,8 @@ def test_a_page_of_an_allowed_origin_asks(home: Path) -> None:
         }
         refused = client.get("/v1/models", headers={"Origin": CHAT})  # which the page may read
         assert (refused.status_code, told(refused)["access-control-allow-origin"]) == (401, CHAT)
-        key = Catalog(sqlite_catalog(home)).create_key("page", scopes=("infer",), limits=Limits(rpm_limit=10)).secret
-        client.portal.call(client.app.state.gateway.directory.refresh)  # type: ignore[union-attr, attr-defined]
+        key = Catalog(sqlite_catalog(home)).keys.create("page", scopes=("infer",), limits=Limits(rpm_limit=10)).secret
+        client.portal.call(client.app.state.gateway.directory.follower.refresh)  # type: ignore[union-attr, attr-defined]
         body = {"model": "tiny", "prompt": "a"}
         answer = client.post("/v1/completions", json=body, headers=bearer(key) | {"Origin": CHAT})
         assert answer.status_code == 200, answer.text

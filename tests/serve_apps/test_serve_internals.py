@@ -83,6 +83,6 @@ def test_a_ray_without_one_of_them_is_refused(private: Private, monkeypatch: pyt
 
 
 def test_a_ray_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RequestRouter, "_probe_queue_lens", lambda self, replicas: None)
-    with pytest.raises(ClusterError, match="has no parameter 'backoff_index'"):
+    monkeypatch.setattr(RequestRouter, "update_replicas", lambda self: None)
+    with pytest.raises(ClusterError, match="has no parameter 'replicas'"):
         check()

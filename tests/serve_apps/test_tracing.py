@@ -71,7 +71,7 @@ async def data_plane(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway of `loray up` and one replica."""
     requests = ReplicaRequests(deployed.stream, ReplicaMetrics(), tracing=deployed.tracing)
     handle: Any = LiveHandle(requests)
-    engines = ServeEngineClient(handle, "engine-tiny", NODE, "127.0.0.1")
+    engines = ServeEngineClient(handle, deployed.spec, NODE, "127.0.0.1")
     app = open_gateway(FleetSpec.of(deployed.spec), deployed.settings, lambda _: engines, tracing=deployed.tracing)
     async with AsyncExitStack() as held:
         held.push_async_callback(engines.close)

@@ -1,65 +1,64 @@
-"""The index makes the choices of `serving.routing`, which looks at every replica."""
+"""The simulated router makes the choices of `policy.routing`, which looks at one replica after the other."""
 
 from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
-from loray.policy.routing import ReplicaView, Routing, RoutingPolicy, hashed
-from loray.simulation import routers as index_module
+from loray.policy.routing import ReplicaView, Routing, RoutingPolicy, routing_key
 from loray.simulation.cluster import SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
-from loray.simulation.routers import LeastWork, RoutingIndex, SimulatedRouter, TwoChoices
+from loray.simulation.routers import LeastWork, SimulatedRouter, TwoChoices
+from loray.simulation.workload import digest
 
 NUM_SLOTS, NUM_ADAPTERS, LIMIT = 9, 12, 12
-KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]
+LIMITED = PROFILE.model_copy(update={"max_num_seqs": 8, "max_queued": LIMIT - 8})
+KEYS = [routing_key(digest(a)) for a in range(NUM_ADAPTERS)]
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_first_choice_is_that_of_rank(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_the_first_of_rank(seed: int) -> None:
     """Replicas join and leave, adapters move between tiers and away, loads change up to the limit."""
-    monkeypatch.setattr(index_module, "_NUM_FIRST", (1, 2, 8)[seed % 3])  # of more, some are looked at first
-    monkeypatch.setattr(index_module, "_MANY", (2, 48)[seed % 2])
-    monkeypatch.setattr(index_module, "_MOST_CHANGES", (0, 3, 32)[seed % 3])
     rng = random.Random(seed)
     tokens = rng.choice([0, 50, 1024])
     policy = RoutingPolicy(floor=rng.choice([1, 2, 4]), excess=rng.choice([0, 1, 3]), excess_tokens=tokens)
-    index = RoutingIndex(NUM_SLOTS, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, policy)
+    router = SimulatedRouter(NUM_SLOTS, NUM_ADAPTERS, LIMITED, policy)
     routing = Routing(policy)
     names: dict[int, str] = {}
     loads: dict[int, int] = {}
-    unanswered: dict[int, int] = {}
+    unanswered: dict[int, list[SimulatedRequest]] = {}
     tiers: dict[int, dict[int, int]] = {}  # reported
     for step in range(300):
         now = 0.05 * step
         action = rng.random()
         if not names or (action < 0.06 and len(names) < NUM_SLOTS):
             slot = next(s for s in range(NUM_SLOTS) if s not in names)
-            names[slot], loads[slot], tiers[slot], unanswered[slot] = f"{slot}-{step}", 0, {}, 0
-            index.add(slot, names[slot])
+            names[slot], loads[slot], tiers[slot], unanswered[slot] = f"{slot}-{step}", 0, {}, []
+            router.added(slot, names[slot])
         elif action < 0.09 and len(names) > 1:
             slot = rng.choice(list(names))
             del names[slot], loads[slot], tiers[slot]
-            index.remove(slot)
+            router.removed(slot)
             routing.retain(list(names.values()))
         elif action < 0.4:
             slot = rng.choice(list(names))
             loads[slot] = rng.choice([0, 0, 1, 2, 3, 5, 8, LIMIT])
-            index.set_load(slot, loads[slot])
-            prompt = rng.choice([0, 20, 100, 4000, -unanswered[slot]])
-            unanswered[slot] += prompt
-            index.add_prompt(slot, prompt)
+            router.load_changed(slot, loads[slot])
+            for job in rng.sample(unanswered[slot], rng.randint(0, len(unanswered[slot]))):
+                unanswered[slot].remove(job)
+                router.answered(slot, job)
         elif action < 0.65:
             slot, adapter, tier = rng.choice(list(names)), rng.randrange(NUM_ADAPTERS), rng.choice([0, 1, 1, 2])
             if tier == 2 and adapter not in tiers[slot]:
                 continue  # gone is only what was there
-            index.placed(slot, adapter, tier)
+            router.placed(slot, adapter, tier)
             tiers[slot].pop(adapter, None)
             if tier < 2:
                 tiers[slot][adapter] = tier
                 routing.reported(names[slot], [KEYS[adapter]])
+        if min(loads.values()) == LIMIT and rng.random() < 0.5:
+            continue
         views = [
             ReplicaView(
                 names[slot],
@@ -67,41 +66,37 @@ def test_the_first_choice_is_that_of_rank(seed: int, monkeypatch: pytest.MonkeyP
                 LIMIT,
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 0),
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 1),
-                unanswered=unanswered[slot],
+                unanswered=sum(job.num_prompt for job in unanswered[slot]),
             )
             for slot in names
         ]
-        adapter = rng.randrange(NUM_ADAPTERS)
-        ranked = routing.rank(views, KEYS[adapter], now=now)[0]
-        chosen = index.best(adapter, now)
+        job = SimulatedRequest(step, rng.choice([1, 20, 100, 4000]), 1, rng.randrange(NUM_ADAPTERS))
+        ranked = routing.rank(views, KEYS[job.adapter], now=now)[0]
+        chosen = router.choose(job, now)
         assert names[chosen] == ranked.replica
-        # With no replica below its limit, `sent` counts an adapter that the chosen one holds a second time.
-        if rng.random() < 0.5 and min(loads.values()) < LIMIT:
-            routing.sent(ranked, KEYS[adapter], now=now)
-            index.sent(chosen, adapter, now)
+        unanswered[chosen].append(job)
+        if job.adapter not in tiers[chosen]:  # where none is below its limit, `sent` counts a held adapter again
+            routing.sent(ranked, KEYS[job.adapter], now=now)
 
 
 def test_what_was_sent_and_never_reported_is_forgotten() -> None:
-    index = RoutingIndex(4, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, RoutingPolicy(recent_s=10.0))
+    router = SimulatedRouter(4, NUM_ADAPTERS, LIMITED, RoutingPolicy(recent_s=10.0))
     for slot in range(4):
-        index.add(slot, f"r{slot}")
-    home = index.best(0, 0.0)
-    other = (home + 1) % 4
-    index.sent(other, 0, 0.0)
-    assert index.best(0, 9.0) == other
-    assert index.best(0, 11.0) == home
+        router.added(slot, f"r{slot}")
 
+    def chosen(now: float) -> int:
+        job = SimulatedRequest(0, 1, 1, 0)
+        slot = router.choose(job, now)
+        router.answered(slot, job)
+        return slot
 
-def test_a_choice_does_not_look_at_all_replicas_again_when_one_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = RoutingIndex(64, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, RoutingPolicy())
-    for slot in range(40):
-        index.add(slot, f"r{slot}")
-    first = index.best(0, 0.0)
-    monkeypatch.setattr(index, "_find_first", None)
-    monkeypatch.setattr(index, "_most_unanswered", None)
-    index.add(40, "r40")
-    index.remove(next(slot for slot in range(40) if slot != first))
-    assert index.best(0, 0.0) in (first, 40)
+    home = chosen(0.0)
+    router.load_changed(home, LIMIT)
+    other = chosen(1.0)
+    router.load_changed(home, 0)
+    assert other != home
+    assert chosen(10.5) == other
+    assert chosen(21.0) == home
 
 
 def test_routers_by_hand() -> None:

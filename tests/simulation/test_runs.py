@@ -26,7 +26,7 @@ def test_runs_beside_each_other_are_those_of_each_alone() -> None:
     assert shares[-1] == 1.0
     for run, scenario in zip(found, [SMALL, SMALL, *[scenarios[1]] * 2], strict=True):
         requests = scenario.requests()
-        (alone,) = simulate(scenario, requests, (run.policy,))
+        alone = simulate(scenario, requests, run.policy)
         assert run.num_requests == len(requests)
         assert run.summary == summary(alone, requests)
         np.testing.assert_equal(run.course, course(alone, requests))

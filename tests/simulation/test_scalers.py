@@ -7,7 +7,7 @@ from itertools import pairwise
 from loray.simulation.cluster import Cluster, SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.routers import RandomRouter, SimulatedRouter
-from loray.simulation.scalers import AdapterDemandScaler, Fixed, OngoingRequests, OracleScaler
+from loray.simulation.scalers import AdapterDemandScaler, OngoingRequests, OracleScaler, Scaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
 from loray.simulation.workload import RequestTrace
 from loray.spec import AutoscalingSpec
@@ -66,7 +66,7 @@ def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load
 
 
 def idle(made: RequestTrace) -> Simulator:
-    return Simulator(made, PROFILE, Policy("x", RandomRouter(8, 0), Fixed(1)), initial=1, size=4)
+    return Simulator(made, PROFILE, Policy("x", RandomRouter(8, 0), Scaler(1)), initial=1, size=4)
 
 
 def test_ray_scales_by_the_mean_of_ongoing_requests() -> None:

@@ -111,28 +111,27 @@ def test_a_cold_fetch_is_verified(objects: ObjectStore, describe_one: Callable[[
     verify_folder(cold.get(name))
 
 
-def test_who_fetches_and_who_vouches_can_be_said(node: Node) -> None:
-    """One of many fetches, in its own way. What an earlier process left is hashed unless the caller vouches for it."""
-    name, own = node.names[0], list[Path]()
-
-    def fetch(digest: str, folder: Path) -> None:
-        own.append(folder)
-        AdapterStore(node.store.objects).fetch(digest, folder)
-
+def test_who_fills_an_entry_does_it_once_for_all_that_wait(node: Node) -> None:
+    """And may say by itself whether what an earlier process left is good; otherwise its files are hashed."""
+    name, *_ = node.names
     cache = node.cache()
 
-    def get(_: int) -> Path:
-        with cache.pinned(name, fetch=fetch) as path:
-            return path
+    def get(_: int) -> tuple[Path, bool]:
+        with cache.entry(name) as entry:
+            if not entry.present:
+                AdapterStore(node.store.objects).fetch(name, entry.folder)
+            return entry
 
-    assert set(at_once(4, get)) == {node.folder / "adapters" / name}
-    assert (len(own), node.store.fetches) == (1, [])
-    damage(own[0] / WEIGHTS)
-    with node.cache().pinned(name, fetch=fetch, is_good=lambda folder: True):
-        assert len(own) == 1
-    with node.cache().pinned(name, fetch=fetch, is_good=lambda folder: False) as path:
-        verify_folder(path)
-    assert len(own) == 2
+    folder = node.folder / "adapters" / name
+    assert sorted(at_once(4, get)) == [(folder, False), *[(folder, True)] * 3]
+    damage(folder / WEIGHTS)
+    with node.cache().entry(name, is_good=lambda folder: True) as entry:
+        assert entry.present
+    with node.cache().entry(name, is_good=lambda folder: False) as entry:
+        assert not entry.present
+    with node.cache().entry(name) as entry:
+        assert not entry.present
+    assert node.store.fetches == []
 
 
 def test_an_entry_that_has_grown_counts_with_all_it_holds(node: Node) -> None:

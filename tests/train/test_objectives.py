@@ -21,7 +21,7 @@ from loray.train import checkpoint
 from loray.train import objectives as loss_module
 from loray.train.data.batches import BatchStream, collate_pairs
 from loray.train.model import build_model
-from loray.train.objectives import PreferenceObjective, log_probs, objective_of, summed_cross_entropy
+from loray.train.objectives import PreferenceObjective, cross_entropy, log_probs, objective_of
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training import MAX_PAIR_LENGTH, assert_equal, curve, make_data, masters, pair, paired, run
 
@@ -40,7 +40,7 @@ def draw(
 def test_equal_to_torch(num: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "LOSS_CHUNK_ON_CPU", chunk_elements)
     hidden_ND, weight_VD, labels_N = draw(num)
-    total = summed_cross_entropy(hidden_ND, weight_VD, labels_N)
+    total = cross_entropy(hidden_ND, weight_VD, labels_N).sum()
     (grad,) = torch.autograd.grad(total / 3, hidden_ND)
     expected = F.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="sum")
     (expected_grad,) = torch.autograd.grad(expected / 3, hidden_ND)
@@ -50,7 +50,7 @@ def test_equal_to_torch(num: int, chunk_elements: int, monkeypatch: pytest.Monke
 
 def test_bfloat16_is_summed_in_fp32() -> None:
     hidden_ND, weight_VD, labels_N = draw(512, dtype=torch.bfloat16)
-    total = summed_cross_entropy(hidden_ND, weight_VD, labels_N)
+    total = cross_entropy(hidden_ND, weight_VD, labels_N).sum()
     assert total.dtype == torch.float32
     expected = F.cross_entropy((hidden_ND @ weight_VD.T).float(), labels_N, reduction="sum")
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
@@ -62,13 +62,13 @@ def test_bfloat16_is_summed_in_fp32() -> None:
 def test_nothing_is_kept_without_gradients() -> None:
     hidden_ND, weight_VD, labels_N = draw(4)
     with torch.no_grad():
-        assert not summed_cross_entropy(hidden_ND, weight_VD, labels_N).requires_grad
+        assert not cross_entropy(hidden_ND, weight_VD, labels_N).requires_grad
 
 
 def test_a_trained_head_is_refused() -> None:
     hidden_ND, weight_VD, labels_N = draw(4)
     with pytest.raises(ValueError, match="output head"):
-        summed_cross_entropy(hidden_ND, weight_VD.requires_grad_(), labels_N)
+        cross_entropy(hidden_ND, weight_VD.requires_grad_(), labels_N)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])

@@ -24,7 +24,7 @@ from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.train.data.batches import BatchStream
 from loray.train.data.corpus import Task
-from loray.train.data.shards import ShardCache, ShardIndex, TokenShard
+from loray.train.data.shards import FolderCache, ShardIndex, TokenShard
 from loray.train.data.tokenize import Tokenisation
 
 _BYTES_PER_TOKEN = 3.1  # of the benchmark's words
@@ -77,7 +77,7 @@ def _connect(cpus: int) -> None:
 class WithoutTokenizer(RayTasks):
     """Puts shards of random ids, here."""
 
-    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+    def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
         rng = np.random.default_rng(0)
         for task in tasks:
             sizes = [int(len(line) / _BYTES_PER_TOKEN) for line in task.content.data.split(b"\n") if line]

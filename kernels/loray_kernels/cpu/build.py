@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -132,25 +133,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Functions(NamedTuple):
-    """The kernels for one dtype; the arguments are in csrc."""
-
-    pack_linear: Any
-    linear: Any
-    logits: Any
-    layers: Any
-    silu_mul: Any
-    lora_shrink: Any
-    lora_expand: Any
-    vera_shrink: Any
-    vera_expand: Any
-    paged_attention: Any
-    rms_norm: Any
-    scale_rows: Any
-    rope: Any
-    write_kv: Any
-
-
 @cache
 def supported() -> tuple[str, ...]:
     """List the instruction sets that this CPU has, from slow to fast, up to that of ATEN_CPU_CAPABILITY.
@@ -180,21 +162,27 @@ def _host() -> ctypes.PyDLL:
 
 
 @cache
-def functions(isa: str) -> dict[torch.dtype, Functions]:
-    """Give the kernels by dtype; they are compiled at first use.
+def functions(isa: str) -> dict[torch.dtype, SimpleNamespace]:
+    """Give the kernels by dtype, as attributes by name; they are compiled at first use. Their arguments are in csrc.
 
     BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`.
     """
     loaded, beside = _library(isa), _beside_python(isa)
-    found = {}
-    for dtype, suffix in _SUFFIX.items():
-        kernels = []
-        for name, signature in _SIGNATURES.items():
-            function = (beside if name == "layers" else loaded)[f"{name}_{suffix}_{isa}"]
-            function.argtypes, function.restype = signature, None
-            kernels.append(function)
-        found[dtype] = Functions(*kernels)
-    return found
+    return {
+        dtype: SimpleNamespace(
+            **{
+                name: _function(beside if name == "layers" else loaded, f"{name}_{suffix}_{isa}", signature)
+                for name, signature in _SIGNATURES.items()
+            }
+        )
+        for dtype, suffix in _SUFFIX.items()
+    }
+
+
+def _function(library: ctypes.CDLL, name: str, signature: tuple[Any, ...]) -> Any:
+    function = library[name]
+    function.argtypes, function.restype = signature, None
+    return function
 
 
 @cache
@@ -222,19 +210,17 @@ def _beside_python(isa: str) -> ctypes.CDLL:
 @cache
 def sample_function(isa: str) -> Any:
     """csrc/sample.cpp; its logits are fp32 whatever the model's dtype is."""
-    function = _library(isa)[f"sample_{isa}"]
-    function.argtypes, function.restype = (_P, _I, _I, _P, _I, _P, _I, _P, _P, _N), None
-    return function
+    return _function(_library(isa), f"sample_{isa}", (_P, _I, _I, _P, _I, _P, _I, _P, _P, _N))
 
 
 @cache
 def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """csrc/causal.cpp: forward and backward."""
-    library = _beside_python(isa)
-    forward, backward = (library[f"causal_{way}_{_SUFFIX[dtype]}_{isa}"] for way in ("forward", "backward"))
-    shape = (_I, _I, _I, _I, _F, _N)
-    forward.argtypes, forward.restype = (*[_P] * 5, *shape), None
-    backward.argtypes, backward.restype = (*[_P] * 10, *shape), None
+    library, shape = _beside_python(isa), (_I, _I, _I, _I, _F, _N)
+    forward, backward = (
+        _function(library, f"causal_{way}_{_SUFFIX[dtype]}_{isa}", (*[_P] * num, *shape))
+        for way, num in (("forward", 5), ("backward", 10))
+    )
     return forward, backward
 
 
@@ -242,7 +228,6 @@ def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) -> int:
     """Count the elements of a packed matrix."""
     size = ctypes.c_int64()
-    function = _library(isa)[f"packed_size_{isa}"]
-    function.argtypes = (_I, _I, _I, _P)
+    function = _function(_library(isa), f"packed_size_{isa}", (_I, _I, _I, _P))
     function(in_features, out_features, itemsize, ctypes.addressof(size))
     return size.value

@@ -35,7 +35,7 @@ def causal_forward(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, scale: float | 
     q, k, v = (x.contiguous() for x in (q_FRLD, k_FLD, v_FLD))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     forward, _ = causal_functions(isa, q.dtype)
-    forward(*(x.data_ptr() for x in (q, k, v, out, lse)), *_shape(q), _scale(q, scale), torch.get_num_threads())
+    forward(*(x.data_ptr() for x in (q, k, v, out, lse)), *q.shape, _scale(q, scale), torch.get_num_threads())
     return out, lse
 
 
@@ -63,7 +63,7 @@ def causal_backward(
     sums = q.new_empty(2, *q.shape, dtype=torch.float32)
     _, backward = causal_functions(isa, q.dtype)
     pointers = (x.data_ptr() for x in (*inputs, *grads, sums))
-    backward(*pointers, *_shape(q), _scale(q, scale), torch.get_num_threads())
+    backward(*pointers, *q.shape, _scale(q, scale), torch.get_num_threads())
     return dq, dk, dv
 
 
@@ -79,11 +79,6 @@ def _check(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, *like_q: Tensor) -> Non
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != q_FRLD.dtype:
             found = f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"{found} does not fit queries {tuple(q_FRLD.shape)} of {q_FRLD.dtype}")
-
-
-def _shape(q_FRLD: Tensor) -> tuple[int, int, int, int]:
-    num, repeats, length, width = q_FRLD.shape
-    return num, repeats, length, width
 
 
 def _scale(q_FRLD: Tensor, scale: float | None) -> float:

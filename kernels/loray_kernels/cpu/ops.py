@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.build import Functions, functions, packed_size, sample_function, supported
+from loray_kernels.cpu.build import functions, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
     pack_layer_tables,
     pack_layer_weights,
@@ -26,7 +27,6 @@ from loray_kernels.cpu.structs import (
     pack_rows,
     pack_segments,
     pack_step,
-    pack_words,
 )
 from loray_kernels.descriptors import RowOverrides, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
@@ -61,7 +61,7 @@ class CpuOps(ReferenceOps):
         self._functions = functions(self.isa)
         self._pages = SharedPages()
 
-    def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
+    def _for(self, pool: Tensor, *others: Tensor) -> SimpleNamespace | None:
         """The kernels for these tensors; None if the call goes to the reference."""
         dtype = pool.dtype
         for other in others:
@@ -100,8 +100,8 @@ class CpuOps(ReferenceOps):
         num_tokens, width = x_TI.shape
         assert width == weights.in_features
         y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
-        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
-        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
+        matrix, threads = _words(pack_matrix(weights)), torch.get_num_threads()
+        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), threads)
         return y_TO
 
     def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
@@ -175,49 +175,36 @@ class CpuOps(ReferenceOps):
         )
         return y_TD
 
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        f = self._for(x_THd, cos_Td, sin_Td)
-        if f is None:
-            return super().rope(x_THd, cos_Td, sin_Td)
-        x_THd, cos_Td, sin_Td = token_rows(x_THd), cos_Td.contiguous(), sin_Td.contiguous()
-        num_tokens, num_heads, width = x_THd.shape
-        assert cos_Td.shape == (num_tokens, width) == sin_Td.shape
-        y_THd = _like(x_THd)
-        f.rope(
-            x_THd.data_ptr(),
-            x_THd.stride(0),
-            num_tokens,
-            num_heads,
-            width,
-            cos_Td.data_ptr(),
-            sin_Td.data_ptr(),
-            y_THd.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y_THd
-
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        f = self._for(pool, k_TKd, v_TKd)
-        if f is None:
-            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
-            return
-        k_TKd, v_TKd, slot_mapping_T = token_rows(k_TKd), token_rows(v_TKd), meta.slot_mapping_T.contiguous()
-        assert k_TKd.shape == v_TKd.shape == (slot_mapping_T.shape[0], layout.num_kv_heads, layout.head_dim)
+    def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
+        pool, layout = step.pool, step.layout
+        f = self._for(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td)
+        if f is None or layout.head_dim % 16:  # as in `paged_attention`, which reads the keys as they are written
+            return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
+        q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
+        cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
+        slot_mapping_T, threads = step.attention.slot_mapping_T.contiguous(), torch.get_num_threads()
+        num_tokens, _, d = q_THd.shape
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, layout.head_dim)
+        assert slot_mapping_T.shape == (num_tokens,)
+        out_THd, keys_TKd = _like(q_THd), _like(k_TKd)
+        for x, y in ((q_THd, out_THd), (k_TKd, keys_TKd)):
+            tables = cos_Td.data_ptr(), sin_Td.data_ptr()
+            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
             layout.block_tokens,
-            k_TKd.data_ptr(),
-            k_TKd.stride(0),
+            keys_TKd.data_ptr(),
+            keys_TKd.stride(0),
             v_TKd.data_ptr(),
             v_TKd.stride(0),
             layout.num_kv_heads * layout.head_dim,
             slot_mapping_T.data_ptr(),
-            slot_mapping_T.shape[0],
-            torch.get_num_threads(),
+            num_tokens,
+            threads,
         )
+        return out_THd
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
@@ -260,19 +247,16 @@ class CpuOps(ReferenceOps):
         assert x_TD.is_contiguous()
         assert all(x_TD.shape == (*inputs.widths, *p.widths) for p in packed)
         assert all(t.num in (0, inputs.num) for t in own)
-        weights_address, held_weights = pack_words([p.address for p in packed])
-        tables_address, held_tables = pack_words([t.address for t in own])
         f.layers(
             x_TD.data_ptr(),
-            weights_address,
-            tables_address,
+            _words([p.address for p in packed]),
+            _words([t.address for t in own]),
             len(own),
             inputs.address,
             first,
             len(packed),
             torch.get_num_threads(),
         )
-        del held_weights, held_tables  # until here C reads them
         return x_TD
 
     def lora_shrink(
@@ -295,14 +279,13 @@ class CpuOps(ReferenceOps):
             h.append(h_TR)
             addresses.append(packed.address)
             outputs += (h_TR.data_ptr(), packed.widths[2])
-        num = len(tables)
         f.lora_shrink(
             x_TI.data_ptr(),
             x_TI.stride(0),
             _address_at(pool, layer_offset),
-            (ctypes.c_int64 * num)(*addresses),
-            (ctypes.c_int64 * (2 * num))(*outputs),
-            num,
+            _words(addresses),
+            _words(outputs),
+            len(tables),
             spans.address,
             torch.get_num_threads(),
         )
@@ -334,12 +317,11 @@ class CpuOps(ReferenceOps):
             keep.append(h_TR)
             addresses.append(packed.address)
             targets += (y_TO.data_ptr(), y_TO.stride(0), h_TR.data_ptr(), h_TR.stride(0))
-        num = len(tables)
         f.lora_expand(
-            (ctypes.c_int64 * (4 * num))(*targets),
+            _words(targets),
             _address_at(pool, layer_offset),
-            (ctypes.c_int64 * num)(*addresses),
-            num,
+            _words(addresses),
+            len(tables),
             spans.address,
             torch.get_num_threads(),
         )
@@ -367,7 +349,7 @@ class CpuOps(ReferenceOps):
             z_TR.data_ptr(),
             z_TR.stride(0),
             num_tokens,
-            (ctypes.c_int64 * 4)(*pack_matrix(self._pair_weights(table.b_OR, rank), width)),
+            _words(pack_matrix(self._pair_weights(table.b_OR, rank), width)),
             _address_at(pool, layer_offset),
             d.address,
             b.address,
@@ -399,12 +381,17 @@ class CpuOps(ReferenceOps):
 
     def _pair_weights(self, matrix: ProjectionMatrix, width: int) -> LinearWeights:
         """The first `width` columns in panels, outside of the pool: made once for all layers and steps."""
-        key = ("cpu", self.isa, width)
-        weights: LinearWeights | None = matrix.memo.get(key)
+        key = (self.isa, width)
+        weights: LinearWeights | None = matrix.prepared.get(key)
         if weights is None:
             assert width <= matrix.data.shape[1]
-            weights = matrix.memo[key] = self._packed(matrix.data[:, :width], None, huge_pages)
+            weights = matrix.prepared[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """An argument that C reads during the call."""
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _address_at(pool: Tensor, offset: int) -> int:

@@ -1,7 +1,7 @@
 """The ops for NVIDIA GPUs of compute capability 8.0 and later.
 
-ops             chooses the kernel for each call
-kernels         launches the CUDA C++ kernels (csrc): decode, and rows of activations
+ops             chooses the kernel for each call, and launches those in CUDA C++ (csrc)
+attention       attention of decode steps: its work and launches
 triton_kernels  the Triton kernels, for prompts; triton_launch launches them
 flash           attention of prompts by FlashInfer, where it is installed
 tables          a step's tables as device tensors
@@ -19,7 +19,7 @@ import importlib.util
 import torch
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.ops import Ops
+from loray_kernels.reference import ReferenceOps
 
 _CUBLAS_BYTES = 64 << 20  # its workspaces: of a card of 2022, 32 MiB for each of two streams
 
@@ -37,7 +37,7 @@ def use_device(device: torch.device) -> torch.device:
     return device
 
 
-def cuda_ops(device: torch.device) -> Ops:
+def cuda_ops(device: torch.device) -> ReferenceOps:
     """Make the ops whose kernels are launched on `device`, which becomes this thread's current device.
 
     BackendUnavailable says what is missing: a GPU that is new enough, Triton, CuPy or NVRTC.
@@ -50,13 +50,12 @@ def cuda_ops(device: torch.device) -> Ops:
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("the cuda kernels need Triton: pip install 'loray[cuda]'")
     from loray_kernels.cuda.flash import flash_prompts
-    from loray_kernels.cuda.kernels import Gather
     from loray_kernels.cuda.launch import CupyLauncher
     from loray_kernels.cuda.ops import CudaOps
     from loray_kernels.cuda.triton_launch import Tiles
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return CudaOps(Gather(CupyLauncher(device), processors), Tiles(), flash_prompts(device))
+    return CudaOps(CupyLauncher(device), Tiles(), flash_prompts(device), num_processors=processors)
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int]:
@@ -70,7 +69,7 @@ def device_memory(device: torch.device) -> tuple[int, int, int]:
 
 def scratch_bytes() -> dict[str, int]:
     """The most that kernels take of a GPU beside their arguments and results, by what it is for."""
-    from loray_kernels.cuda.kernels import PARTIAL_BYTES
+    from loray_kernels.cuda.attention import PARTIAL_BYTES
     from loray_kernels.cuda.upload import STAGING_BYTES
 
     return {"partial sums": PARTIAL_BYTES, "staging": STAGING_BYTES, "cuBLAS": _CUBLAS_BYTES}

@@ -68,11 +68,15 @@ def keys_and_values(pool: Tensor, layout: KvLayout, layer: int) -> tuple[Tensor,
 
 
 class FlashPrompts:
-    """Planned once for each step. `make`: a BatchPrefillWithPagedKVCacheWrapper of a workspace and a layout's name."""
+    """Planned once for each step, and again where a layer scales otherwise.
+
+    make  a BatchPrefillWithPagedKVCacheWrapper of a workspace and a layout's name
+    """
 
     def __init__(self, make: Callable[[Tensor, str], Any], device: torch.device) -> None:
         self._wrapper = make(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD")
         self._planned: AttentionMeta | None = None
+        self._scale = 0.0  # that it was planned with
         self._prompts: Prompts | None = None
         self._broken = False
 
@@ -92,7 +96,28 @@ class FlashPrompts:
         if self._broken or q_THd.dtype not in DTYPES or layout.head_dim not in HEAD_DIMS:
             return False
         try:
-            self._run(q_THd, out_THd, pool, layout, layer, meta, scale)
+            if self._planned is not meta or self._prompts is None or self._scale != scale:
+                self._planned, self._prompts, self._scale = meta, prompts_of(meta, layout.block_tokens), scale
+                self._wrapper.plan(
+                    self._prompts.qo_indptr,
+                    self._prompts.kv_indptr,
+                    self._prompts.indices,
+                    self._prompts.last_page_len,
+                    num_qo_heads=q_THd.shape[1],
+                    num_kv_heads=layout.num_kv_heads,
+                    head_dim_qk=layout.head_dim,
+                    page_size=layout.block_tokens,
+                    causal=True,
+                    sm_scale=scale,
+                    q_data_type=q_THd.dtype,
+                    kv_data_type=pool.dtype,
+                    disable_split_kv=True,  # else the cuts depend on the other prompts of the step
+                )
+            tokens, kv = self._prompts.tokens, keys_and_values(pool, layout, layer)
+            if tokens is None:
+                self._wrapper.run(q_THd.contiguous(), kv, out=out_THd)
+            else:
+                out_THd[tokens] = self._wrapper.run(q_THd[tokens], kv)
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as e:  # a compiler that is missing, a card that it does not know, another version
@@ -100,39 +125,6 @@ class FlashPrompts:
             _log.warning("FlashInfer does not work here; prompts' attention is by our own kernels: %s", e)
             return False
         return True
-
-    def _run(
-        self,
-        q_THd: Tensor,
-        out_THd: Tensor,
-        pool: Tensor,
-        layout: KvLayout,
-        layer: int,
-        meta: AttentionMeta,
-        scale: float,
-    ) -> None:
-        if self._planned is not meta or self._prompts is None:
-            self._planned, self._prompts = meta, prompts_of(meta, layout.block_tokens)
-            self._wrapper.plan(
-                self._prompts.qo_indptr,
-                self._prompts.kv_indptr,
-                self._prompts.indices,
-                self._prompts.last_page_len,
-                num_qo_heads=q_THd.shape[1],
-                num_kv_heads=layout.num_kv_heads,
-                head_dim_qk=layout.head_dim,
-                page_size=layout.block_tokens,
-                causal=True,
-                sm_scale=scale,
-                q_data_type=q_THd.dtype,
-                kv_data_type=pool.dtype,
-                disable_split_kv=True,  # else the cuts depend on the other prompts of the step
-            )
-        tokens, kv = self._prompts.tokens, keys_and_values(pool, layout, layer)
-        if tokens is None:
-            self._wrapper.run(q_THd.contiguous(), kv, out=out_THd)
-        else:
-            out_THd[tokens] = self._wrapper.run(q_THd[tokens], kv)
 
 
 def flash_prompts(device: torch.device) -> FlashPrompts | None:

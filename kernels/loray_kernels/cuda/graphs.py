@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import AttentionTables, CapturedVectors, Items, num_splits, upload
+from loray_kernels.cuda.tables import AttentionTables, CapturedVectors, Items, num_splits, pack_attention, upload
 from loray_kernels.decode import (
     CaptureBarrier,
     CapturedStep,
@@ -45,26 +45,44 @@ _MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequenc
 T = TypeVar("T")
 
 
-class StepWords:
-    """The numbers of a step on the device: token ids (−1: the one drawn before), positions, slots, items of adapters;
-    with `vectors` their starts, pairs and own embedding rows; then places and blocks of a new block for each sequence,
-    which the step itself writes to the tables; then those of more, which are written before it.
+class PaddedStep:
+    """A step of `size` sequences, computed on the device from its words and the block tables of all slots.
 
-    They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
+    The words are token ids (−1: the one drawn before), positions, slots, items of adapters; with vectors their starts,
+    pairs and own embedding rows; then places and blocks of a new block for each sequence, which the step itself writes
+    to the tables; then those of more, which are written before it. They go up from two pinned copies by turns: what
+    was computed from one has been read before it is written again.
 
-    blocks  the tables of all slots, and an element that nobody reads, for what is no new block
+    blocks  the tables, and an element that nobody reads, for what is no new block
+    tokens  by slot, that the step before has drawn
     """
 
-    def __init__(self, size: int, blocks: Tensor, *, vectors: bool = False) -> None:
-        self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
-        self._blocks, self._nowhere = blocks, len(blocks) - 1
-        words, pinned = self._num + 2 * size + 2 * _MORE_BLOCKS, blocks.is_cuda
-        self.words = torch.zeros(words, dtype=torch.int64, device=blocks.device)
-        self.words[size : 2 * size] = -1  # the run before a capture writes no keys,
-        self.words[self._num : self._num + size] = self._nowhere  # and no tables
-        self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+    def __init__(
+        self,
+        size: int,
+        blocks: Tensor,
+        tokens: Tensor,
+        decoding: Decoding,
+        parts: Parts = Parts.NONE,
+        table: DescriptorTable | None = None,
+        shape: VectorShape | None = None,
+    ) -> None:
+        device = blocks.device
+        self._size, self._blocks, self._nowhere = size, blocks, len(blocks) - 1
+        self._tokens, self._decoding = tokens, decoding
+        self._parts, self._table, self._shape = parts, table, shape
+        self._has_vectors = bool(parts & ~Parts.LORA)
+        self._num = (11 if self._has_vectors else 6) * size
+        num_words = self._num + 2 * size + 2 * _MORE_BLOCKS
+        self._words = torch.zeros(num_words, dtype=torch.int64, device=device)
+        self._words[size : 2 * size] = -1  # the run before a capture writes no keys,
+        self._words[self._num : self._num + size] = self._nowhere  # and no tables
+        self._staged = [torch.zeros(num_words, dtype=torch.int64, pin_memory=blocks.is_cuda) for _ in range(2)]
         self._views = [staged.numpy() for staged in self._staged]
         self._turn = 0
+        self._numbers = torch.arange(size + 1, device=device)
+        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
+        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
     def fill(self, step: DecodeStep) -> None:
         """Stage the numbers of a step of at most `size` sequences, and send them; the rest is padding."""
@@ -77,7 +95,7 @@ class StepWords:
         view[2 * size : 2 * size + num] = step.slots
         view[3 * size : 3 * size + len(step.items)] = step.items
         view[3 * size + len(step.items) : self._num] = 0
-        if self._vectors:
+        if self._has_vectors:
             view[6 * size : 10 * size] = 0
             view[6 * size : 6 * size + len(step.vectors)] = step.vectors
             view[7 * size : 7 * size + len(step.pairs)] = step.pairs
@@ -91,61 +109,32 @@ class StepWords:
         elif new <= _MORE_BLOCKS:
             view[used : used + new] = step.places
             view[used + new : used + 2 * new] = step.blocks
-            self.send(self._staged[self._turn][: used + 2 * new])
-            self._blocks.index_copy_(0, self.words[used : used + new], self.words[used + new : used + 2 * new])
+            self._send(self._staged[self._turn][: used + 2 * new])
+            self._blocks.index_copy_(0, self._words[used : used + new], self._words[used + new : used + 2 * new])
             return
         else:
             self._blocks.index_copy_(0, *upload(self._blocks.device, step.places, step.blocks))
-        self.send(self._staged[self._turn][:used])
+        self._send(self._staged[self._turn][:used])
 
-    def write_blocks(self) -> None:
-        """Write the step's new blocks to the tables."""
-        places_S, blocks_S = self.words[self._num : self._num + 2 * self._size].view(2, self._size)
-        self._blocks.index_copy_(0, places_S, blocks_S)
-
-    def send(self, staged: Tensor) -> None:
+    def _send(self, staged: Tensor) -> None:
         """Queue the step's one copy to the device. It waits for nothing."""
-        self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
-
-
-class PaddedStep:
-    """A step of `size` sequences, computed on the device from its words and the slots' block tables."""
-
-    def __init__(
-        self,
-        size: int,
-        blocks: Tensor,
-        tokens: Tensor,
-        decoding: Decoding,
-        parts: Parts = Parts.NONE,
-        table: DescriptorTable | None = None,
-        shape: VectorShape | None = None,
-    ) -> None:
-        device = blocks.device
-        self._parts, self._shape = parts, shape
-        self._has_vectors = bool(parts & ~Parts.LORA)
-        self.words = StepWords(size, blocks, vectors=self._has_vectors)
-        self._size, self._blocks, self._table, self._decoding = size, blocks, table, decoding
-        self._tokens = tokens  # by slot, that the step before has drawn
-        self._numbers = torch.arange(size + 1, device=device)
-        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
-        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
+        self._words[: staged.shape[0]].copy_(staged, non_blocking=True)
 
     def slots(self, num: int) -> TokenSlots:
         """Say where the tokens of the first `num` rows are drawn to."""
-        return TokenSlots(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
+        return TokenSlots(self._words[2 * self._size : 2 * self._size + num], self._tokens)
 
     def step(self) -> CapturedStep:
-        size, block_tokens = self._size, self._decoding.layout.block_tokens
-        self.words.write_blocks()
-        words = self.words.words
+        size, words, block_tokens = self._size, self._words, self._decoding.layout.block_tokens
+        new_S, new_blocks_S = words[self._num : self._num + 2 * size].view(2, size)
+        self._blocks.index_copy_(0, new_S, new_blocks_S)
         known_S, positions_S, slots_S = words[: 3 * size].view(3, size)
         token_ids_S = torch.where(known_S < 0, self._tokens[slots_S], known_S)
         at_S, start_S = positions_S.clamp(min=0), slots_S * self._decoding.max_blocks
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
         meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
-        meta.memo["cuda"] = AttentionTables(
+        meta.prepared[pack_attention] = AttentionTables(
             query_start=self._numbers,
             context_len=positions_S + 1,
             table_start=start_S,
@@ -202,7 +191,7 @@ class DecodeGraphs:
 
     def __init__(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding, capturer: Capturer) -> None:
         self._forward, self._decoding, self._capturer = forward, decoding, capturer
-        num_blocks = decoding.num_slots * decoding.max_blocks + 1  # the last one is not a slot's, see StepWords
+        num_blocks = decoding.num_slots * decoding.max_blocks + 1  # the last one is not a slot's, see PaddedStep
         self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
         self._tokens = torch.zeros(decoding.num_slots, dtype=torch.int64, device=decoding.device)
         self._slots: TokenSlots | None = None
@@ -219,7 +208,7 @@ class DecodeGraphs:
         needed = GraphShape(_padded_size(num), next(k for k in KINDS if step.parts in k))
         shape = self._serving_of(needed)
         padded = self._step(shape or needed)
-        padded.words.fill(step)
+        padded.fill(step)
         self._slots = padded.slots(num)
         if shape is None:
             return self._forward(padded.step())[:num]
@@ -264,8 +253,10 @@ class DecodeGraphs:
             if not agree(capture is not None and fits) or capture is None:
                 del capture
                 largest = shape.size - 1
-                if not self._captured:
-                    self._release(shape)
+                if not self._captured:  # the only shape that has been computed leaves nothing on the device
+                    self._steps.pop(shape, None)
+                    self._out_SV = None
+                    self._capturer.release()
                 continue
             adds = num_bytes - progress.num_bytes if self._captured else 0
             self._captured[shape] = capture
@@ -273,12 +264,6 @@ class DecodeGraphs:
             on_progress(progress)
         self._serving.clear()
         return progress
-
-    def _release(self, shape: GraphShape) -> None:
-        """The only shape that has been computed leaves nothing on the device."""
-        self._steps.pop(shape, None)
-        self._out_SV = None
-        self._capturer.release()
 
     def _capture(self, shape: GraphShape) -> Capture | None:
         """Capture; None if the memory of the device, or of another rank's for the run before, is too small."""

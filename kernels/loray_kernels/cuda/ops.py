@@ -14,28 +14,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loray_kernels.cuda.attention import MAX_HEAD_DIM, AttentionWork, DecodeAttention
 from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphCapturer
-from loray_kernels.cuda.kernels import MAX_HEAD_DIM, AttentionWork, Gather
-from loray_kernels.cuda.launch import SUFFIX
+from loray_kernels.cuda.launch import SUFFIX, Argument, Launcher
 from loray_kernels.cuda.sampling import MAX_VOCAB, Choosing, Sampling
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
+    DeviceRows,
+    VectorLaunch,
     pack_attention,
     pack_expand,
-    pack_input,
+    pack_inputs,
     pack_rows,
     pack_shrink,
     pack_spans,
     pack_token_rows,
     pack_vectors,
+    three_outputs,
 )
 from loray_kernels.cuda.upload import PageUploader
-from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
 from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
@@ -46,15 +50,26 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
     from loray_kernels.cuda.triton_launch import Tiles
 
 
+THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
+_WARP, _NARROW = 32, 512  # a row up to so wide has a warp
+_SILU_COLUMNS = 8 * THREADS
+_ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
+_PAIR_TURNS = 32  # the same for a pair: 128 rows at once
+
+
 class CudaOps(ReferenceOps):
     """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
 
-    def __init__(self, gather: Gather, tiles: Tiles, flash: FlashPrompts | None = None) -> None:
-        self._gather, self._tiles, self._flash = gather, tiles, flash
+    def __init__(
+        self, launch: Launcher, tiles: Tiles, flash: FlashPrompts | None = None, *, num_processors: int = 132
+    ) -> None:
+        """`num_processors`: the device's multiprocessors."""
+        self._launch, self._tiles, self._flash = launch, tiles, flash
+        self._decode_attention = DecodeAttention(launch, num_processors)
         self._sampling: Sampling | None = None
 
     def page_writer(self, pool: Tensor) -> PageWriter:
-        return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
+        return PageUploader(self._launch, pool) if pool.is_cuda else super().page_writer(pool)
 
     def captured_decoding(
         self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
@@ -68,29 +83,48 @@ class CudaOps(ReferenceOps):
         if not _samples(logits_SV):
             return super().sample(logits_SV, draws, slots)
         if self._sampling is None:
-            self._sampling = Sampling(self._gather.launch, logits_SV.device)
+            self._sampling = Sampling(self._launch, logits_SV.device)
         return self._sampling(logits_SV, draws, slots)
 
     def chooser(self, logits_SV: Tensor) -> Chooser:
         if not _samples(logits_SV):
             return super().chooser(logits_SV)
-        return Choosing(self._gather.launch, logits_SV.device)
+        return Choosing(self._launch, logits_SV.device)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
             return super().silu_mul(gate_up_TM)
-        y_TM = gate_up_TM.new_empty(gate_up_TM.shape[0], gate_up_TM.shape[1] // 2)
-        self._gather.silu_mul(gate_up_TM, y_TM)
+        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+        y_TM = gate_up_TM.new_empty(num_tokens, width)
+        self._launch(
+            f"silu_mul_{SUFFIX[y_TM.dtype]}",
+            (num_tokens, -(-width // _SILU_COLUMNS), 1),
+            THREADS,
+            (gate_up_TM.data_ptr(), gate_up_TM.stride(0), y_TM.data_ptr(), width),
+        )
         return y_TM
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         if own is None or not _one_dtype(pool, table_VD):
             return super().embed(table_VD, token_ids_T, pool, own)
         x_TD = F.embedding(token_ids_T, table_VD)
-        rows = pack_rows(own.rows)
+        rows, tokens_N = pack_rows(own.rows), own.tokens_N.contiguous()
         assert rows.width == x_TD.shape[1]
-        assert rows.num == own.tokens_N.shape[0]
-        self._gather.take_rows(x_TD, own.tokens_N.contiguous(), pool, rows)
+        assert rows.num == tokens_N.shape[0]
+        self._launch(
+            f"take_rows_{SUFFIX[pool.dtype]}",
+            (rows.num, rows.num_segments, 1),
+            THREADS,
+            (
+                x_TD.data_ptr(),
+                x_TD.stride(0),
+                tokens_N.data_ptr(),
+                pool.data_ptr(),
+                rows.offsets.data_ptr(),
+                rows.num,
+                rows.segments.data_ptr(),
+            ),
+        )
         return x_TD
 
     def rms_norm(
@@ -125,30 +159,76 @@ class CudaOps(ReferenceOps):
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
         """x + added, or x, and its norm."""
-        x_TD, rows, sums = token_rows(x_TD), None, None
+        x_TD, weight_D = token_rows(x_TD), weight_D.contiguous()
+        num_heads, width = x_TD.shape[1] if x_TD.dim() == 3 else 1, x_TD.shape[-1]
+        num_rows, lanes = x_TD.shape[0] * num_heads, _WARP if width <= _NARROW else NORM_THREADS
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+        sum_TD, added, rows = x_TD, (0, 0, 0), (0, 0, 0, 0, 0)
         if added_TD is not None:
-            sums = (token_rows(added_TD), torch.empty_like(y_TD))
+            added_TD, sum_TD = token_rows(added_TD), torch.empty_like(y_TD)
+            added = (added_TD.data_ptr(), added_TD.stride(0), sum_TD.data_ptr())
         if own is not None:
-            rows = (pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows))
-            assert rows[1].width == x_TD.shape[-1]
-        self._gather.rms_norm(x_TD, sums, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
-        return x_TD if sums is None else sums[1], y_TD
+            row_T, table = pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows)
+            assert row_T.shape[0] == x_TD.shape[0]
+            assert table.width == width
+            rows = (row_T.data_ptr(), *_rows(table))
+        self._launch(
+            f"rms_norm_{SUFFIX[x_TD.dtype]}",
+            (-(-num_rows * lanes // NORM_THREADS), 1, 1),
+            NORM_THREADS,
+            (
+                x_TD.data_ptr(),
+                x_TD.stride(0),
+                *added,
+                weight_D.data_ptr(),
+                y_TD.data_ptr(),
+                num_rows,
+                num_heads,
+                width,
+                np.float32(eps),
+                lanes,
+                pool[layer_offset:].data_ptr(),
+                *rows,
+            ),
+        )
+        return sum_TD, y_TD
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
         pool, layout = step.pool, step.layout
         if not _one_dtype(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td):
             return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
-        tables = step.cos_Td.contiguous(), step.sin_Td.contiguous()
-        num_tokens, _, d = q_THd.shape
+        cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
+        slot_mapping_T = step.attention.slot_mapping_T.contiguous()  # the kernel skips negative ones
+        num_tokens, num_heads, d = q_THd.shape
         assert d % 2 == 0
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, d)
-        assert tables[0].shape == tables[1].shape == (num_tokens, d)
-        assert step.attention.slot_mapping_T.shape == (num_tokens,)
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        assert slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-        cache, slot_mapping_T = pool[layer * layout.layer_share :], step.attention.slot_mapping_T.contiguous()
-        self._gather.rope_kv(q_THd, y_THd, k_TKd, v_TKd, tables, cache, layout, slot_mapping_T)
+        self._launch(
+            f"rope_kv_{SUFFIX[pool.dtype]}",
+            (num_tokens, -(-(num_heads + layout.num_kv_heads) // (THREADS // 32)), 1),
+            THREADS,
+            (
+                q_THd.data_ptr(),
+                q_THd.stride(0),
+                num_heads,
+                y_THd.data_ptr(),
+                k_TKd.data_ptr(),
+                k_TKd.stride(0),
+                v_TKd.data_ptr(),
+                v_TKd.stride(0),
+                layout.num_kv_heads,
+                cos_Td.data_ptr(),
+                sin_Td.data_ptr(),
+                d // 2,
+                pool[layer * layout.layer_share :].data_ptr(),
+                layout.num_layers * layout.layer_share,
+                layout.block_tokens,
+                slot_mapping_T.data_ptr(),
+            ),
+        )
         return y_THd
 
     def paged_attention(
@@ -163,10 +243,10 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: AttentionWork | None = meta.memo.get("cuda work")
+            work: AttentionWork | None = meta.prepared.get(AttentionWork)
             if work is None:
-                work = meta.memo["cuda work"] = self._gather.plan_attention(packed, q_THd.shape[1], layout)
-            self._gather.attention(q_THd, out_THd, cache, layout, packed, work, scale)
+                work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
+            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale)
         if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
             self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
         return out_THd
@@ -184,7 +264,22 @@ class CudaOps(ReferenceOps):
         if packed.max_rows:
             layer = pool[layer_offset:]
             if spans.gathered.num:
-                self._gather.shrink(x_TI, layer, spans.gathered, packed, h_TR)
+                self._launch(
+                    f"lora_shrink_{SUFFIX[pool.dtype]}",
+                    (spans.gathered.num, -(-packed.max_rows // SHRINK_WARPS), 1),
+                    32 * SHRINK_WARPS,
+                    (
+                        x_TI.data_ptr(),
+                        x_TI.stride(0),
+                        layer.data_ptr(),
+                        spans.gathered.data.data_ptr(),
+                        packed.row_start_N1.data_ptr(),
+                        *_rows(packed.rows),
+                        packed.h_column_R.data_ptr(),
+                        h_TR.data_ptr(),
+                        h_TR.stride(0),
+                    ),
+                )
             if spans.tiled.num:
                 self._tiles.shrink(x_TI, layer, spans.tiled, packed, h_TR)
         return torch.split(h_TR, list(packed.widths), dim=1)
@@ -209,48 +304,30 @@ class CudaOps(ReferenceOps):
         if h_TR.shape[1]:
             layer = pool[layer_offset:]
             if spans.gathered.num:
-                self._gather.expand(outputs, h_TR, layer, spans.gathered, packed)
+                self._launch(
+                    f"lora_expand_{SUFFIX[pool.dtype]}",
+                    (spans.gathered.num, packed.num_tiles, 1),
+                    EXPAND_THREADS,
+                    (
+                        *_outputs(outputs),
+                        h_TR.data_ptr(),
+                        h_TR.stride(0),
+                        layer.data_ptr(),
+                        spans.gathered.data.data_ptr(),
+                        packed.tiles.data_ptr(),
+                        packed.offsets.data_ptr(),
+                        packed.rank_start_MN1.data_ptr(),
+                        packed.num_adapters,
+                        packed.scale_MN.data_ptr(),
+                        packed.h_column_M.data_ptr(),
+                    ),
+                )
             if spans.tiled.num:
                 self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
 
-    def lora_by_descriptor(
+    def add_adapters(
         self,
         x_TI: Tensor,
-        outputs: tuple[Tensor, ...],
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        assert _one_dtype(pool, x_TI, *outputs)
-        assert all(y.stride(1) == 1 for y in outputs)
-        x_TI, layer, number = token_rows(x_TI), pool[layer_offset:], field % len(INPUTS)
-        tables = pack_input(descriptors.table, number)
-        h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
-        self._gather.shrink_by_descriptor(x_TI, layer, descriptors, field, tables, h_TR)
-        self._gather.expand_by_descriptor(outputs, h_TR, layer, descriptors, field, tables)
-
-    def vera_by_descriptor(
-        self,
-        x_TI: Tensor,
-        y_TO: Tensor,
-        pool: Tensor,
-        descriptors: StepDescriptors,
-        field: int,
-        layer_offset: int,
-    ) -> None:
-        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
-        assert vectors is not None
-        assert _one_dtype(pool, x_TI, y_TO)
-        assert y_TO.stride(1) == 1
-        x_TI, tables = token_rows(x_TI), pack_vectors(descriptors.table, vectors.shape, number)
-        z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        columns = pool[descriptors.table.inputs[number].pair_column :]
-        self._gather.vera_shrink_by_descriptor(x_TI, columns, vectors, layer, tables, z_TR)
-        self._gather.vera_expand_by_descriptor(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
-
-    def scale_by_descriptor(
-        self,
         y_TO: Tensor,
         bias_O: Tensor | None,
         pool: Tensor,
@@ -258,12 +335,119 @@ class CudaOps(ReferenceOps):
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
-        assert vectors is not None
-        assert _one_dtype(pool, y_TO, *(() if bias_O is None else (bias_O,)))
+        assert _one_dtype(pool, x_TI, y_TO, *(() if bias_O is None else (bias_O,)))
         assert y_TO.stride(1) == 1
-        tables = pack_vectors(descriptors.table, vectors.shape, number)
-        self._gather.scale_by_descriptor(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
+        x_TI, layer = token_rows(x_TI), pool[layer_offset:]
+        if Parts.LORA in descriptors.parts:
+            self._add_lora(x_TI, y_TO, layer, descriptors, field)
+        if Parts.VERA in descriptors.parts:
+            self._add_vera(x_TI, y_TO, pool, layer, descriptors, field)
+        if Parts.DORA in descriptors.parts:
+            rows_WS, tables = _vectors(descriptors, field)
+            self._launch(
+                f"scale_recorded_{SUFFIX[pool.dtype]}",
+                (y_TO.shape[0], tables.num_scale_tiles, 1),
+                THREADS,
+                (
+                    y_TO.data_ptr(),
+                    y_TO.stride(0),
+                    0 if bias_O is None else bias_O.data_ptr(),
+                    layer.data_ptr(),
+                    rows_WS.data_ptr(),
+                    rows_WS.shape[1],
+                    tables.scale_tiles.data_ptr(),
+                ),
+            )
+
+    def _add_lora(self, x_TI: Tensor, y_TO: Tensor, layer: Tensor, step: StepDescriptors, field: int) -> None:
+        """`layer`: the pool from the layer's share on."""
+        table, kind, number = step.table, SUFFIX[layer.dtype], field % len(INPUTS)
+        tables, num_items = pack_inputs(table)[number], step.items_S3.shape[0]
+        outputs = torch.split(y_TO, [sum(width for _, width in columns) for columns in table.inputs[number].b], dim=1)
+        h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
+        self._launch(
+            f"lora_recorded_shrink_{kind}",
+            (num_items, _ROW_TURNS, 1),
+            32 * SHRINK_WARPS,
+            (
+                x_TI.data_ptr(),
+                x_TI.stride(0),
+                layer.data_ptr(),
+                step.items_S3.data_ptr(),
+                table.words.data_ptr(),
+                field,
+                tables.num_modules,
+                tables.segments.data_ptr(),
+                tables.num_segments,
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+            ),
+        )
+        self._launch(
+            f"lora_recorded_expand_{kind}",
+            (num_items, tables.num_tiles, 1),
+            EXPAND_THREADS,
+            (
+                *_outputs(outputs),
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+                layer.data_ptr(),
+                step.items_S3.data_ptr(),
+                tables.tiles.data_ptr(),
+                table.words.data_ptr(),
+                field,
+                tables.num_modules,
+                tables.num_segments,
+                tables.module_segments.data_ptr(),
+            ),
+        )
+
+    def _add_vera(
+        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, layer: Tensor, step: StepDescriptors, field: int
+    ) -> None:
+        """`layer`: the pool from the layer's share on."""
+        vectors, kind, (rows_WS, tables) = step.vectors, SUFFIX[pool.dtype], _vectors(step, field)
+        assert vectors is not None
+        items, words, num_items = vectors.items_S3.data_ptr(), vectors.words.data_ptr(), vectors.items_S3.shape[0]
+        z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
+        self._launch(
+            f"vera_recorded_shrink_{kind}",
+            (num_items, _PAIR_TURNS, 1),
+            32 * SHRINK_WARPS,
+            (
+                x_TI.data_ptr(),
+                x_TI.stride(0),
+                x_TI.shape[1],
+                # The column of a pair's A that meets the input's first, counted from the pool's start.
+                pool[step.table.inputs[field % len(INPUTS)].pair_column :].data_ptr(),
+                items,
+                words,
+                rows_WS.data_ptr(),
+                rows_WS.shape[1],
+                tables.words_M.data_ptr(),
+                tables.words_M.shape[0],
+                z_TR.data_ptr(),
+                z_TR.stride(0),
+            ),
+        )
+        self._launch(
+            f"vera_recorded_expand_{kind}",
+            (num_items, tables.num_tiles, 1),
+            THREADS,
+            (
+                y_TO.data_ptr(),
+                y_TO.stride(0),
+                z_TR.data_ptr(),
+                z_TR.stride(0),
+                pool.data_ptr(),
+                layer.data_ptr(),
+                items,
+                words,
+                rows_WS.data_ptr(),
+                rows_WS.shape[1],
+                tables.tiles.data_ptr(),
+            ),
+        )
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:
@@ -295,3 +479,21 @@ def _attends(head_dim: int) -> bool:
 
 def _one_dtype(first: Tensor, *others: Tensor) -> bool:
     return first.dtype in SUFFIX and all(other.dtype == first.dtype for other in others)
+
+
+def _rows(rows: DeviceRows) -> tuple[int, int, int, int]:
+    """The arguments that describe rows of the pool."""
+    return rows.offsets.data_ptr(), rows.num, rows.segments.data_ptr(), rows.num_segments
+
+
+def _outputs(outputs: tuple[Tensor, ...]) -> tuple[Argument, ...]:
+    """The arguments that describe what an expand writes: addresses, then strides."""
+    y = three_outputs(outputs)
+    return (*(t.data_ptr() for t in y), *(t.stride(0) for t in y))
+
+
+def _vectors(step: StepDescriptors, field: int) -> tuple[Tensor, VectorLaunch]:
+    """The offsets of a layer's vectors, (W, S), and the tables of an input."""
+    layer, number = divmod(field, len(INPUTS))
+    assert step.vectors is not None
+    return step.vectors.rows_LWS[layer], pack_vectors(step.table, step.vectors.shape)[number]

@@ -57,20 +57,6 @@ def launch_sample(
     launch("sample_fp32", (out_R2.shape[0], 1, 1), _THREADS, (*arguments, *_slots(slots)))
 
 
-def launch_choose(
-    launch: Launcher,
-    logits_SV: Tensor,
-    num: int,
-    addresses: Sequence[int],
-    words_MW: Tensor | None,
-    out: Tensor,
-    slots: TokenSlots | None,
-) -> None:
-    """`addresses`: of the choices, the new edits and the forbidden tokens."""
-    arguments = (*_logits(logits_SV), *addresses, *_words(words_MW), out.data_ptr())
-    launch("choose_fp32", (num, 1, 1), _THREADS, (*arguments, *_slots(slots)))
-
-
 def _logits(logits_SV: Tensor) -> tuple[int, int, int]:
     return logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1]
 
@@ -81,6 +67,15 @@ def _words(words_MW: Tensor | None) -> tuple[int, int]:
 
 def _slots(slots: TokenSlots | None) -> tuple[int, int]:
     return (0, 0) if slots is None else (slots.slots_S.data_ptr(), slots.tokens.data_ptr())
+
+
+def _masks(masks: Sequence[int], words_MW: Tensor | None, logits_SV: Tensor) -> Tensor | None:
+    """Send the masks of grammars to the device; None where no row has one."""
+    assert max(masks) < (0 if words_MW is None else len(words_MW))
+    if words_MW is None or max(masks) < 0:
+        return None
+    assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
+    return to_device(words_MW.contiguous(), logits_SV.device)
 
 
 class Readback:
@@ -139,15 +134,10 @@ class Sampling:
         self._grow(1)
 
     def __call__(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
-        num, words_MW = len(draws.rows), draws.words_MW
+        num, words = len(draws.rows), _masks(draws.masks, draws.words_MW, logits_SV)
         assert max(draws.rows) < len(logits_SV)
-        assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
         if num > self._out.shape[0]:
             self._grow(max(num, 2 * self._out.shape[0]))
-        words = None
-        if words_MW is not None and max(draws.masks) >= 0:
-            assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
-            words = to_device(words_MW.contiguous(), self._device)
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
         choices = self._greedy
@@ -155,17 +145,18 @@ class Sampling:
             choices = Choices.of(to_device(torch.from_numpy(packed(draws)), self._device), num)
         launch_sample(self._launch, logits_SV, choices, words, out_R2, slots)
         read = self._readback(out_R2.view(-1))
-        return lambda: _tokens_and_logits(read())
+
+        def drawn() -> tuple[list[int], list[float]]:
+            words = read()
+            return words[::2].tolist(), _numbers(words[1::2])
+
+        return drawn
 
     def _grow(self, num: int) -> None:
         self._out = torch.zeros(num, 2, dtype=torch.int64, device=self._device)
         rows_R = torch.arange(num, device=self._device)
         numbers = torch.zeros(3 * num, dtype=torch.float64, device=self._device)
         self._greedy = Choices(rows_R, torch.full_like(rows_R, -1), numbers)
-
-
-def _tokens_and_logits(words: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
-    return words[::2].tolist(), words[1::2].astype(np.uint32).view(np.float32).tolist()
 
 
 def packed(draws: Draws) -> npt.NDArray[np.int64]:
@@ -195,36 +186,30 @@ class Choosing:
     ) -> Callable[[], Chosen]:
         num_plain, num, vocab = len(plain.rows), len(changes), logits_SV.shape[1]
         assert max((*plain.rows, *changed.rows)) < len(logits_SV)
-        words = self._words((*plain.masks, *changed.masks), changed.words_MW, vocab)
-        new, forbidden = self._edits(changes), [np.asarray(c.forbidden, dtype=np.int32) for c in changes]
+        words, new = _masks((*plain.masks, *changed.masks), changed.words_MW, logits_SV), self._edits(changes)
+        not_next = np.concatenate([np.asarray(c.forbidden, dtype=np.int32) for c in changes])
+        forbidden = np.zeros(len(not_next), dtype=_FORBIDDEN)
+        forbidden["token"] = not_next
         parts: list[npt.NDArray[np.generic]] = [
             packed(plain),
             _choices(changed, changes, vocab, [len(n) for n in new]),
             np.concatenate(new),
-            _forbidden(np.concatenate(forbidden)),
+            forbidden,
         ]
         there = to_device(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
         starts = np.cumsum([0, *(part.nbytes for part in parts)]).tolist()
-        out = self._results(2 * num_plain + _RESULT * num)
+        num_words = 2 * num_plain + _RESULT * num
+        if num_words > len(self._out):
+            self._out = torch.zeros(2 * num_words, dtype=torch.int64, device=self._device)
+        out = self._out[:num_words]
         if num_plain:
             choices = Choices.of(there[: starts[1]].view(torch.int64), num_plain)
             launch_sample(self._launch, logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2), slots)
-        addresses = [there.data_ptr() + start for start in starts[1:4]]
-        launch_choose(self._launch, logits_SV, num, addresses, words, out[2 * num_plain :], slots)
+        addresses = [there.data_ptr() + start for start in starts[1:4]]  # of choices, new edits, forbidden tokens
+        arguments = (*_logits(logits_SV), *addresses, *_words(words), out[2 * num_plain :].data_ptr(), *_slots(slots))
+        self._launch("choose_fp32", (num, 1, 1), _THREADS, arguments)
         read = self._readback(out)
         return lambda: _read(read(), num_plain, changes, vocab)
-
-    def _results(self, num_words: int) -> Tensor:
-        if num_words > len(self._out):
-            self._out = torch.zeros(2 * num_words, dtype=torch.int64, device=self._device)
-        return self._out[:num_words]
-
-    def _words(self, masks: Sequence[int], words_MW: Tensor | None, vocab: int) -> Tensor | None:
-        if words_MW is None or max(masks) < 0:
-            return None
-        assert max(masks) < len(words_MW)
-        assert 32 * words_MW.shape[1] >= vocab
-        return to_device(words_MW.contiguous(), self._device)
 
     def _edits(self, changes: Sequence[Change]) -> list[npt.NDArray[np.void]]:
         """Take what is new of each row's edits; makes room for them, and for allowed tokens, on the device."""
@@ -260,12 +245,6 @@ def _choices(draws: Draws, changes: Sequence[Change], vocab: int, num_new: Seque
 def _address(tensor: Tensor | None) -> int:
     assert tensor is not None
     return tensor.data_ptr()
-
-
-def _forbidden(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.void]:
-    out = np.zeros(len(tokens), dtype=_FORBIDDEN)
-    out["token"] = tokens
-    return out
 
 
 def _read(words: npt.NDArray[np.int64], num_plain: int, changes: Sequence[Change], vocab: int) -> Chosen:

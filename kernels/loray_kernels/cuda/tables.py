@@ -6,7 +6,7 @@ Shapes: S sequences, N adapters, M modules of one input, R rows of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ from loray_kernels.descriptors import (
 )
 from loray_kernels.kv import AttentionMeta, KvLayout, to_device
 from loray_kernels.ops import AdapterSegments, LoraTable
+from loray_kernels.prepare import prepare_once
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
@@ -123,60 +124,57 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(to_device(flat, device), [len(values) for values in lists])
 
 
+def cut(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut `length` into parts of at most `size`: (start, length) of each."""
+    for start in range(0, length, size):
+        yield start, min(size, length - start)
+
+
+@prepare_once
 def pack_rows(rows: RowTables) -> DeviceRows:
-    packed: DeviceRows | None = rows.memo.get("cuda")
-    if packed is None:
-        offsets = [o for _, _, o in rows.segments]
-        num, width = row_size(rows)
-        (segments,) = upload(offsets[0].device, [v for column, columns, _ in rows.segments for v in (column, columns)])
-        packed = rows.memo["cuda"] = DeviceRows(_joined(offsets), segments, len(offsets), num, width)
-    return packed
+    offsets = [o for _, _, o in rows.segments]
+    num, width = row_size(rows)
+    (segments,) = upload(offsets[0].device, [v for column, columns, _ in rows.segments for v in (column, columns)])
+    return DeviceRows(_joined(offsets), segments, len(offsets), num, width)
 
 
+@prepare_once
 def pack_token_rows(own: RowOverrides, num_tokens: int) -> Tensor:
     """Find each token's row in `own.rows`; −1: it has none."""
-    index_T: Tensor | None = own.rows.memo.get("cuda tokens")
-    if index_T is None:
-        num = own.tokens_N.shape[0]
-        index_T = torch.full((num_tokens,), -1, dtype=torch.int64, device=own.tokens_N.device)
-        numbers_N = torch.arange(num, device=index_T.device)
-        index_T[own.tokens_N] = numbers_N.masked_fill(own.rows.segments[0][2] < 0, -1)
-        own.rows.memo["cuda tokens"] = index_T
-    assert index_T.shape[0] == num_tokens
+    numbers_N = torch.arange(own.tokens_N.shape[0], device=own.tokens_N.device)
+    index_T = torch.full((num_tokens,), -1, dtype=torch.int64, device=own.tokens_N.device)
+    index_T[own.tokens_N] = numbers_N.masked_fill(own.rows.segments[0][2] < 0, -1)
     return index_T
 
 
+@prepare_once
 def pack_spans(segments: AdapterSegments, device: torch.device) -> Spans:
-    packed: Spans | None = segments.memo.get("cuda")
-    if packed is None:
-        gathered: list[int] = []
-        tiled: list[int] = []
-        for n, (start, stop) in enumerate(zip(segments.start, segments.stop, strict=True)):
-            few = stop - start < GATHER_BELOW
-            items, step = (gathered, GATHER_TOKENS) if few else (tiled, TILE_TOKENS)
-            for first in range(start, stop, step):
-                items += (n, first, min(step, stop - first))
-        gathered_data, tiled_data = upload(device, gathered, tiled)
-        both = Items(gathered_data, len(gathered) // 3), Items(tiled_data, len(tiled) // 3)
-        packed = segments.memo["cuda"] = Spans(*both, max(segments.stop, default=0))
-    return packed
+    gathered, tiled = list[int](), list[int]()
+    for n, (start, stop) in enumerate(zip(segments.start, segments.stop, strict=True)):
+        few = stop - start < GATHER_BELOW
+        items, size = (gathered, GATHER_TOKENS) if few else (tiled, TILE_TOKENS)
+        for first, num in cut(stop - start, size):
+            items += (n, start + first, num)
+    gathered_data, tiled_data = upload(device, gathered, tiled)
+    both = Items(gathered_data, len(gathered) // 3), Items(tiled_data, len(tiled) // 3)
+    return Spans(*both, max(segments.stop, default=0))
 
 
 def pack_shrink(tables: tuple[LoraTable, ...]) -> Shrink:
-    return _memoized("cuda shrink", tables, _shrink)
+    return _prepared(_shrink, tables)
 
 
 def pack_expand(tables: tuple[LoraTable, ...]) -> Expand:
-    return _memoized("cuda expand", tables, _expand)
+    return _prepared(_expand, tables)
 
 
-def _memoized(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[LoraTable, ...]], Packed]) -> Packed:
-    """make(tables), kept in the memo of the first table. The key are ids, so the other tables are kept as well."""
-    groups: dict[tuple[int, ...], tuple[tuple[LoraTable, ...], Packed]] = tables[0].memo.setdefault(name, {})
-    key = tuple(id(t) for t in tables)
-    if key not in groups:
-        groups[key] = (tables[1:], make(tables))
-    return groups[key][1]
+def _prepared(make: Callable[[tuple[LoraTable, ...]], Packed], tables: tuple[LoraTable, ...]) -> Packed:
+    """make(tables), kept in the first table. Its key has the others' ids, so these are kept as well."""
+    kept: dict[object, tuple[object, Packed]] = tables[0].prepared
+    key = (make, *map(id, tables[1:]))
+    if key not in kept:
+        kept[key] = (tables[1:], make(tables))
+    return kept[key][1]
 
 
 def _shrink(tables: tuple[LoraTable, ...]) -> Shrink:
@@ -218,8 +216,8 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
     start = 0
     for m, table in enumerate(tables):
         for column, width, offsets_R in table.b.segments:
-            for first in range(0, width, TILE_COLUMNS):
-                tiles += (m, start, first, column + first, min(TILE_COLUMNS, width - first))
+            for first, num in cut(width, TILE_COLUMNS):
+                tiles += (m, start, first, column + first, num)
             offsets.append(offsets_R)
             start += offsets_R.shape[0]
         rank_start += table.rank_start
@@ -242,19 +240,20 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
     )
 
 
-def pack_input(table: DescriptorTable, number: int) -> LoraLaunch:
-    packed: LoraLaunch | None = table.memo.get(number)
-    if packed is None:
-        a, b = table.inputs[number][:2]
+@prepare_once
+def pack_inputs(table: DescriptorTable) -> list[LoraLaunch]:
+    """Make the tables of each input."""
+    launches = []
+    for a, b, *_ in table.inputs:
         tiles: list[int] = []
         for m, columns in enumerate(b):
             for s, (column, width) in enumerate(columns):
-                for first in range(0, width, TILE_COLUMNS):
-                    tiles += (m, s, first, column + first, min(TILE_COLUMNS, width - first))
+                for first, num in cut(width, TILE_COLUMNS):
+                    tiles += (m, s, first, column + first, num)
         lists = [v for pair in a for v in pair], tiles, [len(s) for s in b]
         segments, tiles_C5, module_segments = upload(table.words.device, *lists)
-        packed = table.memo[number] = LoraLaunch(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
-    return packed
+        launches.append(LoraLaunch(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b)))
+    return launches
 
 
 def num_splits(longest: int) -> int:
@@ -262,37 +261,32 @@ def num_splits(longest: int) -> int:
     return min(MAX_SPLITS, -(-longest // SPLIT))
 
 
+@prepare_once
 def pack_attention(meta: AttentionMeta, layout: KvLayout) -> AttentionTables:
-    packed: AttentionTables | None = meta.memo.get("cuda")
-    if packed is None:
-        device = meta.slot_mapping_T.device
-        decoded: list[int] = []
-        prefilled: list[int] = []
-        lengths = [t.shape[0] for t in meta.block_table]
-        longest = 0
-        for i, (start, stop) in enumerate(pairwise(meta.query_start)):
-            context = meta.context_len[i]
-            assert lengths[i] * layout.block_tokens >= context
-            if stop - start == 1:
-                decoded += (i, start)
-                longest = max(longest, context)
-            else:
-                for first in range(0, stop - start, TILE_QUERIES):
-                    prefilled += (i, first)
-        table_start = list(accumulate(lengths, initial=0))[:-1]
-        query, context_len, tables, decoded_data, prefilled_data = upload(
-            device, meta.query_start, meta.context_len, table_start, decoded, prefilled
-        )
-        packed = meta.memo["cuda"] = AttentionTables(
-            query,
-            context_len,
-            tables,
-            _joined(list(meta.block_table)),
-            Items(decoded_data, len(decoded) // 2),
-            Items(prefilled_data, len(prefilled) // 2),
-            num_splits(longest),
-        )
-    return packed
+    decoded, prefilled = list[int](), list[int]()
+    lengths = [t.shape[0] for t in meta.block_table]
+    longest = 0
+    for i, (start, stop) in enumerate(pairwise(meta.query_start)):
+        context = meta.context_len[i]
+        assert lengths[i] * layout.block_tokens >= context
+        if stop - start == 1:
+            decoded += (i, start)
+            longest = max(longest, context)
+        else:
+            prefilled += [v for first, _ in cut(stop - start, TILE_QUERIES) for v in (i, first)]
+    table_start = list(accumulate(lengths, initial=0))[:-1]
+    query, context_len, tables, decoded_data, prefilled_data = upload(
+        meta.slot_mapping_T.device, meta.query_start, meta.context_len, table_start, decoded, prefilled
+    )
+    return AttentionTables(
+        query,
+        context_len,
+        tables,
+        _joined(list(meta.block_table)),
+        Items(decoded_data, len(decoded) // 2),
+        Items(prefilled_data, len(prefilled) // 2),
+        num_splits(longest),
+    )
 
 
 def three_outputs(outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -314,38 +308,35 @@ class VectorLaunch(NamedTuple):
     num_scale_tiles: int
 
 
-def pack_vectors(table: DescriptorTable, shape: VectorShape, number: int) -> VectorLaunch:
-    packed: VectorLaunch | None = table.memo.get(("vectors", number))
-    if packed is None:
-        words: list[int] = []
-        tiles: list[int] = []
-        scale_tiles: list[int] = []
+@prepare_once
+def pack_vectors(table: DescriptorTable, shape: VectorShape) -> list[VectorLaunch]:
+    """Make the tables of each input."""
+    launches = []
+    for modules, own in zip(INPUTS, table.inputs, strict=False):
+        words, tiles, scale_tiles = list[int](), list[int](), list[int]()
         column = scale_column = 0
-        pair_rows = table.inputs[number].pair_rows
-        for m, module in enumerate(INPUTS[number]):
+        for module, row in zip(modules, own.pair_rows, strict=False):  # of B, the first of this rank
             d, (b, segments) = shape.slots[module, "vera_d"].word, shape.slots[module, "vera_b"]
-            row = pair_rows[m]  # of B, the first of this rank
             words.append(d)
             for s, (first, width) in enumerate(segments):
-                for at in range(0, width, VECTOR_TILE_COLUMNS):
-                    tiles += (
-                        d,
-                        b + s,
-                        at,
-                        row + first + at,
-                        column + first + at,
-                        min(VECTOR_TILE_COLUMNS, width - at),
-                    )
+                for at, num in cut(width, VECTOR_TILE_COLUMNS):
+                    tiles += (d, b + s, at, row + first + at, column + first + at, num)
             column += sum(width for _, width in segments)
             dora, segments = shape.slots[module, "dora"]
             for s, (first, width) in enumerate(segments):
-                for at in range(0, width, _SCALE_COLUMNS):
-                    scale_tiles += (dora + s, at, scale_column + first + at, min(_SCALE_COLUMNS, width - at))
+                for at, num in cut(width, _SCALE_COLUMNS):
+                    scale_tiles += (dora + s, at, scale_column + first + at, num)
             scale_column += sum(width for _, width in segments)
-        uploaded = upload(table.words.device, words, tiles, scale_tiles)
-        packed = VectorLaunch(uploaded[0], uploaded[1], len(tiles) // 6, uploaded[2], len(scale_tiles) // 4)
-        table.memo["vectors", number] = packed
-    return packed
+        words_M, tiles_C6, scale_tiles_C4 = upload(table.words.device, words, tiles, scale_tiles)
+        launches.append(VectorLaunch(words_M, tiles_C6, len(tiles) // 6, scale_tiles_C4, len(scale_tiles) // 4))
+    return launches
+
+
+@prepare_once
+def pack_columns(table: DescriptorTable, shape: VectorShape) -> dict[Columns, Tensor]:
+    """Upload the segments of each kind of vector."""
+    kinds = {columns for _, columns in shape.slots.values()}
+    return {columns: upload(table.words.device, [v for pair in columns for v in pair])[0] for columns in kinds}
 
 
 class CapturedVectors(StepVectors):
@@ -353,14 +344,14 @@ class CapturedVectors(StepVectors):
 
     def __init__(self, table: DescriptorTable, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
         super().__init__(shape, table.words, starts_S, items_S3)
-        self._table = table
+        self._segments = pack_columns(table, shape)
         self._index_LWS = torch.where(self.rows_LWS >= 0, self.tokens_S, -1)
 
     def token_rows(self, layer: int | None, module: str, role: str) -> RowOverrides:
         word, columns = self.shape.slots[module, role]
         at = self.shape.num_layers if layer is None else layer
         own = super().token_rows(layer, module, role)
-        own.rows.memo["cuda tokens"] = self._index_LWS[at, word]
+        own.prepared[pack_token_rows] = self._index_LWS[at, word]
         return self._packed(own, self.rows_LWS[at, word : word + len(columns)].view(-1), columns)
 
     def embedding_rows(self, offsets_S: Tensor) -> RowOverrides:
@@ -368,10 +359,6 @@ class CapturedVectors(StepVectors):
         return self._packed(super().embedding_rows(offsets_S), offsets_S, columns)
 
     def _packed(self, own: RowOverrides, offsets: Tensor, columns: Columns) -> RowOverrides:
-        segments = self._table.memo.get(columns)
-        if segments is None:
-            numbers = [v for pair in columns for v in pair]
-            segments = self._table.memo[columns] = upload(self.words.device, numbers)[0]
-        width = sum(width for _, width in columns)
-        own.rows.memo["cuda"] = DeviceRows(offsets, segments, len(columns), self.tokens_S.shape[0], width)
+        width, num = sum(width for _, width in columns), self.tokens_S.shape[0]
+        own.rows.prepared[pack_rows] = DeviceRows(offsets, self._segments[columns], len(columns), num, width)
         return own

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda import triton_kernels
-from loray_kernels.cuda.kernels import PARTIAL_BYTES
+from loray_kernels.cuda.attention import PARTIAL_BYTES
 from loray_kernels.cuda.tables import (
     TILE_COLUMNS,
     TILE_QUERIES,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.kernels import Gather
+from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.kv import PageCopy, to_device
 
 STAGING_BYTES = 64 << 20  # of the device, which an adapter's rows pass through
+_THREADS = 128  # as in csrc/rows.cu
 
 
 class PageUploader:
@@ -19,8 +20,8 @@ class PageUploader:
     It has not run on a GPU yet. The table and the kernel are tested on a CPU.
     """
 
-    def __init__(self, gather: Gather, pool: Tensor) -> None:
-        self._gather, self._pool = gather, pool
+    def __init__(self, launch: Launcher, pool: Tensor) -> None:
+        self._launch, self._pool = launch, pool
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._written = False
 
@@ -43,7 +44,7 @@ class PageUploader:
         with torch.cuda.stream(self._stream):
             for rows, part_P3 in parts(rows_LE.view(-1), table_P3, STAGING_BYTES // rows_LE.itemsize):
                 pages = rows.to(device, non_blocking=True)
-                self._gather.place_pages(self._pool, pages, to_device(part_P3, device))
+                place_pages(self._launch, self._pool, pages, to_device(part_P3, device))
         self._written = True
 
     def wait(self) -> None:
@@ -57,6 +58,12 @@ class PageUploader:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event.query
+
+
+def place_pages(launch: Launcher, pool: Tensor, pages: Tensor, pieces_P3: Tensor) -> None:
+    """pool[to : to + length] = pages[from : from + length] for each piece (from, to, length)."""
+    arguments = pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()
+    launch(f"place_pages_{SUFFIX[pool.dtype]}", (pieces_P3.shape[0], 1, 1), _THREADS, arguments)
 
 
 def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,7 +84,7 @@ def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[T
 
 
 def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> Tensor:
-    """Give `pieces` for every layer, for `Gather.place_pages`: int64 (start in all rows, offset in the pool, length).
+    """Give `pieces` for every layer, for `place_pages`: int64 (start in all rows, offset in the pool, length).
 
     num_elements  of one layer's rows
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loray.adapters.peft_format import PREFIX, write_folder
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
-from loray.bases.config import ModelConfig
+from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
@@ -194,12 +194,6 @@ def _write_json(path: Path, data: Any) -> None:
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
 _MODULES = {name.rpartition(".")[2]: called for called, name in LAYER_NAMES.items()}
-_ARCHITECTURES: Mapping[str, str] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 
 
 def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
@@ -213,7 +207,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     from gguf import GGUFType, GGUFWriter, Keys
 
     _check_linear(weights)
-    architecture = _ARCHITECTURES[base.architecture]
+    architecture = ARCHITECTURES[base.architecture].gguf
     modules = {
         key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
     }
@@ -226,7 +220,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for key, module in sorted(modules.items()):
         b_OR = module.b_OR.float() if is_one else module.scale * module.b_OR.float()
-        if architecture == "llama" and key.module in PERMUTED:
+        if key.module in PERMUTED.get(architecture, ()):
             b_OR = permuted(b_OR, base.head_dim)
         name = f"blk.{key.layer}.{_MODULES[key.module]}.weight"
         for part, tensor in (("lora_a", module.a_RI.float()), ("lora_b", b_OR)):

@@ -112,7 +112,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             method=_method(folder, weights, details.recipe, details.rope_parameters),
             base=base.name,
             base_fingerprint=base.fingerprint,
-            rank=_rank(weights),
+            rank=max((module.rank for module in weights.modules.values()), default=0),
             target_modules=tuple(m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)),
             num_parameters=checked.num_parameters,
             nbytes=checked.nbytes,
@@ -276,11 +276,6 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise SpecError(f"{path} has {len(template):,} characters; a template may have {MAX_TEMPLATE_CHARACTERS:,}")
     return None if of_base.is_file() and template == of_base.read_bytes().decode() else template
-
-
-def _rank(weights: AdapterWeights) -> int:
-    """The largest rank of any module; 0 where the adapter has no linear modules."""
-    return max((module.rank for module in weights.modules.values()), default=0)
 
 
 def _method(

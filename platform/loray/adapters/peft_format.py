@@ -256,7 +256,7 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
     for path, norm in w.norms.items():
         if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
             raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
-        if path.endswith(("q_norm", "k_norm")) and not base.qk_norm:
+        if path.endswith(("q_norm", "k_norm")) and not base.layers[int(path.split(".")[1])].qk_norm:
             raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
         width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
         yield f"norm {path}", tuple(norm.shape), (width,)
@@ -278,7 +278,7 @@ _PARTS = {"model", "layers", "self_attn", "mlp", *LINEAR_MODULES}
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _CLASSES = {"d": frozenset(string.digits), "w": _WORD}
 _ANY = frozenset(map(chr, range(32, 127)))  # of which the paths of modules consist
-_QUANTIFIERS = {"*": (True, True), "+": (False, True), "?": (True, False)}  # may be absent, may be repeated
+_QUANTIFIERS = {"": (False, False), "*": (True, True), "+": (False, True), "?": (True, False)}  # absent, repeated
 
 
 class _Atom(NamedTuple):
@@ -323,7 +323,7 @@ class ModulePatterns:
             if _is_path(pattern):
                 self._literals.setdefault(pattern, (i, float(value)))
             else:
-                self._patterns.append((i, float(value), _Parser(pattern, self._where).parse()))
+                self._patterns.append((i, float(value), _parse(pattern, self._where)))
         if len(self._literals) > MAX_LITERALS or len(self._patterns) > MAX_PATTERNS:
             raise UnsupportedError(
                 f"{self._where} has too many patterns; {MAX_LITERALS:,} paths and {MAX_PATTERNS} others may be in it"
@@ -337,12 +337,10 @@ class ModulePatterns:
         for i, value, pattern in self._patterns:
             if first is not None and first[0] < i:
                 break
-            if self._matches(pattern, path, {0} if pattern.from_start else set(starts)):
+            begins = {0} if pattern.from_start else set(starts)
+            if any(len(path) in self._ends(sequence, path, begins) for sequence in pattern.sequences):
                 return value
         return default if first is None else first[1]
-
-    def _matches(self, pattern: _Pattern, path: str, starts: set[int]) -> bool:
-        return any(len(path) in self._ends(sequence, path, starts) for sequence in pattern.sequences)
 
     def _ends(self, sequence: tuple[_Atom | _Group, ...], path: str, positions: set[int]) -> set[int]:
         """The positions at which a match of `sequence` that begins at one of `positions` may end."""
@@ -372,94 +370,60 @@ class ModulePatterns:
             raise UnsupportedError(f"{self._where} needs too many steps; name the modules by their paths instead")
 
 
-class _Parser:
-    def __init__(self, pattern: str, where: str) -> None:
-        self._rest, self._pattern, self._where = list(reversed(pattern)), pattern, where
+# One token of a pattern, with its quantifier; what follows a quantifier makes it lazy, which matches the same paths.
+_TOKEN = re.compile(
+    r"(?P<opens>\((?:\?:)?)|(?P<bar>\|)|"
+    r"(?:(?P<closes>\))|\[(?P<set>(?:\w-\w|\w|[.-](?=\])|\.)+)\]|\\(?P<escaped>[dw]|[ -/:-@\[-^`{-~])|(?P<any>\.)|"
+    r"(?P<literal>[\w !\"#%&',/:;<=>@`~-]))(?P<quantifier>[*+?]?)\??",
+    re.ASCII,
+)
 
-    def parse(self) -> _Pattern:
-        from_start = self._take("^")
-        sequences = tuple(self._sequences(end=None))
-        if from_start and len(sequences) > 1:
-            raise self._refused("^ with alternatives")
-        return _Pattern(sequences, from_start)
 
-    def _sequences(self, end: str | None) -> Iterator[tuple[_Atom | _Group, ...]]:
-        """Alternatives up to `end`."""
-        current: list[_Atom | _Group] = []
-        while self._rest and self._rest[-1] != end:
-            if self._take("|"):
-                yield tuple(current)
-                current = []
-            elif self._rest == ["$"] and end is None:
-                self._rest.pop()
-            else:
-                current.append(self._element(in_group=end is not None))
-        yield tuple(current)
+def _parse(pattern: str, where: str) -> _Pattern:
+    """Raises UnsupportedError, which begins with `where`."""
 
-    def _element(self, *, in_group: bool) -> _Atom | _Group:
-        character = self._rest.pop()
-        if character == "(":
-            if in_group:
-                raise self._refused("a group in a group")
-            return self._group()
-        if character == "[":
-            characters: Set[str] = self._set()
-        elif character == "\\":
-            characters = self._escaped()
-        elif character == ".":
-            characters = _ANY
-        elif character in "*+?{}^$)]" or character not in _ANY:
-            raise self._refused(shown(character))
-        else:
-            characters = {character}
-        return _Atom(characters, *self._quantifier())
-
-    def _group(self) -> _Group:
-        if self._take("?") and not self._take(":"):
-            raise self._refused("(?")
-        alternatives = tuple(tuple(a for a in s if isinstance(a, _Atom)) for s in self._sequences(end=")"))
-        if not self._take(")"):
-            raise self._refused("a group without an end")
-        optional, repeated = self._quantifier()
-        if repeated:
-            raise self._refused("a repeated group")
-        return _Group(alternatives, optional)
-
-    def _set(self) -> Set[str]:
-        text = ""
-        while self._rest and self._rest[-1] != "]":
-            text += self._rest.pop()
-        if not self._take("]") or not re.fullmatch(r"(?:\w-\w|\w|[.-](?=$)|\.)+", text, re.ASCII):
-            raise self._refused(f"the set [{text}]")
-        ranges = re.findall(r"(\w)-(\w)|(.)", text)
-        return {c for a, b, one in ranges for c in ([one] if one else map(chr, range(ord(a), ord(b) + 1)))}
-
-    def _escaped(self) -> Set[str]:
-        character = self._rest.pop() if self._rest else ""
-        if character in _CLASSES:
-            return _CLASSES[character]
-        if not character or character in _WORD or character not in _ANY:
-            raise self._refused(f"\\{character}")
-        return {character}
-
-    def _quantifier(self) -> tuple[bool, bool]:
-        if not self._rest or self._rest[-1] not in _QUANTIFIERS:
-            return False, False
-        found = _QUANTIFIERS[self._rest.pop()]
-        self._take("?")  # lazy: it matches the same paths
-        return found
-
-    def _take(self, character: str) -> bool:
-        if self._rest and self._rest[-1] == character:
-            self._rest.pop()
-            return True
-        return False
-
-    def _refused(self, what: str) -> UnsupportedError:
+    def refused(what: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self._where}: the pattern {shown(self._pattern)} is not supported ({what}); name the modules by their "
-            "paths, as q_proj or layers.3.self_attn.q_proj"
+            f"{where}: the pattern {shown(pattern)} is not supported ({what}); name the modules by their paths, as "
+            "q_proj or layers.3.self_attn.q_proj"
         )
+
+    from_start = pattern.startswith("^")
+    at, end = int(from_start), len(pattern) - (pattern.endswith("$") and not pattern.endswith("\\$"))
+    sequences: list[list[_Atom | _Group]] = [[]]
+    group: list[list[_Atom]] | None = None
+    while at < end:
+        token = _TOKEN.match(pattern, at, end)
+        if token is None or (group is not None and token["opens"]) or (group is None and token["closes"]):
+            raise refused(shown(pattern[at:]))
+        at = token.end()
+        optional, repeated = _QUANTIFIERS[token["quantifier"] or ""]
+        if token["opens"]:
+            group = [[]]
+        elif token["bar"]:
+            (sequences if group is None else group).append([])
+        elif token["closes"] and group is not None:
+            if repeated:
+                raise refused("a repeated group")
+            sequences[-1].append(_Group(tuple(map(tuple, group)), optional))
+            group = None
+        else:
+            (sequences if group is None else group)[-1].append(_Atom(_characters(token), optional, repeated))
+    if group is not None:
+        raise refused("a group without an end")
+    if from_start and len(sequences) > 1:
+        raise refused("^ with alternatives")
+    return _Pattern(tuple(map(tuple, sequences)), from_start)
+
+
+def _characters(token: re.Match[str]) -> Set[str]:
+    """The characters that a token stands for."""
+    if token["any"]:
+        return _ANY
+    if token["set"]:
+        ranges = re.findall(r"(\w)-(\w)|(.)", token["set"])
+        return {c for a, b, one in ranges for c in ([one] if one else map(chr, range(ord(a), ord(b) + 1)))}
+    return _CLASSES.get(token["escaped"], {token["escaped"] or token["literal"]})
 
 
 def _is_path(pattern: str) -> bool:

@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -206,10 +205,7 @@ class CheckpointReader:
 
 def canonical_config(config: ModelConfig) -> str:
     """Write a configuration as canonical JSON, without `eos_token_ids`: they do not change what the model computes."""
-    fields = asdict(config)
-    del fields["eos_token_ids"]
-    fields["rope"] = config.rope.to_hf()
-    return canonical_json(fields)
+    return canonical_json({name: value for name, value in config.to_json().items() if name != "eos_token_ids"})
 
 
 def fingerprint(folder: Path, config_json: str, progress: StageProgress | None = None) -> str:
@@ -270,17 +266,17 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (h,),
     }
     shapes["lm_head.weight"] = (config.vocab_size, h)
-    for i in range(config.num_layers):
+    for i, spec in enumerate(config.layers):
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
         for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
-            if config.qkv_bias and module != "o_proj":
+            if spec.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
         for module in MLP_MODULES:
             shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
-        if config.qk_norm:
+        if spec.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
     return shapes

@@ -1,27 +1,32 @@
-"""`ModelConfig`, the configuration of a Llama-shaped base, and how its RoPE is scaled.
+"""`ModelConfig`, the configuration of a Llama-shaped base, how its RoPE is scaled, and the families of bases.
 
-An architecture that the decoder does not cover is refused by name.
+A family is one entry of ARCHITECTURES: what its layers have beside a plain one's, and which checkpoints the decoder
+does not cover. Nothing else asks for a family by name.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, get_args
 
 from loray.errors import UnsupportedError
 from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
 
-# transformers' architecture → (QKV biases, RMSNorm on each query and key head)
-ARCHITECTURES: Mapping[str, tuple[bool, bool]] = {
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-}
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What a decoder layer has beside a plain one's.
+
+    qkv_bias         q, k and v have a bias
+    qk_norm          RMSNorm on each query and key head
+    attention_scale  of scores; None: head_dim ** -0.5
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,6 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -40,9 +44,16 @@ class ModelConfig:
     rope: RopeParameters
     max_position_embeddings: int
     tie_word_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
     eos_token_ids: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def attention_scale(self, layer: int) -> float:
+        scale = self.layers[layer].attention_scale
+        return float(self.head_dim**-0.5) if scale is None else scale
 
     def module_shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a linear module by its last name, for example `q_proj`."""
@@ -66,39 +77,22 @@ class ModelConfig:
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read a checkpoint's `config.json`. Raises UnsupportedError."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-        return cls.from_hf(json.loads(path.read_text(encoding="utf-8")))
-
-    @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
-        architecture = (hf.get("architectures") or ["(none)"])[0]
-        if architecture not in ARCHITECTURES:
+        name = (hf.get("architectures") or ["(none)"])[0]
+        architecture = ARCHITECTURES.get(name)
+        if architecture is None:
             raise UnsupportedError(
-                f"architecture {architecture} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
+                f"architecture {name} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
             )
-        qkv_bias, qk_norm = ARCHITECTURES[architecture]
-        if architecture == "LlamaForCausalLM" and (hf.get("attention_bias") or hf.get("mlp_bias")):
-            raise UnsupportedError("Llama checkpoints with attention_bias or mlp_bias are not supported")
-        if architecture == "Qwen3ForCausalLM" and hf.get("attention_bias"):
-            raise UnsupportedError("Qwen3 checkpoints with attention_bias are not supported")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UnsupportedError(f"hidden_act {hf['hidden_act']!r} is not supported; only silu is")
-        window = hf.get("sliding_window")
-        windowed = hf.get("use_sliding_window", architecture == "MistralForCausalLM")
-        if window and windowed and window < hf["max_position_embeddings"]:
-            raise UnsupportedError(f"sliding-window attention (window {window}) is not supported")
+        if (why := architecture.refuses(hf)) is not None:
+            raise UnsupportedError(why)
         eos = hf.get("eos_token_id")
         return cls(
-            architecture=architecture,
+            architecture=name,
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
             num_heads=hf["num_attention_heads"],
             num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
@@ -106,10 +100,72 @@ class ModelConfig:
             rope=_rope(hf),
             max_position_embeddings=hf["max_position_embeddings"],
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            layers=architecture.layers(hf),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the fields for a JSON document. Bases are fingerprinted with them: those of a family stay as they are.
+
+        `layers` is among them where layers differ, or have more than the two fields that stand beside their number.
+        """
+        fields, first = asdict(self), self.layers[0]
+        layers = fields.pop("layers")
+        fields |= {
+            "rope": self.rope.to_hf(),
+            "num_layers": self.num_layers,
+            "qkv_bias": first.qkv_bias,
+            "qk_norm": first.qk_norm,
+        }
+        return fields if {*self.layers} == {LayerSpec(first.qkv_bias, first.qk_norm)} else fields | {"layers": layers}
+
+
+class Architecture(NamedTuple):
+    """A family of bases.
+
+    name     transformers'
+    gguf     llama.cpp's name for it
+    layers   from config.json
+    refuses  why the checkpoint of a config.json is not served; None: it is
+    """
+
+    name: str
+    gguf: str
+    layers: Callable[[Mapping[str, Any]], tuple[LayerSpec, ...]]
+    refuses: Callable[[Mapping[str, Any]], str | None]
+
+
+def _dense(
+    name: str, gguf: str, layer: LayerSpec = LayerSpec(), *, biases: tuple[str, ...] = (), has_window: bool = False
+) -> Architecture:
+    """A family whose layers are equal, with SwiGLU and full attention.
+
+    biases      the fields with which config.json asks for biases that the decoder does not add
+    has_window  a sliding window counts also where config.json does not say so
+    """
+
+    def refuses(hf: Mapping[str, Any]) -> str | None:
+        if any(hf.get(bias) for bias in biases):
+            return f"{name.removesuffix('ForCausalLM')} checkpoints with {' or '.join(biases)} are not supported"
+        if hf.get("hidden_act", "silu") != "silu":
+            return f"hidden_act {hf['hidden_act']!r} is not supported; only silu is"
+        window = hf.get("sliding_window")
+        if window and hf.get("use_sliding_window", has_window) and window < hf["max_position_embeddings"]:
+            return f"sliding-window attention (window {window}) is not supported"
+        return None
+
+    return Architecture(name, gguf, lambda hf: (layer,) * hf["num_hidden_layers"], refuses)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    family.name: family
+    for family in (
+        _dense("LlamaForCausalLM", "llama", biases=("attention_bias", "mlp_bias")),
+        _dense("MistralForCausalLM", "llama", has_window=True),
+        _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True)),
+        _dense("Qwen3ForCausalLM", "qwen3", LayerSpec(qk_norm=True), biases=("attention_bias",)),
+    )
+}
 
 
 def _rope(hf: Mapping[str, Any]) -> RopeParameters:

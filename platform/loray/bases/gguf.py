@@ -23,7 +23,8 @@ LAYER_NAMES: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-PERMUTED = ("q_proj", "k_proj")  # the modules whose rows GGUF orders otherwise, in the architecture "llama" alone
+# The modules whose rows GGUF orders otherwise, by its architecture; in others none.
+PERMUTED: Mapping[str, tuple[str, ...]] = {"llama": ("q_proj", "k_proj")}
 
 
 def permuted(rows_OX: Tensor, head_dim: int) -> Tensor:

@@ -328,9 +328,11 @@ def read_config(folder: Path) -> ModelConfig:
     End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
     ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
     """
+    if not (folder / "config.json").is_file():
+        raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
-        config = ModelConfig.from_folder(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = ModelConfig.from_hf(raw)
         generation = folder / "generation_config.json"
         eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
         more = eos if isinstance(eos, list) else [] if eos is None else [eos]

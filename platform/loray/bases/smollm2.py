@@ -84,7 +84,7 @@ def _dequantize(gguf: Path, target: Path, progress: StageProgress) -> None:
     for i, tensor in enumerate(quantized):
         name = _hf_name(tensor.name)
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if name.endswith(tuple(f"{module}.weight" for module in PERMUTED)):
+        if name.endswith(tuple(f"{module}.weight" for module in PERMUTED["llama"])):
             weight = unpermuted(weight, CONFIG["head_dim"])
         tensors[name] = weight.to(torch.bfloat16).contiguous()
         progress((i + 1) / len(quantized))

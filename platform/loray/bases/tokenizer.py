@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from loray.errors import UnsupportedError
+from loray.errors import IntegrityError, UnsupportedError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,27 +20,25 @@ FILE = "loray-tokenizer.json"
 
 def write(folder: Path) -> None:
     """Write the file. Raises UnsupportedError where the checkpoint's tokenizer cannot be loaded."""
-    _from_transformers(folder).save(str(folder / FILE), pretty=False)
-
-
-def load(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a base. One without the file was added by an older version; then transformers makes it."""
-    from tokenizers import Tokenizer
-
-    file = folder / FILE
-    return Tokenizer.from_file(str(file)) if file.is_file() else _from_transformers(folder)
-
-
-def read(folder: Path) -> str:
-    """Read the tokenizer as JSON, in the tokenizers library's format."""
-    file = folder / FILE
-    return file.read_text(encoding="utf-8") if file.is_file() else _from_transformers(folder).to_str()
-
-
-def _from_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # takes seconds
 
     try:
-        return cast("Tokenizer", AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
+        tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
     except Exception as e:  # transformers raises any error, of whatever it meets in the files
         raise UnsupportedError(f"the tokenizer in {folder} cannot be loaded: {e}") from e
+    tokenizer.save(str(folder / FILE), pretty=False)
+
+
+def load(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a base. Raises IntegrityError where the file is missing."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(read(folder))
+
+
+def read(folder: Path) -> str:
+    """Read the tokenizer as JSON, in the tokenizers library's format. Raises IntegrityError where it is missing."""
+    try:
+        return (folder / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise IntegrityError(f"{folder} lacks {FILE}: add the base again with `loray base add`") from e

@@ -6,12 +6,10 @@ it can be restored. Limits that nobody has set bind keys that are no administrat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, reading
 from loray.catalog.identity import get_tenant
 from loray.catalog.queries import now
 from loray.catalog.schema import adapters, manifest_as_json, versions
@@ -33,21 +31,6 @@ _log = get_logger(__name__)
 _NAME_BYTES, _VERSION_BYTES = 800, 400  # as `make bench-catalog` measures a hundred thousand names of one version
 
 
-class Allowances(Database):
-    """The catalog's operation before bytes of a tenant are taken."""
-
-    def check_stored_bytes(self, more: Callable[[], int]) -> None:
-        """Raise LimitExceeded where so many bytes beside the adapters of the caller's tenant are more than it may
-        store. They are counted only if there is a limit.
-        """
-        with reading(self._engine) as c:
-            if _stored_limit(c, self._principal, self.own_tenant) is None:
-                return
-        num_bytes = more()
-        with reading(self._engine) as c:
-            _refuse_more_bytes(c, self._principal, self.own_tenant, num_bytes)
-
-
 def refuse_more_names(c: sa.Connection, principal: Principal, tenant: str) -> None:
     """Raise LimitExceeded where the tenant may have no name more."""
     default = DEFAULT_MAX_ADAPTERS if _is_bound(principal) else None
@@ -65,7 +48,7 @@ def refuse_more_versions(
     stored = sa.select(versions.c.id).join(adapters, adapters.c.id == versions.c.adapter_id)
     has_digest = stored.where(adapters.c.tenant == tenant, versions.c.digest == digest)
     if c.execute(has_digest.limit(1)).first() is None:
-        _refuse_more_bytes(c, principal, tenant, manifest.nbytes)
+        refuse_more_bytes(c, principal, tenant, manifest.nbytes)
     if not _is_bound(principal):
         return
     query = sa.select(sa.func.count()).select_from(versions).where(versions.c.adapter_id == adapter_id)
@@ -98,8 +81,8 @@ def _memory(num_names: int, num_versions: int) -> int:
     return num_names * _NAME_BYTES + num_versions * _VERSION_BYTES
 
 
-def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_bytes: int) -> None:
-    limit = _stored_limit(c, principal, tenant)
+def refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_bytes: int) -> None:
+    limit = stored_limit(c, principal, tenant)
     if limit is None:
         return
     one = sa.select(versions.c.digest, sa.func.max(versions.c.nbytes).label("nbytes"))
@@ -126,7 +109,7 @@ def _characters_of_templates(c: sa.Connection, tenant: str | None = None, beside
     return int(c.execute(query.where(versions.c.id.in_(one.group_by(versions.c.chat_template)))).scalar_one())
 
 
-def _stored_limit(c: sa.Connection, principal: Principal, tenant: str) -> int | None:
+def stored_limit(c: sa.Connection, principal: Principal, tenant: str) -> int | None:
     return _limit(c, principal, tenant, "max_stored_bytes", None)
 
 

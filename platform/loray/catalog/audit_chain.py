@@ -46,22 +46,11 @@ def coming_from(origin: Origin) -> Iterator[None]:
 def log(
     c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
 ) -> None:
-    """Add an entry about the request that is answered now. `tenant` is the subject's."""
-    add_entry(c, actor, action, subject, tenant, detail, origin())
-
-
-def add_entry(
-    c: sa.Connection,
-    actor: str,
-    action: str,
-    subject: str,
-    tenant: str,
-    detail: Mapping[str, Any],
-    origin: Origin,
-) -> None:
-    """Add an entry about a request from `origin`. The transaction has the catalog's lock: entries follow each other."""
+    """Add an entry about the request that is answered now. `tenant` is the subject's. The transaction has the catalog's
+    lock: entries follow each other.
+    """
     entry: dict[str, Any] = {"actor": actor, "action": action, "subject": subject, "tenant": tenant}
-    entry |= {"detail": json.dumps(detail), **origin._asdict(), "created_at": datetime.now(UTC)}
+    entry |= {"detail": json.dumps(detail), **origin()._asdict(), "created_at": datetime.now(UTC)}
     last = sa.select(audit_log.c.hash).order_by(audit_log.c.id.desc()).limit(1)
     previous = c.execute(last).scalar() or ""
     c.execute(audit_log.insert().values(entry | {"previous_hash": previous, "hash": chained(previous, entry)}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import HEAD, Database, reading, writing
-from loray.catalog.queries import lock, now, utc
+from loray.catalog.database import HEAD, Database
+from loray.catalog.queries import now
 from loray.catalog.schema import (
+    UtcTime,
     adapters,
     changes,
     claims,
@@ -54,34 +55,36 @@ class BackupSummary:
     num_versions: int
 
 
-class Backups(Database):
+@dataclass
+class Backup:
     """The catalog's operations that write and read backups."""
 
-    def write_backup(self, path: Path) -> BackupSummary:
+    db: Database
+
+    def write(self, path: Path) -> BackupSummary:
         """Write all rows as they are at one moment, beside readers and writers. `path` is replaced when it is complete,
         and readable by this user only.
         """
         created_at = now()
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             with replacing_private(path) as f:
                 write_json_lines(f, _lines(c, created_at))
             return _summary(c, created_at)
 
-    def read_backup(self, path: Path) -> BackupSummary:
+    def read(self, path: Path) -> BackupSummary:
         """Read a backup into this catalog, which must be empty, in one transaction. Its servers must not run.
 
         Raises ConflictError where it is not empty, DataError where there is no such file, IntegrityError where the file
         is damaged or not whole, and UnsupportedError where another revision of the tables has made it.
         """
         try:
-            with path.open("rb") as f, writing(self._engine) as c:
-                lock(c)
+            with path.open("rb") as f, self.db.changing() as c:
                 _refuse_used(c)
                 lines: Iterator[Line] = read_json_lines(f)
                 created_at = _read_header(next(lines))
                 _insert(c, lines)
                 c.execute(changes.update().values(counter=changes.c.counter + _SKIPPED))
-                log(c, self._actor, "restore_backup", "catalog", created_at=created_at.isoformat())
+                log(c, self.db.actor, "restore_backup", "catalog", created_at=created_at.isoformat())
                 return _summary(c, created_at)
         except OSError as e:
             raise DataError(f"the backup {path} cannot be read: {e.strerror}") from e
@@ -101,7 +104,7 @@ def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
     """The lines of a table and its rows."""
     yield {"table": table.name, "columns": [column.name for column in table.columns]}
     for row in rows:
-        yield [utc(v).astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
+        yield [v.astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
 
 
 def _read_header(line: Line) -> datetime:
@@ -120,20 +123,17 @@ def _rows(lines: Iterable[Line]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
     """(table, row) in the file's order. Raises IntegrityError where a line is neither a table nor a row of it."""
     table: sa.Table | None = None
     columns: list[sa.Column[Any]] = []
+    times: set[str] = set()
     for line in lines:
         if isinstance(line, Mapping):
             table = metadata.tables[line["table"]]
             columns = [table.columns[name] for name in line["columns"]]
+            times = {column.name for column in columns if isinstance(column.type, UtcTime)}
             continue
         if table is None:
             raise IntegrityError("it has a row before its first table")
-        row = zip(columns, line, strict=True)
-        yield table, {column.name: _value(column, v) for column, v in row if column.computed is None}
-
-
-def _value(column: sa.Column[Any], value: Any) -> Any:
-    is_time = value is not None and isinstance(column.type, sa.DateTime)
-    return datetime.fromisoformat(value) if is_time else value
+        row = {column.name: v for column, v in zip(columns, line, strict=True) if column.computed is None}
+        yield table, {name: v and datetime.fromisoformat(v) if name in times else v for name, v in row.items()}
 
 
 def _tables() -> list[sa.Table]:
@@ -156,13 +156,7 @@ def _insert(c: sa.Connection, lines: Iterator[Line]) -> None:
     for table in (tenants, changes):  # of the empty catalog
         c.execute(table.delete())
     for table, rows in groupby(_rows(lines), key=itemgetter(0)):
-        batch: list[dict[str, Any]] = []
-        for _, row in rows:
-            batch.append(row)
-            if len(batch) == _BATCH:
-                c.execute(table.insert(), batch)
-                batch = []
-        if batch:
+        while batch := [row for _, row in islice(rows, _BATCH)]:
             c.execute(table.insert(), batch)
         _move_sequence(c, table)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,9 +22,9 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from loray.catalog.schema import changes
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.files import file_lock
-from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
 
 HEAD = "0014"  # the revision in migrations/versions; those below it were made before the first release
@@ -51,66 +50,40 @@ _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, ProgrammingError, PoolTimeout)
 
 
+@dataclass(frozen=True)
 class Database:
-    """The base class of the catalog's parts: engine, the principal that asks, what the gate lets pass, and what the
-    names may take of each gateway's memory.
+    """What each part of the catalog holds: the engine, the principal that asks, and the settings of the catalog.
 
-    Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
+    gate_tolerance, gate_trusts_keys  those of `aliases.failures`
+    max_snapshot_bytes                what the names may take of each gateway's memory
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        actor: str = "local",
-        gate_tolerance: float = DEFAULT_GATE_TOLERANCE,
-        gate_trusts_keys: bool = False,
-        max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
-    ) -> None:
-        self._engine = open_database(url)
-        self._principal = Principal(actor=actor)
-        self._gate_tolerance, self._gate_trusts_keys = gate_tolerance, gate_trusts_keys
-        self._max_snapshot_bytes = max_snapshot_bytes
-        self._root: Database = self
-        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
-        self._finalizer = weakref.finalize(self, self._engine.dispose)
+    engine: sa.Engine
+    principal: Principal
+    gate_tolerance: float
+    gate_trusts_keys: bool
+    max_snapshot_bytes: int
 
-    @classmethod
-    def of(cls, settings: Settings, actor: str = "local") -> Self:
-        """Open the catalog of these settings."""
-        return cls(
-            settings.catalog,
-            actor=actor,
-            gate_tolerance=settings.gate_tolerance,
-            gate_trusts_keys=settings.gate_trusts_keys,
-            max_snapshot_bytes=settings.snapshot_bytes,
-        )
+    @property
+    def actor(self) -> str:
+        return self.principal.actor
 
-    def view(self, principal: Principal) -> Self:
-        """The same database for this principal: what exists for it, what it may change, and who does it.
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction with one consistent view of all tables."""
+        return reading(self.engine)
 
-        Names that it adds belong to its tenant. It costs nothing, and needs no `close`.
+    def writing(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that waits for no other writer, but for those of the same rows."""
+        return writing(self.engine)
+
+    @contextmanager
+    def changing(self) -> Iterator[sa.Connection]:
+        """A transaction that has the catalog's lock. On PostgreSQL a row lock makes writers wait for each other, so
+        that rows do not change after a writer has read them.
         """
-        view = copy.copy(self)
-        view._principal = principal  # `_root` keeps the engine open
-        return view
-
-    @property
-    def principal(self) -> Principal:
-        """The one who asks."""
-        return self._principal
-
-    @property
-    def own_tenant(self) -> str:
-        """The tenant of the names that this view adds."""
-        return self._principal.tenant
-
-    @property
-    def _actor(self) -> str:
-        return self._principal.actor
-
-    def close(self) -> None:
-        self._engine.dispose()
+        with writing(self.engine) as c:
+            c.execute(sa.select(changes.c.counter).with_for_update())
+            yield c
 
 
 def insert_into(c: sa.Connection, table: sa.Table) -> Any:
@@ -119,6 +92,15 @@ def insert_into(c: sa.Connection, table: sa.Table) -> Any:
     by a thread that takes the interpreter from a gateway's event loop each time.
     """
     return (sqlite.insert if c.dialect.name == "sqlite" else postgresql.insert)(table)
+
+
+def upsert(c: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows of the same columns; one whose primary key is there gets the new values."""
+    if rows:
+        statement = insert_into(c, table)
+        keys = [column.name for column in table.primary_key]
+        values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+        c.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)
 
 
 def open_database(url: str) -> sa.Engine:

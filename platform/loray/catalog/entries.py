@@ -5,26 +5,23 @@ from __future__ import annotations
 import bisect
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from sys import intern
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from loray.errors import AdapterNotFound, SpecError, shown
+from loray.schemas.resources import JobResource, QuarantineResource, VersionDetail, VersionResource
 from loray.spec import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
     AdapterManifest,
     AdapterRef,
     Alias,
-    CanaryState,
-    Evaluation,
     JobId,
-    JobStatus,
-    Method,
     Name,
     Principal,
     QualifiedName,
@@ -32,9 +29,7 @@ from loray.spec import (
     TagKey,
     TagValue,
     TenantName,
-    TrainSpec,
     Visibility,
-    has_ended,
     split_qualified,
 )
 
@@ -57,13 +52,10 @@ def split_model(model: str) -> ModelName:
     return ModelName(name, selector if at else None)
 
 
-class Quarantined(NamedTuple):
-    """An adapter on which replicas died. `refused_until` None: it is suspected, and not refused."""
+class Quarantined(QuarantineResource):
+    """An adapter on which replicas died, the last of them `replica`."""
 
-    deaths: int
     replica: str
-    died_at: datetime
-    refused_until: datetime | None
 
 
 class Canary(NamedTuple):
@@ -75,68 +67,39 @@ class Canary(NamedTuple):
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """One immutable version, with its `aliases`, `later_evaluations` and `quarantine` at the time of the query."""
-
-    name: str
-    version: int
-    digest: str
-    manifest: AdapterManifest
-    created_at: datetime
-    aliases: tuple[str, ...] = ()
-    later_evaluations: tuple[Evaluation, ...] = ()
-    quarantine: Quarantined | None = None
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """All evaluations, the oldest first: those of the manifest, and those recorded later."""
-        return self.manifest.evaluations + self.later_evaluations
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.version}"
+class AdapterVersion(VersionDetail):
+    """One immutable version, with its aliases, all its evaluations and its quarantine at the time of the query."""
 
     @property
     def tenant(self) -> str:
         return _tenant_of(self.name)
 
-    def shown_to(self, principal: Principal) -> AdapterVersion:
-        """The version as the caller may know it: those of its own tenant who may make others know how it was made."""
-        if _may_know(self.name, principal):
-            return self
-        return replace(self, manifest=without_making(self.manifest))
-
     @property
     def ref(self) -> AdapterRef:
         return self.manifest.ref(self.digest, self.name, self.version)
 
+    def shown_to(self, principal: Principal) -> AdapterVersion:
+        """The version as the caller may know it: those of its own tenant who may make others know how it was made."""
+        if _may_know(self.name, principal):
+            return self
+        return self.model_copy(update={"manifest": without_making(self.manifest)})
 
-@dataclass(frozen=True, slots=True)
-class VersionSummary:
+
+class VersionSummary(VersionResource):
     """A version as lists show it: without its manifest, of which it has what is here.
 
     run  the job that trained it, else the sweep
     """
 
-    name: str
-    version: int
-    digest: str
-    method: Method
-    base_fingerprint: str
-    context_length: int
-    nbytes: int
     rank: int
     data_fingerprint: str | None
     run: str | None
-    created_at: datetime
-    aliases: tuple[str, ...]
-    evaluations: tuple[Evaluation, ...]
-    quarantine: Quarantined | None = None
 
     def shown_to(self, principal: Principal) -> VersionSummary:
         """The summary as the caller may know it, by the rule of `AdapterVersion.shown_to`."""
-        return self if _may_know(self.name, principal) else replace(self, data_fingerprint=None, run=None)
+        if _may_know(self.name, principal):
+            return self
+        return self.model_copy(update={"data_fingerprint": None, "run": None})
 
 
 def without_making(manifest: AdapterManifest) -> AdapterManifest:
@@ -151,32 +114,6 @@ def _may_know(name: str, principal: Principal) -> bool:
 
 def _tenant_of(name: str) -> str:
     return split_qualified(name).tenant or DEFAULT_TENANT
-
-
-class VersionPage(NamedTuple):
-    """`versions` newest first; `next` is the cursor of the next page, None at the end."""
-
-    versions: tuple[VersionSummary, ...]
-    next: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class AliasState:
-    """The version that an alias points at, and its running canary. `revision` grows with every change of them, and is
-    never used again, also after the alias is deleted.
-    """
-
-    name: str
-    alias: str
-    version: int
-    digest: str
-    revision: int
-    canary: Canary | None = None
-
-    @property
-    def weights(self) -> dict[int, int]:
-        """Version → percent of the alias's requests."""
-        return weights_of(self.version, self.canary)
 
 
 def weights_of(stable: int, canary: Canary | None) -> dict[int, int]:
@@ -309,38 +246,10 @@ def _same(pointers: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
     return pointers
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterDetail:
-    """One name with all its data: the newest version and canary first, alias moves in order of time."""
+class Job(JobResource):
+    """A training job. `cluster`: the Ray cluster to which an API server submitted it."""
 
-    entry: AdapterEntry
-    versions: tuple[AdapterVersion, ...]
-    moves: tuple[AliasMove, ...]
-    canaries: tuple[CanaryState, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One training job. `id` is Ray's submission id, `version` the version of `name` that it published, `cluster` the
-    Ray cluster to which an API server submitted it.
-    """
-
-    id: str
-    name: str
-    tenant: str
-    recipe: TrainSpec
-    status: JobStatus
-    message: str
-    version: int | None
-    actor: str
-    created_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
-    cluster: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return has_ended(self.status)
+    cluster: str | None = Field(default=None, exclude=True)
 
 
 def _is_number(selector: str) -> bool:

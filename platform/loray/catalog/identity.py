@@ -8,17 +8,18 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
-from loray.catalog.audit_chain import Origin, add_entry, chained, log
-from loray.catalog.database import Database, reading, writing
-from loray.catalog.queries import count_change, lock, now, utc
-from loray.catalog.schema import audit_log, changes, keys, logins, tenants
+from loray.catalog.audit_chain import Origin, chained, coming_from, log
+from loray.catalog.database import Database
+from loray.catalog.entries import check_tenant
+from loray.catalog.queries import count_change, newest, now, read_counter
+from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
+from loray.schemas.access import AuditResource, KeyChange
+from loray.schemas.resources import Page
 from loray.spec import (
     KEY_START,
     PREFIX_LENGTH,
@@ -30,54 +31,50 @@ from loray.spec import (
     Principal,
     Scope,
     Tenant,
-    TenantName,
     account_of,
 )
 
 # -- tenants ----------------------------------------------------------------------------------------------------------
 
 
-class Tenants(Database):
+@dataclass
+class Tenants:
     """The catalog's operations on tenants. The tenant `default` is there from the beginning."""
 
-    def create_tenant(self, name: str, limits: Limits | None = None) -> Tenant:
+    db: Database
+
+    def create(self, name: str, limits: Limits | None = None) -> Tenant:
         """Create a tenant. Raises SpecError where the name is malformed, ConflictError where it is taken."""
-        try:
-            TypeAdapter(TenantName).validate_python(name)
-        except ValidationError as e:
-            rule = "letters, digits, '.', '_' and '-', at most 32"
-            raise SpecError(f"{name!r} is not a valid name of a tenant: {rule}") from e
-        with writing(self._engine) as c:
-            lock(c)
+        check_tenant(name)
+        with self.db.changing() as c:
             if c.execute(sa.select(tenants.c.name).where(tenants.c.name == name)).first():
                 raise ConflictError(f"there is a tenant {name!r} already; `loray tenants set` changes it")
             row = {"name": name, "blocked": False, "limits": (limits or Limits()).model_dump_json()}
             c.execute(tenants.insert().values(row | {"created_at": now(), "changed_at": count_change(c)}))
-            log(c, self._actor, "create_tenant", name, tenant=name)
+            log(c, self.db.actor, "create_tenant", name, tenant=name)
             return get_tenant(c, name)
 
-    def update_tenant(self, name: str, *, limits: Limits | None = None, blocked: bool | None = None) -> Tenant:
+    def update(self, name: str, *, limits: Limits | None = None, blocked: bool | None = None) -> Tenant:
         """Replace what is given. Raises KeyNotFound."""
         given: dict[str, Any] = {} if limits is None else {"limits": limits.model_dump_json()}
         given |= {} if blocked is None else {"blocked": blocked}
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             known = get_tenant(c, name)
             if (limits in (None, known.limits)) and (blocked in (None, known.blocked)):
                 return known
             c.execute(tenants.update().where(tenants.c.name == name).values(given | {"changed_at": count_change(c)}))
-            log(c, self._actor, "update_tenant", name, tenant=name, **given)
+            log(c, self.db.actor, "update_tenant", name, tenant=name, **given)
             return get_tenant(c, name)
 
-    def tenants(self, *, limit: int | None = None) -> tuple[Tenant, ...]:
+    def all(self, *, limit: int | None = None) -> tuple[Tenant, ...]:
         """The first `limit`, or all, sorted by name."""
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             query = sa.select(tenants).order_by(tenants.c.name).limit(limit)
             return tuple(_tenant(row) for row in c.execute(query))
 
-    def tenant(self, name: str) -> Tenant:
+    def get(self, name: str) -> Tenant:
         """One tenant. Raises KeyNotFound."""
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             return get_tenant(c, name)
 
 
@@ -90,7 +87,7 @@ def get_tenant(c: sa.Connection, name: str) -> Tenant:
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
     limits = Limits.model_validate_json(row.limits)
-    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=utc(row.created_at))
+    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=row.created_at)
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -134,7 +131,6 @@ def _number_of(key_id: str) -> int:
 
 _KEY_BYTES = 32
 _INFER: tuple[Scope, ...] = ("infer",)
-UNCHANGED = object()  # of what None would change
 
 
 class NewKey(NamedTuple):
@@ -142,13 +138,6 @@ class NewKey(NamedTuple):
 
     secret: str
     key: ApiKey
-
-
-class KeyPage(NamedTuple):
-    """`keys` newest first; `next` is the cursor of the next page, None at the end."""
-
-    keys: tuple[ApiKey, ...]
-    next: str | None
 
 
 def new_secret() -> str:
@@ -159,7 +148,8 @@ def digest_of(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-class Keys(Database):
+@dataclass
+class Keys:
     """The catalog's operations on keys. Each change of a key counts as a change, so that servers notice it.
 
     The keys that were rotated into each other are told apart by their ids: `key-ab12` is the first, `key-ab12_3` the
@@ -171,7 +161,9 @@ class Keys(Database):
     allow more than its tenant's.
     """
 
-    def create_key(
+    db: Database
+
+    def create(
         self,
         alias: str,
         *,
@@ -185,7 +177,7 @@ class Keys(Database):
         """Create a key of `tenant` (None: the caller's). Raises KeyNotFound where there is no such tenant, and
         ConflictError where a key in use has the alias.
         """
-        secret, tenant = new_secret(), self.own_tenant if tenant is None else tenant
+        secret, tenant = new_secret(), self.db.principal.tenant if tenant is None else tenant
         fields = {"scopes": scopes, "models": models, "metadata": dict(metadata or {}), "limits": limits or Limits()}
         key = ApiKey.parse(
             fields
@@ -194,7 +186,7 @@ class Keys(Database):
                 "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH],
                 "alias": alias,
                 "tenant": tenant,
-                "created_by": self._actor,
+                "created_by": self.db.actor,
                 "created_at": now(),
                 "expires_at": expires_at,
             },
@@ -202,16 +194,15 @@ class Keys(Database):
         )
         if not key.scopes:
             raise SpecError("a key without scopes could do nothing; give it infer, publish, promote or train")
-        with writing(self._engine) as c:
-            lock(c)
-            _refuse_power(self._principal, key)
-            _refuse_limits(c, self._principal, key)
+        with self.db.changing() as c:
+            _refuse_power(self.db.principal, key)
+            _refuse_limits(c, self.db.principal, key)
             _refuse_alias(c, key)
             _insert(c, key, secret)
-            log(c, self._actor, "create_key", key.id, tenant=tenant, alias=alias, scopes=sorted(key.scopes))
+            log(c, self.db.actor, "create_key", key.id, tenant=tenant, alias=alias, scopes=sorted(key.scopes))
         return NewKey(secret, key)
 
-    def rotate_key(self, key_id: str, *, grace: timedelta = timedelta()) -> NewKey:
+    def rotate(self, key_id: str, *, grace: timedelta = timedelta()) -> NewKey:
         """Replace a key by a new one with the same alias, scopes and limits, whose usage is counted on with the old
         one's. The old one goes on for `grace`.
 
@@ -220,17 +211,16 @@ class Keys(Database):
         if not timedelta() <= grace <= MAX_GRACE:
             raise SpecError(f"a replaced key may go on for at most {MAX_GRACE.days} days")
         secret = new_secret()
-        with writing(self._engine) as c:
-            lock(c)
-            old, by_itself = _get(c, self._principal, key_id), self._principal.key_id == key_id
+        with self.db.changing() as c:
+            old, by_itself = _get(c, self.db.principal, key_id), self.db.principal.key_id == key_id
             if not by_itself:
-                _refuse_power(self._principal, old)
+                _refuse_power(self.db.principal, old)
             account = account_of(key_id)
             family = _together(c, old)
             refuse_rotation(old, family, now(), is_kept=bool(grace), by_itself=by_itself)
             number = len(family) + 1
             fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
-            made = {"created_by": self._actor, "created_at": now(), "last_used_at": None}
+            made = {"created_by": self.db.actor, "created_at": now(), "last_used_at": None}
             key = old.model_copy(update=fields | made)
             _insert(c, key, secret)
             if grace:
@@ -238,94 +228,71 @@ class Keys(Database):
                 _update(c, key_id, expires_at=ends if old.expires_at is None else min(ends, old.expires_at))
             else:
                 _update(c, key_id, revoked_at=now())
-            log(c, self._actor, "rotate_key", key_id, tenant=key.tenant, replaced_by=key.id)
+            log(c, self.db.actor, "rotate_key", key_id, tenant=key.tenant, replaced_by=key.id)
         return NewKey(secret, key)
 
-    def revoke_key(self, key_id: str, *, only_this: bool = False) -> ApiKey:
+    def revoke(self, key_id: str, *, only_this: bool = False) -> ApiKey:
         """Revoke a key for ever, with those that it was rotated from and into: whoever has stolen one may have rotated
         it. `only_this`: the others stay. A second call changes nothing. Raises KeyNotFound.
         """
-        with writing(self._engine) as c:
-            lock(c)
-            found = _get(c, self._principal, key_id)
-            _refuse_power(self._principal, found)
+        with self.db.changing() as c:
+            found = _get(c, self.db.principal, key_id)
+            _refuse_power(self.db.principal, found)
             for key in [found] if only_this else _together(c, found):
                 if key.revoked_at is None:
                     _update(c, key.id, revoked_at=now())
-                    log(c, self._actor, "revoke_key", key.id, tenant=key.tenant)
-            return _get(c, self._principal, key_id)
+                    log(c, self.db.actor, "revoke_key", key.id, tenant=key.tenant)
+            return _get(c, self.db.principal, key_id)
 
-    def update_key(
-        self,
-        key_id: str,
-        *,
-        alias: str | None = None,
-        blocked: bool | None = None,
-        limits: Limits | None = None,
-        single_limits: Mapping[str, Any] = MappingProxyType({}),
-        metadata: Mapping[str, str] | None = None,
-        models: Collection[str] | object | None = UNCHANGED,
-        expires_at: datetime | object | None = UNCHANGED,
-    ) -> ApiKey:
-        """Replace what is given; of the limits also single ones, by name. A blocked key is refused until it is
-        unblocked, with the keys that it was rotated from and into.
+    def update(self, key_id: str, change: KeyChange) -> ApiKey:
+        """Change what is given. A blocked key is refused until it is unblocked, with the keys that it was rotated from
+        and into.
 
         Raises KeyNotFound, and ConflictError where another key in use has the alias.
         """
-        given: dict[str, Any] = {} if blocked is None else {"blocked": blocked}
-        given |= {} if alias is None else {"alias": alias}
-        given |= {} if metadata is None else {"metadata": dict(metadata)}
-        given |= {} if models is UNCHANGED else {"models": models}
-        given |= {} if expires_at is UNCHANGED else {"expires_at": expires_at}
-        with writing(self._engine) as c:
-            lock(c)
-            before = _get(c, self._principal, key_id)
-            _refuse_power(self._principal, before)
-            if limits is not None or single_limits:
-                given["limits"] = (limits or before.limits).model_dump() | dict(single_limits)
+        blocked, names = change.blocked, change.model_fields_set
+        values = {"blocked": blocked, "alias": change.key_alias, "metadata": change.metadata}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        given |= {"models": change.models} if "models" in names else {}
+        given |= {"expires_at": change.expires_at} if names & {"duration", "expires"} else {}
+        with self.db.changing() as c:
+            before = _get(c, self.db.principal, key_id)
+            _refuse_power(self.db.principal, before)
+            if change.limits is not None or change.single_limits:
+                given["limits"] = (change.limits or before.limits).model_dump() | change.single_limits
             after = ApiKey.parse(before.model_dump() | given, source=f"key {key_id}")
-            _refuse_power(self._principal, after)
+            _refuse_power(self.db.principal, after)
             if after.limits != before.limits:
-                _refuse_limits(c, self._principal, after)
+                _refuse_limits(c, self.db.principal, after)
             if after != before:
                 if after.revoked_at is None and given.keys() & {"alias", "expires_at"}:
                     _refuse_alias(c, after)
                 _update(c, key_id, **{name: value for name, value in _row(after).items() if name in given})
-                log(c, self._actor, "update_key", key_id, tenant=before.tenant, changed=sorted(given))
+                log(c, self.db.actor, "update_key", key_id, tenant=before.tenant, changed=sorted(given))
             for other in _together(c, before) if blocked is not None else ():
                 if other.blocked != blocked:
                     _update(c, other.id, blocked=blocked)
-                    log(c, self._actor, "update_key", other.id, tenant=other.tenant, changed=["blocked"])
-            return _get(c, self._principal, key_id)
+                    log(c, self.db.actor, "update_key", other.id, tenant=other.tenant, changed=["blocked"])
+            return _get(c, self.db.principal, key_id)
 
-    def key(self, key_id: str) -> ApiKey:
+    def get(self, key_id: str) -> ApiKey:
         """One key. Raises KeyNotFound."""
-        with reading(self._engine) as c:
-            return _get(c, self._principal, key_id)
+        with self.db.reading() as c:
+            return _get(c, self.db.principal, key_id)
 
-    def keys(
+    def page(
         self, *, limit: int = 100, cursor: str | None = None, tenant: str | None = None, alias: str | None = None
-    ) -> KeyPage:
+    ) -> Page[ApiKey]:
         """At most `limit` keys, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
-        mine = _exist_for(self._principal)
-        query = sa.select(keys).where(mine).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
-        wanted = {"tenant": tenant, "alias": alias}
-        query = query.where(*(keys.c[name] == value for name, value in wanted.items() if value is not None))
-        with reading(self._engine) as c:
-            if cursor is not None:
-                last = c.execute(sa.select(keys.c.created_at, keys.c.id).where(mine, keys.c.id == cursor)).first()
-                if last is None:
-                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-                earlier = sa.and_(keys.c.created_at == last.created_at, keys.c.id < last.id)
-                query = query.where(sa.or_(keys.c.created_at < last.created_at, earlier))
-            found = [_key(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return KeyPage(page, page[-1].id if len(found) > limit else None)
+        mine, wanted = _exist_for(self.db.principal), {"tenant": tenant, "alias": alias}
+        with self.db.reading() as c:
+            rows, last = newest(c, keys, mine, wanted, cursor, limit)
+        return Page(items=tuple(map(_key, rows)), next=last)
 
-    def key_changes(self, since: int = -1) -> KeyChanges:
+    def changes(self, since: int = -1) -> KeyChanges:
         """The keys and tenants that have changed after the change counter was `since`; all by default."""
-        with reading(self._engine) as c:
-            counter = int(c.execute(sa.select(changes.c.counter)).scalar_one())
+        with self.db.reading() as c:
+            counter = read_counter(c)
             rows = c.execute(sa.select(keys).where(keys.c.changed_at > since)).all() if counter > since else []
             of_tenants = c.execute(sa.select(tenants).where(tenants.c.changed_at > since)) if counter > since else ()
             return KeyChanges(
@@ -335,11 +302,11 @@ class Keys(Database):
                 any_keys=c.execute(sa.select(keys.c.id).limit(1)).first() is not None,
             )
 
-    def record_key_use(self, used: Mapping[str, datetime]) -> None:
+    def record_use(self, used: Mapping[str, datetime]) -> None:
         """Record when keys, by their ids, were last used. That is no change: servers need not know."""
         rows = [{"key": key_id, "at": moment} for key_id, moment in sorted(used.items())]
         if rows:
-            with writing(self._engine) as c:
+            with self.db.writing() as c:
                 where = keys.c.id == sa.bindparam("key")
                 c.execute(keys.update().where(where).values(last_used_at=sa.bindparam("at")), rows)
 
@@ -422,37 +389,12 @@ def _row(key: ApiKey) -> dict[str, Any]:
 
 def _key(row: sa.Row[Any]) -> ApiKey:
     fields = {name: getattr(row, name) for name in ApiKey.model_fields}
-    times = {name: utc(value) for name, value in fields.items() if isinstance(value, datetime)}
     texts = {name: json.loads(fields[name]) for name in ("scopes", "limits", "metadata")}
     models = None if row.models is None else json.loads(row.models)
-    return ApiKey.model_validate(fields | times | texts | {"models": models})
+    return ApiKey.model_validate(fields | texts | {"models": models})
 
 
 # -- the audit log ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class AuditEntry:
-    """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given,
-    `address` from where the request came, as far as the server knows, and `request_id` the answer's X-Request-Id.
-    """
-
-    id: int
-    actor: str
-    action: str
-    subject: str
-    tenant: str
-    detail: Mapping[str, Any]
-    created_at: datetime
-    address: str | None = None
-    request_id: str | None = None
-
-
-class AuditPage(NamedTuple):
-    """`entries` newest first; `next` is the cursor of the next page, None at the end."""
-
-    entries: tuple[AuditEntry, ...]
-    next: int | None
 
 
 class Refused(NamedTuple):
@@ -479,24 +421,25 @@ class AuditState(NamedTuple):
     last_hash: str
 
 
-class Audit(Database):
+@dataclass
+class Audit:
     """The catalog's operations on the audit log."""
 
-    def note(self, action: str, subject: str, *, tenant: str, **detail: Any) -> None:
+    db: Database
+
+    def record(self, action: str, subject: str, *, tenant: str, **detail: Any) -> None:
         """Add an entry for what writes nothing else, such as a download."""
-        with writing(self._engine) as c:
-            lock(c)
-            log(c, self._actor, action, subject, tenant=tenant, **detail)
+        with self.db.changing() as c:
+            log(c, self.db.actor, action, subject, tenant=tenant, **detail)
 
-    def note_refused(self, refused: Mapping[Refused, Refusals]) -> None:
+    def record_refused(self, refused: Mapping[Refused, Refusals]) -> None:
         """Add an entry for each kind of request, with how often it was refused."""
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             for one, (num_requests, request_id) in refused.items():
-                origin = Origin(one.address, request_id)
-                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": num_requests}, origin)
+                with coming_from(Origin(one.address, request_id)):
+                    log(c, one.actor, "refuse", one.what, tenant=one.tenant, count=num_requests)
 
-    def verify_audit(self, known: tuple[int, str] | None = None) -> AuditState:
+    def verify(self, known: tuple[int, str] | None = None) -> AuditState:
         """Compute all hashes of the log again. `known`: id and hash of an earlier end, which must still be there.
 
         Raises IntegrityError that names the first entry which was changed, or before which one is missing.
@@ -504,10 +447,9 @@ class Audit(Database):
         previous, num_entries, last = "", 0, 0
         is_known = known is None
         query = sa.select(audit_log).order_by(audit_log.c.id)
-        with reading(self._engine) as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
+        with self.db.reading() as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
             for row in rows:
-                entry = row._asdict() | {"created_at": utc(row.created_at)}
-                if row.previous_hash != previous or row.hash != chained(previous, entry):
+                if row.previous_hash != previous or row.hash != chained(previous, row._asdict()):
                     raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
                 previous, last, num_entries = row.hash, row.id, num_entries + 1
                 is_known = is_known or (row.id, row.hash) == known
@@ -515,7 +457,7 @@ class Audit(Database):
             raise IntegrityError("the audit log was changed: it does not have the entry with the known hash any more")
         return AuditState(num_entries, last, previous)
 
-    def audit(
+    def page(
         self,
         *,
         limit: int = 100,
@@ -525,7 +467,7 @@ class Audit(Database):
         action: str | None = None,
         subject: str | None = None,
         since: datetime | None = None,
-    ) -> AuditPage:
+    ) -> Page[AuditResource]:
         """At most `limit` entries, newest first, after `cursor`, the `next` of a page. None: not filtered."""
         query = sa.select(audit_log).order_by(audit_log.c.id.desc()).limit(limit + 1)
         wanted = {"tenant": tenant, "actor": actor, "action": action, "subject": subject}
@@ -534,15 +476,10 @@ class Audit(Database):
             query = query.where(audit_log.c.created_at >= since)
         if cursor is not None:
             query = query.where(audit_log.c.id < cursor)
-        with reading(self._engine) as c:
-            found = [_entry(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return AuditPage(page, page[-1].id if len(found) > limit else None)
-
-
-def _entry(row: sa.Row[Any]) -> AuditEntry:
-    fields = {name: getattr(row, name) for name in AuditEntry.__dataclass_fields__}
-    return AuditEntry(**fields | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
+        with self.db.reading() as c:
+            rows = c.execute(query).all()
+            found = [AuditResource(**row._asdict() | {"detail": json.loads(row.detail)}) for row in rows]
+        return Page(items=tuple(found[:limit]), next=str(found[limit - 1].id) if len(found) > limit else None)
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------
@@ -553,37 +490,38 @@ MOST = 1000  # the one that was not used for longest makes room
 _NOTED = timedelta(minutes=5)  # between two times that a use is written
 
 
-class Logins(Database):
+@dataclass
+class Logins:
     """The catalog's operations on logins, which end at logout, `IDLE` after the last request, and after `LONGEST`."""
 
-    def begin_login(self, cookie_sha256: str, sealed: str) -> None:
-        """Begin a login, of which `find_login` gives back what was `sealed`. Logins that have ended are deleted."""
+    db: Database
+
+    def begin(self, cookie_sha256: str, sealed: str) -> None:
+        """Begin a login, of which `find` gives back what was `sealed`. Logins that have ended are deleted."""
         moment = now()
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             ended = sa.or_(logins.c.used_at < moment - IDLE, logins.c.created_at < moment - LONGEST)
             c.execute(logins.delete().where(ended))
             newest = sa.select(logins.c.cookie_sha256).order_by(logins.c.used_at.desc()).limit(MOST - 1)
             c.execute(logins.delete().where(logins.c.cookie_sha256.not_in(newest)))
             row = {"cookie_sha256": cookie_sha256, "sealed": sealed, "created_at": moment, "used_at": moment}
             c.execute(logins.insert().values(row))
-            log(c, self._actor, "login", "console", tenant=self._principal.tenant)
+            log(c, self.db.actor, "login", "console", tenant=self.db.principal.tenant)
 
-    def find_login(self, cookie_sha256: str) -> str | None:
+    def find(self, cookie_sha256: str) -> str | None:
         """The text that was sealed for this cookie; None where there is no such login, or it has ended."""
         moment, mine = now(), logins.c.cookie_sha256 == cookie_sha256
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             row = c.execute(sa.select(logins).where(mine)).first()
-        if row is None or moment > min(utc(row.used_at) + IDLE, utc(row.created_at) + LONGEST):
+        if row is None or moment > min(row.used_at + IDLE, row.created_at + LONGEST):
             return None
-        if moment > utc(row.used_at) + _NOTED:
-            with writing(self._engine) as c:
+        if moment > row.used_at + _NOTED:
+            with self.db.writing() as c:
                 c.execute(logins.update().where(mine).values(used_at=moment))
         return str(row.sealed)
 
-    def end_login(self, cookie_sha256: str) -> None:
+    def end(self, cookie_sha256: str) -> None:
         """End a login; one that has ended already stays so."""
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             if c.execute(logins.delete().where(logins.c.cookie_sha256 == cookie_sha256)).rowcount:
-                log(c, self._actor, "logout", "console", tenant=self._principal.tenant)
+                log(c, self.db.actor, "logout", "console", tenant=self.db.principal.tenant)

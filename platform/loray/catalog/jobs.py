@@ -8,34 +8,32 @@ A job belongs to the tenant that added it, and exists for that tenant and admini
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, insert_into, reading, writing
+from loray.catalog.database import Database, upsert
 from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
-from loray.catalog.queries import lock, now, utc
+from loray.catalog.queries import newest, now
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
+from loray.schemas.resources import Page
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 
 _CLUSTER_IS_GONE = timedelta(minutes=2)
 _RETRY_S = 60.0  # after which a job may have ended
 
 
-class JobPage(NamedTuple):
-    """`jobs` newest first; `next` is the cursor of the next page, None at the end."""
-
-    jobs: tuple[Job, ...]
-    next: str | None
-
-
-class Jobs(Database):
+@dataclass
+class Jobs:
     """The catalog's operations on jobs. They do not count as changes, since serving does not depend on them."""
 
-    def add_job(
+    db: Database
+
+    def add(
         self,
         job_id: str,
         *,
@@ -53,10 +51,9 @@ class Jobs(Database):
         """
         check_job_id(job_id)
         check_name(name)
-        principal, tenant = self._principal, self._principal.tenant
+        principal, tenant = self.db.principal, self.db.principal.tenant
         check_qualified(qualified_name(tenant, name))
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             known = _find(c, principal, job_id)
             if known is not None:
                 if known.recipe.name != recipe.name:
@@ -66,20 +63,19 @@ class Jobs(Database):
                 raise ConflictError(f"the id {job_id!r} is taken; choose another one")
             _refuse_more(c, tenant, recipe.num_workers, max_jobs, max_workers)
             row: dict[str, Any] = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
-            row |= {"message": "", "actor": self._actor, "tenant": tenant, "cluster": cluster}
+            row |= {"message": "", "actor": self.db.actor, "tenant": tenant, "cluster": cluster}
             c.execute(jobs.insert().values(row | {"created_at": now()}))
-            log(c, self._actor, "add_job", job_id, tenant=tenant, name=name)
+            log(c, self.db.actor, "add_job", job_id, tenant=tenant, name=name)
             return _get(c, principal, job_id)
 
-    def start_job(self, job_id: str) -> Job:
+    def start(self, job_id: str) -> Job:
         """Change the status from pending to running; other jobs do not change. Raises JobNotFound."""
-        with writing(self._engine) as c:
-            lock(c)
-            if _get(c, self._principal, job_id).status == "pending":
+        with self.db.changing() as c:
+            if _get(c, self.db.principal, job_id).status == "pending":
                 _update(c, job_id, status="running", started_at=now())
-            return _get(c, self._principal, job_id)
+            return _get(c, self.db.principal, job_id)
 
-    def end_job(self, job_id: str, status: EndStatus, *, message: str = "", version: int | None = None) -> Job:
+    def end(self, job_id: str, status: EndStatus, *, message: str = "", version: int | None = None) -> Job:
         """Record the end of a job, with the version that it published, or a message that says why it did not.
 
         A job that has ended changes only to succeeded: a job that was recorded as failed while its driver could not be
@@ -87,58 +83,44 @@ class Jobs(Database):
         """
         if status not in get_args(EndStatus):
             raise SpecError(f"{status!r} is not how a job ends: {', '.join(get_args(EndStatus))}")
-        with writing(self._engine) as c:
-            lock(c)
-            job = _get(c, self._principal, job_id)
+        with self.db.changing() as c:
+            job = _get(c, self.db.principal, job_id)
             if not job.has_ended or (status == "succeeded" and job.version is None):
                 ended = {"status": status, "message": message, "version": version, "ended_at": job.ended_at or now()}
                 _update(c, job_id, **ended)
-                log(c, self._actor, "end_job", job_id, tenant=job.tenant, status=status, version=version)
-            return _get(c, self._principal, job_id)
+                log(c, self.db.actor, "end_job", job_id, tenant=job.tenant, status=status, version=version)
+            return _get(c, self.db.principal, job_id)
 
-    def note_cluster(self, cluster: str) -> None:
+    def record_cluster(self, cluster: str) -> None:
         """Record that the Ray cluster is there: whoever follows its jobs says so each half minute."""
-        row = {"id": cluster, "seen_at": now()}
-        with writing(self._engine) as c:
-            statement = insert_into(c, clusters).values(row)
-            c.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
+        with self.db.writing() as c:
+            upsert(c, clusters, [{"id": cluster, "seen_at": now()}])
 
     def is_cluster_there(self, cluster: str) -> bool:
         """The cluster was noted within two minutes."""
         seen = sa.select(clusters.c.id).where(clusters.c.id == cluster, clusters.c.seen_at > now() - _CLUSTER_IS_GONE)
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             return c.execute(seen).first() is not None
 
-    def job(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> Job:
         """One job. Raises JobNotFound."""
-        with reading(self._engine) as c:
-            return _get(c, self._principal, job_id)
+        with self.db.reading() as c:
+            return _get(c, self.db.principal, job_id)
 
-    def jobs(
+    def page(
         self, *, limit: int = 100, cursor: str | None = None, status: JobStatus | None = None, name: str | None = None
-    ) -> JobPage:
+    ) -> Page[Job]:
         """At most `limit` jobs, newest first, after `cursor`, the `next` of a page. Raises SpecError.
 
         `name` is an adapter of the own tenant, or `tenant/name`.
         """
-        mine = _owned(self._principal)
-        query = sa.select(jobs).where(mine).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
-        if status is not None:
-            query = query.where(jobs.c.status == status)
+        wanted: dict[str, Any] = {"status": status}
         if name is not None:
             tenant, bare = split_qualified(name)
-            owner = self._principal.tenant if tenant is None else tenant
-            query = query.where(jobs.c.name == bare, jobs.c.tenant == owner)
-        with reading(self._engine) as c:
-            if cursor is not None:
-                last = c.execute(sa.select(jobs.c.created_at, jobs.c.id).where(mine, jobs.c.id == cursor)).first()
-                if last is None:
-                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-                earlier = sa.and_(jobs.c.created_at == last.created_at, jobs.c.id < last.id)
-                query = query.where(sa.or_(jobs.c.created_at < last.created_at, earlier))
-            found = [_job(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return JobPage(page, page[-1].id if len(found) > limit else None)
+            wanted |= {"name": bare, "tenant": self.db.principal.tenant if tenant is None else tenant}
+        with self.db.reading() as c:
+            rows, last = newest(c, jobs, _owned(self.db.principal), wanted, cursor, limit)
+        return Page(items=tuple(map(_job, rows)), next=last)
 
 
 def _owned(principal: Principal) -> sa.ColumnElement[bool]:
@@ -190,6 +172,5 @@ def _job(row: sa.Row[Any]) -> Job:
         recipe = TrainSpec.model_validate_json(fields["recipe"])
     except ValueError as e:
         raise IntegrityError(f"the recipe of job {row.id} in the catalog cannot be read; a later loray wrote it") from e
-    times = {t: fields[t] and utc(fields[t]) for t in ("created_at", "started_at", "ended_at")}
     name = qualified_name(fields["tenant"], fields["name"])
-    return Job(**fields | {"name": name, "recipe": recipe} | times)
+    return Job(**fields | {"name": name, "recipe": recipe})

@@ -6,26 +6,30 @@ A row is forgotten KEPT after the last death. Rows are no changes of names: no s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, reading, writing
+from loray.catalog.database import Database, upsert
 from loray.catalog.entries import Quarantined
-from loray.catalog.queries import load_entry, lock, make_quarantined
+from loray.catalog.queries import load_entry, make_quarantined
 from loray.catalog.schema import quarantine
 from loray.errors import NotFoundError, PermissionDenied
 
 KEPT = timedelta(days=1)
 
 
-class Quarantines(Database):
+@dataclass
+class Quarantine:
     """The catalog's operations on quarantined adapters. Times are the callers', who share a clock."""
 
-    def quarantined(self) -> dict[str, Quarantined]:
+    db: Database
+
+    def all(self) -> dict[str, Quarantined]:
         """All adapters in quarantine, by digest."""
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             return {row.digest: make_quarantined(row) for row in c.execute(sa.select(quarantine))}
 
     def report_death(
@@ -36,42 +40,34 @@ class Quarantines(Database):
         `refused_for`: for how long, after so many deaths; None: it is suspected, and not refused.
         """
         of_it = quarantine.c.digest == digest
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             c.execute(quarantine.delete().where(quarantine.c.died_at <= at - KEPT))
             row = c.execute(sa.select(quarantine).where(of_it)).first()
             if row is not None and row.replica == replica:
                 return make_quarantined(row)
             deaths = 1 if row is None else row.deaths + 1
             refused = refused_for(deaths)
-            values = {
-                "deaths": deaths,
-                "replica": replica,
-                "died_at": at,
-                "refused_until": None if refused is None else at + refused,
-            }
-            if row is None:
-                c.execute(quarantine.insert().values(values | {"digest": digest}))
-            else:
-                c.execute(quarantine.update().where(of_it).values(values))
-            log(c, self._actor, "quarantine", digest, deaths=deaths, replica=replica)
+            until = None if refused is None else at + refused
+            death = {"digest": digest, "deaths": deaths, "replica": replica, "died_at": at, "refused_until": until}
+            upsert(c, quarantine, [death])
+            log(c, self.db.actor, "quarantine", digest, deaths=deaths, replica=replica)
             return make_quarantined(c.execute(sa.select(quarantine).where(of_it)).one())
 
     def try_again(self, digest: str, at: datetime, until: datetime) -> bool:
         """The caller may try an adapter whose time is over, if True. It is refused to all others until `until`."""
         due = sa.and_(quarantine.c.digest == digest, quarantine.c.refused_until <= at)
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             return c.execute(quarantine.update().where(due).values(refused_until=until)).rowcount == 1
 
     def acquit(self, digest: str) -> None:
         """Suspect the adapter, and refuse it no longer: the caller had tokens of it before its only death."""
         first = sa.and_(quarantine.c.digest == digest, quarantine.c.deaths == 1)
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             c.execute(quarantine.update().where(first).values(refused_until=None))
 
-    def clear_quarantine(self, digest: str) -> None:
+    def clear(self, digest: str) -> None:
         """End the quarantine: a token of the adapter has come since."""
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             c.execute(quarantine.delete().where(quarantine.c.digest == digest))
 
     def release(self, name: str, version: int) -> None:
@@ -79,12 +75,11 @@ class Quarantines(Database):
 
         Raises AdapterNotFound, PermissionDenied, and NotFoundError where it is not in quarantine.
         """
-        if not self._principal.is_admin:
+        if not self.db.principal.is_admin:
             raise PermissionDenied("only an administrator releases an adapter")
-        with writing(self._engine) as c:
-            lock(c)
-            _, entry = load_entry(c, self._principal, name)
+        with self.db.changing() as c:
+            _, entry = load_entry(c, self.db.principal, name)
             digest = entry.select(str(version)).digest
             if not c.execute(quarantine.delete().where(quarantine.c.digest == digest)).rowcount:
                 raise NotFoundError(f"{entry.name}@{version} is not in quarantine: no replica has died on it lately")
-            log(c, self._actor, "release", f"{entry.name}@{version}", tenant=entry.tenant, digest=digest)
+            log(c, self.db.actor, "release", f"{entry.name}@{version}", tenant=entry.tenant, digest=digest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from sys import intern
 from typing import Any
@@ -17,7 +17,6 @@ from loray.catalog.entries import (
     AdapterVersion,
     Canary,
     Quarantined,
-    VersionPage,
     VersionSummary,
     check_name,
     check_qualified,
@@ -41,6 +40,7 @@ from loray.catalog.schema import (
 )
 from loray.catalog.schema import tags as tags_table
 from loray.errors import ConflictError, PermissionDenied, SpecError
+from loray.schemas.resources import Page
 from loray.spec import (
     DEFAULT_ALIAS,
     AdapterRef,
@@ -52,11 +52,14 @@ from loray.spec import (
 )
 
 
-def lock(c: sa.Connection) -> int:
-    """The first statement of every write. On PostgreSQL its row lock makes writers wait for each other, so that rows do
-    not change after a writer has read them. Returns the change counter.
-    """
-    return int(c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one())
+def read_counter(c: sa.Connection) -> int:
+    """The change counter."""
+    return int(c.execute(sa.select(changes.c.counter)).scalar_one())
+
+
+def next_revision(c: sa.Connection) -> int:
+    """The value of the change counter after this write, which has the catalog's lock."""
+    return read_counter(c) + 1
 
 
 def count_change(c: sa.Connection, *adapter_ids: int) -> int:
@@ -138,7 +141,7 @@ def load_entries(
             row.id,
             AdapterEntry(
                 row.name,
-                utc(row.created_at),
+                row.created_at,
                 tuple(refs[row.id]),
                 make_pointers(pointers.get(row.id, ())),
                 intern(row.tenant),
@@ -154,9 +157,9 @@ def load_entries(
 
 _ENTRY = [adapters.c[name] for name in ("id", "name", "created_at", "tenant", "visibility")]
 _IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-_REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
+REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
 _REFS = (
-    sa.select(versions.c.adapter_id, *(versions.c[name] for name in _REF))
+    sa.select(versions.c.adapter_id, *(versions.c[name] for name in REF))
     .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
     .order_by(versions.c.adapter_id, versions.c.version)
 )
@@ -245,29 +248,40 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
     row = c.execute(query.where(adapters.c.id == adapter_id, versions.c.version == version)).one()
     pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
     died = c.execute(sa.select(quarantine).where(quarantine.c.digest == row.digest)).first()
+    later = load_evaluations(c, row.tenant, [row.digest])
+    manifest = parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}")
     return AdapterVersion(
         name=name,
         version=row.version,
         digest=row.digest,
-        manifest=parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}"),
-        created_at=utc(row.created_at),
+        created_at=row.created_at,
         aliases=tuple(pointing.scalars()),
-        later_evaluations=load_evaluations(c, row.tenant, row.digest),
+        method=manifest.method,
+        base_fingerprint=manifest.base_fingerprint,
+        context_length=manifest.context_length,
+        nbytes=manifest.nbytes,
+        evaluations=(*manifest.evaluations, *later.get(row.digest, ())),
         quarantine=None if died is None else make_quarantined(died),
+        manifest=manifest,
     )
 
 
 def make_quarantined(row: sa.Row[Any]) -> Quarantined:
-    until = row.refused_until
-    return Quarantined(row.deaths, row.replica, utc(row.died_at), None if until is None else utc(until))
+    fields = ("deaths", "replica", "died_at", "refused_until")
+    return Quarantined(**{name: getattr(row, name) for name in fields})
 
 
-def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
-    """Evaluations that were recorded after publication for the adapter of this tenant, the oldest first."""
+def load_evaluations(
+    c: sa.Connection, tenant: str, digests: Sequence[str] | sa.Select[tuple[str]]
+) -> dict[str, list[Evaluation]]:
+    """Digest → what was measured of the tenant's adapter after publication, the oldest first."""
     columns = [evaluations.c[name] for name in Evaluation.model_fields]
-    where = (evaluations.c.digest == digest, evaluations.c.tenant == tenant)
-    rows = c.execute(sa.select(*columns).where(*where).order_by(evaluations.c.id))
-    return tuple(Evaluation(**row._asdict()) for row in rows)
+    query = sa.select(evaluations.c.digest, *columns).order_by(evaluations.c.id)
+    query = query.where(evaluations.c.tenant == tenant, evaluations.c.digest.in_(digests))
+    found: dict[str, list[Evaluation]] = {}
+    for digest, *fields in c.execute(query):
+        found.setdefault(digest, []).append(Evaluation(**dict(zip(Evaluation.model_fields, fields, strict=True))))
+    return found
 
 
 def version_id_of(c: sa.Connection, adapter_id: int, version: int) -> int:
@@ -289,9 +303,28 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def utc(value: datetime) -> datetime:
-    """`value` with its time zone, UTC, which SQLite does not store."""
-    return value if value.tzinfo else value.replace(tzinfo=UTC)
+def newest(
+    c: sa.Connection,
+    table: sa.Table,
+    mine: sa.ColumnElement[bool],
+    wanted: Mapping[str, Any],
+    cursor: str | None,
+    limit: int,
+) -> tuple[Sequence[sa.Row[Any]], str | None]:
+    """(rows, cursor of the next page): at most `limit` of the caller's rows, newest first, after the id `cursor`.
+
+    wanted  column → value; None: any
+
+    Raises SpecError where the caller has no row of this id.
+    """
+    query = sa.select(table).where(mine, *(table.c[name] == v for name, v in wanted.items() if v is not None))
+    if cursor is not None:
+        last = c.execute(sa.select(table.c.created_at, table.c.id).where(mine, table.c.id == cursor)).first()
+        if last is None:
+            raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
+        query = query.where(sa.tuple_(table.c.created_at, table.c.id) < sa.tuple_(last.created_at, last.id))
+    rows = c.execute(query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit + 1)).all()
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
 # -- listings ---------------------------------------------------------------------------------------------------------
@@ -312,7 +345,7 @@ def select_names(
     search: str | None,
     tags: Mapping[str, str | None],
 ) -> sa.Select[Any]:
-    """The caller's names after `after`, sorted. `Catalog.names` says what the filters mean.
+    """The caller's names after `after`, sorted. `Adapters.page` says what the filters mean.
 
     A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
     wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees
@@ -328,17 +361,12 @@ def select_names(
     if method is not None:
         query = query.where(adapters.c.served_method == method)
     if search:
-        query = query.where(_contains(c, search))
+        # Names are ASCII, whose case SQLite's LIKE ignores by itself.
+        contains = adapters.c.name.contains if c.dialect.name == "sqlite" else adapters.c.name.icontains
+        query = query.where(contains(search, autoescape=True))
     for key, value in tags.items():
         query = query.where(_is_tagged(c, key, value))
     return query.order_by(adapters.c.name)
-
-
-def _contains(c: sa.Connection, search: str) -> sa.ColumnElement[bool]:
-    """Part of the name, in any case. Names are ASCII, whose case SQLite's LIKE ignores by itself."""
-    if c.dialect.name == "sqlite":
-        return adapters.c.name.contains(search, autoescape=True)
-    return adapters.c.name.icontains(search, autoescape=True)
 
 
 def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElement[bool]:
@@ -356,8 +384,8 @@ def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElemen
 
 def list_versions(
     c: sa.Connection, adapter_id: int, entry: AdapterEntry, limit: int, before: int | None
-) -> VersionPage:
-    """`Catalog.versions` of an entry. Two statements, however many versions there are."""
+) -> Page[VersionSummary]:
+    """`Adapters.versions` of an entry. Two statements, however many versions there are."""
     manifest = manifest_as_json(c)
     texts = (manifest[name].as_string().label(name) for name in ("data_fingerprint", "job_id", "sweep"))
     of_manifest = (manifest["evaluations"].label("evaluations"), manifest["rank"].as_integer().label("rank"), *texts)
@@ -370,7 +398,8 @@ def list_versions(
     if before is not None:
         query = query.where(versions.c.version < before)
     query = query.order_by(versions.c.version.desc()).limit(limit + 1)
-    later = _later_evaluations(c, adapter_id, entry.tenant)
+    digests = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id)
+    later = load_evaluations(c, entry.tenant, digests)
     found: list[VersionSummary] = []
     num_evaluations = 0
     with c.execute(query, execution_options={"yield_per": _AT_ONCE}) as rows:
@@ -378,42 +407,22 @@ def list_versions(
             made = _summary(entry.name, row, later.get(row.digest, []))
             num_evaluations += len(made.evaluations)
             if len(found) == limit or (found and num_evaluations > _MOST_EVALUATIONS):
-                return VersionPage(tuple(found), found[-1].version)
+                return Page(items=tuple(found), next=str(found[-1].version))
             found.append(made)
-    return VersionPage(tuple(found), None)
+    return Page(items=tuple(found))
 
 
 _SUMMARY = ("version", "digest", "method", "base_fingerprint", "context_length", "nbytes", "created_at")
 _QUARANTINE = [quarantine.c[name] for name in ("deaths", "replica", "died_at", "refused_until")]
 
 
-def _later_evaluations(c: sa.Connection, adapter_id: int, tenant: str) -> dict[str, list[Evaluation]]:
-    """Digest → what was measured after publication, the oldest first."""
-    mine = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id)
-    columns = [evaluations.c[name] for name in Evaluation.model_fields]
-    query = sa.select(evaluations.c.digest, *columns).order_by(evaluations.c.id)
-    query = query.where(evaluations.c.tenant == tenant, evaluations.c.digest.in_(mine))
-    found: dict[str, list[Evaluation]] = {}
-    for digest, *fields in c.execute(query):
-        found.setdefault(digest, []).append(Evaluation(**dict(zip(Evaluation.model_fields, fields, strict=True))))
-    return found
-
-
 def _summary(name: str, row: sa.Row[Any], later: list[Evaluation]) -> VersionSummary:
     measured = (Evaluation.model_validate(fields) for fields in row.evaluations or ())
-    return VersionSummary(
-        name=name,
-        version=row.version,
-        digest=row.digest,
-        method=row.method,
-        base_fingerprint=row.base_fingerprint,
-        context_length=row.context_length,
-        nbytes=row.nbytes,
-        rank=row.rank,
-        data_fingerprint=row.data_fingerprint,
-        run=row.job_id or row.sweep,
-        created_at=utc(row.created_at),
-        aliases=tuple(sorted(row.aliases.split(","))) if row.aliases else (),
-        evaluations=(*measured, *later),
-        quarantine=None if row.deaths is None else make_quarantined(row),
-    )
+    made = {
+        "name": name,
+        "run": row.job_id or row.sweep,
+        "aliases": tuple(sorted(row.aliases.split(","))) if row.aliases else (),
+        "evaluations": (*measured, *later),
+        "quarantine": None if row.deaths is None else make_quarantined(row),
+    }
+    return VersionSummary(**row._asdict() | made)

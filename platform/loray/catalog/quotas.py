@@ -6,11 +6,12 @@ Times are seconds since the epoch by the owners' clocks, which must agree within
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, insert_into, reading, writing
+from loray.catalog.database import Database, upsert
 from loray.catalog.schema import quota_levels, quota_owners
 
 OWNER_IS_GONE_S = 15.0  # without a word
@@ -42,20 +43,23 @@ class QuotaState(NamedTuple):
     used: dict[str, float]
 
 
-class Quotas(Database):
+@dataclass
+class Quotas:
     """The catalog's operations on limits. They neither count as changes nor wait for other writers."""
 
-    def count_quotas(self, owner: str, uses: Sequence[QuotaUse], now: float) -> QuotaState:
+    db: Database
+
+    def count(self, owner: str, uses: Sequence[QuotaUse], now: float) -> QuotaState:
         """Record that the owner is there and what it counted. Returns what is used of these limits, and how many owners
         there are, this one included.
         """
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             if c.dialect.name == "postgresql":
                 c.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             seen, ends_at = quota_owners.c.seen_at, quota_levels.c.ends_at
             is_gone = sa.or_(seen < now - OWNER_IS_GONE_S, seen > now + OWNER_IS_GONE_S)  # later: a clock went back
             c.execute(quota_owners.delete().where(is_gone))
-            self._put(c, quota_owners, [{"id": owner, "seen_at": now}])
+            upsert(c, quota_owners, [{"id": owner, "seen_at": now}])
             num_owners = c.execute(sa.select(sa.func.count()).select_from(quota_owners)).scalar_one()
             c.execute(quota_levels.delete().where(ends_at <= now))
             used: dict[str, float] = {}
@@ -63,17 +67,17 @@ class Quotas(Database):
                 used |= self._count(c, uses[start : start + _BATCH], now, is_alone=num_owners == 1)
             return QuotaState(num_owners, used)
 
-    def known_quotas(self, now: float) -> dict[str, tuple[float, float]]:
+    def known(self, now: float) -> dict[str, tuple[float, float]]:
         """Rule → units that are used, and when they were, of what an owner that starts anew has to know. It asks for
         budgets when it begins to count them.
         """
         query = sa.select(quota_levels).where(quota_levels.c.ends_at > now, quota_levels.c.rule.not_like("budget %"))
-        with reading(self._engine) as c:
+        with self.db.reading() as c:
             return {row.rule: (row.used, row.at) for row in c.execute(query)}
 
-    def leave_quotas(self, owner: str) -> None:
+    def leave(self, owner: str) -> None:
         """Remove an owner that counts nothing any more."""
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             c.execute(quota_owners.delete().where(quota_owners.c.id == owner))
 
     def _count(self, c: sa.Connection, uses: Sequence[QuotaUse], now: float, *, is_alone: bool) -> dict[str, float]:
@@ -91,13 +95,5 @@ class Quotas(Database):
             if use.units or use.used_before is not None:
                 ends_at = now + used[use.rule] / use.rate if use.rate else use.ends_at
                 rows.append({"rule": use.rule, "used": used[use.rule], "at": now, "ends_at": ends_at})
-        self._put(c, quota_levels, rows)
+        upsert(c, quota_levels, rows)
         return used
-
-    def _put(self, c: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        statement = insert_into(c, table)
-        keys = [column.name for column in table.primary_key]
-        values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-        c.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)

@@ -16,16 +16,17 @@ import json
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, reading, writing
-from loray.catalog.queries import count_change, load_entry, lock, now, owned
-from loray.catalog.schema import adapters, alias_moves, bases, changes, claims, jobs, versions
+from loray.catalog.database import Database
+from loray.catalog.queries import count_change, load_entry, now, owned, read_counter
+from loray.catalog.schema import adapters, alias_moves, bases, claims, jobs, versions
 from loray.errors import AdapterNotFound, CatalogError, ConflictError
 from loray.spec import has_ended, meanings, split_qualified
 
@@ -54,39 +55,6 @@ class StoredUse(NamedTuple):
     nbytes: int
 
 
-class StoreReferences(Database):
-    """The catalog's operations for the store's garbage collection."""
-
-    def references(self, *, keep_deleted_s: float) -> References:
-        """The adapters of all versions, without those that were deleted more than `keep_deleted_s` seconds ago."""
-        with reading(self._engine) as c:
-            counter = int(c.execute(sa.select(changes.c.counter)).scalar_one())
-            return References(counter, dict(needed_files(c, keep_deleted_s, since=-1)))
-
-    def stored_use(self) -> tuple[StoredUse, ...]:
-        """Versions by tenant, method and base, sorted."""
-        gone = sa.or_(versions.c.deleted_at.is_not(None), adapters.c.deleted_at.is_not(None))
-        group = (adapters.c.tenant, versions.c.method, versions.c.base_fingerprint)
-        query = (
-            sa.select(
-                *group,
-                sa.func.count(sa.distinct(adapters.c.id)),
-                sa.func.count(),
-                sa.func.sum(sa.case((gone, 1), else_=0)),
-                sa.func.sum(versions.c.nbytes),
-            )
-            .join(adapters, adapters.c.id == versions.c.adapter_id)
-            .group_by(*group)
-            .order_by(*group)
-        )
-        with reading(self._engine) as c:
-            names = {row.fingerprint: row.name for row in c.execute(sa.select(bases))}
-            return tuple(
-                StoredUse(tenant, method, names.get(base, base[:12]), names_, versions_, int(deleted), int(nbytes))
-                for tenant, method, base, names_, versions_, deleted, nbytes in c.execute(query)
-            )
-
-
 def needed_files(c: sa.Connection, keep_deleted_s: float, *, since: int) -> Iterator[tuple[str, frozenset[str]]]:
     """(digest, files) of the needed versions whose names have changed after `since`."""
     oldest = now() - timedelta(seconds=keep_deleted_s)
@@ -113,8 +81,11 @@ class Allowed(NamedTuple):
     until: float
 
 
-class Claims(Database):
+@dataclass
+class Claims:
     """The catalog's operations that order publications and deletions in the store."""
+
+    db: Database
 
     @contextmanager
     def publishing(self, names: Collection[str]) -> Iterator[str]:
@@ -135,7 +106,7 @@ class Claims(Database):
             yield claim
         except BaseException:
             with suppress(CatalogError):  # otherwise it lapses
-                _drop(self._engine, claim)
+                self._drop(claim)
             raise
 
     @contextmanager
@@ -144,22 +115,24 @@ class Claims(Database):
         block raises, a deletion may still be under way: the claim is kept, and lapses.
         """
         claim = secrets.token_hex(16)
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             until = monotonic() + _BATCH_S
             publications = c.execute(_holding(deletes=False).where(claims.c.name.in_(names))).scalars()
             found = needed_files(c, keep_deleted_s, since=before.counter)
             needed = {name for digest, files in found for name in (digest, *files)} | set(publications)
             free = frozenset(names) - needed
             _insert(c, claim, free, deletes=True)
-            log(c, self._actor, "collect", "store")
+            log(c, self.db.actor, "collect", "store")
         yield Allowed(free, until)
-        _drop(self._engine, claim)
+        self._drop(claim)
+
+    def _drop(self, claim: str) -> None:
+        with self.db.writing() as c:
+            c.execute(claims.delete().where(claims.c.claim == claim))
 
     def _claim_to_publish(self, claim: str, names: Collection[str]) -> bool:
         """False where a collection deletes one of the objects."""
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             if not set(names).isdisjoint(c.execute(_holding(deletes=True)).scalars()):
                 return False
             _insert(c, claim, names, deletes=False)
@@ -174,11 +147,6 @@ def end_claim(c: sa.Connection, claim: str | None) -> None:
     if not c.execute(claims.delete().where(*mine)).rowcount:
         hours = _LONGEST_PUBLICATION.total_seconds() / 3600
         raise ConflictError(f"publishing took more than {hours:g} hours; try again")
-
-
-def _drop(engine: sa.Engine, claim: str) -> None:
-    with writing(engine) as c:
-        c.execute(claims.delete().where(claims.c.claim == claim))
 
 
 def _holding(*, deletes: bool) -> sa.Select[tuple[str]]:
@@ -198,26 +166,19 @@ def _insert(c: sa.Connection, claim: str, names: Collection[str], *, deletes: bo
 # -- delete and restore -----------------------------------------------------------------------------------------------
 
 
-class _Deleted(NamedTuple):
-    id: int
-    adapter_id: int
-    digest: str
-    version: int
-    name: str
-    tenant: str
+@dataclass
+class Removal:
+    """The catalog's operations that delete and restore, and those that say what the store must keep."""
 
-
-class Deletion(Database):
-    """The catalog's operations that delete and restore."""
+    db: Database
 
     def delete_version(self, name: str, version: int) -> None:
         """Delete one version. The last version of a name goes with the name alone.
 
         Raises AdapterNotFound, and ConflictError where an alias points at it, or it is a canary or the last one.
         """
-        with writing(self._engine) as c:
-            lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             entry.select(str(version))
             pointing = sorted(alias for alias, target in entry.aliases.items() if target == version)
@@ -233,7 +194,7 @@ class Deletion(Database):
             c.execute(versions.update().where(row).values(deleted_at=now()))
             target = sa.select(versions.c.id).where(row).scalar_subquery()
             c.execute(alias_moves.update().where(alias_moves.c.version_id == target).values(undone=True))
-            log(c, self._actor, "delete", f"{name}@{version}", tenant=entry.tenant)
+            log(c, self.db.actor, "delete", f"{name}@{version}", tenant=entry.tenant)
             count_change(c, adapter_id)
 
     def delete_adapter(self, name: str) -> None:
@@ -241,56 +202,81 @@ class Deletion(Database):
 
         Raises AdapterNotFound, and ConflictError while a job trains for it.
         """
-        with writing(self._engine) as c:
-            lock(c)
-            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+        with self.db.changing() as c:
+            adapter_id, entry = load_entry(c, self.db.principal, name, to_change=True)
             name = entry.name
             refuse_while_trained(c, entry.tenant, name)
             c.execute(adapters.update().where(adapters.c.id == adapter_id).values(deleted_at=now()))
-            log(c, self._actor, "delete", name, tenant=entry.tenant)
+            log(c, self.db.actor, "delete", name, tenant=entry.tenant)
             count_change(c, adapter_id)
 
     def deleted_digests(self, name: str, version: int | None = None) -> Sequence[str]:
         """Digests that `restore` of the same arguments needs from the store. Raises AdapterNotFound."""
-        with writing(self._engine) as c:
+        with self.db.reading() as c:
             return tuple(row.digest for row in self._deleted(c, name, version))
 
     def restore(self, name: str, version: int | None = None, *, claim: str | None = None) -> None:
         """Restore a deleted version, or a deleted name as it was. Versions that were deleted before the name stay so.
 
-        `claim` is that of `publishing`, within which the caller has found their bytes in the store. Raises
+        `claim` is that of `Claims.publishing`, within which the caller has found their bytes in the store. Raises
         AdapterNotFound where nothing of that name is deleted, and ConflictError where the claim has lapsed.
         """
-        with writing(self._engine) as c:
-            lock(c)
+        with self.db.changing() as c:
             end_claim(c, claim)
-            found = self._deleted(c, name, version)
-            adapter_id = found[0].adapter_id
+            found, *_ = self._deleted(c, name, version)
             if version is None:
-                c.execute(adapters.update().where(adapters.c.id == adapter_id).values(deleted_at=None))
+                c.execute(adapters.update().where(adapters.c.id == found.adapter_id).values(deleted_at=None))
             else:
-                c.execute(versions.update().where(versions.c.id == found[0].id).values(deleted_at=None))
-            stored = found[0].name
-            subject = stored if version is None else f"{stored}@{version}"
-            log(c, self._actor, "restore", subject, tenant=found[0].tenant)
-            count_change(c, adapter_id)
+                c.execute(versions.update().where(versions.c.id == found.id).values(deleted_at=None))
+            subject = found.name if version is None else f"{found.name}@{version}"
+            log(c, self.db.actor, "restore", subject, tenant=found.tenant)
+            count_change(c, found.adapter_id)
 
-    def _deleted(self, c: sa.Connection, name: str, version: int | None) -> list[_Deleted]:
+    def _deleted(self, c: sa.Connection, name: str, version: int | None) -> Sequence[sa.Row[Any]]:
         """The versions of one name of the caller that would exist again, at least one."""
-        columns = [versions.c[field] for field in ("id", "adapter_id", "digest", "version")]
+        columns = [versions.c[field] for field in ("id", "adapter_id", "digest")]
         query = sa.select(*columns, *(adapters.c[field] for field in ("name", "tenant")))
-        query = query.join(adapters, adapters.c.id == versions.c.adapter_id).where(owned(self._principal))
+        query = query.join(adapters, adapters.c.id == versions.c.adapter_id).where(owned(self.db.principal))
         if version is None:
             query = query.where(adapters.c.deleted_at.is_not(None), versions.c.deleted_at.is_(None))
         else:
             is_deleted = (adapters.c.deleted_at.is_(None), versions.c.deleted_at.is_not(None))
             query = query.where(*is_deleted, versions.c.version == version)
-        for meant in meanings(name, self._principal.tenant):
+        for meant in meanings(name, self.db.principal.tenant):
             found = c.execute(query.where(adapters.c.name == meant).order_by(versions.c.version)).all()
             if found:
-                return [_Deleted(*row) for row in found]
+                return found
         what = f"adapter {name!r}" if version is None else f"version {version} of adapter {name!r}"
         raise AdapterNotFound(f"no deleted {what}; a deleted name is restored before its versions")
+
+    def references(self, *, keep_deleted_s: float) -> References:
+        """The adapters of all versions, without those that were deleted more than `keep_deleted_s` seconds ago."""
+        with self.db.reading() as c:
+            counter = read_counter(c)
+            return References(counter, dict(needed_files(c, keep_deleted_s, since=-1)))
+
+    def stored_use(self) -> tuple[StoredUse, ...]:
+        """Versions by tenant, method and base, sorted."""
+        gone = sa.or_(versions.c.deleted_at.is_not(None), adapters.c.deleted_at.is_not(None))
+        group = (adapters.c.tenant, versions.c.method, versions.c.base_fingerprint)
+        query = (
+            sa.select(
+                *group,
+                sa.func.count(sa.distinct(adapters.c.id)),
+                sa.func.count(),
+                sa.func.sum(sa.case((gone, 1), else_=0)),
+                sa.func.sum(versions.c.nbytes),
+            )
+            .join(adapters, adapters.c.id == versions.c.adapter_id)
+            .group_by(*group)
+            .order_by(*group)
+        )
+        with self.db.reading() as c:
+            names = {row.fingerprint: row.name for row in c.execute(sa.select(bases))}
+            return tuple(
+                StoredUse(tenant, method, names.get(base, base[:12]), names_, versions_, int(deleted), int(nbytes))
+                for tenant, method, base, names_, versions_, deleted, nbytes in c.execute(query)
+            )
 
 
 def refuse_deleted(c: sa.Connection, name: str) -> None:

@@ -40,6 +40,7 @@ usage_days       sums of `usage` by day (UTC, as 2026-01-31), tenant, key and mo
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -51,6 +52,7 @@ from sqlalchemy import (
     Computed,
     Connection,
     DateTime,
+    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -59,10 +61,22 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     cast,
     type_coerce,
 )
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A time with its zone, UTC, which SQLite does not store."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
 
 # Constraints have explicit names, so that migrations can change them on every database.
 metadata = MetaData(
@@ -81,7 +95,7 @@ tenants = Table(
     Column("blocked", Boolean, nullable=False),
     Column("limits", Text, nullable=False),
     Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
 )
 
 keys = Table(
@@ -99,10 +113,10 @@ keys = Table(
     Column("blocked", Boolean, nullable=False),
     Column("created_by", String(96), nullable=False),
     Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-    Column("expires_at", DateTime(timezone=True)),
-    Column("revoked_at", DateTime(timezone=True)),
-    Column("last_used_at", DateTime(timezone=True)),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("last_used_at", UtcTime),
 )
 
 _FILTERED = ("tenant", "served_method", "served_base")
@@ -113,7 +127,7 @@ bases = Table(
     metadata,
     Column("name", String(96), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
 )
 
 adapters = Table(
@@ -126,8 +140,8 @@ adapters = Table(
     Column("changed_at", BigInteger, nullable=False, server_default="0"),
     Column("served_method", String(16)),
     Column("served_base", String(64)),
-    Column("deleted_at", DateTime(timezone=True)),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("deleted_at", UtcTime),
+    Column("created_at", UtcTime, nullable=False),
     Index(None, "changed_at", "id"),
     # Each of these has all that listings ask: a page, whatever it is filtered by, is read in order, from one of them.
     # PostgreSQL also has ix_adapters_trigrams, where it may (`migrations`): parts of names are found by it.
@@ -168,8 +182,8 @@ versions = Table(
     Column("manifest", Text, nullable=False),
     Column("tool_parser", String(16)),
     Column("chat_template", String(64), index=True),
-    Column("deleted_at", DateTime(timezone=True)),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("deleted_at", UtcTime),
+    Column("created_at", UtcTime, nullable=False),
     UniqueConstraint("adapter_id", "version"),
     UniqueConstraint("adapter_id", "digest"),
 )
@@ -200,7 +214,7 @@ alias_moves = Table(
     Column("version_id", ForeignKey("versions.id"), nullable=False),
     Column("undone", Boolean, nullable=False),
     Column("no_gate", Text),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
     Index(None, "adapter_id", "alias"),
 )
 
@@ -213,8 +227,8 @@ canaries = Table(
     *(Column(name, ForeignKey("versions.id"), nullable=False) for name in ("stable_id", "version_id")),
     Column("percent", Integer, nullable=False),
     *(Column(name, Text, nullable=False) for name in ("bounds", "reports")),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-    Column("ended_at", DateTime(timezone=True)),
+    Column("created_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime),
     Column("outcome", String(16)),
     Column("reason", Text),
 )
@@ -224,7 +238,7 @@ uploads = Table(
     metadata,
     Column("digest", String(64), primary_key=True),
     Column("tenant", String(32), primary_key=True),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
 )
 
 claims = Table(
@@ -233,7 +247,7 @@ claims = Table(
     Column("name", String(64), primary_key=True),
     Column("claim", String(32), primary_key=True),
     Column("deletes", Boolean, nullable=False),
-    Column("claimed_at", DateTime(timezone=True), nullable=False),
+    Column("claimed_at", UtcTime, nullable=False),
 )
 
 evaluations = Table(
@@ -253,7 +267,7 @@ evaluations = Table(
     Column("data_sha256", String(64)),
     Column("measured_by", String(8)),
     Column("actor", String(96), nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
 )
 
 projections = Table(
@@ -267,7 +281,7 @@ projections = Table(
     Column("rank", Integer, nullable=False),
     Column("max_in", Integer, nullable=False),
     Column("max_out", Integer, nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
     UniqueConstraint("base_fingerprint", "tenant", "sha256"),
 )
 
@@ -287,7 +301,7 @@ audit_log = Table(
     Column("subject", String(200), nullable=False),
     Column("detail", Text, nullable=False),
     Column("tenant", String(32), nullable=False, server_default="default", index=True),
-    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
     *(Column(name, String(64)) for name in ("address", "previous_hash", "hash")),
     Column("request_id", String(128)),
 )
@@ -297,7 +311,7 @@ logins = Table(
     metadata,
     Column("cookie_sha256", String(64), primary_key=True),
     Column("sealed", Text, nullable=False),
-    *(Column(name, DateTime(timezone=True), nullable=False) for name in ("created_at", "used_at")),
+    *(Column(name, UtcTime, nullable=False) for name in ("created_at", "used_at")),
 )
 
 jobs = Table(
@@ -311,9 +325,9 @@ jobs = Table(
     Column("message", Text, nullable=False),
     Column("version", Integer),
     Column("actor", String(96), nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
-    Column("started_at", DateTime(timezone=True)),
-    Column("ended_at", DateTime(timezone=True)),
+    Column("created_at", UtcTime, nullable=False, index=True),
+    Column("started_at", UtcTime),
+    Column("ended_at", UtcTime),
     Column("cluster", String(128)),
 )
 
@@ -321,7 +335,7 @@ clusters = Table(
     "clusters",
     metadata,
     Column("id", String(128), primary_key=True),
-    Column("seen_at", DateTime(timezone=True), nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
 )
 
 quota_owners = Table(
@@ -345,8 +359,8 @@ quarantine = Table(
     Column("digest", String(64), primary_key=True),
     Column("deaths", Integer, nullable=False),
     Column("replica", String(96), nullable=False),
-    Column("died_at", DateTime(timezone=True), nullable=False),
-    Column("refused_until", DateTime(timezone=True)),
+    Column("died_at", UtcTime, nullable=False),
+    Column("refused_until", UtcTime),
 )
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
@@ -363,7 +377,7 @@ usage = Table(
     Column("tier", String(16), nullable=False),
     Column("seconds", Double, nullable=False),
     Column("outcome", String(32), nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
+    Column("created_at", UtcTime, nullable=False, index=True),
     Index(None, "tenant", "created_at"),
 )
 

@@ -130,7 +130,7 @@ class SnapshotFile(SnapshotStore[CatalogSnapshot]):
         return {"counter": state.counter, "bases": state.bases, "templates": state.templates}
 
     def _items(self, state: CatalogSnapshot) -> Iterator[list[Any]]:
-        return (_fields(adapter_id, state.adapters[name]) for adapter_id, name in state.names.items())
+        return (_fields(adapter_id, state.adapters[name]) for adapter_id, name in state.ids.items())
 
     def _state(self, header: dict[str, Any], items: Iterable[list[Any]]) -> CatalogSnapshot:
         adapters = {adapter_id: _entry(fields) for adapter_id, *fields in items}

@@ -6,15 +6,16 @@ Sums of whole days are kept as events come, so that what is asked of a month doe
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from datetime import UTC, date, datetime, time, timedelta
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, time, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, insert_into, reading, writing
+from loray.catalog.database import Database, insert_into
 from loray.catalog.schema import TOKENS, usage, usage_days
 from loray.errors import DataError, SpecError
+from loray.schemas.resources import UsageResource
 from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
 
 _COUNTS = ("num_requests", *TOKENS, "seconds")
@@ -22,24 +23,13 @@ _COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model":
 _NO_KEY = ""  # in usage_days, whose primary key has no null
 
 
-class UsageRow(NamedTuple):
-    """Sums of a group; what it is not grouped by is None."""
-
-    tenant: str | None
-    key_id: str | None
-    model: str | None
-    day: date | None
-    num_requests: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    seconds: float
-
-
-class UsageTable(Database):
+@dataclass
+class UsageTable:
     """The catalog's operations on usage. They neither count as changes nor wait for other writers."""
 
-    def record_usage(self, events: Sequence[UsageEvent]) -> int:
+    db: Database
+
+    def record(self, events: Sequence[UsageEvent]) -> int:
         """Record events, and return how many of them were new. One that is known already changes nothing.
 
         Raises DataError where the database refuses what one of them has; then none is recorded.
@@ -47,7 +37,7 @@ class UsageTable(Database):
         if not events:
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             try:
                 statement = insert_into(c, usage).on_conflict_do_nothing(index_elements=["request_id"])
                 new = set(c.scalars(statement.returning(usage.c.request_id), rows))
@@ -71,7 +61,7 @@ class UsageTable(Database):
         added = {name: usage_days.c[name] + statement.excluded[name] for name in _COUNTS}
         c.execute(statement.on_conflict_do_update(index_elements=names, set_=added), values)
 
-    def usage(
+    def sums(
         self,
         group_by: Collection[UsageGroup],
         *,
@@ -82,19 +72,21 @@ class UsageTable(Database):
         until: datetime | None = None,
         limit: int = 1000,
         offset: int = 0,
-    ) -> tuple[UsageRow, ...]:
+    ) -> tuple[UsageResource, ...]:
         """Sums over events from `since` until before `until`, in the order of their groups. Raises SpecError."""
         unknown = [group for group in group_by if group not in USAGE_GROUPS]
         if unknown:
             raise SpecError(f"usage is not grouped by {unknown[0]!r}: {', '.join(USAGE_GROUPS)}")
         given = {"tenant": tenant, "key_id": key_id, "model": model}
         found = self._rows(given, since and _utc(since), until and _utc(until)).subquery()
-        columns = [found.c[_COLUMNS[name]].label(f"group_{name}") for name in _COLUMNS if name in group_by]
+        columns = [found.c[column] for name, column in _COLUMNS.items() if name in group_by]
         sums = [sa.func.coalesce(sa.func.sum(found.c[name]), 0).label(name) for name in _COUNTS]
         query = sa.select(*columns, *sums).select_from(found)
         query = query.group_by(*columns).order_by(*columns).limit(limit).offset(offset)
-        with reading(self._engine) as c:
-            return tuple(_row(row._mapping) for row in c.execute(query))
+        with self.db.reading() as c:
+            rows = [row._asdict() for row in c.execute(query)]
+        ungrouped: dict[str, Any] = dict.fromkeys(_COLUMNS.values())
+        return tuple(UsageResource(**ungrouped | row | {"key_id": row.get("key_id") or None}) for row in rows)
 
     def _rows(
         self, given: dict[str, str | None], since: datetime | None, until: datetime | None
@@ -122,21 +114,21 @@ class UsageTable(Database):
                 days, events = days.where(usage_days.c[name] == value), events.where(usage.c[name] == value)
         return sa.union_all(days, events)
 
-    def tokens_used(self, *, tenant: str | None = None, key_id: str | None = None, since: datetime) -> int:
+    def tokens(self, *, tenant: str | None = None, key_id: str | None = None, since: datetime) -> int:
         """Tokens of prompts and answers since then, of a tenant or of a key."""
-        (found,) = self.usage([], tenant=tenant, key_id=key_id, since=since)
+        (found,) = self.sums([], tenant=tenant, key_id=key_id, since=since)
         return found.num_prompt_tokens + found.num_output_tokens
 
-    def forget_usage(self, before: datetime) -> int:
+    def forget(self, before: datetime) -> int:
         """Delete events and sums of the days before `before`. Returns how many events that was."""
         midnight = _midnight(_utc(before))
-        with writing(self._engine) as c:
+        with self.db.writing() as c:
             c.execute(usage_days.delete().where(usage_days.c.day < midnight.date().isoformat()))
             return int(c.execute(usage.delete().where(usage.c.created_at < midnight)).rowcount)
 
     def _columns(self) -> list[sa.ColumnElement[Any]]:
         """The columns of `usage` that `usage_days` has too, as it has them."""
-        if self._engine.dialect.name == "sqlite":
+        if self.db.engine.dialect.name == "sqlite":
             day: sa.ColumnElement[Any] = sa.func.date(usage.c.created_at)
         else:
             day = sa.func.to_char(sa.func.timezone(sa.literal_column("'UTC'"), usage.c.created_at), "YYYY-MM-DD")
@@ -159,18 +151,3 @@ def _utc(value: datetime) -> datetime:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError as e:  # in UTC it is before the year 1, or after 9999
         raise SpecError(f"{value.isoformat()} is out of range") from e
-
-
-def _row(row: Any) -> UsageRow:
-    day = row.get("group_day")
-    return UsageRow(
-        tenant=row.get("group_tenant"),
-        key_id=row.get("group_key") or None,
-        model=row.get("group_model"),
-        day=None if day is None else date.fromisoformat(day),
-        num_requests=int(row["num_requests"]),
-        num_prompt_tokens=int(row["num_prompt_tokens"]),
-        num_cached_tokens=int(row["num_cached_tokens"]),
-        num_output_tokens=int(row["num_output_tokens"]),
-        seconds=float(row["seconds"]),
-    )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
 from loray.catalog.identity import new_secret
 from loray.cli.connect import open_catalog
-from loray.cli.output import console, emit, json_option, table, when
+from loray.cli.output import emit, json_option, table, tell, when
 from loray.client import CatalogClient
-from loray.client.catalog import AccessCalls
 from loray.errors import KeyNotFound, SpecError
-from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange, TenantResource
-from loray.service import DirectAccess
+from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange
 from loray.spec import SCOPES, Duration, Limits, Scope, format_size
+
+if TYPE_CHECKING:
+    from loray.service import CatalogService
 
 
 class _Limit(click.ParamType):  # type: ignore[type-arg]  # generic in some versions of click
@@ -98,15 +98,6 @@ def _describe(limits: Limits) -> str:
     return ", ".join(f"{value} {name}" for name, value in words.items() if value is not None)
 
 
-Access = AccessCalls | DirectAccess
-
-
-@contextmanager
-def _open_access() -> Iterator[Access]:
-    with open_catalog() as catalog:
-        yield catalog if isinstance(catalog, CatalogClient) else DirectAccess(catalog)
-
-
 @click.group()
 def keys() -> None:
     """API keys: create, list, change, block, rotate and revoke them.
@@ -145,10 +136,8 @@ def create_key(
     if static:
         secret = new_secret()
         hashed = hashlib.sha256(secret.encode()).hexdigest()
-        if as_json:
-            emit({"key": secret, "sha256": hashed})
-        else:
-            click.echo(f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}")
+        line = f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}"
+        tell(line, {"key": secret, "sha256": hashed}, as_json)
         return
     scopes = scopes or ("infer",)
     fields: dict[str, Any] = {"key_alias": alias or scopes[0], "scopes": scopes}
@@ -156,8 +145,8 @@ def create_key(
     fields |= {"models": models} if models else {}
     fields |= {} if expires is None else {"duration": _duration(expires)}
     wanted = KeyCreation.parse(fields | _given_limits(limits), source="the command line")
-    with _open_access() as access:
-        made = access.create_key(wanted)
+    with open_catalog() as catalog:
+        made = catalog.create_key(wanted)
     _show_new_key(made, as_json)
 
 
@@ -167,30 +156,26 @@ def create_key(
 @json_option
 def list_keys(tenant: str | None, every: bool, as_json: bool) -> None:
     """List keys, the newest first."""
-    with _open_access() as access:
-        found = [key for key in access.keys(tenant=tenant) if every or _is_in_use(key)]
-    if as_json:
-        emit([key.model_dump(mode="json") for key in found])
-    elif not found:
-        click.echo("no keys; make the first one with `loray keys create --scope admin`")
-    else:
-        columns = ("ID", "KEY", "ALIAS", "TENANT", "SCOPES", "MODELS", "LIMITS", "STATE", "EXPIRES", "LAST USED")
-        rows = [
-            (
-                key.id,
-                key.key_name,
-                key.key_alias,
-                key.tenant,
-                " ".join(key.scopes),
-                _ALL if key.models is None else " ".join(key.models),
-                _describe(key),
-                _state(key),
-                key.expires and when(key.expires),
-                key.last_used_at and when(key.last_used_at),
-            )
-            for key in found
-        ]
-        console().print(table(columns, rows))
+    with open_catalog() as catalog:
+        found = [key for key in catalog.keys(tenant=tenant) if every or _is_in_use(key)]
+    columns = ("ID", "KEY", "ALIAS", "TENANT", "SCOPES", "MODELS", "LIMITS", "STATE", "EXPIRES", "LAST USED")
+    rows = [
+        (
+            key.id,
+            key.key_name,
+            key.key_alias,
+            key.tenant,
+            " ".join(key.scopes),
+            _ALL if key.models is None else " ".join(key.models),
+            _describe(key),
+            _state(key),
+            key.expires and when(key.expires),
+            key.last_used_at and when(key.last_used_at),
+        )
+        for key in found
+    ]
+    none = "no keys; make the first one with `loray keys create --scope admin`"
+    tell(table(columns, rows) if rows else none, [key.model_dump(mode="json") for key in found], as_json)
 
 
 @keys.command()
@@ -222,8 +207,8 @@ def update(
     if not fields:
         raise click.UsageError("say what is to change: `loray keys update --help`")
     change = KeyChange.parse(fields, source="the command line")
-    with _open_access() as access:
-        changed = access.change_key(_find(access, key), change)
+    with open_catalog() as catalog:
+        changed = catalog.change_key(_find(catalog, key), change)
     _show_key(changed, as_json, "is changed")
 
 
@@ -233,8 +218,8 @@ def update(
 @json_option
 def revoke(key: str, only_this: bool, as_json: bool) -> None:
     """Revoke KEY for ever, with those that it was rotated from and into. Every server refuses it within two seconds."""
-    with _open_access() as access:
-        _show_key(access.revoke_key(_find(access, key), only_this=only_this), as_json, "revoked")
+    with open_catalog() as catalog:
+        _show_key(catalog.revoke_key(_find(catalog, key), only_this=only_this), as_json, "revoked")
 
 
 @keys.command()
@@ -243,8 +228,8 @@ def revoke(key: str, only_this: bool, as_json: bool) -> None:
 @json_option
 def block(key: str, off: bool, as_json: bool) -> None:
     """Refuse KEY until `loray keys block KEY --off`."""
-    with _open_access() as access:
-        changed = access.change_key(_find(access, key), KeyChange(blocked=not off))
+    with open_catalog() as catalog:
+        changed = catalog.change_key(_find(catalog, key), KeyChange(blocked=not off))
     _show_key(changed, as_json, "passes again" if off else "is blocked")
 
 
@@ -254,16 +239,16 @@ def block(key: str, off: bool, as_json: bool) -> None:
 @json_option
 def rotate(key: str, grace: str | None, as_json: bool) -> None:
     """Replace KEY by a new one with the same alias, scopes and limits."""
-    with _open_access() as access:
-        made = access.rotate_key(_find(access, key), grace_period=None if grace is None else _duration(grace))
+    with open_catalog() as catalog:
+        made = catalog.rotate_key(_find(catalog, key), grace_period=None if grace is None else _duration(grace))
     _show_new_key(made, as_json)
 
 
-def _find(access: Access, given: str) -> str:
+def _find(catalog: CatalogClient | CatalogService, given: str) -> str:
     """Returns the id of the key that people name by its id or its alias."""
     if given.startswith("key-"):
         return given
-    found = [key for key in access.keys(key_alias=given) if _is_in_use(key)]
+    found = [key for key in catalog.keys(key_alias=given) if _is_in_use(key)]
     if not found:
         raise KeyNotFound(f"no key {given!r} in use; `loray keys ls` lists them")
     if len(found) > 1:
@@ -309,10 +294,7 @@ def _show_new_key(made: NewKeyResource, as_json: bool) -> None:
 
 
 def _show_key(key: KeyResource, as_json: bool, what: str) -> None:
-    if as_json:
-        emit(key.model_dump(mode="json"))
-    else:
-        click.echo(f"{key.id} ({key.key_alias}) {what}")
+    tell(f"{key.id} ({key.key_alias}) {what}", key.model_dump(mode="json"), as_json)
 
 
 @click.group()
@@ -329,23 +311,21 @@ def tenants() -> None:
 @json_option
 def create_tenant(name: str, as_json: bool, **limits: Any) -> None:
     """Make the tenant NAME, with limits for all its keys together."""
-    with _open_access() as access:
-        made = access.create_tenant(name, _limits_from(limits))
-    _show_tenant(made, as_json, f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`")
+    with open_catalog() as catalog:
+        made = catalog.create_tenant(name, _limits_from(limits))
+    line = f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`"
+    tell(line, made.model_dump(mode="json"), as_json)
 
 
 @tenants.command("ls")
 @json_option
 def list_tenants(as_json: bool) -> None:
     """List tenants."""
-    with _open_access() as access:
-        found = access.tenants()
-    if as_json:
-        emit([tenant.model_dump(mode="json") for tenant in found])
-        return
+    with open_catalog() as catalog:
+        found = catalog.tenants()
     columns = ("NAME", "LIMITS", "STATE", "CREATED")
     rows = [(t.name, _describe(t), "blocked" if t.blocked else "good", when(t.created_at)) for t in found]
-    console().print(table(columns, rows))
+    tell(table(columns, rows), [tenant.model_dump(mode="json") for tenant in found], as_json)
 
 
 @tenants.command("set")
@@ -356,16 +336,8 @@ def list_tenants(as_json: bool) -> None:
 @json_option
 def set_(name: str, blocked: bool | None, no_limits: bool, as_json: bool, **limits: Any) -> None:
     """Change limits of NAME; those that are left out stay, and `none` takes one away."""
-    with _open_access() as access:
-        before = None if no_limits else access.tenant(name)
-        changed = access.change_tenant(name, TenantChange(limits=_limits_from(limits, before), blocked=blocked))
-    _show_tenant(
-        changed, as_json, f"{name}: {_describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
-    )
-
-
-def _show_tenant(tenant: TenantResource, as_json: bool, line: str) -> None:
-    if as_json:
-        emit(tenant.model_dump(mode="json"))
-    else:
-        click.echo(line)
+    with open_catalog() as catalog:
+        before = None if no_limits else catalog.tenant(name)
+        changed = catalog.change_tenant(name, TenantChange(limits=_limits_from(limits, before), blocked=blocked))
+    line = f"{name}: {_describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
+    tell(line, changed.model_dump(mode="json"), as_json)

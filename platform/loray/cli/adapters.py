@@ -6,27 +6,28 @@ import hashlib
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from loray.adapters.manifest import published_files
 from loray.bases.registry import base_with, get_base
-from loray.catalog import Catalog, split_model
+from loray.catalog import split_model
 from loray.catalog.entries import parse_tags
 from loray.cli import describe
-from loray.cli.connect import CommandServices, complete_models, needed_remote, open_catalog, open_remote, open_services
-from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report
+from loray.cli.connect import complete_models, find_version, needed_remote, open_catalog, open_services
+from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report, tell
 from loray.client import CatalogClient
 from loray.errors import ConflictError, DataError, IntegrityError, NotFoundError, SpecError
-from loray.files import appearing, file_sha256
+from loray.files import file_sha256
 from loray.publishing import Destination, base_of, import_folder
-from loray.publishing import restore as restore_stored
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
-from loray.schemas.resources import CanaryResource, DownloadForm
-from loray.settings import Settings
+from loray.schemas.resources import AliasResource, DownloadForm
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from loray.service import CatalogService
 
 # Form → the option that it needs, and those that it may have.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -65,8 +66,7 @@ def share(name: str, tenants: str | None, public: bool, private: bool, as_json: 
     visibility: Visibility = "public" if public else "private" if private else "shared"
     with open_catalog() as catalog:
         changed = catalog.share(name, visibility, shared_with)
-        shown = describe.one_json(changed, catalog)
-    _tell(f"{changed.name} is seen by {describe.seen_by(changed)}", shown, as_json)
+    tell(f"{changed.name} is seen by {describe.seen_by(changed)}", describe.adapter_json(changed), as_json)
 
 
 @adapters.command()
@@ -84,8 +84,7 @@ def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: b
         click.confirm(f"hand {name} to tenant {tenant}? requests for {name} will not find it any more", abort=True)
     with open_catalog() as catalog:
         changed = catalog.transfer(name, tenant, new_name)
-        shown = describe.one_json(changed, catalog)
-    _tell(f"{name} is {changed.name} now", shown, as_json)
+    tell(f"{name} is {changed.name} now", describe.adapter_json(changed), as_json)
 
 
 @adapters.command()
@@ -100,21 +99,11 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
     A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
     """
     name, selector = split_model(model)
-    with open_remote() as client:
-        if client is not None:
-            target = _version_of(client, name, selector or "newest")
-            etag, create = _precondition(client, name, alias, expected)
-            moved = client.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
-            _tell(f"{name}@{alias} is version {moved.version} now", moved.model_dump(mode="json"), as_json)
-            return
-    with open_services() as services:
-        if selector is None:
-            target = max(services.catalog.adapter(name).entry.versions)
-        else:
-            target = services.catalog.resolve(model).version
-        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
-        version = services.catalog.version(name, state.version)
-    _tell(f"{name}@{alias} is version {version.version} now", describe.version_json(version), as_json)
+    with open_catalog() as catalog:
+        target = max(catalog.adapter(name).versions) if selector is None else find_version(catalog, name, selector)
+        etag, create = _precondition(catalog, name, alias, expected)
+        moved = catalog.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
+        tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, moved), as_json)
 
 
 @adapters.command()
@@ -155,11 +144,7 @@ def canary(
         else:
             bounds = _bounds(catalog, name, alias, version, wanted) if wanted else None
             found = catalog.set_canary(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
-    shown = found if isinstance(found, CanaryResource) else CanaryResource.of(found)
-    if as_json:
-        emit(shown.model_dump(mode="json"))
-    else:
-        console().print(describe.canaries([shown]))
+    tell(describe.canaries([found]), found.model_dump(mode="json"), as_json)
 
 
 @adapters.command()
@@ -168,14 +153,9 @@ def canary(
 @json_option
 def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
-    with open_remote() as client:
-        if client is not None:
-            moved = client.rollback(name, alias)
-            _tell(f"{name}@{alias} is version {moved.version} again", moved.model_dump(mode="json"), as_json)
-            return
-    with open_services() as services:
-        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
-    _tell(f"{name}@{alias} is version {version.version} again", describe.version_json(version), as_json)
+    with open_catalog() as catalog:
+        moved = catalog.rollback(name, alias)
+        tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, moved), as_json)
 
 
 @adapters.command()
@@ -191,16 +171,9 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
     name, version = _name_and_version(model)
     if not yes:
         click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
-    with open_remote() as client:
-        if client is not None:
-            client.delete(name, version)
-        else:
-            with open_services() as services:
-                if version is None:
-                    services.catalog.delete_adapter(name)
-                else:
-                    services.catalog.delete_version(name, version)
-    _tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
+    with open_catalog() as catalog:
+        catalog.delete(name, version)
+    tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
 
 
 @adapters.command()
@@ -209,13 +182,9 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
 def restore(model: str, as_json: bool) -> None:
     """Restore a deleted MODEL, `name` or `name@3`."""
     name, version = _name_and_version(model)
-    with open_remote() as client:
-        if client is not None:
-            client.restore(name, version)
-        else:
-            with open_services() as services:
-                restore_stored(name, version, services.store, services.catalog)
-    _tell(f"restored {model}", {"restored": model}, as_json)
+    with open_catalog() as catalog:
+        catalog.restore(name, version)
+    tell(f"restored {model}", {"restored": model}, as_json)
 
 
 @adapters.command()
@@ -224,19 +193,19 @@ def restore(model: str, as_json: bool) -> None:
 def release(model: str, as_json: bool) -> None:
     """Serve MODEL again, `name`, `name@3` or `name@canary`, on which replicas have died, before its time is over."""
     name, selector = split_model(model)
-    with open_remote() as client:
-        if client is not None:
-            version = _version_of(client, name, selector)
-            client.release(name, version)
-        else:
-            with open_services() as services:
-                version = services.catalog.resolve(model).version
-                services.catalog.release(name, version)
-    _tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
+    with open_catalog() as catalog:
+        version = find_version(catalog, name, selector)
+        catalog.release(name, version)
+    tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
+
+
+def _moved_json(catalog: CatalogClient | CatalogService, moved: AliasResource) -> dict[str, Any]:
+    """Returns the alias, and the version that it points at."""
+    return describe.version_json(catalog.version(moved.name, moved.version)) | moved.model_dump(mode="json")
 
 
 def _bounds(
-    catalog: CatalogClient | Catalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
+    catalog: CatalogClient | CatalogService, name: str, alias: str, version: int, wanted: Mapping[str, float]
 ) -> CanaryBounds:
     """Returns the bounds of the version's running canary, else the defaults, with what is wanted instead."""
     try:
@@ -247,21 +216,14 @@ def _bounds(
     return CanaryBounds.model_validate((known.bounds if runs else CanaryBounds()).model_dump() | dict(wanted))
 
 
-def _version_of(client: CatalogClient, name: str, selector: str | None) -> int:
-    """Returns the version that `name`, `name@3` or `name@alias` means at the server, or the newest."""
-    if selector is None:
-        return client.adapter(name).version
-    if selector == "newest":
-        return max(client.adapter(name).versions)
-    return int(selector) if selector.isascii() and selector.isdigit() else client.alias(name, selector).version
-
-
-def _precondition(client: CatalogClient, name: str, alias: str, expected: int | None) -> tuple[str | None, bool]:
+def _precondition(
+    catalog: CatalogClient | CatalogService, name: str, alias: str, expected: int | None
+) -> tuple[str | None, bool]:
     """Returns (ETag, whether the alias must not be set) for `--expected`."""
     if expected is None:
         return None, False
     try:
-        state = client.alias(name, alias)
+        state = catalog.alias(name, alias)
     except NotFoundError:
         if expected == 0:
             return None, True
@@ -279,13 +241,6 @@ def _name_and_version(model: str) -> tuple[str, int | None]:
     if not (selector.isascii() and selector.isdigit()):
         raise click.UsageError(f"{model!r} must be a name or one version of it, as in {name}@3")
     return name, int(selector)
-
-
-def _tell(line: str, data: Any, as_json: bool) -> None:
-    if as_json:
-        emit(data)
-    else:
-        click.echo(line)
 
 
 @adapters.command()
@@ -307,22 +262,13 @@ def search(
 ) -> None:
     """List adapters whose names contain TEXT, in upper or lower case."""
     wanted: dict[str, Any] = {"search": text or None, "tags": parse_tags(tags), "base": base, "method": method}
-    with open_remote() as client:
-        if client is not None:
-            rows = describe.of_resources(islice(client.adapters(**wanted, tenant=tenant), limit + 1))
-        else:
-            with open_services() as services:
-                found = services.catalog.names(limit=limit + 1, tenant=tenant, **wanted)
-                bases = {fingerprint: name for name, fingerprint in services.catalog.bases().items()}
-            rows = [describe.entry_json(entry, bases) for entry in found]
-    if as_json:
-        emit(rows[:limit])
-    elif not rows:
-        click.echo("no adapter is like that; `loray adapters ls` lists all")
-    else:
-        console().print(describe.adapters(rows[:limit]))
-        if len(rows) > limit:
-            click.echo(f"the first {limit}; there are more (--limit)")
+    with open_catalog() as catalog:
+        found = islice(catalog.adapters(**wanted, tenant=tenant), limit + 1)
+        rows = [describe.adapter_json(adapter) for adapter in found]
+    none = "no adapter is like that; `loray adapters ls` lists all"
+    tell(describe.adapters(rows[:limit]) if rows else none, rows[:limit], as_json)
+    if len(rows) > limit and not as_json:
+        click.echo(f"the first {limit}; there are more (--limit)")
 
 
 @adapters.command()
@@ -344,13 +290,8 @@ def tag(name: str, tags: tuple[str, ...], unset: tuple[str, ...], as_json: bool)
             catalog.set_tag(name, key, value or "")
         for key in unset:
             catalog.delete_tag(name, key)
-        found = dict(catalog.tags(name))
-    if as_json:
-        emit(found)
-    elif not found:
-        click.echo(f"{name} has no tags")
-    else:
-        console().print(pairs(list(found.items())))
+        found = catalog.tags(name)
+    tell(pairs(list(found.items())) if found else f"{name} has no tags", found, as_json)
 
 
 @adapters.command()
@@ -400,7 +341,7 @@ def push(
             description=description,
             tool_parser=tool_parser,
         )
-    _tell(f"published {version.label}", version.model_dump(mode="json"), as_json)
+    tell(f"published {version.label}", version.model_dump(mode="json"), as_json)
 
 
 @adapters.command()
@@ -417,32 +358,14 @@ def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
     gguf    GGUF-LoRA for llama.cpp: TARGET is the new file
     """
     name, selector = split_model(model)
-    with open_remote() as client:
-        if client is not None:
-            version = _version_of(client, name, selector)
-            client.fetch(name, version, target, form)
-            label = f"{name}@{version}"
-        else:
-            with open_services() as services:
-                label = _from_store(services, model, target, form)
-    _tell(f"downloaded {label} to {target}", {"model": label, "path": target, "format": form}, as_json)
+    with open_catalog() as catalog:
+        version = find_version(catalog, name, selector)
+        catalog.fetch(name, version, target, form)
+    label = f"{name}@{version}"
+    tell(f"downloaded {label} to {target}", {"model": label, "path": target, "format": form}, as_json)
 
 
 adapters.add_command(pull, "download")
-
-
-def _from_store(services: CommandServices, model: str, target: Path, form: DownloadForm) -> str:
-    ref = services.catalog.resolve(model)
-    if form == "peft":
-        with appearing(target) as made:
-            services.store.fetch(ref.digest, made)
-        return ref.label
-    base = base_with(services.settings.home, ref.base_fingerprint, "its base")
-    if form == "merged":
-        merge_into_base(ref, target, base=base, store=services.store)
-    else:
-        save_as_gguf(ref, target, base=base, store=services.store)
-    return ref.label
 
 
 @adapters.command("import")
@@ -488,25 +411,17 @@ def import_(
             description=description,
             tool_parser=tool_parser,
         )
-    _tell(f"published {published.label}", describe.version_json(published), as_json)
+    tell(f"published {published.label}", describe.version_json(published), as_json)
 
 
 @adapters.command("ls")
 @json_option
 def ls(as_json: bool) -> None:
     """List all adapters."""
-    with open_remote() as client:
-        if client is not None:
-            rows = describe.of_resources(client.adapters())
-        else:
-            with open_services() as services:
-                rows = describe.all_adapters(services.catalog.snapshot())
-    if as_json:
-        emit(rows)
-    elif not rows:
-        click.echo("no adapters yet; publish one with `loray train`, `loray adapters import` or `loray adapters push`")
-    else:
-        console().print(describe.adapters(rows))
+    with open_catalog() as catalog:
+        rows = [describe.adapter_json(adapter) for adapter in catalog.adapters()]
+    none = "no adapters yet; publish one with `loray train`, `loray adapters import` or `loray adapters push`"
+    tell(describe.adapters(rows) if rows else none, rows, as_json)
 
 
 @adapters.command()
@@ -518,32 +433,26 @@ def show(model: str, as_json: bool) -> None:
     A server does not tell how aliases moved, nor what its gate would refuse.
     """
     name, selector = split_model(model)
-    settings: Settings | None = None
-    with open_remote() as client:
-        if client is not None:
-            detail = describe.detail_of(client, name)
-            shown = detail.entry.select(selector)
-        else:
-            with open_services() as services:
-                shown = services.catalog.resolve(model)
-                detail = services.catalog.adapter(shown.name)
-                settings = services.settings
-    version = next(v for v in detail.versions if v.version == shown.version)
+    with open_catalog() as catalog:
+        version = catalog.version(name, find_version(catalog, name, selector))
+        adapter = catalog.adapter(name)
+        versions = [catalog.version(name, number) for number in adapter.versions]
+        here = None if isinstance(catalog, CatalogClient) else catalog
+        moves = None if here is None else here.moves(name)
+        canaries = () if here is None else here.canaries(name)
+        gate = None if here is None else describe.objections(version.manifest, version.evaluations, here.settings)
     if as_json:
-        described = describe.detail_json(detail, version)
-        if client is not None:
-            del described["alias_moves"]
-        emit(described)
+        emit(describe.detail_json(adapter, version, versions, moves))
         return
     out = console()
-    out.print(describe.lineage(version, settings))
+    out.print(describe.lineage(version, gate))
     if version.evaluations:
         out.print(describe.evaluations(version.evaluations))
-    out.print(describe.versions(detail))
-    if detail.moves:
-        out.print(describe.moves(detail))
-    if detail.canaries:
-        out.print(describe.canaries(map(CanaryResource.of, detail.canaries)))
+    out.print(describe.versions(adapter, versions))
+    if moves:
+        out.print(describe.moves(moves))
+    if canaries:
+        out.print(describe.canaries(canaries))
 
 
 @adapters.command()
@@ -582,8 +491,8 @@ def convert(
     if given[needed] is None or any(given[option] for option in given.keys() - {needed, *may}):
         raise click.UsageError(f"--to {form} needs --{needed}, and nothing of the other forms")
     with open_services() as services:
-        ref = services.catalog.resolve(model)
-        manifest = services.catalog.version(ref.name, ref.version).manifest
+        ref = services.catalog.adapters.resolve(model)
+        manifest = services.catalog.adapters.version(ref.name, ref.version).manifest
         base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
         if name is None:
             if folder is not None:
@@ -593,12 +502,12 @@ def convert(
                 assert file is not None
                 save_as_gguf(ref, file, base=base, store=services.store)
                 line = f"wrote {ref.label} as GGUF: {file}"
-            _tell(line, {"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])}, as_json)
+            tell(line, {"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])}, as_json)
             return
         version = convert_to_lora(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
-    _tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
+    tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
 
 
 @adapters.command()
@@ -611,9 +520,9 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
         raise click.UsageError("give either MODEL or --all")
     with open_services() as services:
         if every:
-            refs = [ref for entry in services.catalog.adapters() for _, ref in sorted(entry.versions.items())]
+            refs = [ref for entry in services.catalog.snapshot().models() for _, ref in sorted(entry.versions.items())]
         else:
-            refs = [services.catalog.resolve(model or "")]
+            refs = [services.catalog.adapters.resolve(model or "")]
         verified: list[Verification] = []
         with progress_bar() as progress:
             for i, ref in enumerate(refs):

@@ -9,7 +9,7 @@ import click
 
 from loray.bases.checkpoint import tensor_infos
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
-from loray.cli.output import Verification, console, count, emit, json_option, pairs, progress_bar, report, table
+from loray.cli.output import Verification, count, json_option, pairs, progress_bar, report, table, tell
 from loray.errors import IntegrityError
 from loray.settings import Settings
 from loray.spec import format_size
@@ -31,10 +31,7 @@ def add(source: str, name: str | None, as_json: bool) -> None:
     """
     with progress_bar() as progress:
         added = add_base(source, home=Settings.from_env().home, name=name, progress=progress)
-    if as_json:
-        emit(_as_json(added))
-    else:
-        console().print(_shown(added))
+    tell(_shown(added), _as_json(added), as_json)
 
 
 @base.command("ls")
@@ -42,25 +39,21 @@ def add(source: str, name: str | None, as_json: bool) -> None:
 def ls(as_json: bool) -> None:
     """List the base models of this machine."""
     shown = [_as_json(b) for b in list_bases(Settings.from_env().home)]
-    if as_json:
-        emit(shown)
-    elif not shown:
-        click.echo("no base models yet; add one with `loray base add smollm2`")
-    else:
-        columns = ("NAME", "ARCHITECTURE", "PARAMETERS", "SIZE", "CONTEXT", "FINGERPRINT", "SOURCE")
-        rows = [
-            (
-                f["name"],
-                f["architecture"],
-                count(f["num_parameters"]),
-                format_size(f["nbytes"]),
-                f["context_length"],
-                f["fingerprint"][:12],
-                f["source"],
-            )
-            for f in shown
-        ]
-        console().print(table(columns, rows, right=("PARAMETERS", "SIZE", "CONTEXT")))
+    columns = ("NAME", "ARCHITECTURE", "PARAMETERS", "SIZE", "CONTEXT", "FINGERPRINT", "SOURCE")
+    rows = [
+        (
+            f["name"],
+            f["architecture"],
+            count(f["num_parameters"]),
+            format_size(f["nbytes"]),
+            f["context_length"],
+            f["fingerprint"][:12],
+            f["source"],
+        )
+        for f in shown
+    ]
+    none = "no base models yet; add one with `loray base add smollm2`"
+    tell(table(columns, rows, right=("PARAMETERS", "SIZE", "CONTEXT")) if rows else none, shown, as_json)
 
 
 @base.command()

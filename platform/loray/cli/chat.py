@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,37 +48,10 @@ class ChatAnswer:
         rate = f", {(self.num_tokens - 1) / after:,.1f} tokens/s" if self.num_tokens > 1 and after > 0 else ""
         return f"{self.num_tokens} tokens{rate}, first after {format_seconds(self.ttft_s)}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns seconds and tokens; `error` is null where there is none."""
-        return asdict(self)
-
 
 def printable(text: str) -> str:
     """Takes out control characters, by which a text could change what a terminal shows; lines and tabs stay."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
-def stream(
-    client: LorayClient,
-    answer: ChatAnswer,
-    messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any],
-    show: Callable[[str], None],
-) -> None:
-    """Fills `answer`; `show` gets each piece of text as a terminal may have it. Raises what the client raises."""
-    began = time.monotonic()
-    chunks = client.stream_chat(answer.model, messages, stream_options={"include_usage": True}, **options)
-    for chunk in chunks:
-        for choice in chunk.choices:
-            piece = choice.delta.content
-            if piece:
-                if answer.ttft_s is None:
-                    answer.ttft_s = time.monotonic() - began
-                answer.text += piece
-                show(printable(piece))
-        if chunk.usage is not None:
-            answer.num_tokens = chunk.usage.completion_tokens
-    answer.total_s = time.monotonic() - began
 
 
 @click.command()
@@ -111,11 +84,10 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens}
     if temperature is not None:
         options["temperature"] = temperature
-    names = list(dict.fromkeys((model, *compare)))
     with LorayClient(target(url)) as client:
-        for name in names:
+        talk = Talk(client, dict.fromkeys((model, *compare)), system, options)
+        for name in talk.messages:
             client.model(name)  # says at once what is not served
-        talk = _Talk(client, names, system, options, quiet, as_json)
         for line in _lines(f"{_HELP}\n"):
             if line == "/quit":
                 return
@@ -128,92 +100,101 @@ def chat(
             elif line.startswith("/"):
                 click.echo(_HELP, err=True)
             elif line:
-                talk.ask(line)
+                _ask(talk, line, quiet=quiet, as_json=as_json)
 
 
-class _Talk:
+class Talk:
     """One conversation for each model."""
 
     def __init__(
-        self,
-        client: LorayClient,
-        names: list[str],
-        system: str | None,
-        options: Mapping[str, Any],
-        quiet: bool,
-        as_json: bool = False,
+        self, client: LorayClient, models: Iterable[str], system: str | None, options: Mapping[str, Any]
     ) -> None:
-        self._client, self._names, self._options, self._quiet = client, names, options, quiet
-        self._as_json = as_json
-        self._system = system
-        self._messages: dict[str, list[dict[str, str]]] = {}
+        self._client, self._system, self._options = client, system, options
+        self.messages: dict[str, list[dict[str, str]]] = {name: [] for name in models}
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
         """Forgets what was said; `system` replaces the system prompt."""
         self._system = self._system if system is None else system or None
-        first = [{"role": "system", "content": self._system}] if self._system else []
-        self._messages = {name: list(first) for name in self._names}
+        for name in self.messages:
+            self.messages[name] = [{"role": "system", "content": self._system}] if self._system else []
 
-    def ask(self, line: str) -> None:
-        """Asks every model. A failed answer's question is forgotten. Ctrl-C ends an answer, not the conversation."""
-        answers = [ChatAnswer(name) for name in self._names]
-        if self._as_json:
-            for answer in answers:
-                self._answer(line, answer, lambda piece: None)
-                click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
-        elif len(answers) > 1 and sys.stdout.isatty():
-            self._side_by_side(line, answers)
-        else:
-            for answer in answers:
-                if len(answers) > 1:
-                    click.secho(f"── {answer.model} ──", bold=True)
-                self._answer(line, answer, partial(click.echo, nl=False))
-                click.echo()
-                if answer.error is not None:
-                    click.echo(f"error: {answer.error}", err=True)
-                elif not self._quiet:
-                    click.secho(answer.figures, dim=True, err=not sys.stdout.isatty())
-        errors = [answer.error for answer in answers if answer.error is not None]
-        if len(errors) == len(answers) and not sys.stdin.isatty():
-            raise EngineError(errors[0])
+    def answer(self, line: str, answer: ChatAnswer, show: Callable[[str], None] = lambda piece: None) -> None:
+        """Asks the answer's model, and fills the answer. `show` gets each piece of text as a terminal may have it.
 
-    def _answer(self, line: str, answer: ChatAnswer, show: Any) -> None:
-        messages = [*self._messages[answer.model], {"role": "user", "content": line}]
+        A failed answer's question is forgotten. Ctrl-C ends an answer, not the conversation.
+        """
+        began = time.monotonic()
+        messages = [*self.messages[answer.model], {"role": "user", "content": line}]
         try:
-            stream(self._client, answer, messages, self._options, show)
+            for chunk in self._client.stream_chat(
+                answer.model, messages, stream_options={"include_usage": True}, **self._options
+            ):
+                for piece in filter(None, (choice.delta.content for choice in chunk.choices)):
+                    if answer.ttft_s is None:
+                        answer.ttft_s = time.monotonic() - began
+                    answer.text += piece
+                    show(printable(piece))
+                if chunk.usage is not None:
+                    answer.num_tokens = chunk.usage.completion_tokens
+            answer.total_s = time.monotonic() - began
         except LorayError as e:
             answer.error = str(e)
             return
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-        self._messages[answer.model] = [*messages, {"role": "assistant", "content": answer.text}]
+        self.messages[answer.model] = [*messages, {"role": "assistant", "content": answer.text}]
 
-    def _side_by_side(self, line: str, answers: list[ChatAnswer]) -> None:
-        screen = Console()
-        with (
-            ThreadPoolExecutor(len(answers)) as threads,
-            Live(self._columns(answers), console=screen, auto_refresh=False, vertical_overflow="visible") as live,
-        ):
-            asked = [threads.submit(self._answer, line, answer, lambda piece: None) for answer in answers]
-            while wait(asked, timeout=_REFRESH_S).not_done:
-                live.update(self._columns(answers), refresh=True)
-            live.update(self._columns(answers), refresh=True)
-            for task in asked:
-                task.result()
 
-    def _columns(self, answers: list[ChatAnswer]) -> Table:
+def _ask(talk: Talk, line: str, *, quiet: bool, as_json: bool) -> None:
+    """Asks every model. Raises EngineError where all answers failed, and no terminal waits for the next question."""
+    answers = [ChatAnswer(name) for name in talk.messages]
+    if len(answers) > 1 and sys.stdout.isatty() and not as_json:
+        side_by_side(talk, line, answers, quiet=quiet)
+    else:
+        for answer in answers:
+            if as_json:
+                talk.answer(line, answer)
+                click.echo(json.dumps(asdict(answer), ensure_ascii=False))
+                continue
+            if len(answers) > 1:
+                click.secho(f"── {answer.model} ──", bold=True)
+            talk.answer(line, answer, partial(click.echo, nl=False))
+            click.echo()
+            if answer.error is not None:
+                click.echo(f"error: {answer.error}", err=True)
+            elif not quiet:
+                click.secho(answer.figures, dim=True, err=not sys.stdout.isatty())
+    errors = [answer.error for answer in answers if answer.error is not None]
+    if len(errors) == len(answers) and not sys.stdin.isatty():
+        raise EngineError(errors[0])
+
+
+def side_by_side(talk: Talk, line: str, answers: Sequence[ChatAnswer], *, quiet: bool) -> None:
+    """Asks all models at once, and shows their answers in columns as they come."""
+
+    def columns() -> Table:
         made = Table.grid(expand=True)
-        for _ in answers:
-            made.add_column(ratio=1)
         panels = []
         for answer in answers:
+            made.add_column(ratio=1)
             text = Text(printable(answer.text)) if answer.error is None else Text(f"error: {answer.error}", style="red")
-            subtitle = None if self._quiet or not answer.total_s else answer.figures
+            subtitle = None if quiet or not answer.total_s else answer.figures
             panels.append(Panel(text, title=answer.model, subtitle=subtitle))
         made.add_row(*panels)
         return made
+
+    with (
+        ThreadPoolExecutor(len(answers)) as threads,
+        Live(columns(), console=Console(), auto_refresh=False, vertical_overflow="visible") as live,
+    ):
+        asked = [threads.submit(talk.answer, line, answer) for answer in answers]
+        while wait(asked, timeout=_REFRESH_S).not_done:
+            live.update(columns(), refresh=True)
+        live.update(columns(), refresh=True)
+        for task in asked:
+            task.result()
 
 
 def _lines(greeting: str) -> Iterator[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,7 @@ from loray.local.serving import serving_urls
 from loray.settings import Settings
 
 if TYPE_CHECKING:
-    from loray.catalog import Catalog
-    from loray.store import AdapterStore
+    from loray.service import CatalogService
 
 
 _TRANSFER_RETRY_S = 60.0
@@ -25,21 +24,17 @@ _COMPLETION_TIMEOUT_S = 1.0
 _MOST_NAMES = 200
 
 
-class CommandServices(NamedTuple):
-    settings: Settings
-    store: AdapterStore
-    catalog: Catalog
-
-
 @contextmanager
-def open_services() -> Iterator[CommandServices]:
+def open_services() -> Iterator[CatalogService]:
+    """Opens the catalog itself, and the store when it is first needed."""
     from loray.catalog import Catalog
+    from loray.service import CatalogService
     from loray.store import AdapterStore, open_store
 
     settings = Settings.from_env()
     catalog = Catalog.of(settings)
     try:
-        yield CommandServices(settings, AdapterStore(open_store(settings.store)), catalog)
+        yield CatalogService(settings, lambda: catalog, cache(lambda: AdapterStore(open_store(settings.store))))
     finally:
         catalog.close()
 
@@ -59,14 +54,14 @@ def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
 
 
 @contextmanager
-def open_catalog() -> Iterator[CatalogClient | Catalog]:
-    """Opens a client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+def open_catalog() -> Iterator[CatalogClient | CatalogService]:
+    """Opens a client of the server at LORAY_URL, else catalog and store themselves: for calls that both have."""
     with open_remote() as client:
         if client is not None:
             yield client
         else:
             with open_services() as services:
-                yield services.catalog
+                yield services
 
 
 @contextmanager
@@ -76,6 +71,13 @@ def needed_remote() -> Iterator[CatalogClient]:
         if client is None:
             raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
         yield client
+
+
+def find_version(catalog: CatalogClient | CatalogService, name: str, selector: str | None) -> int:
+    """Returns the version that `name`, `name@3` or `name@alias` means. Whether a number exists is not looked up."""
+    if selector is None:
+        return catalog.adapter(name).version
+    return int(selector) if selector.isascii() and selector.isdigit() else catalog.alias(name, selector).version
 
 
 url_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
@@ -116,15 +118,8 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     file = settings.catalog.removeprefix("sqlite:///")
     if file != settings.catalog and not Path(file).exists():
         return bases
-    from loray.catalog import Catalog
-
-    catalog = Catalog(settings.catalog)
-    try:
-        name, at, _ = incomplete.partition("@")
+    name, at, _ = incomplete.partition("@")
+    with open_services() as services:
         if at:
-            return [f"{name}@{alias}" for alias, _ in catalog.adapter(name).entry.pointers]
-        return bases + [
-            entry.name for entry in islice(catalog.names(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
-        ]
-    finally:
-        catalog.close()
+            return [f"{name}@{alias}" for alias in services.adapter(name).aliases]
+        return bases + [adapter.name for adapter in services.adapter_page(_MOST_NAMES, search=name or None).items]

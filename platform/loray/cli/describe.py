@@ -7,66 +7,22 @@ from typing import Any
 
 from rich.table import Table
 
-from loray.catalog import (
-    AdapterDetail,
-    AdapterEntry,
-    AdapterVersion,
-    AliasMove,
-    Canary,
-    Catalog,
-    CatalogSnapshot,
-    Quarantined,
-    aliases,
-)
+from loray.catalog import AliasMove, aliases
 from loray.cli.output import count, pairs, table, when
-from loray.client import CatalogClient
-from loray.schemas.resources import AdapterResource, CanaryResource, VersionDetail
+from loray.schemas.resources import AdapterResource, CanaryResource, QuarantineResource, VersionDetail
 from loray.settings import Settings
 from loray.spec import AdapterManifest, Evaluation, RopeParameters, format_seconds, format_size
 
-
-def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
-    ref = entry.default
-    return {
-        "name": entry.name,
-        "version": ref.version,
-        "digest": ref.digest,
-        "method": ref.method,
-        "base": bases.get(ref.base_fingerprint, ref.base_fingerprint[:12]),
-        "context_length": ref.context_length,
-        "nbytes": ref.nbytes,
-        "aliases": dict(entry.aliases),
-        "weights": entry.weights,
-        "versions": sorted(entry.versions),
-        "tenant": entry.tenant,
-        "visibility": entry.visibility,
-        "shared_with": sorted(entry.shared_with),
-    }
+_LISTED = frozenset(AdapterResource.model_fields) - {"created_at", "base", "base_fingerprint"}
 
 
-def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
-    """Makes of each what `entry_json` makes."""
-    fields = {"name", "version", "digest", "method", "base", "context_length", "nbytes", "aliases", "versions"}
-    fields |= {"weights", "tenant", "visibility", "shared_with"}
-    return [a.model_dump(mode="json", include=fields) for a in found]
-
-
-def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogClient) -> dict[str, Any]:
-    """Makes what `entry_json` makes, of what the catalog or a server has returned."""
-    if isinstance(found, AdapterResource):
-        return of_resources([found])[0]
-    assert isinstance(catalog, Catalog)
-    return entry_json(found, {fingerprint: name for name, fingerprint in catalog.bases().items()})
-
-
-def all_adapters(snapshot: CatalogSnapshot) -> list[dict[str, Any]]:
-    """Makes `entry_json` of each."""
-    bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
-    return [entry_json(entry, bases) for entry in snapshot.models()]
+def adapter_json(adapter: AdapterResource) -> dict[str, Any]:
+    shown = adapter.model_dump(mode="json", include=set(_LISTED))
+    return shown | {"base": adapter.base or adapter.base_fingerprint[:12], "versions": sorted(adapter.versions)}
 
 
 def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Shows what `entry_json` makes as a table."""
+    """Shows what `adapter_json` makes as a table."""
     columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "SEEN BY", "DIGEST")
     cells = [
         (
@@ -92,28 +48,27 @@ def _target(row: Mapping[str, Any], alias: str) -> str:
     return ",".join(f"{v}:{percent}%" for v, percent in weights.items()) if weights else str(row["aliases"][alias])
 
 
-def seen_by(entry: AdapterEntry | AdapterResource) -> str:
+def seen_by(adapter: AdapterResource) -> str:
     """Names the tenants that see it."""
-    if entry.visibility == "public":
-        return "everybody"
-    return " ".join([entry.tenant, *sorted(entry.shared_with)])
+    return "everybody" if adapter.visibility == "public" else " ".join([adapter.tenant, *adapter.shared_with])
 
 
-def version_json(version: AdapterVersion) -> dict[str, Any]:
+def version_json(version: VersionDetail) -> dict[str, Any]:
+    known = version.quarantine
     return {
         "name": version.name,
         "version": version.version,
         "label": version.label,
         "digest": version.digest,
         "aliases": list(version.aliases),
-        "quarantine": None if version.quarantine is None else _quarantine_json(version.quarantine),
+        "quarantine": None if known is None else _quarantine_json(known),
         "published_at": version.created_at.isoformat(),
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.evaluations],
         "manifest": version.manifest.model_dump(mode="json"),
     }
 
 
-def _quarantine_json(known: Quarantined) -> dict[str, Any]:
+def _quarantine_json(known: QuarantineResource) -> dict[str, Any]:
     until = known.refused_until
     return {
         "deaths": known.deaths,
@@ -122,7 +77,7 @@ def _quarantine_json(known: Quarantined) -> dict[str, Any]:
     }
 
 
-def _quarantine(known: Quarantined | None) -> str | None:
+def _quarantine(known: QuarantineResource | None) -> str | None:
     if known is None:
         return None
     until = "only suspected" if known.refused_until is None else f"refused until {when(known.refused_until)}"
@@ -130,58 +85,33 @@ def _quarantine(known: Quarantined | None) -> str | None:
     return f"{until}: {died}, at {when(known.died_at)}"
 
 
-def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any]:
+def detail_json(
+    adapter: AdapterResource,
+    version: VersionDetail,
+    versions: Sequence[VersionDetail],
+    moves: Sequence[AliasMove] | None,
+) -> dict[str, Any]:
+    """Describes `version` and its adapter. `moves` None: a server does not tell them."""
+    told = None if moves is None else [_move_json(move) for move in moves]
     return {
         **version_json(version),
-        "name": detail.entry.name,
-        "default_version": detail.entry.default.version,
-        "all_aliases": dict(detail.entry.aliases),
-        "weights": detail.entry.weights,
-        "versions": [version_json(v) for v in detail.versions],
-        "alias_moves": [
-            {
-                "alias": m.alias,
-                "version": m.version,
-                "undone": m.undone,
-                "at": m.created_at.isoformat(),
-                "no_gate": m.no_gate,
-            }
-            for m in detail.moves
-        ],
+        "name": adapter.name,
+        "default_version": adapter.version,
+        "all_aliases": adapter.aliases,
+        "weights": adapter.weights,
+        "versions": [version_json(v) for v in versions],
+        **({} if told is None else {"alias_moves": told}),
     }
 
 
-def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
-    """Returns what `Catalog.adapter` does, of what a server tells: without the moves of aliases."""
-    found = client.adapter(name)
-    versions = tuple(_version_of(client.version(name, number)) for number in found.versions)
-    shares = ((alias, v, share) for alias, weights in found.weights.items() for v, share in weights.items())
-    canaries = tuple(Canary(alias, v, share, 0) for alias, v, share in shares if v != found.aliases[alias])
-    entry = AdapterEntry(
-        found.name,
-        found.created_at,
-        tuple(v.ref for v in reversed(versions)),
-        tuple(sorted(found.aliases.items())),
-        found.tenant,
-        found.visibility,
-        frozenset(found.shared_with),
-        canaries,
-    )
-    return AdapterDetail(entry, versions, ())
-
-
-def _version_of(found: VersionDetail) -> AdapterVersion:
-    known = found.quarantine
-    return AdapterVersion(
-        found.name,
-        found.version,
-        found.digest,
-        found.manifest,
-        found.created_at,
-        found.aliases,
-        found.evaluations[len(found.manifest.evaluations) :],
-        None if known is None else Quarantined(known.deaths, "", known.died_at, known.refused_until),
-    )
+def _move_json(move: AliasMove) -> dict[str, Any]:
+    return {
+        "alias": move.alias,
+        "version": move.version,
+        "undone": move.undone,
+        "at": move.created_at.isoformat(),
+        "no_gate": move.no_gate,
+    }
 
 
 def objections(
@@ -193,12 +123,10 @@ def objections(
     return aliases.failures(manifest, evaluations, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
 
 
-def lineage(version: AdapterVersion, settings: Settings | None) -> Table:
-    """Shows the version's properties and origin, and why the gate of `settings`, if known, refuses it an alias."""
+def lineage(version: VersionDetail, gate: Sequence[str] | None) -> Table:
+    """Shows the version's properties and origin, and the gate's `objections` to it, if there is one that is known."""
     m: AdapterManifest = version.manifest
-    passes = None
-    if settings is not None and (against := objections(m, version.evaluations, settings)) is not None:
-        passes = "no alias: " + "; ".join(against) if against else "passed"
+    passes = None if gate is None else "no alias: " + "; ".join(gate) if gate else "passed"
     return pairs(
         [
             ("adapter", version.label),
@@ -250,9 +178,9 @@ def evaluations(measured: Sequence[Evaluation]) -> Table:
     return table(list(shown), list(zip(*shown.values(), strict=True)), right=numbers)
 
 
-def versions(detail: AdapterDetail) -> Table:
+def versions(adapter: AdapterResource, found: Sequence[VersionDetail]) -> Table:
     shares: dict[int, list[str]] = {}
-    for alias, weights in detail.entry.weights.items():
+    for alias, weights in adapter.weights.items():
         for number, percent in weights.items():
             shares.setdefault(number, []).append(f"{alias} {percent} %")
     columns = ("VERSION", "ALIASES", "SHARE", "METHOD", "PUBLISHED", "DIGEST")
@@ -261,11 +189,11 @@ def versions(detail: AdapterDetail) -> Table:
             v.version,
             " ".join(v.aliases),
             ", ".join(shares.get(v.version, ())),
-            v.manifest.method,
+            v.method,
             when(v.created_at),
             v.digest[:12],
         )
-        for v in detail.versions
+        for v in found
     ]
     return table(columns, rows, right=("VERSION",))
 
@@ -287,8 +215,8 @@ def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else format_seconds(seconds)
 
 
-def moves(detail: AdapterDetail) -> Table:
-    rows = [(when(m.created_at), m.alias, f"→ {m.version}", _remarks(m)) for m in detail.moves]
+def moves(found: Sequence[AliasMove]) -> Table:
+    rows = [(when(m.created_at), m.alias, f"→ {m.version}", _remarks(m)) for m in found]
     return table(("WHEN", "ALIAS", "MOVED", ""), rows)
 
 

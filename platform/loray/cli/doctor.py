@@ -20,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from platform import python_version
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Literal, NamedTuple
 
@@ -48,7 +49,7 @@ from loray.local.processes import check_port, session_members
 from loray.local.s3 import current_local_s3, describe_store, has_local_s3
 from loray.local.serving import ServingAddress, raylets, serving_urls, standalone_servers
 from loray.locations import FileLocation, S3Location, http_url, parse_location
-from loray.machine import Machine, serving_dtype
+from loray.machine import Machine, memory_left, serving_dtype
 from loray.planning.devices import gpu_here, host
 from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
@@ -57,6 +58,7 @@ from loray.recipes.resolve import on_hardware
 from loray.settings import LOCAL_S3_FOLDER, Settings
 from loray.spec import FleetSpec, ServeSpec, TrainSpec, format_size, read_mapping
 
+_SHM = Path("/dev/shm")
 _LEAST_DISK = 1 << 30
 _LOW_DISK = 0.05  # share of the disk
 _OTHER_FILES = 256  # libraries, adapters, logs, connections between processes
@@ -75,80 +77,6 @@ Severity = Literal["ok", "warning", "error"]
 _STYLES: Mapping[Severity, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Holds what checks know of the machine.
-
-    requirements    PEP 508 lines of the installed loray; None where it is not installed
-    installed       version by distribution, None where it is missing
-    available       memory that processes can still get: the machine's, within the container's limit
-    shm             free space of /dev/shm; None where there is none
-    disk_free, disk_total  of the file system of LORAY_HOME
-    max_open_files  the soft limit; `hard_open_files`: up to which it can be raised
-    """
-
-    python: str
-    requirements: tuple[str, ...] | None
-    installed: Mapping[str, str | None]
-    available: int
-    shm: int | None
-    disk_free: int
-    disk_total: int
-    max_open_files: int
-    hard_open_files: int
-
-    @classmethod
-    def read(cls, home: Path) -> Facts:
-        try:
-            requirements: tuple[str, ...] | None = tuple(requires("loray") or ())
-        except PackageNotFoundError:
-            requirements = None
-        available = psutil.virtual_memory().available
-        limit = _left_in_container(Path("/sys/fs/cgroup"))
-        disk = shutil.disk_usage(existing(home))
-        soft, hard = (sys.maxsize if n == RLIM_INFINITY else n for n in getrlimit(RLIMIT_NOFILE))
-        shm = Path("/dev/shm")
-        return cls(
-            python=".".join(map(str, sys.version_info[:3])),
-            requirements=requirements,
-            installed={name: _version(name) for name, _ in _needed(requirements or ())},
-            available=available if limit is None else min(available, limit),
-            shm=shutil.disk_usage(shm).free if shm.is_dir() else None,
-            disk_free=disk.free,
-            disk_total=disk.total,
-            max_open_files=soft,
-            hard_open_files=hard,
-        )
-
-
-def existing(path: Path) -> Path:
-    """Returns the path, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def _needed(lines: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Returns (name, versions) of the requirements that hold on this machine without extras."""
-    found = map(Requirement, lines)
-    return [(r.name, str(r.specifier)) for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _left_in_container(folder: Path) -> int | None:
-    """Returns the bytes below the limit of this control group (version 2); None where there is no limit."""
-    try:
-        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((folder / "memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)
-
-
 class CheckResult(NamedTuple):
     """Says what a check found. `warning`: it works, but slower or not for long. `mend`: a command, or what to do."""
 
@@ -165,7 +93,6 @@ class Situation:
 
     settings: Settings
     spec: ServeSpec
-    facts: Facts
     deep: bool = False
     others: tuple[ServeSpec, ...] = ()
     file: Path | None = None
@@ -182,30 +109,34 @@ def python(s: Situation) -> CheckResult:
         wanted = metadata("loray")["Requires-Python"]
     except PackageNotFoundError:
         wanted = ">=3.11"
-    if SpecifierSet(wanted).contains(s.facts.python, prereleases=True):
-        return ok(f"Python {s.facts.python}")
+    if SpecifierSet(wanted).contains(python_version(), prereleases=True):
+        return ok(f"Python {python_version()}")
     return error(
-        f"Python {s.facts.python} does not run loray, which needs {wanted}",
+        f"Python {python_version()} does not run loray, which needs {wanted}",
         "python3.12 -m venv .venv && .venv/bin/pip install loray",
     )
 
 
 def packages(s: Situation) -> CheckResult:
-    if s.facts.requirements is None:
+    try:
+        lines = requires("loray") or []
+    except PackageNotFoundError:
         return error("loray is not installed, so train, serve and up are missing", "pip install -e .")
+    needed = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong, install = [], []
-    for name, specifier in _needed(s.facts.requirements):
-        found = s.facts.installed.get(name)
-        if found is None:
-            wrong.append(f"{name} is missing")
-        elif not SpecifierSet(specifier).contains(found, prereleases=True):
-            wrong.append(f"{name} {found} is not {specifier}")
+    for required in needed:
+        try:
+            found = version(required.name)
+        except PackageNotFoundError:
+            wrong.append(f"{required.name} is missing")
         else:
-            continue
-        install.append(name + specifier)
+            if required.specifier.contains(found, prereleases=True):
+                continue
+            wrong.append(f"{required.name} {found} is not {required.specifier}")
+        install.append(f"{required.name}{required.specifier}")
     if wrong:
         return error("; ".join(wrong), f"pip install {shlex.join(install)}")
-    return ok(f"{len(s.facts.installed)} packages have versions that fit")
+    return ok(f"{len(needed)} packages have versions that fit")
 
 
 def server(s: Situation) -> CheckResult:
@@ -233,6 +164,11 @@ def home(s: Situation) -> CheckResult:
     return _writable(f"LORAY_HOME={s.settings.home}", s.settings.home, mend)
 
 
+def existing(path: Path) -> Path:
+    """Returns the path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def _writable(what: str, folder: Path, mend: str) -> CheckResult:
     """Checks that something can be written to the folder, or made where it does not exist yet."""
     nearest = existing(folder)
@@ -246,7 +182,7 @@ def _writable(what: str, folder: Path, mend: str) -> CheckResult:
 
 
 def disk(s: Situation) -> CheckResult:
-    free, total = s.facts.disk_free, s.facts.disk_total
+    total, _, free = shutil.disk_usage(existing(s.settings.home))
     told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
     mend = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
     if free < _LEAST_DISK:
@@ -256,36 +192,32 @@ def disk(s: Situation) -> CheckResult:
 
 def memory(s: Situation) -> CheckResult:
     """Counts all bases on the CPU together, and says what mends it of the one that is examined."""
-    spec, home, available = s.spec, s.settings.home, s.facts.available
+    spec, available = s.spec, memory_left()
     if not spec.device.startswith("cpu"):
         if spec.pool_bytes is None:
             share = f"{spec.gpu_memory_utilization:.0%} of its memory"
             return ok(f"weights are on {spec.device}; the pool has what they and the steps leave of {share}")
         return ok(f"weights and a pool of {format_size(spec.pool_bytes)} are on {spec.device}")
-    if standalone_servers(home) or current_cluster(home):
+    if standalone_servers(s.settings.home) or current_cluster(s.settings.home):
         return ok("what is served has its memory")
-    bases = [
-        (b, max(1, b.min_replicas), _weights(s, b.base), b.fixed_pool_bytes or 0)
-        for b in (spec, *s.others)
-        if b.device.startswith("cpu")
-    ]
-    least = sum(num * (weights + pool) for _, num, weights, pool in bases)
-    most = least + sum(num * b.host_bytes for b, num, _, _ in bases)
+    least, most, parts = 0, 0, []
+    for b in (spec, *s.others):
+        if b.device.startswith("cpu"):
+            num, weights, pool = max(1, b.min_replicas), _weights(s, b.base), b.fixed_pool_bytes or 0
+            least += num * (weights + pool)
+            most += num * (weights + pool + b.host_bytes)
+            of = f" of {b.base}" if s.others else ""
+            parts.append(f"{num} × (weights {format_size(weights)} + pool {format_size(pool)}{of})")
     told = f"{format_size(available)} of memory are available"
     if available < least:
-        what = " + ".join(
-            f"{num} × (weights {format_size(weights)} + pool {format_size(pool)}{f' of {b.base}' if s.others else ''})"
-            for b, num, weights, pool in bases
-        )
-        _, num, weights, pool = bases[0]
-        beside = least - num * (weights + pool)
-        fitting = max(16, ((available - beside) // num - weights) // 2 >> 20)
-        return error(f"{told}, and {format_size(least)} are needed: {what}", _with(s, "pool_bytes", f"{fitting}MiB"))
+        num, pool = max(1, spec.min_replicas), spec.fixed_pool_bytes or 0
+        without_pool = available - (least - num * pool)
+        fitting = f"{max(16, without_pool // num // 2 >> 20)}MiB"
+        needed = f"{format_size(least)} are needed: {' + '.join(parts)}"
+        return error(f"{told}, and {needed}", _with(s, "pool_bytes", fitting))
     if available < most:
-        return warning(
-            f"{told}; with host_bytes full, {format_size(most)} are needed",
-            _with(s, "host_bytes", f"{(available - least) >> 21}MiB"),
-        )
+        fitting = f"{(available - least) >> 21}MiB"
+        return warning(f"{told}; with host_bytes full, {format_size(most)} are needed", _with(s, "host_bytes", fitting))
     return ok(f"{told}, {format_size(most)} needed at most")
 
 
@@ -305,11 +237,12 @@ def _with(s: Situation, field: str, value: str) -> str:
 
 
 def shm(s: Situation) -> CheckResult:
-    if s.facts.shm is not None and (s.facts.shm >= OBJECT_STORE_BYTES or current_cluster(s.settings.home)):
-        return ok(f"/dev/shm has {format_size(s.facts.shm)} free")
-    free = "is missing" if s.facts.shm is None else f"has {format_size(s.facts.shm)} free"
+    free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else 0
+    told = f"has {format_size(free)} free" if _SHM.is_dir() else "is missing"
+    if free >= OBJECT_STORE_BYTES or (_SHM.is_dir() and current_cluster(s.settings.home)):
+        return ok(f"/dev/shm {told}")
     return warning(
-        f"/dev/shm {free}, and Ray's object store takes {format_size(OBJECT_STORE_BYTES)}: it will be on disk, slower",
+        f"/dev/shm {told}, and Ray's object store takes {format_size(OBJECT_STORE_BYTES)}: it will be on disk, slower",
         "mount -o remount,size=1G /dev/shm  (in a container: docker run --shm-size=1g)",
     )
 
@@ -317,11 +250,11 @@ def shm(s: Situation) -> CheckResult:
 def files(s: Situation) -> CheckResult:
     """Counts a connection to its client for each request, and for a queued one too."""
     least = _OTHER_FILES + sum(b.max_queued + b.max_num_seqs * b.max_replicas for b in (s.spec, *s.others))
-    limit = s.facts.max_open_files
+    limit, hard = (sys.maxsize if n == RLIM_INFINITY else n for n in getrlimit(RLIMIT_NOFILE))
     if limit >= least:
         return ok(f"{limit:,} open files are allowed")
     mend = f"ulimit -n {least}"
-    if s.facts.hard_open_files < least:
+    if hard < least:
         mend = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
     return error(f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", mend)
 
@@ -662,7 +595,7 @@ def doctor(
     """
     settings = Settings.from_env()
     spec, others = _specs(spec_file, base_name, port)
-    situation = Situation(settings, spec, Facts.read(settings.home), deep, others, spec_file)
+    situation = Situation(settings, spec, deep, others, spec_file)
     chosen = CHECKS if here or settings.url is None else _ANYWHERE
     results: list[tuple[str, CheckResult]] = []
     out = console()

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -45,43 +45,32 @@ from loray.spec import (
 )
 
 
-class _Numbers(click.ParamType[tuple[float, ...]]):
-    """`2048` or `2048,4096`."""
+def numbers(kind: type[int] | type[float]) -> Callable[..., tuple[float, ...]]:
+    """Makes the callback of an option that is given several times, each time with several values: `2048,4096`."""
 
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self._kind = kind
-        self.name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+    def parsed(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[float, ...]:
         try:
-            return tuple(self._kind(part) for part in str(value).split(","))
+            return tuple(kind(part) for value in values for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers; separate them by commas", param, ctx)
+            given = ",".join(values)
+            raise click.BadParameter(f"{given!r} is not a list of numbers; separate them by commas") from None
+
+    return parsed
 
 
-class _Rope(click.ParamType[RopeScaling]):
-    """`linear:2`."""
-
-    name = "rope"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> RopeScaling:
-        kind, _, factor = str(value).partition(":")
-        try:
-            return RopeScaling.model_validate({"type": kind, "factor": factor})
-        except ValidationError:
-            self.fail(f"{value!r} is not TYPE:FACTOR, such as linear:2, ntk:2 or yarn:4", param, ctx)
+def rope(value: str) -> RopeScaling:
+    kind, _, factor = value.partition(":")
+    try:
+        return RopeScaling.model_validate({"type": kind, "factor": factor})
+    except ValidationError:
+        raise click.BadParameter(f"{value!r} is not TYPE:FACTOR, such as linear:2, ntk:2 or yarn:4") from None
 
 
-class _Where(click.ParamType[tuple[str, str]]):
-    """`split=validation`."""
-
-    name = "where"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        column, separator, wanted = str(value).partition("=")
-        if not separator or not column:
-            self.fail(f"{value!r} is not COLUMN=VALUE", param, ctx)
-        return column, wanted
+def where(value: str) -> tuple[str, str]:
+    column, separator, wanted = value.partition("=")
+    if not separator or not column:
+        raise click.BadParameter(f"{value!r} is not COLUMN=VALUE")
+    return column, wanted
 
 
 class Options(NamedTuple):
@@ -100,24 +89,18 @@ class Options(NamedTuple):
     as_json: bool
 
 
-def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
-    """Joins the values of an option that is given several times, each time with several values."""
-    return tuple(number for numbers in values for number in numbers)
-
-
 _MEASUREMENT = (
     click.argument("model"),
     click.option(
         "-c",
         "--context-length",
         "context_lengths",
-        type=_Numbers(int),
         multiple=True,
-        callback=_joined,
+        callback=numbers(int),
         metavar="TOKENS",
         help="Several: 4096,8192 (default: the model's own context, and the one that it was extended from).",
     ),
-    click.option("--rope", "scaling", type=_Rope(), help="Scale RoPE: linear:2, ntk:2 or yarn:4."),
+    click.option("--rope", "scaling", type=rope, help="Scale RoPE: linear:2, ntk:2 or yarn:4."),
     click.option("--original-context", type=int, help="What --rope extends (default: the base's window)."),
     click.option("--base", "base_name", help="The base of a folder that does not say which."),
     click.option("--compare", is_flag=True, help="Also the base as it is, and under the adapter's RoPE."),
@@ -137,9 +120,8 @@ _MEASUREMENT = (
 _RETRIEVAL = (
     click.option(
         "--depths",
-        type=_Numbers(float),
         multiple=True,
-        callback=_joined,
+        callback=numbers(float),
         metavar="SHARES",
         help="Where the key lies, from 0 to 1 (default: 0,0.25,0.5,0.75,1).",
     ),
@@ -149,25 +131,21 @@ _RETRIEVAL = (
 )
 
 
-def _measurement_options(command: Callable[..., None]) -> Callable[..., Any]:
-    """Adds the argument and options of `Options`, and passes them to the command as its first argument."""
+def measures(*others: Callable[..., Any]) -> Callable[[Callable[..., None]], Any]:
+    """Adds `others`, and the argument and options of `Options`, which the command gets as its first argument."""
 
-    @wraps(command)
-    def gathered(**options: Any) -> None:
-        ours = {name: options.pop(name) for name in Options._fields}
-        command(Options(**ours), **options)
+    def decorate(command: Callable[..., None]) -> Any:
+        @wraps(command)
+        def gathered(**options: Any) -> None:
+            ours = {name: options.pop(name) for name in Options._fields}
+            command(Options(**ours), **options)
 
-    return _with(_MEASUREMENT, gathered)
+        decorated: Any = gathered
+        for option in reversed((*others, *_MEASUREMENT)):
+            decorated = option(decorated)
+        return decorated
 
-
-def _retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
-    return _with(_RETRIEVAL, command)
-
-
-def _with(options: Sequence[Any], command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return decorate
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,28 +177,24 @@ class EvaluatedModel:
 
 
 @contextmanager
-def opened(
-    model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
-) -> Iterator[EvaluatedModel]:
+def opened(options: Options) -> Iterator[EvaluatedModel]:
     """Opens the model to measure. A published adapter's files are fetched, verified, and removed when the block ends.
 
-    A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
-    adapter. `scaling` scales the RoPE of a model that has none of its own. Raises BaseNotFound, AdapterNotFound,
-    DataError, SpecError and what reading raises.
+    A model with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
+    adapter. Raises BaseNotFound, AdapterNotFound, DataError, SpecError and what reading raises.
     """
-    settings = Settings.from_env()
-    if os.sep in model:
-        yield _scaled(_folder(Path(model).expanduser(), settings, base_name), scaling, original_context)
-        return
-    if base_name is not None:
-        raise SpecError("--base is for folders: a published adapter names its base")
-    if model in {base.name for base in list_bases(settings.home)}:
-        base = get_base(settings.home, model)
-        target = EvaluatedModel(model, base, base.config.max_position_embeddings)
-        yield _scaled(target, scaling, original_context)
-        return
-    with _published(model) as target:
-        yield _scaled(target, scaling, original_context)
+    settings, model = Settings.from_env(), options.model
+    with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
+        if os.sep in model:
+            found = _folder(Path(model).expanduser(), settings, options.base_name)
+        elif options.base_name is not None:
+            raise SpecError("--base is for folders: a published adapter names its base")
+        elif model in {base.name for base in list_bases(settings.home)}:
+            base = get_base(settings.home, model)
+            found = EvaluatedModel(model, base, base.config.max_position_embeddings)
+        else:
+            found = _published(model, Path(scratch) / "adapter")
+        yield _scaled(found, options.scaling, options.original_context)
 
 
 def _folder(folder: Path, settings: Settings, base_name: str | None) -> EvaluatedModel:
@@ -231,24 +205,20 @@ def _folder(folder: Path, settings: Settings, base_name: str | None) -> Evaluate
     return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
 
 
-@contextmanager
-def _published(model: str) -> Iterator[EvaluatedModel]:
+def _published(model: str, folder: Path) -> EvaluatedModel:
+    """Fetches the adapter into `folder`."""
     with open_services() as services:
         try:
-            ref = services.catalog.resolve(model)
+            ref = services.catalog.adapters.resolve(model)
         except AdapterNotFound as e:
             raise AdapterNotFound(
                 f"{e}; `loray base ls` lists bases, and a folder is named by a path: ./{model}"
             ) from e
-        version = services.catalog.version(ref.name, ref.version)
-        with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
-            folder = Path(scratch) / "adapter"
-            services.store.fetch(ref.digest, folder)
-            base = base_of(folder, services.settings.home)
-            target = EvaluatedModel(
-                version.label, base, base.config.max_position_embeddings, adapter=folder, version=version
-            )
-            yield target.described(version.manifest)
+        version = services.catalog.adapters.version(ref.name, ref.version)
+        services.store.fetch(ref.digest, folder)
+        base = base_of(folder, services.settings.home)
+    target = EvaluatedModel(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
+    return target.described(version.manifest)
 
 
 def _scaled(target: EvaluatedModel, scaling: RopeScaling | None, original_context: int | None) -> EvaluatedModel:
@@ -286,7 +256,7 @@ evaluate.add_command(tasks)
 
 @evaluate.command()
 @click.option("--data", required=True, help="Documents: JSONL or Parquet with a column `text`, or a .txt file.")
-@click.option("--where", type=_Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
+@click.option("--where", type=where, multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
 @click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
 @click.option(
     "--max-windows",
@@ -296,7 +266,7 @@ evaluate.add_command(tasks)
     help="For each length, evenly spread; 0: every window.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Only the first so many tokens of the data.")
-@_measurement_options
+@measures()
 def perplexity(
     options: Options,
     data: str,
@@ -310,7 +280,7 @@ def perplexity(
     Windows of the context length, a new one every --stride tokens of a document, the mean loss over the whole window.
     With --compare: what the gate asks for before a LongLoRA adapter gets an alias.
     """
-    with _target(options) as target:
+    with opened(options) as target:
         lengths = options.context_lengths or target.default_context_lengths
         spec = PerplexitySpec.parse(
             {"context_lengths": lengths, "stride": stride, "max_windows": max_windows or None}, source="the command"
@@ -341,8 +311,7 @@ def perplexity(
 
 
 @evaluate.command()
-@_retrieval_options
-@_measurement_options
+@measures(*_RETRIEVAL)
 def passkey(options: Options, **retrieval: Any) -> None:
     """Passkey retrieval of MODEL by depth and length (Mohtashami & Jaggi, 2023).
 
@@ -353,8 +322,7 @@ def passkey(options: Options, **retrieval: Any) -> None:
 
 
 @evaluate.command()
-@_retrieval_options
-@_measurement_options
+@measures(*_RETRIEVAL)
 def topics(options: Options, **retrieval: Any) -> None:
     """Topic retrieval of MODEL by depth and length (LongChat's LongEval).
 
@@ -377,7 +345,7 @@ def _retrieve(
         raise click.UsageError(f"--heatmap draws SVG: {picture.with_suffix('.svg')}")
     if picture is not None and not picture.parent.is_dir():
         raise click.UsageError(f"--heatmap: {picture.parent} is not a folder")
-    with _target(options) as target:
+    with opened(options) as target:
         lengths = options.context_lengths or target.default_context_lengths
         fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
         spec = RetrievalSpec.parse(fields | ({"depths": depths} if depths else {}), source="the command")
@@ -397,15 +365,6 @@ def _retrieve(
             click.echo(f"heat map: {picture}")
         _record(target, options, measured)
         _print_end(target, options, took, "prompts")
-
-
-def _target(options: Options) -> AbstractContextManager[EvaluatedModel]:
-    return opened(
-        options.model,
-        base_name=options.base_name,
-        scaling=options.scaling,
-        original_context=options.original_context,
-    )
 
 
 class _Took(NamedTuple):
@@ -452,8 +411,8 @@ def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluat
     known = version.evaluations + tuple(measured)
     with open_services() as services:
         if options.record:
-            services.catalog.record_evaluations(version.digest, measured)
-            known = services.catalog.version(version.name, version.version).evaluations
+            services.catalog.evaluations.record(version.digest, measured)
+            known = services.catalog.adapters.version(version.name, version.version).evaluations
     return describe.objections(version.manifest, known, services.settings)
 
 

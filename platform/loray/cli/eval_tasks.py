@@ -16,9 +16,8 @@ from typing import Any
 import click
 
 from loray.bases.registry import get_base
-from loray.catalog import AdapterVersion, split_model
-from loray.cli import describe
-from loray.cli.connect import open_remote, open_services
+from loray.catalog import split_model
+from loray.cli.connect import find_version, open_catalog, open_remote, open_services
 from loray.cli.output import console, emit, json_option, table
 from loray.errors import EvaluationError, SpecError
 from loray.schemas.resources import VersionDetail
@@ -77,23 +76,19 @@ def tasks(
     _show(version, measured, is_recorded=not no_record, as_json=as_json)
 
 
-def _version_of(model: str) -> AdapterVersion | VersionDetail:
-    with open_remote() as client:
-        if client is not None:
-            name, selector = split_model(model)
-            return client.version(name, describe.detail_of(client, name).entry.select(selector).version)
-    with open_services() as services:
-        ref = services.catalog.resolve(model)
-        return services.catalog.version(ref.name, ref.version)
+def _version_of(model: str) -> VersionDetail:
+    name, selector = split_model(model)
+    with open_catalog() as catalog:
+        return catalog.version(name, find_version(catalog, name, selector))
 
 
-def _record(version: AdapterVersion | VersionDetail, measured: Sequence[Evaluation]) -> None:
+def _record(version: VersionDetail, measured: Sequence[Evaluation]) -> None:
     with open_remote() as client:
         if client is not None:
             client.report_evaluations(version.name, version.version, measured)
             return
     with open_services() as services:
-        services.catalog.record_evaluations(version.digest, measured)
+        services.catalog.evaluations.record(version.digest, measured)
 
 
 def _run(
@@ -138,9 +133,7 @@ def read_results(folder: Path) -> tuple[Evaluation, ...]:
     return tuple(measured)
 
 
-def _show(
-    version: AdapterVersion | VersionDetail, measured: Sequence[Evaluation], *, is_recorded: bool, as_json: bool
-) -> None:
+def _show(version: VersionDetail, measured: Sequence[Evaluation], *, is_recorded: bool, as_json: bool) -> None:
     if as_json:
         evaluations = [e.model_dump(mode="json", exclude_none=True) for e in measured]
         emit({"model": version.label, "digest": version.digest, "evaluations": evaluations, "recorded": is_recorded})

@@ -87,9 +87,13 @@ def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list
     if part == "controller":
         actors: Sequence[dict[str, Any]] = [details.get("controller_info") or {}]
     else:
-        deployments = [d for a in details.get("applications", {}).values() for d in [a.get("deployments", {})]]
-        found = [d for of in deployments for name, d in of.items() if _IS_OF[part](name)]
-        actors = [replica for deployment in found for replica in deployment.get("replicas", ())]
+        actors = [
+            replica
+            for application in details.get("applications", {}).values()
+            for name, deployment in application.get("deployments", {}).items()
+            if _IS_OF[part](name)
+            for replica in deployment.get("replicas", ())
+        ]
     files = []
     for actor in actors:
         if path := actor.get("log_file_path"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,35 +22,29 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "loray.commands"
 
 
-class _Command(NamedTuple):
-    target: str  # module:attribute
-    help: str
-
-
-_COMMANDS: Mapping[str, _Command] = {
-    "doctor": _Command("loray.cli.doctor:doctor", "Find what is wrong with this machine, and what mends it."),
-    "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
-    "adapters": _Command("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
-    "store": _Command("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
-    "catalog": _Command("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
-    "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
-    "keys": _Command("loray.cli.access:keys", "Create, list, change, block, rotate and revoke API keys."),
-    "tenants": _Command("loray.cli.access:tenants", "Create, list, limit and block tenants."),
-    "chat": _Command("loray.cli.chat:chat", "Talk to a model, or to several side by side."),
-    "top": _Command("loray.cli.top:top", "Watch replicas, gateways and adapters."),
-    "logs": _Command("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
-    "open": _Command("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
-    "completion": _Command("loray.cli.shell:completion", "Print a shell's completion script."),
-    "recipes": _Command("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
-    "plan": _Command("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
-    "recommend": _Command(
-        "loray.cli.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
-    ),
-    "simulate": _Command(
+# Name → (module:attribute, help).
+_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "doctor": ("loray.cli.doctor:doctor", "Find what is wrong with this machine, and what mends it."),
+    "base": ("loray.cli.base:base", "Add, list and verify base models."),
+    "adapters": ("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
+    "store": ("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
+    "catalog": ("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
+    "usage": ("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
+    "keys": ("loray.cli.access:keys", "Create, list, change, block, rotate and revoke API keys."),
+    "tenants": ("loray.cli.access:tenants", "Create, list, limit and block tenants."),
+    "chat": ("loray.cli.chat:chat", "Talk to a model, or to several side by side."),
+    "top": ("loray.cli.top:top", "Watch replicas, gateways and adapters."),
+    "logs": ("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
+    "open": ("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
+    "completion": ("loray.cli.shell:completion", "Print a shell's completion script."),
+    "recipes": ("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
+    "plan": ("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
+    "recommend": ("loray.cli.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."),
+    "simulate": (
         "loray.cli.simulate:simulate",
         "Simulate replicas, routing and scaling under a trace, before they run.",
     ),
-    "eval": _Command("loray.cli.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."),
+    "eval": ("loray.cli.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."),
 }
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
@@ -75,12 +68,12 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _COMMANDS:
-            module, _, attribute = _COMMANDS[cmd_name].target.partition(":")
-            loaded = getattr(importlib.import_module(module), attribute)
-        elif cmd_name in _plugins():
-            loaded = _plugins()[cmd_name].load()
+            entry: EntryPoint | None = EntryPoint(cmd_name, _COMMANDS[cmd_name][0], ENTRY_POINTS)
         else:
+            entry = _plugins().get(cmd_name)
+        if entry is None:
             return None
+        loaded = entry.load()
         assert isinstance(loaded, click.Command), f"{cmd_name} is {type(loaded).__name__}, not a click command"
         return loaded
 
@@ -89,14 +82,13 @@ class LazyGroup(click.Group):
         from click.shell_completion import CompletionItem
 
         names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
-        helps = {name: command.help for name, command in _COMMANDS.items()} | dict(_PLUGIN_HELP)
-        found = [CompletionItem(name, help=helps.get(name)) for name in names]
+        found = [CompletionItem(name, help=_help_of(name)) for name in names]
         return found + (click.Command.shell_complete(self, ctx, incomplete) if incomplete.startswith("-") else [])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
         for name in self.list_commands(ctx):
-            text = _COMMANDS[name].help if name in _COMMANDS else _PLUGIN_HELP.get(name)
+            text = _help_of(name)
             if text is None:
                 command = self.get_command(ctx, name)
                 text = command.get_short_help_str() if command else ""
@@ -177,6 +169,10 @@ def _failed(message: str, error: Exception) -> int:
         traceback.print_exception(error)
     click.echo(f"error: {message}", err=True)
     return 1
+
+
+def _help_of(name: str) -> str | None:
+    return _COMMANDS[name][1] if name in _COMMANDS else _PLUGIN_HELP.get(name)
 
 
 def _plugins() -> Mapping[str, EntryPoint]:

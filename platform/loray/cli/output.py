@@ -28,6 +28,16 @@ def emit(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
+def tell(shown: str | Table, data: Any, as_json: bool) -> None:
+    """Prints `data` as JSON, or what is shown to people."""
+    if as_json:
+        emit(data)
+    elif isinstance(shown, str):
+        click.echo(shown)
+    else:
+        console().print(shown)
+
+
 def console() -> Console:
     """Returns stdout. If it is no terminal, it is wide, so that a pipe gets whole rows."""
     return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)

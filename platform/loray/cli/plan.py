@@ -23,13 +23,14 @@ from loray.errors import LorayError, NotFoundError, SpecError
 from loray.machine import Machine, Rates, hardware
 from loray.planning.compute import ExchangeVolume
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
-from loray.planning.memory import HOST_MOMENTS, MOMENTS, WHAT, HostPlan
+from loray.planning.memory import WHAT, MemoryPlan
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import shape_of
 from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec, format_seconds, format_size
 
+_FITS = {True: "fits", False: "does not fit"}
 _BUSY_S, _BUSY_PERCENT = 0.5, 25.0  # for so long all cores together have more than that to do
 
 
@@ -68,16 +69,14 @@ def device_of(name: str, home: Path, num_workers: int, *, use_gpu: bool = False)
 
 def shape_of_recipe(base: str, config: Path | None, home: Path) -> ModelConfig:
     """Returns the shape in `config` if it is given, else of the base on this machine, else of a well-known base."""
-    return known_shape(base, home) if config is None else _read(config)
-
-
-def _read(path: Path) -> ModelConfig:
-    if path.name == "config.json":
-        return read_config(path.parent)
+    if config is None:
+        return known_shape(base, home)
+    if config.name == "config.json":
+        return read_config(config.parent)
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        return ModelConfig.from_hf(json.loads(config.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
+        raise SpecError(f"{config} is not the config.json of a model: {e!r}") from e
 
 
 def measured(home: Path, *, even_if_busy: bool = True) -> Machine:
@@ -108,19 +107,28 @@ def _with_parent(spec: TrainSpec, model: ModelConfig) -> TrainSpec:
     from loray.cli.connect import open_services  # the catalog, which other plans do not need
 
     with open_services() as services:
-        ref = services.catalog.resolve(spec.init_adapter)
-        parent = services.catalog.version(ref.name, ref.version).manifest
+        ref = services.catalog.adapters.resolve(spec.init_adapter)
+        parent = services.catalog.adapters.version(ref.name, ref.version).manifest
     return continued(spec, parent, ref.label, model)
 
 
 def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
     to.print(_run(plan, spec))
-    to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {format_size(plan.device.usable_bytes)} to use)")
-    to.print(_memory(plan))
-    to.print(_peak(plan))
-    if plan.host is not None:
-        to.print(f"\n[bold]Memory of a node[/bold] (its own, with {plan.host.num_workers} workers and the driver)")
-        to.print(_host(plan.host))
+    memory, host, usable = plan.memory, plan.host, plan.device.usable_bytes
+    to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {format_size(usable)} to use)")
+    to.print(_items(memory))
+    moments = ", ".join(f"{format_size(memory.at(moment))} {moment} ({what})" for moment, what in WHAT.items())
+    more = [("moments", moments)]
+    if plan.measuring:
+        more.append(
+            ("measuring", f"{format_size(plan.measuring)}, before publishing: {_FITS[plan.measuring <= usable]}")
+        )
+    to.print(_peak(memory, *more, fits=memory.peak_bytes <= usable))
+    if host is not None:
+        of = "" if host.usable_bytes is None else f": {format_size(host.usable_bytes)} to use"
+        to.print(f"\n[bold]Memory of a node[/bold] (its own, with {host.num_workers} workers and the driver{of})")
+        to.print(_items(host))
+        to.print(_peak(host, fits=host.fits))
     if rows := plan.exchanges:
         to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: as much again)")
         to.print(_exchanges(rows))
@@ -137,8 +145,8 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
     share = run.trained.total / run.base.total
     rows = f"{run.num_rows} pairs × 2" if run.has_reference else f"{run.num_rows}"
     attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
-    if (shared := run.shared_dense) is not None:
-        attention += f", {shared.exchange} over {run.sequence} workers"
+    if run.shared_dense is not None:
+        attention += f", ulysses over {run.sequence} workers"
     keeps = "layer inputs (checkpointing)" if run.checkpointing else "all activations"
     layout = f"{run.num_workers} workers: {run.num_data_groups} data × {run.sequence} sequence, {run.strategy}"
     return pairs(
@@ -151,39 +159,18 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
     )
 
 
-def _memory(plan: Plan) -> Table:
-    memory = plan.memory
+def _items(memory: MemoryPlan) -> Table:
     rows = []
     for item in memory.items:
         share = f"{item.nbytes / memory.peak_bytes:.1%}" if memory.peak_moment in item.moments else "–"
-        when = "throughout" if item.moments == MOMENTS else ", ".join(item.moments)
+        when = "throughout" if item.moments == memory.moments else ", ".join(item.moments)
         rows.append((item.name, format_size(item.nbytes), share, when))
     return table(("ITEM", "SIZE", "OF PEAK", "WHEN"), rows, right=("SIZE", "OF PEAK"))
 
 
-def _peak(plan: Plan) -> Table:
-    memory = plan.memory
-    fits, usable = {True: "fits", False: "does not fit"}, plan.device.usable_bytes
-    measuring = [("measuring", f"{format_size(plan.measuring)}, before publishing: {fits[plan.measuring <= usable]}")]
-    moments = [f"{format_size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
-    return pairs(
-        [
-            ("peak", f"{format_size(memory.peak_bytes)}, at {memory.peak_moment}: {fits[memory.peak_bytes <= usable]}"),
-            ("dominant", f"{memory.dominant.name}, {format_size(memory.dominant.nbytes)}"),
-            ("moments", ", ".join(moments)),
-            *(measuring if plan.measuring else []),
-        ]
-    )
-
-
-def _host(host: HostPlan) -> Table:
-    usable = "" if host.usable_bytes is None else f" of {format_size(host.usable_bytes)}"
-    fits = "fits" if host.fits else "does not fit"
-    rows = []
-    for item in host.items:
-        when = "throughout" if item.moments == HOST_MOMENTS else ", ".join(item.moments)
-        rows.append((item.name, f"{format_size(item.nbytes)}, {when}"))
-    return pairs([*rows, ("peak", f"{format_size(host.peak_bytes)}{usable}, while {host.peak_moment}: {fits}")])
+def _peak(memory: MemoryPlan, *more: tuple[str, str], fits: bool) -> Table:
+    peak, most = f"{format_size(memory.peak_bytes)}, at {memory.peak_moment}: {_FITS[fits]}", memory.dominant
+    return pairs([("peak", peak), ("dominant", f"{most.name}, {format_size(most.nbytes)}"), *more])
 
 
 def _exchanges(rows: list[list[ExchangeVolume]]) -> Table:
@@ -197,15 +184,10 @@ def _exchanges(rows: list[list[ExchangeVolume]]) -> Table:
         first = row[0]
         line: list[object] = [first.sequence, first.num_tokens // first.sequence]
         for exchange in row:
-            line += [_halo(exchange), exchange.num_hops]
+            times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
+            line += [f"{format_size(exchange.halo_bytes)} ({times:.1f}×)", exchange.num_hops]
         cells.append([*line, format_size(first.ulysses_bytes), format_size(first.ring_bytes)])
     return table(columns, cells, right=columns)
-
-
-def _halo(exchange: ExchangeVolume) -> str:
-    """Writes the bytes of the halo, and the factor by which Ulysses sends more."""
-    times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
-    return f"{format_size(exchange.halo_bytes)} ({times:.1f}×)"
 
 
 def _step(plan: Plan) -> Table:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -15,12 +16,20 @@ from loray.cli.pictures import Chart, draw_charts
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
-from loray.simulation.simulator import Course, Summary, mean
+from loray.simulation.simulator import Course, mean
 from loray.simulation.workload import WHERE, RequestTrace, find, read
 
-_COLUMNS = (
-    "policy", "p50 TTFT s", "p99 TTFT s", "mean s", "cold loads", "cold %", "evicted", "replica-hours", "most", "run s",
-)  # fmt: skip
+_COLUMNS = {
+    "p50 TTFT s": "{p50_ttft_s:.3f}",
+    "p99 TTFT s": "{p99_ttft_s:.2f}",
+    "mean s": "{mean_ttft_s:.3f}",
+    "cold loads": "{cold_loads:,.0f}",
+    "cold %": "{cold_percent:.1f}",
+    "evicted": "{evictions:,.0f}",
+    "replica-hours": "{replica_hours:,.2f}",
+    "most": "{max_replicas:,.0f}",
+    "run s": "{seconds:.1f}",
+}
 
 
 @click.command()
@@ -43,7 +52,7 @@ _COLUMNS = (
 @click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Popularity ∝ rank^-alpha.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs, whose means are shown.")
-@click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="Repeatable. Default: all.")
+@click.option("--policy", "names", multiple=True, type=click.Choice(POLICIES), help="Repeatable. Default: all.")
 @click.option("--fixed", is_flag=True, help="All replicas run all the time: compares routing alone.")
 @click.option(
     "--target-utilization",
@@ -83,23 +92,14 @@ _COLUMNS = (
 @json_option
 def simulate(
     *,
-    replicas: int,
-    adapters: int,
     trace: str,
-    minutes: float,
-    utilization: float,
-    alpha: float,
     seed: int,
     seeds: int,
     names: tuple[str, ...],
-    fixed: bool,
-    target_utilization: float,
-    wait_slo_s: float,
     profile_file: Path | None,
-    replay: bool,
-    warm_up: float,
     plot: Path | None,
     as_json: bool,
+    **deployment: Any,
 ) -> None:
     """Simulate a deployment under a trace: how long first tokens take, how often adapters are loaded, and how many
     replicas run, with loray's routing and scaling and with others'.
@@ -107,33 +107,19 @@ def simulate(
     ray is Ray Serve's default router and autoscaler; random and dynamo (placement in proportion to demand) are scaled
     as loray is; oracle knows all requests in advance.
     """
-    names = names or tuple(POLICIES)
+    names = names or POLICIES
     profile = load_profile(profile_file) if profile_file is not None else SMOLLM2_TWO_CORES
     loaded = _trace(trace)
-    if replay and loaded is not None:
-        adapters, minutes = loaded.num_adapters, max(loaded.seconds, 1.0) / 60
-    scenarios = [
-        Scenario(
-            profile,
-            replicas,
-            adapters,
-            minutes,
-            loaded,
-            utilization,
-            alpha,
-            number,
-            fixed,
-            target_utilization,
-            replay,
-            warm_up,
-            wait_slo_s,
-        )
-        for number in range(seed, seed + seeds)
-    ]
+    if deployment["replay"] and loaded is not None:
+        deployment |= {"adapters": loaded.num_adapters, "minutes": max(loaded.seconds, 1.0) / 60}
+    scenarios = [Scenario(profile, trace=loaded, seed=i, **deployment) for i in range(seed, seed + seeds)]
     with progress_bar() as progress:
         runs = run_all(scenarios, names, partial(progress, f"{len(names) * seeds} runs"))
     num_requests = sum(run.num_requests for run in runs[:: len(names)])
-    title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"
+    first = scenarios[0]
+    title = (
+        f"{trace}: {num_requests // seeds:,} requests, {first.adapters:,} adapters, at most {first.replicas:,} replicas"
+    )
     if plot is not None:
         plot.write_text(_picture(title, [run.course for run in runs[: len(names)]]))
     means = {name: mean([run.summary for run in runs[i :: len(names)]]) for i, name in enumerate(names)}
@@ -141,25 +127,15 @@ def simulate(
         policies = {name: made.to_json() for name, made in means.items()}
         emit({"profile": profile.name, "requests": num_requests, "runs": seeds, "policies": policies})
         return
-    seconds = [sum(run.seconds for run in runs[i :: len(names)]) for i in range(len(names))]
-    rows = [_row(name, made, took) for (name, made), took in zip(means.items(), seconds, strict=True)]
-    console().print(f"{title}, {minutes:g} minutes, {profile.name}; means of {seeds} runs" if seeds > 1 else title)
-    console().print(table(_COLUMNS, rows, right=_COLUMNS[1:]))
-
-
-def _row(name: str, made: Summary, seconds: float) -> tuple[object, ...]:
-    return (
-        name,
-        f"{made.p50_ttft_s:.3f}",
-        f"{made.p99_ttft_s:.2f}",
-        f"{made.mean_ttft_s:.3f}",
-        f"{made.cold_loads:,.0f}",
-        f"{100 * made.cold_share:.1f}",
-        f"{made.evictions:,.0f}",
-        f"{made.replica_hours:,.2f}",
-        f"{made.max_replicas:,.0f}",
-        f"{seconds:.1f}",
-    )
+    rows = []
+    for i, (name, made) in enumerate(means.items()):
+        seconds = sum(run.seconds for run in runs[i :: len(names)])
+        figures = made._asdict() | {"cold_percent": 100 * made.cold_share, "seconds": seconds}
+        rows.append((name, *(written.format(**figures) for written in _COLUMNS.values())))
+    if seeds > 1:
+        title += f", {first.minutes:g} minutes, {profile.name}; means of {seeds} runs"
+    console().print(title)
+    console().print(table(("policy", *_COLUMNS), rows, right=tuple(_COLUMNS)))
 
 
 def _trace(name: str) -> RequestTrace | None:

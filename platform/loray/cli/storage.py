@@ -10,7 +10,7 @@ from rich.console import Console
 
 from loray.catalog.backup import BackupSummary
 from loray.cli.connect import open_services
-from loray.cli.output import console, emit, json_option, progress_bar, table, when
+from loray.cli.output import console, emit, json_option, progress_bar, table, tell, when
 from loray.publishing import gc
 from loray.spec import format_size
 from loray.spec.access import Duration, duration_s
@@ -34,7 +34,7 @@ def backup(file: Path, as_json: bool) -> None:
     Others publish and serve meanwhile. The bytes of the adapters are in the store: copy that after the catalog.
     """
     with open_services() as services, Console(stderr=True).status("writing the backup"):
-        made = services.catalog.write_backup(file)
+        made = services.catalog.backup.write(file)
     _report("backed up", made, as_json)
 
 
@@ -47,7 +47,7 @@ def restore(file: Path, as_json: bool) -> None:
     `loray store verify` says afterwards whether the store has the bytes of every version.
     """
     with open_services() as services, Console(stderr=True).status("reading the backup"):
-        restored = services.catalog.read_backup(file)
+        restored = services.catalog.backup.read(file)
     _report("restored", restored, as_json)
 
 
@@ -64,19 +64,15 @@ def verify_audit(known: str | None, as_json: bool) -> None:
     if known is not None and not (number.isdigit() and sha256):
         raise click.UsageError("--known is ID:HASH, as `loray catalog verify` prints it")
     with open_services() as services, Console(stderr=True).status("reading the audit log"):
-        state = services.catalog.verify_audit(None if known is None else (int(number), sha256))
-    if as_json:
-        emit(state._asdict())
-        return
-    click.echo(f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}")
+        state = services.catalog.audit.verify(None if known is None else (int(number), sha256))
+    line = f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}"
+    tell(line, state._asdict(), as_json)
 
 
 def _report(done: str, backup: BackupSummary, as_json: bool) -> None:
-    if as_json:
-        emit({"created_at": backup.created_at, "names": backup.num_names, "versions": backup.num_versions})
-    else:
-        what = f"{backup.num_names:,} names and {backup.num_versions:,} versions"
-        click.echo(f"{done} {what}, as of {when(backup.created_at)}")
+    line = f"{done} {backup.num_names:,} names and {backup.num_versions:,} versions, as of {when(backup.created_at)}"
+    data = {"created_at": backup.created_at, "names": backup.num_names, "versions": backup.num_versions}
+    tell(line, data, as_json)
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -143,7 +139,7 @@ def verify_objects(as_json: bool) -> None:
 def stats(as_json: bool) -> None:
     """Show what the store holds: versions by tenant, method and base; and the objects, equal files once."""
     with open_services() as services:
-        used = services.catalog.stored_use()
+        used = services.catalog.removal.stored_use()
         sizes = {kind: [e.num_bytes for e in services.store.objects.entries(f"{kind}/")] for kind in _KINDS}
     if as_json:
         objects = {kind: {"objects": len(found), "bytes": sum(found)} for kind, found in sizes.items()}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Group
 from rich.live import Live
+from rich.table import Table
 
 from loray.cli.connect import target, url_option
 from loray.cli.output import console, emit, json_option, pairs, table
 from loray.client import LorayClient
 from loray.client.metrics import REQUESTS, TTFT, UNDER_WAY, Buckets, Metrics, percentile
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
-from loray.schemas.status import ReplicaStatus, Status
+from loray.schemas.status import Status
 from loray.spec import format_seconds
 
 _TIMEOUT_S = 10.0
@@ -25,20 +25,24 @@ _WINDOW_S = 60.0
 _ADAPTERS_SHOWN = 15
 
 
-@dataclass(frozen=True, slots=True)
-class StatusSample:
+class StatusSample(NamedTuple):
     """Status and metrics at a time, `at` (of a monotonic clock). Without metrics, the three mappings are empty."""
 
     at: float
     status: Status
-    ttft: Mapping[str, Buckets] = field(default_factory=dict)  # by replica
-    requests: Mapping[str, float] = field(default_factory=dict)  # by gateway
-    under_way: Mapping[str, float] = field(default_factory=dict)
+    ttft: Mapping[str, Buckets]  # by replica
+    requests: Mapping[str, float]  # by gateway
+    under_way: Mapping[str, float]
 
     @classmethod
-    def of(cls, status: Status, metrics: str | None) -> StatusSample:
-        """`metrics`: Prometheus' text; None where the server gives none."""
-        read = Metrics(metrics or "")
+    def take(cls, client: LorayClient) -> StatusSample:
+        """Asks for status and metrics; there are no metrics where the key may not read them."""
+        status = client.status()
+        try:
+            text = client.metrics()
+        except (Unauthenticated, PermissionDenied):
+            text = ""
+        read = Metrics(text)
         ttft, requests = read.buckets(TTFT, "replica"), read.sums(REQUESTS, "gateway")
         return cls(time.monotonic(), status, ttft, requests, read.sums(UNDER_WAY, "gateway"))
 
@@ -53,21 +57,27 @@ def since(now: Buckets, earlier: Buckets | None) -> Buckets:
 
 def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
     """Makes what `loray top --json` prints: rates between both moments, percentiles of what ended between them."""
-    seconds = 0.0 if earlier is None else now.at - earlier.at
-    old = {} if earlier is None else {r.replica: r for r in earlier.status.replicas}
+
+    def rate(count: float, before: float | None) -> float | None:
+        return (count - before) / (now.at - earlier.at) if earlier and before is not None else None
+
+    old = {r.replica: r for r in earlier.status.replicas} if earlier else {}
     replicas = []
     for r in now.status.replicas:
-        buckets = since(now.ttft.get(r.replica, {}), None if earlier is None else earlier.ttft.get(r.replica))
+        ttft = since(now.ttft.get(r.replica, {}), earlier and earlier.ttft.get(r.replica))
+        before = old[r.replica].num_output_tokens if r.replica in old else None
+        has_restarted = before is not None and r.num_output_tokens < before
+        blocks = sum(r.blocks.values())
         replicas.append(
             {
                 "replica": r.replica,
                 "base": r.base,
                 "running": r.num_running,
                 "waiting": r.num_waiting,
-                "tokens_per_s": _rate(r, old.get(r.replica), seconds),
-                "ttft_p50_s": percentile(buckets, 0.5),
-                "ttft_p99_s": percentile(buckets, 0.99),
-                "pool_used": _used(r),
+                "tokens_per_s": None if has_restarted else rate(r.num_output_tokens, before),
+                "ttft_p50_s": percentile(ttft, 0.5),
+                "ttft_p99_s": percentile(ttft, 0.99),
+                "pool_used": 1 - r.blocks.get("free", 0) / blocks if blocks else None,
                 "hit_rate": r.hit_rate,
                 "adapters_in_pool": len(r.adapters_in_pool),
                 "adapters_on_host": len(r.adapters_on_host),
@@ -79,9 +89,7 @@ def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
             "gateway": name,
             "under_way": int(now.under_way.get(name, 0)),
             "requests": int(count),
-            "requests_per_s": max(0.0, count - earlier.requests.get(name, 0.0)) / seconds
-            if earlier is not None and seconds > 0
-            else None,
+            "requests_per_s": rate(count, earlier and min(count, earlier.requests.get(name, 0.0))),
         }
         for name, count in sorted(now.requests.items())
     ]
@@ -97,26 +105,10 @@ def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
 
 def placements(status: Status) -> list[dict[str, Any]]:
     """Lists the adapters that are in memory: in how many replicas' pools, and on how many hosts beside them."""
-    pool: dict[str, int] = defaultdict(int)
-    host: dict[str, int] = defaultdict(int)
-    for r in status.replicas:
-        for name in r.adapters_in_pool:
-            pool[name] += 1
-        for name in set(r.adapters_on_host) - set(r.adapters_in_pool):
-            host[name] += 1
+    pool = Counter(name for r in status.replicas for name in r.adapters_in_pool)
+    host = Counter(name for r in status.replicas for name in set(r.adapters_on_host) - set(r.adapters_in_pool))
     names = sorted(pool.keys() | host.keys(), key=lambda name: (-pool[name], -host[name], name))
     return [{"adapter": name, "pools": pool[name], "hosts": host[name]} for name in names]
-
-
-def _rate(now: ReplicaStatus, earlier: ReplicaStatus | None, seconds: float) -> float | None:
-    if earlier is None or seconds <= 0 or now.num_output_tokens < earlier.num_output_tokens:
-        return None
-    return (now.num_output_tokens - earlier.num_output_tokens) / seconds
-
-
-def _used(r: ReplicaStatus) -> float | None:
-    blocks = sum(r.blocks.values())
-    return 1 - r.blocks.get("free", 0) / blocks if blocks else None
 
 
 @click.command()
@@ -134,10 +126,10 @@ def top(interval: float, once: bool, url: str | None, as_json: bool) -> None:
     """
     out = console()
     with LorayClient(target(url), timeout=_TIMEOUT_S) as client:
-        moments = deque([look(client)])
+        moments = deque([StatusSample.take(client)])
         if once or as_json or not out.is_terminal:
             time.sleep(interval)
-            found = report(look(client), moments[0])
+            found = report(StatusSample.take(client), moments[0])
             if as_json:
                 emit(found)
             else:
@@ -147,7 +139,7 @@ def top(interval: float, once: bool, url: str | None, as_json: bool) -> None:
             while True:
                 time.sleep(interval)
                 try:
-                    moments.append(look(client))
+                    moments.append(StatusSample.take(client))
                 except LorayError as e:
                     live.update(Group(str(e)), refresh=True)
                     continue
@@ -156,70 +148,43 @@ def top(interval: float, once: bool, url: str | None, as_json: bool) -> None:
                 live.update(shown(report(moments[-1], moments[0])), refresh=True)
 
 
-def look(client: LorayClient) -> StatusSample:
-    """Asks for status and metrics; there are no metrics where the key may not read them."""
-    status = client.status()
-    try:
-        metrics: str | None = client.metrics()
-    except (Unauthenticated, PermissionDenied):
-        metrics = None
-    return StatusSample.of(status, metrics)
+_Columns = Mapping[str, tuple[str, Callable[[Any], str]]]  # heading → name in the report, and how it is written
+_REPLICAS: _Columns = {
+    "REPLICA": ("replica", str),
+    "RUNNING": ("running", str),
+    "WAITING": ("waiting", str),
+    "TOKENS/S": ("tokens_per_s", "{:,.1f}".format),
+    "TTFT P50": ("ttft_p50_s", format_seconds),
+    "TTFT P99": ("ttft_p99_s", format_seconds),
+    "POOL": ("pool_used", "{:.0%}".format),
+    "HIT RATE": ("hit_rate", "{:.0%}".format),
+    "IN POOL": ("adapters_in_pool", str),
+    "ON HOST": ("adapters_on_host", str),
+}
+_GATEWAYS: _Columns = {
+    "GATEWAY": ("gateway", str),
+    "UNDER WAY": ("under_way", str),
+    "REQUESTS": ("requests", "{:,}".format),
+    "REQUESTS/S": ("requests_per_s", "{:,.1f}".format),
+}
+_PLACEMENTS: _Columns = {"ADAPTER": ("adapter", str), "POOLS": ("pools", str), "HOSTS": ("hosts", str)}
 
 
 def shown(found: dict[str, Any]) -> Group:
     """Shows a report as tables."""
     head = pairs([("base", found["base"]), ("state", found["status"]), ("adapters", found["adapters"])])
-    columns = (
-        "REPLICA",
-        "RUNNING",
-        "WAITING",
-        "TOKENS/S",
-        "TTFT P50",
-        "TTFT P99",
-        "POOL",
-        "HIT RATE",
-        "IN POOL",
-        "ON HOST",
-    )
-    rows = [
-        (
-            r["replica"],
-            r["running"],
-            r["waiting"],
-            _number(r["tokens_per_s"]),
-            _ms(r["ttft_p50_s"]),
-            _ms(r["ttft_p99_s"]),
-            _share(r["pool_used"]),
-            _share(r["hit_rate"]),
-            r["adapters_in_pool"],
-            r["adapters_on_host"],
-        )
-        for r in found["replicas"]
-    ]
-    parts: list[Any] = [head, table(columns, rows, right=columns[1:])]
+    parts: list[Any] = [head, _table(_REPLICAS, found["replicas"])]
     if found["gateways"]:
-        names = ("GATEWAY", "UNDER WAY", "REQUESTS", "REQUESTS/S")
-        lines: list[tuple[object, ...]] = [
-            (g["gateway"], g["under_way"], f"{g['requests']:,}", _number(g["requests_per_s"]))
-            for g in found["gateways"]
-        ]
-        parts.append(table(names, lines, right=names[1:]))
+        parts.append(_table(_GATEWAYS, found["gateways"]))
     if found["placements"]:
-        most = found["placements"][:_ADAPTERS_SHOWN]
-        lines = [(p["adapter"], p["pools"], p["hosts"]) for p in most]
-        parts.append(table(("ADAPTER", "POOLS", "HOSTS"), lines, right=("POOLS", "HOSTS")))
-        if len(found["placements"]) > len(most):
-            parts.append(f"and {len(found['placements']) - len(most)} more adapters")
+        parts.append(_table(_PLACEMENTS, found["placements"][:_ADAPTERS_SHOWN]))
+        if (more := len(found["placements"]) - _ADAPTERS_SHOWN) > 0:
+            parts.append(f"and {more} more adapters")
     return Group(*parts)
 
 
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else format_seconds(seconds)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+def _table(columns: _Columns, rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        tuple(None if row[name] is None else written(row[name]) for name, written in columns.values()) for row in rows
+    ]
+    return table(tuple(columns), cells, right=tuple(columns)[1:])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import click
 
-from loray.cli.connect import open_remote, open_services
-from loray.cli.output import console, emit, json_option, table
-from loray.schemas.resources import UsageResource
+from loray.cli.connect import open_catalog
+from loray.cli.output import json_option, table, tell
 from loray.spec import USAGE_GROUPS, UsageGroup
 
 _MOST = 100_000  # rows
@@ -46,18 +45,9 @@ def usage(
     """
     since = datetime.now(UTC) - timedelta(days=days)
     by = cast(tuple[UsageGroup, ...], groups)
-    wanted: dict[str, Any] = {"tenant": tenant, "key_id": key_id, "model": model}
-    with open_remote() as client:
-        if client is not None:
-            found = list(islice(client.usage(by, **wanted, since=since.isoformat()), _MOST))
-        else:
-            with open_services() as services:
-                sums = services.catalog.usage(by, **wanted, since=since, limit=_MOST)
-            found = [UsageResource(**row._asdict()) for row in sums]
-    rows = [row for row in found if row.num_requests]
-    if as_json:
-        emit([row.model_dump(mode="json") for row in rows])
-        return
+    with open_catalog() as catalog:
+        found = catalog.usage(by, tenant=tenant, key_id=key_id, model=model, since=since)
+        rows = [row for row in islice(found, _MOST) if row.num_requests]
     fields = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
     shown = [name for name in fields if name in groups]
     lines = [
@@ -70,7 +60,6 @@ def usage(
         ]
         for row in rows
     ]
-    if not lines:
-        click.echo(f"no requests in the last {days} days")
-        return
-    console().print(table([*shown, *_COUNTS], lines, right=list(_COUNTS)))
+    made = table([*shown, *_COUNTS], lines, right=list(_COUNTS))
+    none = f"no requests in the last {days} days"
+    tell(made if lines else none, [row.model_dump(mode="json") for row in rows], as_json)

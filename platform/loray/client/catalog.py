@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack, cast
 
 import httpx
 from pydantic import ValidationError
 
-from loray.client.http import HttpClient, PagedClient, given
+from loray.client.http import HttpClient, R, given
 from loray.errors import ClusterError, IntegrityError, LorayError, StoreError
 from loray.files import appearing, is_plain, unpack_tar
 from loray.schemas.access import (
+    AuditFilter,
     AuditResource,
     KeyChange,
     KeyCreation,
@@ -32,6 +33,7 @@ from loray.schemas.access import (
     TenantResource,
 )
 from loray.schemas.resources import (
+    AdapterFilter,
     AdapterResource,
     AliasResource,
     BaseResource,
@@ -46,6 +48,7 @@ from loray.schemas.resources import (
     Problem,
     TagResource,
     UploadResource,
+    UsageFilter,
     UsageResource,
     VersionDetail,
     VersionResource,
@@ -65,194 +68,11 @@ from loray.spec import (
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-
-# -- access -----------------------------------------------------------------------------------------------------------
-
-
-class AccessCalls(PagedClient):
-    """CatalogClient's calls on keys, tenants and the audit log. Those that are not about the own key are for
-    administrators; keys also for those of a tenant.
-    """
-
-    def create_key(self, wanted: KeyCreation) -> NewKeyResource:
-        """Creates a key, which is in the answer and nowhere else."""
-        body = wanted.model_dump(mode="json", exclude_unset=True)
-        return self._ask(NewKeyResource, "POST", "/keys", json=body)
-
-    def keys(self, *, tenant: str | None = None, key_alias: str | None = None) -> Iterator[KeyResource]:
-        """All keys, newest first, fetched page by page."""
-        return self._pages("/keys", Page[KeyResource], {"tenant": tenant, "key_alias": key_alias})
-
-    def key(self, key_id: str = "self") -> KeyResource:
-        """One key; this client's own by default."""
-        return self._ask(KeyResource, "GET", f"/keys/{key_id}")
-
-    def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
-        body = change.model_dump(mode="json", exclude_unset=True)
-        return self._ask(KeyResource, "PATCH", f"/keys/{key_id}", json=body)
-
-    def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
-        """Revokes a key with those that it was rotated from and into, or `only_this`."""
-        return self._ask(KeyResource, "DELETE", f"/keys/{key_id}", params={"only_this": True} if only_this else {})
-
-    def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
-        """Replaces a key, which goes on for `grace_period`, by a new one. A key may replace itself."""
-        body = given({"grace_period": grace_period})
-        return self._ask(NewKeyResource, "POST", f"/keys/{key_id}/rotate", json=body)
-
-    def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
-        fields = {} if limits is None else limits.model_dump(exclude_unset=True)
-        body = TenantCreation(name=name, **fields).model_dump(mode="json", exclude_unset=True)
-        return self._ask(TenantResource, "POST", "/tenants", json=body)
-
-    def tenants(self) -> tuple[TenantResource, ...]:
-        return self._ask(Page[TenantResource], "GET", "/tenants").items
-
-    def tenant(self, name: str) -> TenantResource:
-        return self._ask(TenantResource, "GET", f"/tenants/{name}")
-
-    def change_tenant(self, name: str, change: TenantChange) -> TenantResource:
-        body = change.model_dump(mode="json", exclude_unset=True)
-        return self._ask(TenantResource, "PATCH", f"/tenants/{name}", json=body)
-
-    def audit(
-        self,
-        *,
-        tenant: str | None = None,
-        actor: str | None = None,
-        action: str | None = None,
-        subject: str | None = None,
-        since: datetime | None = None,
-    ) -> Iterator[AuditResource]:
-        """Entries of the audit log, newest first, fetched page by page: the own tenant's; for administrators all."""
-        wanted = {"tenant": tenant, "actor": actor, "action": action, "subject": subject}
-        wanted |= {"since": None if since is None else since.isoformat()}
-        return self._pages("/audit", Page[AuditResource], dict(wanted))
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
 _LONG = httpx.Timeout(1200.0, connect=5.0)  # merging takes minutes before its first byte
 _CHUNK_BYTES = 1 << 20
 
 
-class FileCalls(HttpClient):
-    """CatalogClient's calls that send and receive files."""
-
-    def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
-        """Begins an upload, or continues that of this key."""
-        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return self._ask(UploadResource, "POST", "/uploads", again=idempotency_key is not None, headers=headers)
-
-    def upload(self, id: str) -> UploadResource:
-        return self._ask(UploadResource, "GET", f"/uploads/{id}")
-
-    def put_file(self, id: str, path: Path) -> FileResource:
-        """Sends one file, which is read while it is sent."""
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-        url = f"/uploads/{id}/files/{path.name}"
-        return self._ask(FileResource, "PUT", url, again=True, file=path, headers=headers, timeout=_LONG)
-
-    def delete_upload(self, id: str) -> None:
-        self._request("DELETE", f"/uploads/{id}")
-
-    @contextmanager
-    def download(self, name: str, version: int, form: DownloadForm = "peft") -> Iterator[BinaryIO]:
-        """A tar archive of the version's folder or merged checkpoint, or its GGUF, which is read while it arrives."""
-        with self._streamed("GET", _download(name, version, format=form), timeout=_LONG) as response:
-            yield _body_of(response)
-
-    def fetch(self, name: str, version: int, path: Path, form: DownloadForm = "peft") -> None:
-        """Writes a version to the new folder `path`; as GGUF, to the new file `path`. It appears when it is complete.
-
-        PEFT's files come from the store itself where that is a bucket which this machine reaches, so that their bytes
-        do not pass through the server. Raises ConflictError where `path` exists, and IntegrityError where what comes
-        is not what the server has.
-        """
-        if form == "gguf":
-            with appearing(path) as made, self.download(name, version, form) as body, made.open("xb") as f:
-                while chunk := body.read(_CHUNK_BYTES):
-                    f.write(chunk)
-        elif form == "merged":
-            with self.download(name, version, form) as archive:
-                unpack_tar(archive, path)
-        else:
-            self._fetch_folder(name, version, path)
-
-    def _fetch_folder(self, name: str, version: int, folder: Path) -> None:
-        with self._streamed("GET", _download(name, version, presigned=True), timeout=_LONG) as response:
-            if response.headers["content-type"] != "application/json":
-                unpack_tar(_body_of(response), folder)
-                return
-            found = self._read(DownloadResource, response.read())
-        try:
-            with appearing(folder) as made:
-                made.mkdir()
-                for file in found.files:
-                    _read_from_store(file, made)
-        except StoreError:  # a bucket that only the server reaches
-            with self.download(name, version) as archive:
-                unpack_tar(archive, folder)
-
-
-def _read_from_store(file: PresignedFileResource, folder: Path) -> None:
-    """Write the file to `folder`. Raises StoreError where the store has it not, IntegrityError where it differs."""
-    if not is_plain(file.name):
-        raise IntegrityError(f"the adapter has a file {file.name!r}, which is not a plain one")
-    digest = hashlib.sha256()
-    try:  # without the server's key, which is no concern of the store
-        with httpx.stream("GET", file.url, timeout=_LONG) as response, (folder / file.name).open("xb") as f:
-            if not response.is_success:
-                raise StoreError(f"the store refuses {file.name} (HTTP {response.status_code})")
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
-                digest.update(chunk)
-                f.write(chunk)
-    except (httpx.HTTPError, httpx.InvalidURL) as e:
-        raise StoreError(f"the store does not answer: {e}") from e
-    if digest.hexdigest() != file.sha256:
-        raise IntegrityError(f"{file.name} differs from its SHA-256; download it again")
-
-
-class _Body(io.RawIOBase):
-    """The body of a response as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        while not self._rest:
-            try:
-                self._rest = next(self._chunks)
-            except StopIteration:
-                return 0
-        taken, self._rest = self._rest[: len(view)], self._rest[len(view) :]
-        view[: len(taken)] = taken
-        return len(taken)
-
-
-def _body_of(response: httpx.Response) -> BinaryIO:
-    return cast("BinaryIO", io.BufferedReader(_Body(response.iter_bytes())))
-
-
-def path_of(name: str, below: str = "") -> str:
-    """The path of the adapter `name` or `tenant/name`, or one below it."""
-    tenant, bare = split_qualified(name)
-    return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
-
-
-def _download(name: str, version: int, **params: str | bool) -> str:
-    path = httpx.URL(path_of(name, f"/versions/{version}/download"))
-    return str(path.copy_merge_params(params))  # its own query is kept
-
-
-# -- the client -------------------------------------------------------------------------------------------------------
-
-
-class CatalogClient(AccessCalls, FileCalls):
+class CatalogClient(HttpClient):
     """A client that raises the errors which the server raised: AdapterNotFound, JobNotFound, ConflictError,
     RevisionConflict, GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its
     database, and ClusterError if the server or Ray does not answer.
@@ -271,22 +91,11 @@ class CatalogClient(AccessCalls, FileCalls):
     def bases(self) -> tuple[BaseResource, ...]:
         return self._ask(Page[BaseResource], "GET", "/bases").items
 
-    def adapters(
-        self,
-        *,
-        tenant: str | None = None,
-        base: str | None = None,
-        method: str | None = None,
-        search: str | None = None,
-        tags: Mapping[str, str | None] | None = None,
-    ) -> Iterator[AdapterResource]:
-        """All adapters that exist for this key, or those of one tenant, fetched page by page.
-
-        `search` is a part of the name, in any case; `tags`: key → value, None for any.
-        """
-        tag = [key if value is None else f"{key}={value}" for key, value in (tags or {}).items()]
-        params = {"tenant": tenant, "base": base, "method": method, "search": search, "tag": tag or None}
-        return self._pages("/adapters", Page[AdapterResource], params)
+    def adapters(self, **wanted: Unpack[AdapterFilter]) -> Iterator[AdapterResource]:
+        """All adapters that exist for this key and are like this, fetched page by page."""
+        tags = wanted.pop("tags", None) or {}
+        tag = [key if value is None else f"{key}={value}" for key, value in tags.items()]
+        return self._pages("/adapters", Page[AdapterResource], {**wanted, "tag": tag or None})
 
     def adapter(self, name: str) -> AdapterResource:
         return self._ask(AdapterResource, "GET", path_of(name))
@@ -413,6 +222,63 @@ class CatalogClient(AccessCalls, FileCalls):
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
         self._request("DELETE", _alias(name, alias), headers=_if_match(etag))
 
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
+        """Begins an upload, or continues that of this key."""
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._ask(UploadResource, "POST", "/uploads", again=idempotency_key is not None, headers=headers)
+
+    def upload(self, id: str) -> UploadResource:
+        return self._ask(UploadResource, "GET", f"/uploads/{id}")
+
+    def put_file(self, id: str, path: Path) -> FileResource:
+        """Sends one file, which is read while it is sent."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
+        url = f"/uploads/{id}/files/{path.name}"
+        return self._ask(FileResource, "PUT", url, again=True, file=path, headers=headers, timeout=_LONG)
+
+    def delete_upload(self, id: str) -> None:
+        self._request("DELETE", f"/uploads/{id}")
+
+    @contextmanager
+    def download(self, name: str, version: int, form: DownloadForm = "peft") -> Iterator[BinaryIO]:
+        """A tar archive of the version's folder or merged checkpoint, or its GGUF, which is read while it arrives."""
+        with self._streamed("GET", _download(name, version, format=form), timeout=_LONG) as response:
+            yield _body_of(response)
+
+    def fetch(self, name: str, version: int, path: Path, form: DownloadForm = "peft") -> None:
+        """Writes a version to the new folder `path`; as GGUF, to the new file `path`. It appears when it is complete.
+
+        PEFT's files come from the store itself where that is a bucket which this machine reaches, so that their bytes
+        do not pass through the server. Raises ConflictError where `path` exists, and IntegrityError where what comes
+        is not what the server has.
+        """
+        if form == "gguf":
+            with appearing(path) as made, self.download(name, version, form) as body, made.open("xb") as f:
+                while chunk := body.read(_CHUNK_BYTES):
+                    f.write(chunk)
+        elif form == "merged":
+            with self.download(name, version, form) as archive:
+                unpack_tar(archive, path)
+        else:
+            self._fetch_folder(name, version, path)
+
+    def _fetch_folder(self, name: str, version: int, folder: Path) -> None:
+        with self._streamed("GET", _download(name, version, presigned=True), timeout=_LONG) as response:
+            if response.headers["content-type"] != "application/json":
+                unpack_tar(_body_of(response), folder)
+                return
+            found = self._read(DownloadResource, response.read())
+        try:
+            with appearing(folder) as made:
+                made.mkdir()
+                for file in found.files:
+                    _read_from_store(file, made)
+        except StoreError:  # a bucket that only the server reaches
+            with self.download(name, version) as archive:
+                unpack_tar(archive, folder)
+
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def submit(
@@ -450,17 +316,78 @@ class CatalogClient(AccessCalls, FileCalls):
 
     # -- usage --------------------------------------------------------------------------------------------------------
 
-    def usage(self, group_by: Sequence[UsageGroup] = (), **params: Any) -> Iterator[UsageResource]:
-        """Sums of what requests used, fetched page by page. `params`: `tenant`, `key_id`, `model`, `since`, `until`."""
-        return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by)} | params)
+    def usage(self, group_by: Sequence[UsageGroup] = (), **wanted: Unpack[UsageFilter]) -> Iterator[UsageResource]:
+        """Sums of what requests used, fetched page by page."""
+        return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by), **_times(wanted)})
+
+    # -- keys and tenants, for administrators; keys also for those of a tenant ----------------------------------------
+
+    def create_key(self, wanted: KeyCreation) -> NewKeyResource:
+        """Creates a key, which is in the answer and nowhere else."""
+        body = wanted.model_dump(mode="json", exclude_unset=True)
+        return self._ask(NewKeyResource, "POST", "/keys", json=body)
+
+    def keys(self, *, tenant: str | None = None, key_alias: str | None = None) -> Iterator[KeyResource]:
+        """All keys, newest first, fetched page by page."""
+        return self._pages("/keys", Page[KeyResource], {"tenant": tenant, "key_alias": key_alias})
+
+    def key(self, key_id: str = "self") -> KeyResource:
+        """One key; this client's own by default."""
+        return self._ask(KeyResource, "GET", f"/keys/{key_id}")
+
+    def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
+        body = change.model_dump(mode="json", exclude_unset=True)
+        return self._ask(KeyResource, "PATCH", f"/keys/{key_id}", json=body)
+
+    def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
+        """Revokes a key with those that it was rotated from and into, or `only_this`."""
+        return self._ask(KeyResource, "DELETE", f"/keys/{key_id}", params={"only_this": True} if only_this else {})
+
+    def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
+        """Replaces a key, which goes on for `grace_period`, by a new one. A key may replace itself."""
+        body = given({"grace_period": grace_period})
+        return self._ask(NewKeyResource, "POST", f"/keys/{key_id}/rotate", json=body)
+
+    def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
+        fields = {} if limits is None else limits.model_dump(exclude_unset=True)
+        body = TenantCreation(name=name, **fields).model_dump(mode="json", exclude_unset=True)
+        return self._ask(TenantResource, "POST", "/tenants", json=body)
+
+    def tenants(self) -> tuple[TenantResource, ...]:
+        return self._ask(Page[TenantResource], "GET", "/tenants").items
+
+    def tenant(self, name: str) -> TenantResource:
+        return self._ask(TenantResource, "GET", f"/tenants/{name}")
+
+    def change_tenant(self, name: str, change: TenantChange) -> TenantResource:
+        body = change.model_dump(mode="json", exclude_unset=True)
+        return self._ask(TenantResource, "PATCH", f"/tenants/{name}", json=body)
+
+    def audit(self, **wanted: Unpack[AuditFilter]) -> Iterator[AuditResource]:
+        """Entries of the audit log, newest first, fetched page by page: the own tenant's; for administrators all."""
+        return self._pages("/audit", Page[AuditResource], _times(wanted))
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
+
+    def _pages(self, path: str, schema: type[Page[R]], params: Mapping[str, Any]) -> Iterator[R]:
+        cursor: str | None = None
+        url = httpx.URL(path)  # its own query is kept
+        while True:
+            page = self._ask(schema, "GET", str(url.copy_merge_params(given({**params, "cursor": cursor}))))
+            yield from page.items
+            if (cursor := page.next) is None:
+                return
 
     def _error_of(self, response: httpx.Response) -> LorayError:
         try:
             return Problem.model_validate_json(response.content).exception()
         except ValidationError:  # from a proxy, for instance
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
+
+
+def _times(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked, with times as the API has them."""
+    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in wanted.items()}
 
 
 def _version(version: int | None) -> str:
@@ -473,3 +400,57 @@ def _alias(name: str, alias: str) -> str:
 
 def _if_match(etag: str | None) -> dict[str, str]:
     return {} if etag is None else {"If-Match": etag}
+
+
+def _read_from_store(file: PresignedFileResource, folder: Path) -> None:
+    """Write the file to `folder`. Raises StoreError where the store has it not, IntegrityError where it differs."""
+    if not is_plain(file.name):
+        raise IntegrityError(f"the adapter has a file {file.name!r}, which is not a plain one")
+    digest = hashlib.sha256()
+    try:  # without the server's key, which is no concern of the store
+        with httpx.stream("GET", file.url, timeout=_LONG) as response, (folder / file.name).open("xb") as f:
+            if not response.is_success:
+                raise StoreError(f"the store refuses {file.name} (HTTP {response.status_code})")
+            for chunk in response.iter_bytes(_CHUNK_BYTES):
+                digest.update(chunk)
+                f.write(chunk)
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise StoreError(f"the store does not answer: {e}") from e
+    if digest.hexdigest() != file.sha256:
+        raise IntegrityError(f"{file.name} differs from its SHA-256; download it again")
+
+
+class _Body(io.RawIOBase):
+    """The body of a response as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        while not self._rest:
+            try:
+                self._rest = next(self._chunks)
+            except StopIteration:
+                return 0
+        taken, self._rest = self._rest[: len(view)], self._rest[len(view) :]
+        view[: len(taken)] = taken
+        return len(taken)
+
+
+def _body_of(response: httpx.Response) -> BinaryIO:
+    return cast("BinaryIO", io.BufferedReader(_Body(response.iter_bytes())))
+
+
+def path_of(name: str, below: str = "") -> str:
+    """The path of the adapter `name` or `tenant/name`, or one below it."""
+    tenant, bare = split_qualified(name)
+    return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
+
+
+def _download(name: str, version: int, **params: str | bool) -> str:
+    path = httpx.URL(path_of(name, f"/versions/{version}/download"))
+    return str(path.copy_merge_params(params))  # its own query is kept

@@ -14,7 +14,6 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from loray.errors import EngineError, LorayError
-from loray.schemas.resources import Page
 from loray.telemetry import get_logger
 
 R = TypeVar("R", bound=BaseModel)
@@ -160,20 +159,6 @@ class HttpClient:
     def _error_of(self, response: httpx.Response) -> LorayError:
         """The error that the server raised, from its response."""
         raise NotImplementedError
-
-
-class PagedClient(HttpClient):
-    """A client of an API that lists in pages."""
-
-    def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
-        cursor: str | None = None
-        url = httpx.URL(path)  # its own query is kept
-        while True:
-            page = self._ask(schema, "GET", str(url.copy_merge_params(given(params | {"cursor": cursor}))))
-            yield from page.items
-            cursor = page.next
-            if cursor is None:
-                return
 
 
 def given(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,19 +108,13 @@ class LorayClient(HttpClient):
 
 
 def _translate(error: Error, status: int, retry_after: str | None) -> LorayError:
-    if error.code == "context_length_exceeded":
-        return ContextLengthExceeded(error.message, error.param)
-    if error.code == "grammar_too_expensive":
-        return GrammarTooExpensive(error.message, error.param)
-    if status == 401:
-        return Unauthenticated(error.message)
-    if status == 403:
-        return PermissionDenied(error.message)
-    if status == 404:
-        return NotFoundError(error.message)
+    for of_request in (ContextLengthExceeded, GrammarTooExpensive):
+        if error.code == of_request.code:
+            return of_request(error.message, error.param)
+    for of_caller in (Unauthenticated, PermissionDenied, NotFoundError):
+        if status == of_caller.status:
+            return of_caller(error.message)
     if status == 429 or error.code == "overloaded":
         seconds = float(retry_after) if retry_after and retry_after.isdigit() else 1.0
         return Overloaded(error.message, seconds)
-    if status < 500:
-        return RequestError(error.message, error.param)
-    return EngineError(error.message)
+    return RequestError(error.message, error.param) if status < 500 else EngineError(error.message)

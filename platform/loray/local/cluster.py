@@ -28,13 +28,9 @@ from loray.local.processes import (
     LocalServer,
     alive,
     free_ports,
-    identity,
     is_free,
     read_state,
-    spawn,
-    starting,
-    wait_until_ready,
-    write_state,
+    start_server,
 )
 from loray.settings import Settings
 from loray.telemetry import get_logger
@@ -202,9 +198,10 @@ def start_local_cluster(
             return running
         _stop(home)  # removes what is left of a cluster that died
         ports = free_ports(len(_PORTS))
-        token_file = _token_file(home)
+        token_file = home / _TOKEN_FILE
+        if not token_file.is_file():
+            write_private(token_file, secrets.token_hex(32))
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
-        proxy_dir = Path(f"{temp_dir}-http")
         log_file = home / "logs" / "cluster.log"
         log_file.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -213,25 +210,26 @@ def start_local_cluster(
         command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
-        proxy = serve_environment(home, proxy_dir)
-        process = spawn(
+        proxy = serve_environment(home, Path(f"{temp_dir}-http"))
+        cluster = start_server(
             command,
+            partial(
+                LocalCluster,
+                address=f"http://{LOOPBACK}:{ports[1]}",
+                gcs_address=f"{LOOPBACK}:{ports[0]}",
+                temp_dir=str(temp_dir),
+                token_file=str(token_file),
+                log_file=str(log_file),
+            ),
+            probe=_probe,
+            abandon=_terminate,
+            name="Ray",
+            state_file=home / _STATE_FILE,
             log_file=log_file,
             cwd=home,
             env=inherited(os.environ) | _ENVIRONMENT | proxy | _auth_env(token_file) | dict(env or {}),
+            timeout_s=timeout_s,
         )
-        cluster = LocalCluster(
-            **identity(process.pid),
-            address=f"http://{LOOPBACK}:{ports[1]}",
-            gcs_address=f"{LOOPBACK}:{ports[0]}",
-            temp_dir=str(temp_dir),
-            token_file=str(token_file),
-            log_file=str(log_file),
-        )
-        with starting(process, lambda: _terminate(cluster)):
-            probe = partial(_probe, cluster, token_file.read_text(encoding="utf-8"))
-            wait_until_ready(process, probe, name="Ray", log_file=cluster.log_file, timeout_s=timeout_s)
-            write_state(home / _STATE_FILE, cluster)
         log.debug("Ray runs at %s as process %d", cluster.address, cluster.pid)
         return cluster
 
@@ -265,8 +263,9 @@ def _stop(home: Path) -> bool:
     return was_alive
 
 
-def _probe(cluster: LocalCluster, token: str) -> str | None:
+def _probe(cluster: LocalCluster) -> str | None:
     """The reason why the job server does not accept jobs yet."""
+    token = Path(cluster.token_file).read_text(encoding="utf-8")
     request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
@@ -283,13 +282,6 @@ def _terminate(cluster: LocalCluster) -> None:
 
 def _auth_env(token_file: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
-
-
-def _token_file(home: Path) -> Path:
-    path = home / _TOKEN_FILE
-    if not path.is_file():
-        write_private(path, secrets.token_hex(32))
-    return path
 
 
 def _read_state(home: Path) -> LocalCluster | None:

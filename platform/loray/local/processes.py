@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,12 +68,35 @@ class LocalServer(Process):
 
 
 P = TypeVar("P", bound=Process)
+S = TypeVar("S", bound=LocalServer)
 
 
-def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server in a session of its own, which Ctrl-C does not reach. stdout and stderr go to `log_file`."""
+def identity(pid: int) -> dict[str, Any]:
+    """The fields of `Process` for a process that runs."""
+    return {"pid": pid, "started": start_time(pid) or 0, "scope": pid_scope()}
+
+
+def start_server(
+    command: Sequence[str],
+    made: Callable[..., S],
+    *,
+    probe: Callable[[S], str | None],
+    abandon: Callable[[S], None],
+    name: str,
+    state_file: Path,
+    log_file: Path,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout_s: float,
+) -> S:
+    """Start a server in a session of its own, which Ctrl-C does not reach, and return when it is ready: once `probe`
+    returns None instead of the reason why it is not. stdout and stderr go to `log_file`, its state to `state_file`.
+
+    `made` makes the server of the fields of `Process`. Raises ClusterError with the end of the log if the process ends,
+    or is not ready within `timeout_s`. Whatever is raised meanwhile, `abandon` ends the server.
+    """
     with log_file.open("w", encoding="utf-8") as out:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -82,46 +105,25 @@ def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str
             cwd=cwd,
             env=env,
         )
-
-
-def identity(pid: int) -> dict[str, Any]:
-    """The fields of `Process` for a process that runs."""
-    return {"pid": pid, "started": start_time(pid) or 0, "scope": pid_scope()}
-
-
-@contextmanager
-def starting(process: subprocess.Popen[bytes], abandon: Callable[[], None]) -> Iterator[None]:
-    """The block waits for the server. If it raises, `abandon` ends the server; otherwise the server is left running."""
+    server = made(**identity(process.pid))
     try:
-        yield
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if process.poll() is not None:
+                ended = f"{name} ended with code {process.returncode} while it started"
+                raise ClusterError(f"{ended}{log_tail(str(log_file))}")
+            if (reason := probe(server)) is None:
+                break
+            if time.monotonic() >= deadline:
+                late = f"{name} did not come up within {timeout_s:.0f} s ({reason})"
+                raise ClusterError(f"{late}{log_tail(str(log_file))}")
+            time.sleep(_POLL_S)
+        write_state(state_file, server)
     except BaseException:
-        abandon()
+        abandon(server)
         raise
     process.returncode = 0  # this process does not wait for its end
-
-
-def wait_until_ready(
-    process: subprocess.Popen[bytes],
-    probe: Callable[[], str | None],
-    *,
-    name: str,
-    log_file: str,
-    timeout_s: float,
-) -> None:
-    """Call `probe` until it returns None. A string that it returns says why the server is not ready yet.
-
-    Raises ClusterError with the end of the log if the process ends, or is not ready within `timeout_s`.
-    """
-    deadline = time.monotonic() + timeout_s
-    reason: str | None = "not tried"
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ClusterError(f"{name} ended with code {process.returncode} while it started{log_tail(log_file)}")
-        reason = probe()
-        if reason is None:
-            return
-        time.sleep(_POLL_S)
-    raise ClusterError(f"{name} did not come up within {timeout_s:.0f} s ({reason}){log_tail(log_file)}")
+    return server
 
 
 def write_state(path: Path, process: Process) -> None:

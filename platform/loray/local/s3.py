@@ -26,13 +26,9 @@ from loray.local.processes import (
     LocalServer,
     alive,
     free_ports,
-    identity,
     is_free,
     read_state,
-    spawn,
-    starting,
-    wait_until_ready,
-    write_state,
+    start_server,
 )
 from loray.locations import S3Location, parse_location
 from loray.settings import LOCAL_S3_FOLDER, STORE_URL_FILE, Settings
@@ -60,10 +56,6 @@ class LocalS3(LocalServer):
     @property
     def credentials_file(self) -> Path:
         return Path(self.folder) / "credentials"
-
-    @property
-    def log_file(self) -> str:
-        return str(Path(self.folder) / _LOG_FILE)
 
     def location(self, bucket: str, prefix: str = "") -> S3Location:
         return S3Location(
@@ -94,7 +86,6 @@ def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
         except ClusterError as e:  # another process may have taken a port meanwhile
             log.debug("trying again at other ports: %s", e)
             server = _start(weed, folder, _settled_ports(None), timeout_s)
-        write_state(folder / _STATE_FILE, server)
         log.debug("S3 runs at port %d as process %d", server.ports["s3"], server.pid)
         return server
 
@@ -116,17 +107,18 @@ def stop_local_s3(folder: Path) -> bool:
 
 
 def _start(weed: str, folder: Path, ports: dict[str, int], timeout_s: float) -> LocalS3:
-    process = spawn(
+    return start_server(
         _command(weed, folder, ports),
+        partial(LocalS3, folder=str(folder), ports=ports),
+        probe=_probe,
+        abandon=_clear,
+        name="the S3 server",
+        state_file=folder / _STATE_FILE,
         log_file=folder / _LOG_FILE,
         cwd=folder,
         env={"PATH": os.defpath, "HOME": str(folder)},  # so that it reads no configuration of another SeaweedFS
+        timeout_s=timeout_s,
     )
-    server = LocalS3(**identity(process.pid), folder=str(folder), ports=ports)
-    with starting(process, partial(_clear, server)):
-        probe = partial(_probe, server)
-        wait_until_ready(process, probe, name="the S3 server", log_file=server.log_file, timeout_s=timeout_s)
-    return server
 
 
 def _command(weed: str, folder: Path, ports: Mapping[str, int]) -> list[str]:

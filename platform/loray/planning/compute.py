@@ -102,7 +102,12 @@ def plan_traffic(run: RunShape) -> TrafficPlan:
     trained, e = run.trained.total, run.element_bytes
     share = (run.num_workers - 1) / run.num_workers
     mine = exchange(run, run.sequence, run.group_size) if run.sequence > 1 and run.group_size else None
-    halo_bytes = _both_ways(run) * run.model.num_layers * run.accumulation if mine else 0
+    halo_bytes = 0
+    if mine is not None and (plan := run.halo) is not None:
+        width, ranks = run.model.head_dim, range(plan.num_ranks)
+        # In both passes; recomputation uses kept halos.
+        most = max(plan.elements_sent(rank, width) + plan.elements_received(rank, width) for rank in ranks)
+        halo_bytes = most * e * run.num_sequences * run.model.num_layers * run.accumulation
     weights = e * (run.base.total + trained) if run.weight_shards > 1 else 0
     match run.strategy:
         case "ddp":
@@ -125,14 +130,6 @@ def _dense_bytes(run: RunShape) -> int:
         for rank in range(plan.num_ranks)
     )
     return most * run.element_bytes * run.num_sequences * run.model.num_layers * run.accumulation
-
-
-def _both_ways(run: RunShape) -> int:
-    """Bytes of one layer and micro-batch in both passes, of the rank that sends most. Recomputation uses kept halos."""
-    plan, head_dim = run.halo, run.model.head_dim
-    assert plan is not None, "there is a halo"
-    most = max(plan.elements_sent(r, head_dim) + plan.elements_received(r, head_dim) for r in range(plan.num_ranks))
-    return most * run.element_bytes * run.num_sequences
 
 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -289,8 +286,6 @@ def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEs
     )
     compute_s = matmul_s + attention_s + memory_s
     dense_s = traffic.dense_bytes / device.link_bandwidth
-    if shared is not None and shared.exchange == "ring":  # during the attention to the keys before
-        dense_s = max(0.0, dense_s - attention_s)
     communication_s = max(0.0, halo_s - attention_s) + dense_s + max(0.0, gather_s - compute_s) + gradient_s
     step_s = compute_s + optimizer_s + communication_s
     return StepEstimate(
@@ -316,12 +311,8 @@ def _eager_bytes(run: RunShape) -> float:
     width += 5 * e * model.intermediate_size
     layers = width * model.num_layers * (3 + run.checkpointing + run.has_reference)
     loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.has_reference / 2)  # the reference has no gradient
-    return float((layers + loss) * run.tokens_per_worker + _dequantized_bytes(run)) * run.accumulation
-
-
-def _dequantized_bytes(run: RunShape) -> float:
-    """Every pass over a quantized layer reads its weight and writes it in the base's dtype, whatever the tokens."""
-    if run.quantization is None:
-        return 0.0
-    once = run.quantization.bytes_per_element + run.element_bytes
-    return once * count_quantized(run.model) * (2 + run.checkpointing + run.has_reference)
+    dequantized = 0.0
+    if run.quantization is not None:  # every pass reads each weight and writes it in the base's dtype
+        passes = 2 + run.checkpointing + run.has_reference
+        dequantized = (run.quantization.bytes_per_element + e) * count_quantized(model) * passes
+    return float((layers + loss) * run.tokens_per_worker + dequantized) * run.accumulation

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from loray.machine import Gpu, GpuRates, Hardware, Machine, training_dtype
+from loray.machine import GpuRates, Hardware, Machine, Rates, training_dtype
 from loray.spec import DType, Frozen, NumBytes, parse_size
 
 GB = 10**9
@@ -101,6 +101,7 @@ PRESETS = {
         _gpu("h200-141gb", 151.0, 989, 4.8, 450, 0.35, 2.0),
     )
 }
+_UNKNOWN = Rates({"bfloat16": 1.0, "float32": 1.0}, 1.0, 1.0, bandwidth=1.0, gpu=GpuRates(1.0, 1.0))
 ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 # Measured (docs/guide/methods.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
@@ -117,23 +118,19 @@ def host(machine: Machine, num_workers: int) -> Device:
 
     Where its rates were not measured, only its memory counts, and no time does.
     """
-    hardware, rates = machine
-    products: Mapping[DType, float] = {"bfloat16": 1.0, "float32": 1.0} if rates is None else rates.products
-    fastest = max(products.values())
-    attention, dense = (1.0, 1.0) if rates is None else (rates.attention_flops, rates.dense_attention_flops)
-    bandwidth = 1.0 if rates is None else rates.bandwidth
-    peak = max(fastest, attention, dense)
+    hardware, rates = machine.hardware, machine.rates or _UNKNOWN
+    peak = max(rates.fastest, rates.attention_flops, rates.dense_attention_flops)
     return Device(
         name=THIS_MACHINE,
         memory_bytes=hardware.memory_bytes // num_workers,
         flops=peak / num_workers,
-        bandwidth=bandwidth / num_workers,
-        link_bandwidth=bandwidth / 4 / num_workers,  # over loopback every byte is read and written twice
-        product_shares={dtype: flops / fastest for dtype, flops in products.items()},
+        bandwidth=rates.bandwidth / num_workers,
+        link_bandwidth=rates.bandwidth / 4 / num_workers,  # over loopback every byte is read and written twice
+        product_shares={dtype: flops / rates.fastest for dtype, flops in rates.products.items()},
         training_dtype=training_dtype(hardware, use_gpu=False).dtype,
-        matmul_share=0.9 * fastest / peak,
-        attention_share=attention / peak,
-        dense_attention_share=dense / peak,
+        matmul_share=0.9 * rates.fastest / peak,
+        attention_share=rates.attention_flops / peak,
+        dense_attention_share=rates.dense_attention_flops / peak,
         framework_bytes=_HOST_FRAMEWORK,
         usable_share=0.9,
         keeps_freed_below=_GLIBC_THRESHOLD,
@@ -150,49 +147,37 @@ def gpu_here(machine: Machine) -> Device | None:
     if not hardware.gpus:
         return None
     gpu = min(hardware.gpus, key=lambda gpu: gpu.capability)
-    shape = {
+    shape: dict[str, Any] = {
         "memory_bytes": gpu.memory_bytes,
         "training_dtype": training_dtype(hardware, use_gpu=True).dtype,
         "workers_per_node": len(hardware.gpus),
         "host_memory_bytes": hardware.memory_bytes,
     }
-    known = _preset_of(gpu)
-    if known is not None:
-        return known.model_copy(update=shape)
+    # The maker's figures of this model, by its name and the nearest memory.
+    models = [d for name, d in PRESETS.items() if gpu.name.lower().startswith(name.partition("-")[0])]
+    if models:
+        return min(models, key=lambda d: abs(d.memory_bytes - gpu.memory_bytes)).model_copy(update=shape)
     if rates is None or rates.gpu is None:
         return None
-    return _measured(gpu, rates.gpu).model_copy(update=shape)
+    return Device(
+        name=gpu.name,
+        flops=rates.gpu.flops,
+        bandwidth=rates.gpu.bandwidth,
+        link_bandwidth=_PCIE,
+        matmul_share=_MEASURED_MATMUL,
+        attention_share=_MEASURED_ATTENTION,
+        dense_attention_share=_MEASURED_ATTENTION,
+        **shape,
+    )
 
 
 def device_on(hardware: Hardware, num_workers: int, *, use_gpu: bool) -> Device | None:
     """Describe one worker's share of a node, of `num_workers` on it: its GPU, or of its memory. Rates that are not
     known do not count, and no time does. None where GPUs are used and none was found.
     """
-    machine = Machine(hardware)
+    machine = Machine(hardware, _UNKNOWN)
     if not use_gpu:
         return host(machine, num_workers)
-    if not hardware.gpus:
-        return None
-    gpu = min(hardware.gpus, key=lambda gpu: gpu.memory_bytes)
-    device = gpu_here(machine) or _measured(gpu, GpuRates(1.0, 1.0))
+    device = gpu_here(machine)
     node = {"workers_per_node": num_workers, "host_memory_bytes": hardware.memory_bytes}
-    return device.model_copy(update=node)
-
-
-def _preset_of(gpu: Gpu) -> Device | None:
-    """The maker's figures of this model, by its name and the nearest memory."""
-    models = [d for name, d in PRESETS.items() if gpu.name.lower().startswith(name.partition("-")[0])]
-    return min(models, key=lambda d: abs(d.memory_bytes - gpu.memory_bytes), default=None)
-
-
-def _measured(gpu: Gpu, rates: GpuRates) -> Device:
-    return Device(
-        name=gpu.name,
-        memory_bytes=gpu.memory_bytes,
-        flops=rates.flops,
-        bandwidth=rates.bandwidth,
-        link_bandwidth=_PCIE,
-        matmul_share=_MEASURED_MATMUL,
-        attention_share=_MEASURED_ATTENTION,
-        dense_attention_share=_MEASURED_ATTENTION,
-    )
+    return None if device is None else device.model_copy(update=node)

@@ -7,8 +7,8 @@ gradients and optimizer states are replicated or sharded (Rajbhandari et al., *Z
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from loray.methods import method_of
 from loray.methods.base import SavedTensors
@@ -19,14 +19,13 @@ from loray.spec import DTYPE_BYTES, LINEAR_MODULES, TrainSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
-PeakMoment = Literal["loss", "backward", "gradients", "update"]
-WHAT: dict[PeakMoment, str] = {
+WHAT = {
     "loss": "end of the forward pass",
     "backward": "that of the last layer, which comes first",
     "gradients": "end of the backward pass",
     "update": "AdamW",
 }
-MOMENTS: tuple[PeakMoment, ...] = tuple(WHAT)
+MOMENTS = tuple(WHAT)
 
 CHECKPOINT = "a checkpoint, as rank 0 writes it"  # in the host's memory, while steps go on
 GRADIENT_BUCKET_BYTES = 25 << 20  # fp32 gradients that are reduced together: 25 MiB, as in torch's DDP
@@ -38,26 +37,27 @@ _FSDP_LAYERS = 3  # the current layer, the next one, and the flat buffer that th
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """`block` are the bytes of the item's largest tensor."""
+    """What is in memory at some moments. `block` are the bytes of its largest tensor."""
 
     name: str
     nbytes: int
-    moments: tuple[PeakMoment, ...] = MOMENTS
+    moments: tuple[str, ...] = MOMENTS
     block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingMemory:
-    """The memory of a worker's device in a step."""
+class MemoryPlan:
+    """The memory of a worker's device in a step, or of a node, at each of the moments."""
 
     items: tuple[Item, ...]
+    moments: tuple[str, ...] = MOMENTS
 
-    def at(self, moment: PeakMoment) -> int:
+    def at(self, moment: str) -> int:
         return sum(item.nbytes for item in self.items if moment in item.moments)
 
     @property
-    def peak_moment(self) -> PeakMoment:
-        return max(MOMENTS, key=self.at)
+    def peak_moment(self) -> str:
+        return max(self.moments, key=self.at)
 
     @property
     def peak_bytes(self) -> int:
@@ -68,24 +68,23 @@ class TrainingMemory:
         """The largest item at the peak."""
         return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "moments": {moment: self.at(moment) for moment in self.moments},
+            "peak_moment": self.peak_moment,
+            "peak_bytes": self.peak_bytes,
+            "dominant": self.dominant.name,
+        }
 
-def plan_memory(run: RunShape, device: Device) -> TrainingMemory:
+
+def plan_memory(run: RunShape, device: Device) -> MemoryPlan:
     """Plan the memory of one worker's device in a step."""
     items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run, device)]
-    passing = [item for item in items if item.moments != MOMENTS]
-    kept = [_after_freeing(item, device) for item in items if item.nbytes]
-    return TrainingMemory((*kept, *_fragments(passing, device), Item("framework", device.framework_bytes)))
-
-
-def _after_freeing(item: Item, device: Device) -> Item:
-    """The item counts at every moment where the allocator keeps its freed blocks."""
-    return replace(item, moments=MOMENTS) if 0 < item.block < device.keeps_freed_below else item
-
-
-def _fragments(passing: list[Item], device: Device) -> Iterator[Item]:
-    """Free memory between blocks, as a share of the most that the step's own items take."""
-    most = max(sum(item.nbytes for item in passing if moment in item.moments) for moment in MOMENTS)
-    yield Item("fragmentation", int(device.fragmentation * most))
+    passing = MemoryPlan(tuple(item for item in items if item.moments != MOMENTS))
+    # An item counts at every moment where the allocator keeps its freed blocks.
+    kept = [replace(i, moments=MOMENTS) if 0 < i.block < device.keeps_freed_below else i for i in items if i.nbytes]
+    fragments = Item("fragmentation", int(device.fragmentation * passing.peak_bytes))
+    return MemoryPlan((*kept, fragments, Item("framework", device.framework_bytes)))
 
 
 def _weights(run: RunShape) -> Iterator[Item]:
@@ -145,7 +144,7 @@ def _activations(run: RunShape) -> Iterator[Item]:
     tokens, layers = run.tokens_per_worker, run.model.num_layers
     kept = saved_by_layer(run)
     rope = 2 * run.element_bytes * run.model.head_dim
-    alive: tuple[PeakMoment, ...] = ("loss", "backward")
+    alive: tuple[str, ...] = ("loss", "backward")
     if run.checkpointing:
         per_token = layer_input(run)
         yield Item("layer inputs", per_token * tokens * layers, alive, per_token * tokens)
@@ -171,7 +170,7 @@ def _activations(run: RunShape) -> Iterator[Item]:
         yield from _halo(run, alive)
 
 
-def _halo(run: RunShape, alive: tuple[PeakMoment, ...]) -> Iterator[Item]:
+def _halo(run: RunShape, alive: tuple[str, ...]) -> Iterator[Item]:
     """The halo of every layer is kept until the backward pass, also with checkpointing, whose recomputation uses it.
 
     The kernel gets the halo in front of the keys of its segment, and as many queries of zeros.
@@ -190,33 +189,21 @@ def _halo(run: RunShape, alive: tuple[PeakMoment, ...]) -> Iterator[Item]:
 
 
 def _shared_dense(run: RunShape, plan: DensePlan) -> Iterator[Item]:
-    """The buffers of one layer's backward pass. Autograd keeps what it keeps on one worker, and with ulysses the keys
-    and values that several ranks hold.
-
-    ulysses  gradients of q, k and v as they are sent, received and put together
-    ring     keys and values held and received, their gradients sent and received, and fp32 sums of the gradients of
-             keys and values (of one block and of all) and of queries
+    """The gradients of q, k and v of one layer, as they are sent, received and put together; and what the worker with
+    most heads holds beyond an equal share of them: queries and outputs where workers do not divide the heads, keys and
+    values that serve several workers.
     """
     width = run.tokens_per_worker * run.model.head_dim
-    e, heads, kv_heads = run.element_bytes, plan.num_heads, plan.num_kv_heads
-    if plan.exchange == "ring":
-        kv = 2 * kv_heads * width
-        yield Item("ring: keys, values and gradients", (4 * e + 2 * _FP32) * kv, ("backward",), _FP32 * kv)
-        yield Item("ring: gradients of queries", (_FP32 + e) * heads * width, ("backward",), _FP32 * heads * width)
-        return
-    held = max(len(plan.kv_heads(rank)) for rank in range(plan.num_ranks)) * plan.num_ranks
-    part = e * (heads + 2 * held) * width
+    e, heads = run.element_bytes, plan.most_heads * plan.num_ranks
+    kv_heads = max(len(plan.kv_heads(rank)) for rank in range(plan.num_ranks)) * plan.num_ranks
+    part = e * (heads + 2 * kv_heads) * width
     yield Item("ulysses: gradients of q, k and v", 3 * part, ("backward",), part)
-    more = e * 2 * (held - kv_heads) * width
+    more = e * 2 * (heads - plan.num_heads + kv_heads - plan.num_kv_heads) * width
     if run.checkpointing:
-        yield Item("one layer, recomputed: key-value heads of several ranks", more, ("backward",), more // 2)
+        yield Item("one layer, recomputed: heads beyond an equal share", more, ("backward",), more // 2)
     else:
-        yield Item(
-            "activations: key-value heads of several ranks",
-            more * run.model.num_layers,
-            ("loss", "backward"),
-            more // 2,
-        )
+        layers = run.model.num_layers
+        yield Item("activations: heads beyond an equal share", more * layers, ("loss", "backward"), more // 2)
 
 
 def _loss(run: RunShape, device: Device) -> Iterator[Item]:
@@ -243,9 +230,23 @@ def _share(nbytes: int, shards: int) -> int:
 
 def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
     """List what autograd keeps of a layer for its backward pass."""
-    method, e, is_shared = method_of(run.adapter), run.element_bytes, run.sequence > 1
-    adapter = method.saved(run.adapter, run.model, element_bytes=e, is_shared=is_shared)
-    kept = (_saved_norms(run), _saved_attention(run), adapter, _saved_mlp(run))
+    model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
+    adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
+    # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
+    widths = [(1, model.hidden_size)] * 2
+    widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []
+    trained = e if run.adapter.train_norms else 0
+    norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
+    # q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32.
+    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
+    attention = 2 * (q + kv) + _FP32 * model.num_heads
+    mlp = e * model.intermediate_size  # of each of gate, silu(gate) and up
+    kept = (
+        SavedTensors("norms", norms, _FP32 * model.hidden_size),
+        SavedTensors("attention", attention, q),
+        adapter,
+        SavedTensors("mlp", 3 * mlp, mlp),
+    )
     return tuple(part for part in kept if part.nbytes)
 
 
@@ -254,29 +255,6 @@ def layer_input(run: RunShape) -> int:
     pass.
     """
     return run.element_bytes * run.model.hidden_size
-
-
-def _saved_norms(run: RunShape) -> SavedTensors:
-    """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
-    model, e = run.model, run.element_bytes
-    trained = e if run.adapter.train_norms else 0
-    heads = model.num_heads + model.num_kv_heads
-    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
-    nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
-    return SavedTensors("norms", nbytes, _FP32 * model.hidden_size)
-
-
-def _saved_attention(run: RunShape) -> SavedTensors:
-    """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
-    model, e = run.model, run.element_bytes
-    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
-    return SavedTensors("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
-
-
-def _saved_mlp(run: RunShape) -> SavedTensors:
-    """gate, silu(gate) and up."""
-    width = run.element_bytes * run.model.intermediate_size
-    return SavedTensors("mlp", 3 * width, width)
 
 
 def layer_gradients(run: RunShape) -> SavedTensors:
@@ -325,45 +303,18 @@ def measuring_bytes(run: RunShape, device: Device) -> int:
 # Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the
 # base, tokens, the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
 
-HostMoment = Literal["loading", "training", "publishing"]
-HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
+HOST_MOMENTS = ("loading", "training", "publishing")
 
 _TOKENISED_BYTES = 64 * (8 << 20)  # parts of data files that the driver has given to tasks
 _BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit integers
 
 
 @dataclass(frozen=True, slots=True)
-class HostItem:
-    """A node's item, and the moments at which it is in memory."""
-
-    name: str
-    nbytes: int
-    moments: tuple[HostMoment, ...] = HOST_MOMENTS
-
-
-@dataclass(frozen=True, slots=True)
-class HostPlan:
+class HostPlan(MemoryPlan):
     """The memory of a node. `usable_bytes` is None where nothing is known of it."""
 
-    items: tuple[HostItem, ...]
-    num_workers: int
-    usable_bytes: int | None
-
-    def at(self, moment: HostMoment) -> int:
-        return sum(item.nbytes for item in self.items if moment in item.moments)
-
-    @property
-    def peak_moment(self) -> HostMoment:
-        return max(HOST_MOMENTS, key=self.at)
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.at(self.peak_moment)
-
-    @property
-    def dominant(self) -> HostItem:
-        """The largest item at the peak."""
-        return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
+    num_workers: int = 1
+    usable_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -376,16 +327,16 @@ def plan_host(run: RunShape, device: Device) -> HostPlan | None:
         return None
     num_workers = min(run.num_workers, device.workers_per_node)
     items = (
-        HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes),
+        Item("processes of workers and driver", (num_workers + 1) * device.process_bytes, HOST_MOMENTS),
         *_host_base(run, num_workers),
         *_host_data(run, num_workers),
-        HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",)),
+        Item(CHECKPOINT, run.checkpoint_bytes, ("training",)),
     )
     usable = None if device.host_memory_bytes is None else int(device.host_memory_bytes * device.usable_share)
-    return HostPlan(tuple(item for item in items if item.nbytes), num_workers, usable)
+    return HostPlan(tuple(item for item in items if item.nbytes), HOST_MOMENTS, num_workers, usable)
 
 
-def _host_base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
+def _host_base(run: RunShape, num_workers: int) -> Iterator[Item]:
     """Strategies that shard the base read it tensor by tensor, and so does one that is quantized; the others build it
     whole. What is whole then moves to the device.
     """
@@ -393,22 +344,22 @@ def _host_base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
     shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
     largest = max(out * width for out, width in shapes)
     if run.weight_shards > 1 or run.quantization is not None:
-        yield HostItem("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
+        yield Item("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
     if run.weight_shards == 1:
-        yield HostItem("the base, as each worker reads it", num_workers * run.base_bytes, ("loading",))
+        yield Item("the base, as each worker reads it", num_workers * run.base_bytes, ("loading",))
     rows = 0 if model.tie_word_embeddings else run.trained.embedding
     trained = e * (run.trained.total + rows)
-    yield HostItem("trained parameters, before they move", num_workers * trained, ("loading",))
+    yield Item("trained parameters, before they move", num_workers * trained, ("loading",))
     if run.measured_length is None:
         return
     if num_shards(run) > 1:
-        yield HostItem("a tensor of the base, to be measured", num_workers * e * largest, ("publishing",))
+        yield Item("a tensor of the base, to be measured", num_workers * e * largest, ("publishing",))
     else:
-        yield HostItem("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
+        yield Item("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
 
 
-def _host_data(run: RunShape, num_workers: int) -> Iterator[HostItem]:
+def _host_data(run: RunShape, num_workers: int) -> Iterator[Item]:
     """The tokens of training data are mapped files."""
-    yield HostItem("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
+    yield Item("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
     tokens = run.accumulation * run.num_sequences * run.padded_length
-    yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
+    yield Item("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))

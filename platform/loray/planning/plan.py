@@ -20,10 +20,8 @@ from loray.planning.compute import (
 )
 from loray.planning.devices import Device
 from loray.planning.memory import (
-    HOST_MOMENTS,
-    MOMENTS,
     HostPlan,
-    TrainingMemory,
+    MemoryPlan,
     measuring_bytes,
     plan_host,
     plan_memory,
@@ -51,7 +49,7 @@ class Plan:
 
     run: RunShape
     device: Device
-    memory: TrainingMemory
+    memory: MemoryPlan
     measuring: int
     host: HostPlan | None
     traffic: TrafficPlan
@@ -70,9 +68,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Make a dictionary for JSON, in bytes, seconds, FLOPs and tokens."""
-        run, memory = self.run, self.memory
+        run = self.run
         return {
-            "model": asdict(run.model) | {"rope": run.model.rope.to_hf()},
+            "model": run.model.to_json(),
             "parameters": {"base": run.base.total, "trained": run.trained.total} | asdict(run.trained),
             "run": {
                 name: getattr(run, name)
@@ -95,17 +93,10 @@ class Plan:
                 )
             },
             "device": self.device.model_dump() | {"usable_bytes": self.device.usable_bytes},
-            "memory": {
-                "items": [asdict(item) for item in memory.items],
-                "moments": {moment: memory.at(moment) for moment in MOMENTS},
-                "peak_moment": memory.peak_moment,
-                "peak_bytes": memory.peak_bytes,
-                "dominant": memory.dominant.name,
-                "measuring_bytes": self.measuring,
-            },
-            "host": None if self.host is None else _host_facts(self.host),
+            "memory": self.memory.to_dict() | {"measuring_bytes": self.measuring},
+            "host": None if self.host is None else self.host.to_dict(),
             "traffic": asdict(self.traffic),
-            "dense_exchange": run.shared_dense and run.shared_dense.exchange,
+            "dense_exchange": "ulysses" if run.shared_dense else None,
             "exchanges": [[asdict(exchange) for exchange in row] for row in self.exchanges],
             "flops": asdict(self.flops) | {"total": self.flops.total},
             "time": asdict(self.time) | {"step_s": self.time.step_s},
@@ -120,8 +111,7 @@ def make_plan(run: RunShape, device: Device) -> Plan:
     measuring = measuring_bytes(run, device)
     problems = (
         *_memory_problems(run, device, memory, measuring, host),
-        *_device_problems(run, device),
-        *_layout_problems(run, traffic),
+        *(PlanProblem("warning", *warning) for warning in _warnings(run, device, traffic)),
     )
     return Plan(
         run, device, memory, measuring, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems
@@ -136,38 +126,35 @@ def advice_for_less(run: RunShape, device: Device) -> str:
     return _advice(smallest_fix(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
 
 
-def _host_facts(host: HostPlan) -> dict[str, Any]:
-    return asdict(host) | {
-        "moments": {moment: host.at(moment) for moment in HOST_MOMENTS},
-        "peak_moment": host.peak_moment,
-        "peak_bytes": host.peak_bytes,
-        "dominant": host.dominant.name,
-    }
-
-
 def _memory_problems(
-    run: RunShape, device: Device, memory: TrainingMemory, measuring: int, host: HostPlan | None
-) -> list[PlanProblem]:
-    if measuring > device.usable_bytes >= memory.peak_bytes:
-        message = (
-            f"needs {_gb(measuring)} a worker to measure base and adapter before publishing (`evaluation`), where "
-            f"{device.name} has {_gb(device.usable_bytes)} to use"
+    run: RunShape, device: Device, memory: MemoryPlan, measuring: int, host: HostPlan | None
+) -> Iterator[PlanProblem]:
+    if memory.peak_bytes > device.usable_bytes:
+        yield PlanProblem(
+            "refusal",
+            f"needs {_gb(memory.peak_bytes)} a worker where {device.name} has {_gb(device.usable_bytes)} to use; "
+            f"most of it is {memory.dominant.name} ({_gb(memory.dominant.nbytes)})",
+            _advice(smallest_fix(run, device)),
         )
-        return [PlanProblem("refusal", message, f"{_advice(smallest_fix(run, device))}, or leave out what is measured")]
-    if memory.peak_bytes <= device.usable_bytes:
-        if host is None or host.fits:
-            return []
-        message = (
+    elif measuring > device.usable_bytes:
+        yield PlanProblem(
+            "refusal",
+            f"needs {_gb(measuring)} a worker to measure base and adapter before publishing (`evaluation`), where "
+            f"{device.name} has {_gb(device.usable_bytes)} to use",
+            f"{_advice(smallest_fix(run, device))}, or leave out what is measured",
+        )
+    elif host is not None and not host.fits:
+        fix = smallest_fix(run, device)
+        advice = "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
+        if fix is not None and fix.host_bytes is not None:
+            advice = f"{' and '.join(fix.changes)} would take {_gb(fix.host_bytes)} of a node's memory"
+        yield PlanProblem(
+            "refusal",
             f"needs {_gb(host.peak_bytes)} of a node's own memory while {host.peak_moment}, where a node of "
             f"{host.num_workers} workers on {device.name} has {_gb(host.usable_bytes or 0)} to use; most of it is "
-            f"{host.dominant.name} ({_gb(host.dominant.nbytes)})"
+            f"{host.dominant.name} ({_gb(host.dominant.nbytes)})",
+            advice,
         )
-        return [PlanProblem("refusal", message, _host_advice(smallest_fix(run, device)))]
-    message = (
-        f"needs {_gb(memory.peak_bytes)} a worker where {device.name} has {_gb(device.usable_bytes)} to use; "
-        f"most of it is {memory.dominant.name} ({_gb(memory.dominant.nbytes)})"
-    )
-    return [PlanProblem("refusal", message, _advice(smallest_fix(run, device)))]
 
 
 def _advice(fix: Fix | None) -> str:
@@ -176,77 +163,43 @@ def _advice(fix: Fix | None) -> str:
     return f"{' and '.join(fix.changes)} would take {_gb(fix.peak_bytes)}"
 
 
-def _host_advice(fix: Fix | None) -> str:
-    if fix is None or fix.host_bytes is None:
-        return "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
-    return f"{' and '.join(fix.changes)} would take {_gb(fix.host_bytes)} of a node's memory"
-
-
-def _device_problems(run: RunShape, device: Device) -> list[PlanProblem]:
-    problems = []
+def _warnings(run: RunShape, device: Device, traffic: TrafficPlan) -> Iterator[tuple[str, str]]:
+    """What costs time or quality, and what to change."""
     share = device.product_shares.get(run.dtype, 1.0)
     if device.is_host and run.dtype == "bfloat16" and device.training_dtype != "bfloat16":
         measured = f"which reach {share:.0%} of float32's here" if share < 1 else "so they are several times slower"
-        problems.append(
-            PlanProblem("warning", f"this CPU has no bfloat16 products, {measured}", "dtype: float32, or leave it out")
-        )
+        yield f"this CPU has no bfloat16 products, {measured}", "dtype: float32, or leave it out"
     if device.is_host and run.base.total >= LARGE_BASE:
-        problems.append(
-            PlanProblem(
-                "warning",
-                f"a base of {run.base.total / 1e9:.1f} billion parameters is trained on the CPU",
-                "use_gpu: true, on a machine or a cluster with a GPU for each worker",
-            )
+        yield (
+            f"a base of {run.base.total / 1e9:.1f} billion parameters is trained on the CPU",
+            "use_gpu: true, on a machine or a cluster with a GPU for each worker",
         )
-    return problems
-
-
-def _layout_problems(run: RunShape, traffic: TrafficPlan) -> list[PlanProblem]:
-    problems = []
     group, exchange = run.group_size, traffic.exchange
     if group is not None and group < run.usual_group:
-        problems.append(
-            PlanProblem(
-                "warning",
-                f"group_size {group} is less than {run.usual_group}, a quarter of the context, which the paper finds "
-                "to raise the loss",
-                f"group_size: {run.usual_group}, or leave it out",
-            )
+        yield (
+            f"group_size {group} is less than {run.usual_group}, a quarter of the context, which the paper finds to "
+            "raise the loss",
+            f"group_size: {run.usual_group}, or leave it out",
         )
     if group is not None and group >= run.row_length:
-        problems.append(
-            PlanProblem(
-                "warning",
-                f"rows of {run.row_length} tokens lie inside one group of {group}: half of the heads attend densely",
-                f"group_size: {quarter(run.row_length)}, or longer rows",
-            )
+        yield (
+            f"rows of {run.row_length} tokens lie inside one group of {group}: half of the heads attend densely",
+            f"group_size: {quarter(run.row_length)}, or longer rows",
         )
     if run.padded_length != run.row_length:
-        problems.append(
-            PlanProblem(
-                "warning",
-                f"rows of {run.row_length} tokens do not divide by {run.sequence} workers and are padded to "
-                f"{run.padded_length}",
-                f"data.max_length: {run.row_length // run.sequence * run.sequence}",
-            )
+        yield (
+            f"rows of {run.row_length} tokens do not divide by {run.sequence} workers and are padded to "
+            f"{run.padded_length}",
+            f"data.max_length: {run.row_length // run.sequence * run.sequence}",
         )
     if exchange is not None and group is not None and exchange.num_hops > 1:
-        best = max(1, 2 * run.padded_length // group)
-        problems.append(
-            PlanProblem(
-                "warning",
-                f"a rank holds {run.padded_length // run.sequence} tokens, less than half of a group of {group}: its "
-                f"halo comes from up to {exchange.num_hops} ranks",
-                f"parallel.sequence: {best}, where it comes from one, or a smaller group",
-            )
+        yield (
+            f"a rank holds {run.padded_length // run.sequence} tokens, less than half of a group of {group}: its halo "
+            f"comes from up to {exchange.num_hops} ranks",
+            f"parallel.sequence: {max(1, 2 * run.padded_length // group)}, where it comes from one, or a smaller group",
         )
     if run.strategy != "ddp" and run.num_workers == 1:
-        problems.append(
-            PlanProblem(
-                "warning", f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers"
-            )
-        )
-    return problems
+        yield f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers"
 
 
 def _gb(nbytes: int) -> str:

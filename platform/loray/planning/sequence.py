@@ -9,13 +9,11 @@ multiple of G/2, a boundary between ranks is a group cut of one half and the mid
 exactly G·d·h elements cross it: 2 (K and V) · G/2 tokens · h KV heads of the latter half · head width d. For other L
 both halves have a halo. A halo that is longer than L comes from several ranks.
 
-Dense attention has two exchanges. Where both are possible it is ulysses, in which all ranks work equally long.
-
-ulysses  Jacobs et al., *DeepSpeed Ulysses*, 2023. An all-to-all exchanges tokens for heads: rank r attends over whole
-         rows with the query heads [r·H/P, (r+1)·H/P) and the KV heads that serve them. A KV head that serves the query
-         heads of several ranks is sent to each of them. It needs a P that divides H.
-ring     Liu et al., *Ring Attention*, 2023, for any other P. Keys and values pass from rank to rank. Rank r needs those
-         of ranks 0 … r alone, so that the ring is open and the last rank works longest.
+Dense attention exchanges tokens for heads, Ulysses (Jacobs et al., *DeepSpeed Ulysses*, 2023): an all-to-all gathers
+whole rows of some query heads on each rank, with the KV heads that serve them. A KV head that serves the query heads of
+several ranks is sent to each of them. Ranks have equally many query heads where P divides H; else some have one more,
+and with more ranks than heads the others have none: the rank with most heads holds ⌈H/P⌉ whole rows of queries and
+outputs, and works ⌈H/P⌉·P/H times as long as the mean.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from loray.errors import SpecError
-from loray.spec import DTYPE_BYTES
 
 
 class Half(NamedTuple):
@@ -158,10 +155,6 @@ class HaloPlan:
         """Count the elements that `rank` sends in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
 
-    def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
-        """Count the bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
-        return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
-
     def _spans(self, start: int, stop: int) -> Iterator[Span]:
         length = self.tokens_per_rank
         while start < stop:
@@ -208,9 +201,6 @@ def ring_elements(num_tokens: int, num_ranks: int, num_kv_heads: int, head_dim: 
     return 2 * (num_ranks - 1) * num_tokens * num_kv_heads * head_dim // num_ranks
 
 
-DenseExchange = Literal["ulysses", "ring"]
-
-
 @dataclass(frozen=True, slots=True)
 class DensePlan:
     """The exchange of one dense layer over a sequence group.
@@ -231,47 +221,38 @@ class DensePlan:
             raise SpecError(f"{self.num_heads} query heads do not divide by {self.num_kv_heads} KV heads")
 
     @property
-    def exchange(self) -> DenseExchange:
-        return "ring" if self.num_heads % self.num_ranks else "ulysses"
-
-    @property
     def tokens_per_rank(self) -> int:
         """L, the tokens of a row that a rank holds."""
         return self.num_tokens // self.num_ranks
 
     @property
+    def most_heads(self) -> int:
+        """The query heads of the rank with most of them."""
+        return -(-self.num_heads // self.num_ranks)
+
+    @property
     def imbalance(self) -> float:
-        """(query, key) pairs of the rank with most of them over the mean of all ranks."""
-        if self.exchange == "ulysses":
-            return 1.0
-        before, own, mean = self.num_tokens - self.tokens_per_rank, self.tokens_per_rank, self.num_tokens / 2
-        return (before + own / 2) / mean
+        """Query heads of the rank with most of them over the mean of all ranks."""
+        return self.most_heads * self.num_ranks / self.num_heads
 
     def query_heads(self, rank: int) -> range:
-        """List the query heads that `rank` computes with ulysses."""
-        share = self.num_heads // self.num_ranks
-        return range(rank * share, (rank + 1) * share)
+        """List the query heads that `rank` computes."""
+        return range(rank * self.num_heads // self.num_ranks, (rank + 1) * self.num_heads // self.num_ranks)
 
     def kv_heads(self, rank: int) -> range:
         """List the KV heads that serve `query_heads(rank)`."""
         heads, repeats = self.query_heads(rank), self.num_heads // self.num_kv_heads
-        return range(heads.start // repeats, (heads.stop - 1) // repeats + 1)
+        return range(heads.start // repeats, (heads.stop - 1) // repeats + 1) if heads else range(0)
 
     def forward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Count the elements that `rank` sends in the forward pass."""
-        unit = num_rows * self.tokens_per_rank * head_dim
-        if self.exchange == "ring":
-            return unit * 2 * self.num_kv_heads * self._passes(rank)
+        """Count the elements that `rank` sends in the forward pass: others' queries, keys and values, own outputs."""
         others = (other for other in range(self.num_ranks) if other != rank)
-        return unit * sum(2 * len(self.query_heads(other)) + 2 * len(self.kv_heads(other)) for other in others)
+        sent = sum(len(self.query_heads(other)) + 2 * len(self.kv_heads(other)) for other in others)
+        returned = (self.num_ranks - 1) * len(self.query_heads(rank))
+        return num_rows * self.tokens_per_rank * head_dim * (sent + returned)
 
     def backward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Count the elements that `rank` sends in the backward pass: a ring passes keys and values once more."""
-        unit = num_rows * self.tokens_per_rank * head_dim
-        if self.exchange == "ring":
-            return unit * 2 * self.num_kv_heads * (self._passes(rank) + rank)
-        return unit * (self.num_ranks - 1) * (2 * len(self.query_heads(rank)) + 2 * len(self.kv_heads(rank)))
-
-    def _passes(self, rank: int) -> int:
-        """`rank` passes its own keys and values on, and those of earlier ranks."""
-        return rank + 1 if rank + 1 < self.num_ranks else 0
+        """Count the elements that `rank` sends in the backward pass: gradients of what it got, and of outputs."""
+        sent = (self.num_ranks - 1) * (len(self.query_heads(rank)) + 2 * len(self.kv_heads(rank)))
+        returned = self.num_heads - len(self.query_heads(rank))
+        return num_rows * self.tokens_per_rank * head_dim * (sent + returned)

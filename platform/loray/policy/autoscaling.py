@@ -37,7 +37,9 @@ from loray.spec import AutoscalingSpec
 Cause = Literal["working set", "tokens", "requests", "backlog", "bursts", "bounds", "no statistics", "idle"]
 Direction = Literal["up", "down", "none"]
 
-_NUM_MARKS = 60  # in the memory: a burst is forgotten by a sixtieth of it too late
+BURST_MEMORY_S = 1200.0  # for which the largest burst is remembered
+_MARK_S = BURST_MEMORY_S / 60  # by which a burst is forgotten too late, at most
+_BURST_FACTOR = 2.0  # times the mean that a burst is expected to bring as long as the load is new
 _FIRST_REPORT = 0.25  # share of the window: a rate over a shorter time is noise
 _MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
 _EPS = 1e-9
@@ -50,8 +52,7 @@ class Bursts:
 
     A replica that is added takes requests after `startup_s`. What comes meanwhile, those that run compute. So the
     tokens that come within such a time are measured all the time, and the most of them is remembered for
-    `burst_memory_s`. Until the load has been watched for so long, a burst is expected to bring `burst_factor` times the
-    mean.
+    BURST_MEMORY_S. Until the load has been watched for so long, a burst is expected to bring twice the mean.
 
     since   when the load was first seen; None: not yet
     marks   (time, tokens) of the largest bursts: each is larger than all that came after it
@@ -60,19 +61,18 @@ class Bursts:
     since: float | None = None
     marks: tuple[tuple[float, float], ...] = ()
 
-    def noted(self, tokens: float, now: float, memory_s: float) -> Bursts:
+    def noted(self, tokens: float, now: float) -> Bursts:
         """Return the bursts with the tokens that came within the time of a start, until now."""
-        each = memory_s / _NUM_MARKS
-        at = each * ceil(now / each)
-        kept = tuple(m for m in self.marks if m[0] > now - memory_s and m[1] > tokens)
+        at = _MARK_S * ceil(now / _MARK_S)
+        kept = tuple(m for m in self.marks if m[0] > now - BURST_MEMORY_S and m[1] > tokens)
         if kept and kept[-1][0] >= at:  # a larger one of the same time
             return Bursts(self.since, kept)
         return Bursts(now if self.since is None else self.since, (*kept, (at, tokens)))
 
-    def largest(self, expected: float, now: float, memory_s: float) -> float:
+    def largest(self, expected: float, now: float) -> float:
         """Return the tokens of the largest burst. `expected`: those of a burst as long as the load is new."""
         seen = self.marks[0][1] if self.marks else 0.0
-        is_new = self.since is None or now - self.since < memory_s
+        is_new = self.since is None or now - self.since < BURST_MEMORY_S
         return max(seen, expected) if is_new else seen
 
 
@@ -195,12 +195,13 @@ def whole(load: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """The state that `decide` remembers between two decisions.
+    """The state that is remembered between two decisions.
 
     direction   in which demand has asked for a change since `since`
     since       time
     most        the largest number of replicas that demand has asked for since then
     changed_at  time of the last change of the target
+    idle_since  time at or before which the base was last asked; None: it is asked, or a replica is silent
     """
 
     direction: Direction = "none"
@@ -208,10 +209,21 @@ class ScalingState:
     most: int = 0
     changed_at: float | None = None
     bursts: Bursts = field(default_factory=Bursts)
+    idle_since: float | None = None
 
     def changed(self, now: float) -> ScalingState:
         """The target changes now."""
-        return ScalingState(changed_at=now, bursts=self.bursts)
+        return replace(self.settled(), changed_at=now)
+
+    def settled(self) -> ScalingState:
+        """Demand asks for no change."""
+        return replace(self, direction="none", since=0.0, most=0)
+
+    def asked(self, direction: Direction, number: int, now: float) -> ScalingState:
+        """Demand asks for that number of replicas, which is a change in that direction."""
+        if self.direction != direction:
+            return replace(self, direction=direction, since=now, most=number)
+        return replace(self, most=max(self.most, number))
 
 
 class Decision(NamedTuple):
@@ -240,19 +252,19 @@ def decide(
     known = [o for o in observations if o is not None]
     if not known:
         reason = f"no replica has reported; {_replicas(target)} stay"
-        return Decision(target, "no statistics", reason, _without_direction(state))
+        return Decision(target, "no statistics", reason, state.settled())
     load = total(known, spec.window_s)
     if spec.wait_slo_s is not None:
-        state = replace(state, bursts=state.bursts.noted(load.burst, now, spec.burst_memory_s))
-        expected = spec.burst_factor * load.tokens * burst_s(spec)
-        load = replace(load, burst=state.bursts.largest(expected, now, spec.burst_memory_s))
+        state = replace(state, bursts=state.bursts.noted(load.burst, now))
+        expected = _BURST_FACTOR * load.tokens * burst_s(spec)
+        load = replace(load, burst=state.bursts.largest(expected, now))
     num_silent = len(observations) - len(known)
     silent = f"; {num_silent} of {len(observations)} replicas are silent, so none goes" if num_silent else ""
     cause, reason = explain(load, spec)
     reason += silent
     more = load.replicas(spec, spec.target_utilization)
     if more > target:
-        state = _with_direction(state, "up", more, now)
+        state = state.asked("up", more, now)
         if now - state.since + _EPS >= spec.upscale_delay_s:
             return Decision(more, cause, reason, state.changed(now))
         at_once = load.at_once(spec)
@@ -264,12 +276,12 @@ def decide(
         return Decision(target, cause, reason, state)
     fewer = load.replicas(spec, spec.target_utilization * (1 - _MARGIN))
     if fewer < target and not num_silent and _is_settled(known, spec, state, now):
-        state = _with_direction(state, "down", fewer, now)
+        state = state.asked("down", fewer, now)
         if now - state.since + _EPS >= spec.downscale_delay_s:
             # `target` may be lower by now: others can change it too.
             return Decision(min(state.most, target), cause, reason, state.changed(now))
         return Decision(target, cause, reason, state)
-    return Decision(target, cause, reason, _without_direction(state))
+    return Decision(target, cause, reason, state.settled())
 
 
 def explain(load: Load, spec: AutoscalingSpec, *, at_once: bool = False) -> tuple[Cause, str]:
@@ -295,7 +307,17 @@ def explain(load: Load, spec: AutoscalingSpec, *, at_once: bool = False) -> tupl
     cause: Cause = "working set" if by_bytes_first else demand
     said = [by_bytes, by_demand] if by_bytes_first else [by_demand, by_bytes]
     most = 0 if at_once else max(n, m)
-    for name, number, sentence in (_backlog(load, spec), _bursts(load, spec)):
+    k, b = whole(load.by_backlog(spec)), whole(load.by_burst(spec))
+    backlog = (
+        f"backlog of {load.backlog:.0f} tokens needs {_replicas(k)} ({load.left(spec.startup_s):.0f} s of one "
+        f"replica's work are left when another has started, to be done in {spec.drain_s:g} s)"
+    )
+    bursts = (
+        f"bursts need {_replicas(b)} ({load.burst:.0f} tokens within the {burst_s(spec):g} s of a start, for which "
+        f"first tokens may wait {load.wait_s(spec):.1f} s)"
+    )
+    others: tuple[tuple[Cause, int, str], ...] = (("backlog", k, backlog), ("bursts", b, bursts))
+    for name, number, sentence in others:
         if number > most:
             most, cause = number, name
             said.insert(0, sentence)
@@ -309,25 +331,6 @@ def explain(load: Load, spec: AutoscalingSpec, *, at_once: bool = False) -> tupl
     return cause, reason
 
 
-def _backlog(load: Load, spec: AutoscalingSpec) -> tuple[Cause, int, str]:
-    """The number of replicas that it needs, and a sentence about it."""
-    k = whole(load.by_backlog(spec))
-    sentence = (
-        f"backlog of {load.backlog:.0f} tokens needs {_replicas(k)} ({load.left(spec.startup_s):.0f} s of one "
-        f"replica's work are left when another has started, to be done in {spec.drain_s:g} s)"
-    )
-    return "backlog", k, sentence
-
-
-def _bursts(load: Load, spec: AutoscalingSpec) -> tuple[Cause, int, str]:
-    k = whole(load.by_burst(spec))
-    sentence = (
-        f"bursts need {_replicas(k)} ({load.burst:.0f} tokens within the {burst_s(spec):g} s of a start, for which "
-        f"first tokens may wait {load.wait_s(spec):.1f} s)"
-    )
-    return "bursts", k, sentence
-
-
 def _is_settled(known: Sequence[Observation], spec: AutoscalingSpec, state: ScalingState, now: float) -> bool:
     """Return whether a whole window has passed since the last change.
 
@@ -337,72 +340,34 @@ def _is_settled(known: Sequence[Observation], spec: AutoscalingSpec, state: Scal
     return min(since, max(o.age_s for o in known)) >= spec.window_s
 
 
-def _with_direction(state: ScalingState, direction: Direction, number: int, now: float) -> ScalingState:
-    if state.direction != direction:
-        return replace(state, direction=direction, since=now, most=number)
-    return replace(state, most=max(state.most, number))
-
-
-def _without_direction(state: ScalingState) -> ScalingState:
-    return ScalingState(changed_at=state.changed_at, bursts=state.bursts)
-
-
 def _replicas(number: int) -> str:
     return f"{number} replica{'s' if number != 1 else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class IdleState:
-    """`since`: the time at or before which the base was last asked; None: it is asked, or a replica is silent."""
-
-    since: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyState:
-    """The state that `decide_from_zero` remembers between two decisions."""
-
-    scaling: ScalingState = field(default_factory=ScalingState)
-    idle: IdleState = field(default_factory=IdleState)
 
 
 def decide_from_zero(
     observations: Sequence[Observation | None],
     spec: AutoscalingSpec,
-    state: PolicyState,
+    state: ScalingState,
     *,
     target: int,
     num_queued: float,
     now: float,
-) -> tuple[Decision, PolicyState]:
+) -> Decision:
     """Decide as `decide` does, for a deployment that may have no replica. To zero it goes from one replica alone.
 
     `num_queued`: requests that wait at gateways for a replica. While a replica is silent the number does not go to
     zero, since nothing is known of its requests.
     """
     if target == 0:
-        return Decision(0, "idle", "no request; the next one starts a replica", ScalingState()), PolicyState()
-    idle = _idle(observations, spec, state.idle, num_queued, now)
-    if spec.min_replicas == 0 and idle.since is not None and now - idle.since >= spec.downscale_to_zero_delay_s:
-        reason = f"no request for {now - idle.since:.0f} s; the next one starts a replica"
-        after = ScalingState(changed_at=now)
-        return Decision(min(1, target - 1), "idle", reason, after), PolicyState(after, idle)
-    decision = decide(observations, spec, state.scaling, target=target, now=now)
-    return decision, PolicyState(decision.state, idle)
-
-
-def _idle(
-    observations: Sequence[Observation | None],
-    spec: AutoscalingSpec,
-    state: IdleState,
-    num_queued: float,
-    now: float,
-) -> IdleState:
+        return Decision(0, "idle", "no request; the next one starts a replica", ScalingState())
     known = [o for o in observations if o is not None]
-    if not known or len(known) < len(observations):
-        return IdleState()
-    if num_queued > 0 or any(o.tokens > 0 or o.occupied_s > 0 or o.backlog > 0 for o in known):
-        return IdleState()
-    # Nothing in the windows: none came for so long. The youngest replica says nothing of the time before it.
-    seen_s = min(spec.window_s, *(o.age_s for o in known))
-    return IdleState(now - seen_s if state.since is None else min(state.since, now - seen_s))
+    idle_since = None
+    is_asked = num_queued > 0 or any(o.tokens > 0 or o.occupied_s > 0 or o.backlog > 0 for o in known)
+    if known and len(known) == len(observations) and not is_asked:
+        # Nothing in the windows: none came for so long. The youngest replica says nothing of the time before it.
+        idle_since = now - min(spec.window_s, *(o.age_s for o in known))
+        idle_since = idle_since if state.idle_since is None else min(state.idle_since, idle_since)
+    if spec.min_replicas == 0 and idle_since is not None and now - idle_since >= spec.downscale_to_zero_delay_s:
+        reason = f"no request for {now - idle_since:.0f} s; the next one starts a replica"
+        return Decision(min(1, target - 1), "idle", reason, ScalingState(changed_at=now, idle_since=idle_since))
+    return decide(observations, spec, replace(state, idle_since=idle_since), target=target, now=now)

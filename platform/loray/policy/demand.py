@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from heapq import nsmallest
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AdapterRef
@@ -65,18 +65,7 @@ class Observation:
     def to_stats(self) -> dict[str, float]:
         """The report as Ray Serve transports it: numbers by name."""
         return {
-            "age_s": self.age_s,
-            "tokens": self.tokens,
-            "capacity": self.capacity or 0.0,
-            "occupied_s": self.occupied_s,
-            "kv_byte_s": self.kv_byte_s,
-            "pool_bytes": self.pool_bytes,
-            "backlog": self.backlog,
-            "old_backlog": self.old_backlog,
-            "burst": self.burst,
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_squares": self.prompt_squares,
-            "sample": self.sample,
+            **{name: getattr(self, name) or 0.0 for name in _NUMBERS},
             **{_ADAPTER + key: nbytes for key, nbytes in self.adapters.items()},
             **{_PAIR + key: nbytes for key, nbytes in self.pairs.items()},
         }
@@ -84,22 +73,15 @@ class Observation:
     @classmethod
     def from_stats(cls, stats: Mapping[str, float]) -> Observation:
         """Inverse of `to_stats`. KeyError if a number is missing."""
+        numbers: dict[str, Any] = {name: stats[name] for name in _NUMBERS}
         return cls(
-            age_s=stats["age_s"],
-            tokens=stats["tokens"],
-            capacity=stats["capacity"] or None,
-            occupied_s=stats["occupied_s"],
-            kv_byte_s=stats["kv_byte_s"],
-            pool_bytes=stats["pool_bytes"],
-            backlog=stats["backlog"],
-            old_backlog=stats["old_backlog"],
-            burst=stats["burst"],
-            prompt_tokens=stats["prompt_tokens"],
-            prompt_squares=stats["prompt_squares"],
+            **numbers | {"capacity": stats["capacity"] or None},
             adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
-            sample=stats["sample"],
             pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
         )
+
+
+_NUMBERS = tuple(field.name for field in fields(Observation) if field.name not in ("adapters", "pairs"))
 
 
 def adapter_rank(key: str) -> float:
@@ -132,21 +114,37 @@ class TrackedRequest:
     adapter: AdapterRef | None
     num_output_tokens: int = 0
     counted: float | None = None
-    in_window: bool = True
-    in_burst: bool = True
+
+
+class _Window:
+    """The requests of the last `seconds`, and the tokens of those that have ended."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.begin = float("-inf")
+        self.requests: deque[TrackedRequest] = deque()
+        self.counted = 0.0
+
+    def __contains__(self, request: TrackedRequest) -> bool:
+        return request.at > self.begin
+
+    def ended(self, request: TrackedRequest, num_tokens: float) -> None:
+        self.counted += num_tokens if request in self else 0.0
+
+    def advance(self, now: float) -> list[TrackedRequest]:
+        """Return the requests that leave the window."""
+        self.begin = now - self.seconds
+        left = []
+        while self.requests and self.requests[0] not in self:
+            left.append(self.requests.popleft())
+            self.counted -= left[-1].counted or 0.0
+        return left
 
 
 class _Sample(NamedTuple):
     at: float
     duration_s: float
     load: EngineLoad
-
-
-class _Refused(NamedTuple):
-    """Tokens of the requests refused in the second that begins at `at`."""
-
-    at: float
-    tokens: float
 
 
 class DemandMeter:
@@ -166,16 +164,12 @@ class DemandMeter:
         now: float,
         burst_s: float = 20.0,
     ) -> None:
-        self._burst_s = burst_s
-        self._window_s, self._max_num_seqs, self._pool_bytes = window_s, max_num_seqs, pool_bytes
+        self._max_num_seqs, self._pool_bytes = max_num_seqs, pool_bytes
         self._adapter_bytes = adapter_bytes
         self._started = now
-        self._window: deque[TrackedRequest] = deque()
-        self._counted = 0.0  # tokens of the ended requests in the window
-        self._burst: deque[TrackedRequest] = deque()  # the requests of the last `burst_s`
-        self._burst_counted = 0.0  # tokens of those that have ended
+        self._window, self._burst = _Window(window_s), _Window(burst_s)
         self._prompt_tokens = self._prompt_squares = 0  # of the requests in the window
-        self._refused: deque[_Refused] = deque()
+        self._refused: OrderedDict[float, float] = OrderedDict()  # second → tokens of the requests refused in it
         self._open: dict[TrackedRequest, None] = {}  # in the order in which they came
         self._mean_output: float | None = None
         self._adapters: OrderedDict[str, tuple[float, AdapterRef]] = OrderedDict()  # with the last use, oldest first
@@ -189,8 +183,8 @@ class DemandMeter:
         self, num_prompt_tokens: int, max_tokens: int, adapter: AdapterRef | None, now: float
     ) -> TrackedRequest:
         request = TrackedRequest(now, num_prompt_tokens, max_tokens, adapter)
-        self._window.append(request)
-        self._burst.append(request)
+        self._window.requests.append(request)
+        self._burst.requests.append(request)
         self._prompt_tokens += num_prompt_tokens
         self._prompt_squares += num_prompt_tokens**2
         self._open[request] = None
@@ -214,9 +208,7 @@ class DemandMeter:
         """
         self._close(request, 0)
         tokens, second = request.num_prompt_tokens + self._expected_output(request), float(int(now))
-        if self._refused and self._refused[-1].at == second:
-            tokens += self._refused.pop().tokens
-        self._refused.append(_Refused(second, tokens))
+        self._refused[second] = self._refused.get(second, 0.0) + tokens
 
     def rejected(self, request: TrackedRequest) -> None:
         """No replica could have run the request. It is no demand for tokens."""
@@ -225,10 +217,8 @@ class DemandMeter:
     def _close(self, request: TrackedRequest, num_tokens: float) -> None:
         self._open.pop(request, None)
         request.counted = num_tokens
-        if request.in_window:
-            self._counted += num_tokens
-        if request.in_burst:
-            self._burst_counted += num_tokens
+        self._window.ended(request, num_tokens)
+        self._burst.ended(request, num_tokens)
 
     def _mark_in_demand(self, adapter: AdapterRef | None, now: float) -> None:
         if adapter is not None:
@@ -250,7 +240,7 @@ class DemandMeter:
         self._samples.append(_Sample(now, duration_s, load))
         if self._is_saturated(last[1]) and self._is_saturated(load):
             # The mix of requests changes: after another window of saturation, an earlier measurement counts half.
-            kept = 0.5 ** (duration_s / self._window_s)
+            kept = 0.5 ** (duration_s / self._window.seconds)
             self._saturated_s = kept * self._saturated_s + duration_s
             self._saturated_tokens = kept * self._saturated_tokens + load.num_tokens - last[1].num_tokens
 
@@ -283,17 +273,17 @@ class DemandMeter:
             sample = adapter_rank(first_left_out)
         return Observation(
             age_s=now - self._started,
-            tokens=self._counted
+            tokens=self._window.counted
             + sum(map(self._open_tokens, self._open))
-            + max((refused.tokens for refused in self._refused), default=0.0),
+            + max(self._refused.values(), default=0.0),
             capacity=self.capacity,
             occupied_s=sum(s.duration_s * (s.load.num_running + s.load.num_waiting) for s in self._samples)
             / self._max_num_seqs,
             kv_byte_s=sum(s.duration_s * s.load.kv_bytes for s in self._samples),
             pool_bytes=self._pool_bytes,
             backlog=sum(map(self._open_tokens, waiting)),
-            old_backlog=sum(self._open_tokens(r) for r in waiting if not r.in_window),
-            burst=self._burst_counted + sum(self._open_tokens(r) for r in self._open if r.in_burst),
+            old_backlog=sum(self._open_tokens(r) for r in waiting if r not in self._window),
+            burst=self._burst.counted + sum(self._open_tokens(r) for r in self._open if r in self._burst),
             prompt_tokens=float(self._prompt_tokens),
             prompt_squares=float(self._prompt_squares),
             adapters={routing_key(digest): sizes[digest].own for digest in digests},
@@ -313,24 +303,18 @@ class DemandMeter:
     def _open_tokens(self, request: TrackedRequest) -> float:
         """Tokens of a request under way; if it arrived before the window, only those not yet computed."""
         output = self._expected_output(request)
-        if request.in_window:
+        if request in self._window:
             return request.num_prompt_tokens + output
         return output - request.num_output_tokens + (0 if request.num_output_tokens else request.num_prompt_tokens)
 
     def _expire(self, now: float) -> None:
-        begin = now - self._window_s
-        while self._window and self._window[0].at <= begin:
-            request = self._window.popleft()
-            request.in_window = False
-            self._counted -= request.counted or 0.0
+        self._burst.advance(now)
+        for request in self._window.advance(now):
             self._prompt_tokens -= request.num_prompt_tokens
             self._prompt_squares -= request.num_prompt_tokens**2
-        while self._burst and self._burst[0].at <= now - self._burst_s:
-            request = self._burst.popleft()
-            request.in_burst = False
-            self._burst_counted -= request.counted or 0.0
-        while self._refused and self._refused[0].at <= begin:
-            self._refused.popleft()
+        begin = self._window.begin
+        while self._refused and next(iter(self._refused)) <= begin:
+            self._refused.popitem(last=False)
         while self._samples and self._samples[0].at <= begin:
             self._samples.popleft()
         while self._adapters and next(iter(self._adapters.values()))[0] <= begin:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from loray.policy.quotas import NO_DEBT, Counted, Grant, Reply, Report, Rule
+from loray.policy.quotas import LOW, NO_DEBT, Counted, Grant, Reply, Report, Rule
 
 TOLD_S = 5.0  # between two times that owners tell each other what they counted
 _RESERVE = 0.05  # of what is left: divided among all gateways, whether they ask or not
 _GONE_S = 10.0  # without a word, after which a gateway's requests have ended
-_DEMAND_S = 5.0  # in which demand fades
-_LOW = 0.5  # of a gateway's part: below it, others are asked to give back
-_SHORT_S = 2.0  # how long others are asked to give back for a gateway that asked for more
+_ASKS_S = 5.0  # since the last request for units at a gateway, in which it counts as one that is asked for them
 
 
+@dataclass(slots=True)
 class _Holder:
-    """A gateway, and what it holds of a rule at most, since its last report."""
+    """A gateway, and what it holds of a rule at most, since its last report. `asks_s`: how long it counts as asked."""
 
-    __slots__ = ("at", "demand", "in_use", "level")
-
-    def __init__(self, level: float, now: float) -> None:
-        self.level, self.at = level, now
-        self.demand = self.in_use = 0.0
+    at: float
+    held: float = 0.0
+    asks_s: float = 0.0
+    in_use: float = 0.0
 
 
 class _Meter:
@@ -39,7 +38,6 @@ class _Meter:
         self.left = self.limit
         self.period = rule.period(now)
         self.holders: dict[str, _Holder] = {}
-        self.short_until = -math.inf
         self.untold = 0.0
         self.is_new = rule.kind == "budget"
 
@@ -56,16 +54,16 @@ class _Meter:
             self.holders.clear()
         for holder in self.holders.values():
             since, holder.at = max(0.0, now - holder.at), now
-            holder.demand *= math.exp(-since / _DEMAND_S)
-            if holder.level < self.part:
-                holder.level = min(self.part, holder.level + self.part_rate * since)
+            holder.asks_s -= since
+            if holder.held < self.part:
+                holder.held = min(self.part, holder.held + self.part_rate * since)
 
     def spend(self, units: float) -> None:
         self.left = min(self.limit, self.left - units)
         self.untold += units
 
     def believe(self, known: float, *, is_anew: bool, is_alone: bool) -> None:
-        """Believe the first gateway to report the rule, for it may know more than owners that are gone told."""
+        """Believe a gateway that another owner told last: it may know more than the others."""
         lower = min(self.left, known)
         if is_alone and self.rate:
             self.untold += self.left - lower
@@ -97,40 +95,41 @@ class _Meter:
             self.left = self.limit - sum(holder.in_use for holder in self.holders.values())
 
     def target(self, gateway: str) -> float | None:
-        """Return what the gateway shall hold by its demand; None where there is none at all."""
-        total = sum(holder.demand for holder in self.holders.values())
-        if total < NO_DEBT:
+        """Return what the gateway shall hold: an equal part of what is left if it is one of those that are asked for
+        units, else next to nothing. None where nobody is.
+        """
+        num_asking = sum(holder.asks_s > 0 for holder in self.holders.values())
+        if not num_asking:
             return None
         holder = self.holders.get(gateway)
-        share = (1 - _RESERVE) * (holder.demand / total if holder else 0.0) + _RESERVE / self._num_gateways
-        return max(0.0, self.left) * share
+        share = (1 - _RESERVE) / num_asking if holder is not None and holder.asks_s > 0 else 0.0
+        return max(0.0, self.left) * (share + _RESERVE / self._num_gateways)
 
     @property
     def free(self) -> float:
         """The units that no gateway holds. One that has not reported the rule holds its part."""
         silent = max(0, self._num_gateways - len(self.holders))
-        return self.left - sum(holder.level for holder in self.holders.values()) - silent * self.part
+        return self.left - sum(holder.held for holder in self.holders.values()) - silent * self.part
 
     @property
     def is_idle(self) -> bool:
         """True if nothing of the limit is used."""
         full = self.left >= self.limit * (1 - 1e-9)
-        return full and all(h.level <= self.part + NO_DEBT and not h.in_use for h in self.holders.values())
+        return full and all(h.held <= self.part + NO_DEBT and not h.in_use for h in self.holders.values())
 
 
 class QuotaOwner:
     """Answers the reports of `num_gateways` gateways, and divides limits with other owners, of which there are
     `num_owners`, this one included. It is not thread-safe.
 
-    An owner that starts anew believes the first report of each rule, and what `divide` is told.
+    An owner that starts anew believes the gateways' first reports of each rule, and what `divide` is told.
     """
 
     def __init__(self, num_gateways: int) -> None:
         self._num_gateways, self.num_owners = num_gateways, 1
         self._meters: dict[Rule, _Meter] = {}
-        self._short: set[Rule] = set()
         self._heard: dict[str, float] = {}
-        self._to_tell: dict[str, set[Rule]] = {}
+        self._to_tell: dict[str, set[Rule]] = {}  # gateway → rules that it is to report
         self._epoch = secrets.token_hex(8)
 
     def exchange(self, gateway: str, reports: Sequence[Report], now: float) -> Reply:
@@ -138,9 +137,13 @@ class QuotaOwner:
             self._to_tell[gateway] = set(self._meters)
         self._heard[gateway] = now
         self._drop_gone(now)
+        to_tell, self._to_tell[gateway] = self._to_tell[gateway], set()
         grants = [self._answer(gateway, report, now) for report in reports]
-        reported = {report.rule for report in reports}
-        return Reply(self._epoch, (*grants, *self._moved(gateway, reported, now)), self.num_owners)
+        for rule in to_tell.difference(report.rule for report in reports):
+            if (meter := self._meters.get(rule)) is not None:
+                meter.refresh(now)
+                grants.append(Grant(rule, meter.period, None, meter.left, meter.target(gateway)))
+        return Reply(self._epoch, tuple(grants), self.num_owners)
 
     # -- with other owners --------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class QuotaOwner:
         for rule, meter in list(self._meters.items()):
             meter.refresh(now)
             if meter.is_idle:
-                self._forget(rule)
+                del self._meters[rule]
             elif rule.kind != "parallel":
                 if rule.rate:  # what has come back meanwhile is not used
                     meter.untold = min(meter.untold, meter.limit - meter.left)
@@ -198,58 +201,30 @@ class QuotaOwner:
         meter.refresh(now)
         if report.period == meter.period:
             meter.spend(report.spent)
-            if not meter.holders:
+            if report.epoch != self._epoch:
                 meter.believe(report.known, is_anew=is_anew, is_alone=self.num_owners == 1)
-        holder = meter.holders.setdefault(gateway, _Holder(0.0, now))
+        holder = meter.holders.setdefault(gateway, _Holder(now))
         if report.period == meter.period:
-            holder.level = report.level
-        holder.demand += report.wanted
+            holder.held = report.held
+        if report.is_asked:
+            holder.asks_s = _ASKS_S
         holder.in_use = report.in_use
         meter.count_parallel()
         target = meter.target(gateway)
-        wish = (meter.part if target is None else target) - holder.level
+        wish = (meter.part if target is None else target) - holder.held
         granted = min(wish, meter.free)
-        if granted < wish and report.wanted and holder.level + granted < _LOW * meter.part:
-            meter.short_until = now + _SHORT_S
-            self._short.add(rule)
-        granted = max(0.0, granted)
-        holder.level += granted
+        holder.held += max(0.0, granted)
+        if granted < wish and holder.asks_s > 0 and holder.held < LOW * meter.part:
+            for other in self._to_tell.keys() - {gateway}:
+                self._to_tell[other].add(rule)
         idle = meter.is_idle
         if idle:
-            self._forget(rule)
-        return Grant(rule, granted, meter.left, target, idle)
+            del self._meters[rule]
+        return Grant(rule, meter.period, holder.held, meter.left, target, idle)
 
     def _new(self, rule: Rule, now: float) -> _Meter:
         meter = self._meters[rule] = _Meter(rule, self._num_gateways, self.num_owners, now)
         return meter
-
-    def _forget(self, rule: Rule) -> None:
-        del self._meters[rule]
-        self._short.discard(rule)
-
-    def _moved(self, gateway: str, reported: set[Rule], now: float) -> list[Grant]:
-        """Grant what was not reported: where a gateway asks for more, what another one is to give back and
-        what that one still waits for; and where other owners have used more, or less, than this gateway was told.
-        """
-        grants = []
-        to_tell, self._to_tell[gateway] = self._to_tell[gateway] - reported, set()
-        for rule in list(self._short):
-            if not now <= self._meters[rule].short_until <= now + _SHORT_S:  # above: the clock has gone back
-                self._short.discard(rule)
-        for rule in (self._short - reported) | (to_tell & self._meters.keys()):
-            meter = self._meters[rule]
-            meter.refresh(now)
-            holder = meter.holders.get(gateway)
-            target = meter.target(gateway)
-            held = meter.part if holder is None else holder.level
-            if rule not in to_tell and (target is None or abs(held - target) < NO_DEBT):
-                continue
-            wish = (meter.part if target is None else target) - held
-            granted = 0.0 if holder is None else max(0.0, min(wish, meter.free))
-            if holder is not None:
-                holder.level += granted
-            grants.append(Grant(rule, granted, meter.left, target))
-        return grants
 
     def _drop_gone(self, now: float) -> None:
         self._heard = {gateway: min(heard, now) for gateway, heard in self._heard.items()}  # clocks may go back

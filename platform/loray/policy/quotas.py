@@ -1,13 +1,15 @@
 """Limits of keys and tenants: token buckets, concurrent requests and budgets, of which each gateway holds leases.
 
 A gateway admits requests as far as its leases go. Now and then it reports to the owner of the limits (`QuotaOwner`),
-which grants it what others do not use. A gateway without an owner counts alone. Times are seconds since the epoch.
+which divides what is left among those gateways that are asked for it. A gateway without an owner counts alone. Times
+are seconds since the epoch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from loray.errors import RateLimited
@@ -19,6 +21,7 @@ Owner = Literal["key", "tenant"]
 MOST_URGENT, LEAST_URGENT = -1_000, 999  # the priorities that a request may have
 OPEN_ENDED_TOKENS = 1024  # reserved at once for an answer whose request gives no limit
 IDLE_S = 0.5  # between two exchanges with the owner at most, about
+LOW = 0.5  # of a gateway's part of a limit: with less, it goes on to ask for more
 NO_DEBT = 1e-6  # a lease is used up below this; sums of floats do not reach 0 exactly
 _LONGEST_S = 60.0  # OpenAI's clients take no longer wait from a server
 _EXCHANGE_S = 1.0  # in which the owner has moved units that others do not use
@@ -97,62 +100,40 @@ def allowed_priority(principal: Principal, priority: int) -> int:
     return min(max(priority, most_urgent, MOST_URGENT), LEAST_URGENT)
 
 
-class ReturnTimes:
-    """Times at which the requests that one rule refuses may come again. If all were told the same, they would come back
-    together.
-
-    Each refusal gets the next time: the first at which there may be room, and then one after another as fast as the
-    rule is expected to admit them. Times more than _LONGEST_S ahead are not given; they begin again at the first one.
-    """
-
-    __slots__ = ("_last",)
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def next_s(self, now: float, first_s: float, spacing_s: float) -> float:
-        """Take the next turn, and return the seconds until it. `first_s`: until there may be room; `spacing_s`: between
-        two turns.
-        """
-        first = now + first_s
-        turn = max(first, self._last + spacing_s)
-        if turn > max(first, now + _LONGEST_S):
-            turn = first
-        self._last = turn
-        return turn - now
-
-
 class Report(NamedTuple):
-    """A gateway's report of one rule to the owner. Its counts are since its last report.
+    """What a gateway reports of one rule to the owner.
 
-    level    what it holds now, after it has given back what is above its target; at least 0
-    known    what it believes that all gateways have left
-    spent    units taken, less those given back
-    wanted   units asked for, whether admitted or not
-    in_use   parallel requests that run here now
+    held      what it may still grant, after it has given back what is above its target; at least 0
+    epoch     of the owner whose answer it had last; empty: of none
+    known     what it believes that all gateways have left
+    spent     units taken since its last report, less those given back
+    is_asked  a request has asked for units since then, whether admitted or not
+    in_use    parallel requests that run here now
     """
 
     rule: Rule
-    level: float
+    period: int
+    held: float
+    epoch: str
     known: float
     spent: float
-    wanted: float
+    is_asked: bool
     in_use: float
-    period: int
 
 
 class Grant(NamedTuple):
     """The owner's answer for one rule.
 
-    granted  units that the gateway holds in addition
-    known    what all gateways have left
-    target   what it shall hold; it gives back the rest with its next report. None: its part of an unused limit
-    idle     nothing of the limit is used: the gateway may forget it
+    held    what the gateway may grant from its report on; None: it has not reported the rule, and is to do so
+    left    what all gateways have left
+    target  what it shall hold; it gives back the rest with its next report. None: its part of an unused limit
+    idle    nothing of the limit is used: the gateway may forget it
     """
 
     rule: Rule
-    granted: float
-    known: float
+    period: int
+    held: float | None
+    left: float
     target: float | None
     idle: bool = False
 
@@ -186,15 +167,16 @@ class QuotaLease:
     """This gateway's part of a rule: what it may grant without asking."""
 
     __slots__ = (
+        "_last_turn",
         "_mean_cost",
         "_mean_held_s",
-        "_moved",
         "_num_gateways",
         "_part",
         "_rate",
-        "_turns",
         "at",
+        "epoch",
         "in_use",
+        "is_asked",
         "is_dirty",
         "known",
         "level",
@@ -204,7 +186,6 @@ class QuotaLease:
         "rule",
         "spent",
         "target",
-        "wanted",
     )
 
     def __init__(self, rule: Rule, num_gateways: int, num_owners: int, now: float) -> None:
@@ -212,11 +193,12 @@ class QuotaLease:
         self._divide(num_owners)
         self.level, self.known = self._part, self.limit
         self.at, self.period = now, rule.period(now)
-        self.spent = self.wanted = self.in_use = self._moved = 0.0
+        self.spent = self.in_use = 0.0
         self.target: float | None = None
-        self.is_dirty = False
+        self.epoch = ""  # of the owner whose answer it had last
+        self.is_dirty = self.is_asked = False  # since the last report
         self._mean_cost = self._mean_held_s = 0.0  # of the requests admitted here; 0: none yet
-        self._turns = ReturnTimes()
+        self._last_turn = -math.inf
 
     def _divide(self, num_owners: int) -> None:
         """`limit` and `rate` are what the own owner grants to all its gateways."""
@@ -277,8 +259,7 @@ class QuotaLease:
         self.level -= cost
         self.known -= cost
         self.spent += cost
-        self.wanted += cost
-        self.is_dirty = True
+        self.is_dirty = self.is_asked = True
         if self.rule.kind == "parallel":
             self.in_use += cost
 
@@ -293,10 +274,9 @@ class QuotaLease:
         self.spent -= units
         self.is_dirty = True
 
-    def refused(self, cost: float) -> None:
-        """Count a refused request as demand, so that the owner moves units here."""
-        self.wanted += min(cost, self.limit)
-        self.is_dirty = True
+    def refused(self) -> None:
+        """Note that a request was refused, so that the owner moves units here."""
+        self.is_dirty = self.is_asked = True
 
     def wait_s(self, cost: float) -> float:
         """Return the seconds after which a request that costs that may have room."""
@@ -309,31 +289,40 @@ class QuotaLease:
         return max((min(cost, self.limit) - self.known) / self.rate, from_others, 0.0)
 
     def turn_s(self, cost: float) -> float:
-        """Return the seconds after which a request that is refused now may come again, behind those refused before."""
+        """Return the seconds after which a request that is refused now may come again.
+
+        If all were told the same, they would come back together. So each gets the next turn: the first is when there
+        may be room, the others follow as fast as the rule is expected to admit them. Turns more than _LONGEST_S ahead
+        are not given; they begin again at the first one.
+        """
         if self._rate:
             spacing_s = max(cost, self._mean_cost) / self._rate
         else:
             spacing_s = min(_UNKNOWN_S, (self._mean_held_s or _UNKNOWN_S) / max(1.0, self._part))
-        return self._turns.next_s(self.at, max(self.wait_s(cost), _SOONEST_S), spacing_s)
+        first = self.at + max(self.wait_s(cost), _SOONEST_S)
+        turn = max(first, self._last_turn + spacing_s)
+        if turn > max(first, self.at + _LONGEST_S):
+            turn = first
+        self._last_turn = turn
+        return turn - self.at
 
     # -- with the owner -----------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """Return the report, and give back what is above the target. A debt becomes the owner's: it has `spent`."""
-        before = self.level
-        self.level = max(0.0, self.level if self.target is None else min(self.level, self.target))
-        self._moved = before - self.level
-        told = Report(self.rule, self.level, self.known, self.spent, self.wanted, self.in_use, self.period)
-        self.spent = self.wanted = 0.0
-        self.is_dirty = False
+        """Return the report, and give back what is above the target. A debt is not told: the owner has `spent`."""
+        if self.target is not None:
+            self.level = min(self.level, self.target)
+        held = max(0.0, self.level)
+        told = Report(self.rule, self.period, held, self.epoch, self.known, self.spent, self.is_asked, self.in_use)
+        self.spent = 0.0
+        self.is_dirty = self.is_asked = False
         return told
 
     def unreport(self, told: Report) -> None:
-        """Undo a report that did not arrive: all is as it was before it."""
+        """Take back a report that did not arrive. What it gave back is not used: the owner may know of it."""
         if told.period == self.period:
-            self.level += self._moved
             self.spent += told.spent
-        self.wanted += told.wanted
+        self.is_asked |= told.is_asked
         self.is_dirty = True
 
     @property
@@ -341,12 +330,20 @@ class QuotaLease:
         """True if it holds what others need at once. For what comes back between two exchanges they can wait."""
         return self.target is not None and self.level > self.target + self._rate * IDLE_S
 
-    def apply(self, grant: Grant) -> None:
-        self.level = min(self.limit, self.level + grant.granted)
-        self.known = min(self.limit, grant.known - self.spent)  # what was taken since the report
+    def apply(self, grant: Grant, epoch: str) -> None:
+        """Take what the owner grants, less what was taken since the report."""
+        if grant.period != self.period:
+            return
+        if grant.held is not None:
+            self.level, self.epoch = min(self.limit, grant.held - self.spent), epoch
+        known = min(self.limit, grant.left - self.spent)
+        self.known = known if self.epoch == epoch else min(self.known, known)  # a new owner may know less
         self.target = grant.target
-        if self.target is not None and self.level > self.target:
+        if grant.held is None:
             self.is_dirty = True
+        elif self.target is not None:
+            is_short = self.level < min(self.target, LOW * self._part) - NO_DEBT
+            self.is_dirty |= is_short or self.level > self.target + NO_DEBT
 
 
 def _mean(before: float, newest: float) -> float:
@@ -360,26 +357,43 @@ class _Taken(NamedTuple):
     at: float
 
 
+@dataclass(slots=True)
 class Reservation:
     """The units that one request holds until its end. `headers`: OpenAI's, after it was admitted."""
 
-    __slots__ = ("_gate", "_taken", "headers")
-
-    def __init__(self, gate: QuotaGate, taken: Sequence[_Taken], headers: Mapping[str, str]) -> None:
-        self._gate, self._taken, self.headers = gate, taken, headers
+    _taken: Sequence[_Taken] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def extend(self, num_tokens: int, now: float) -> bool:
         """Reserve more tokens for a request that goes on; False, and nothing is reserved, if a limit has no room."""
-        extended = self._gate.extend(self._taken, num_tokens, now)
-        if extended is None:
+        of_tokens = [one.lease for one in self._taken if _is_of_tokens(one.lease)]
+        for lease in of_tokens:
+            lease.refresh(now)
+        full = [lease for lease in of_tokens if not lease.has_room(num_tokens)]
+        for lease in full:
+            lease.refused()
+        if full:
             return False
-        self._taken = extended
+        for lease in of_tokens:
+            lease.take(num_tokens)
+        self._taken = [
+            one._replace(units=one.units + num_tokens) if _is_of_tokens(one.lease) else one for one in self._taken
+        ]
         return True
 
     def settle(self, num_tokens: int, now: float) -> None:
         """End the request, which has used `num_tokens`. A second call changes nothing."""
         taken, self._taken = self._taken, ()
-        self._gate.settle(taken, num_tokens, now)
+        for lease, units, period, at in taken:
+            lease.refresh(now)
+            lease.ended(max(0.0, now - at))
+            kind = lease.rule.kind
+            if kind == "parallel":
+                lease.give_back(units, period)
+            elif kind != "requests" and num_tokens < units:
+                lease.give_back(units - num_tokens, period)
+            elif kind != "requests" and num_tokens > units:
+                lease.take(num_tokens - units)
 
 
 class QuotaGate:
@@ -391,7 +405,7 @@ class QuotaGate:
         self._max_leases = _NUM_LEASES
         self._epoch = ""
         self._rules: dict[tuple[str, str | None], tuple[Limits, Limits, tuple[Rule, ...]]] = {}
-        self._admitted = Reservation(self, (), {})  # of all requests without limits
+        self._admitted = Reservation()  # of all requests without limits
 
     def enter(self, principal: Principal, now: float) -> None:
         """Take a request of those of a minute, which is not given back, before anything is known of it.
@@ -423,7 +437,7 @@ class QuotaGate:
         for lease, cost in costs:
             lease.admit(cost)
             taken.append(_Taken(lease, cost, lease.period, now))
-        return Reservation(self, taken, headers_of(leases))
+        return Reservation(taken, headers_of(leases))
 
     def charge(self, principal: Principal, num_tokens: float, now: float) -> None:
         """Take tokens of those of a minute for work that is done already; no budget pays for it."""
@@ -431,38 +445,12 @@ class QuotaGate:
             if lease.rule.kind == "tokens":
                 lease.take(num_tokens)
 
-    def extend(self, taken: Sequence[_Taken], num_tokens: int, now: float) -> Sequence[_Taken] | None:
-        """Return what is taken with `num_tokens` more; None where a limit has no room."""
-        of_tokens = [one.lease for one in taken if _is_of_tokens(one.lease)]
-        for lease in of_tokens:
-            lease.refresh(now)
-        full = [lease for lease in of_tokens if not lease.has_room(num_tokens)]
-        for lease in full:
-            lease.refused(num_tokens)
-        if full:
-            return None
-        for lease in of_tokens:
-            lease.take(num_tokens)
-        return [one._replace(units=one.units + num_tokens) if _is_of_tokens(one.lease) else one for one in taken]
-
-    def settle(self, taken: Sequence[_Taken], num_tokens: int, now: float) -> None:
-        for lease, units, period, at in taken:
-            lease.refresh(now)
-            lease.ended(max(0.0, now - at))
-            kind = lease.rule.kind
-            if kind == "parallel":
-                lease.give_back(units, period)
-            elif kind != "requests" and num_tokens < units:
-                lease.give_back(units - num_tokens, period)
-            elif kind != "requests" and num_tokens > units:
-                lease.take(num_tokens - units)
-
     def _refuse_without_room(self, costs: Sequence[tuple[QuotaLease, float]]) -> None:
         full = [(lease, cost) for lease, cost in costs if not lease.has_room(cost)]
         if not full:
             return
-        for lease, cost in full:
-            lease.refused(cost)
+        for lease, _ in full:
+            lease.refused()
         wait, lease, cost = max(((lease.turn_s(cost), lease, cost) for lease, cost in full), key=lambda one: one[0])
         raise RateLimited(_message(lease, cost, wait), wait, headers_of([lease for lease, _ in costs]))
 
@@ -502,6 +490,7 @@ class QuotaGate:
 
     def _new_lease(self, rule: Rule, now: float) -> QuotaLease:
         lease = self._leases[rule] = QuotaLease(rule, self._num_gateways, self._num_owners, now)
+        lease.epoch = self._epoch
         return lease
 
     # -- with the owner -----------------------------------------------------------------------------------------------
@@ -545,7 +534,7 @@ class QuotaGate:
             lease = self._new_lease(grant.rule, now)
         else:
             lease.refresh(now)
-        lease.apply(grant)
+        lease.apply(grant, self._epoch)
         return lease.has_too_much
 
 

@@ -28,20 +28,26 @@ which serves it all the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from math import ceil
 from operator import attrgetter
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
 _NOT_HELD = len(_TIERS)
-_NUM_PREFERENCES = _NOT_HELD + 3  # see `_preference`
+# By what is known of the adapter on a replica (one of _TIERS, or _NOT_HELD), and by whether the replica holds too many
+# adapters: how it is preferred, the smallest first.
+PREFERENCES = ((0, 0), (1, 4), (2, 2), (3, 5))
 _BITS = (1 << 64) - 1
 _MAX_ORDERED = 1 << 18  # positions of replicas that are kept
 KEY_DIGITS = 16
@@ -137,7 +143,7 @@ class Routing:
         held = [self._num_adapters(r) for r in free]
         max_held = self.policy.bound(sum(held), len(held))
         most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
-        within: list[list[Candidate]] = [[] for _ in range(_NUM_PREFERENCES)]
+        within: list[list[Candidate]] = [[] for _ in range(6)]  # by preference
         beyond: list[ReplicaView] = []
         first_by_hash: Candidate | None = None
         spilled = False
@@ -150,7 +156,7 @@ class Routing:
             candidate = Candidate(r.id, "overflow" if tier == _NOT_HELD else _TIERS[tier])
             if tier == _NOT_HELD and r is free[0]:
                 first_by_hash = candidate
-            within[_preference(tier, number >= max_held)].append(candidate)
+            within[PREFERENCES[tier][number >= max_held]].append(candidate)
         ranked = [candidate for some in within for candidate in some]
         if first_by_hash is not None and not spilled:
             ranked[ranked.index(first_by_hash)] = Candidate(first_by_hash.replica, "hash")
@@ -214,13 +220,6 @@ class Routing:
                 recent.popitem(last=False)
 
 
-def _preference(tier: int, crowded: bool) -> int:
-    """Sort key of a replica; smaller is better. `crowded`: it holds too many adapters."""
-    if tier == _TIERS.index("host") and crowded:
-        return _NOT_HELD + 1
-    return tier if tier != _NOT_HELD else _NOT_HELD + 2 * crowded
-
-
 def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:
     """Return whether `replica` is one of the first `number` of it and `others` in the order for a routing key."""
     own = _weight(adapter, replica)
@@ -239,8 +238,14 @@ def hashed(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def mixed(bits: int) -> int:
-    """Permute 64 bits, so that every output bit depends on all input bits (splitmix64's last part)."""
+@overload
+def mixed(bits: int) -> int: ...
+@overload
+def mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def mixed(bits: Any) -> Any:
+    """Permute 64 bits, so that every output bit depends on all input bits (splitmix64's last part); each element's of
+    an array.
+    """
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _BITS
     return bits ^ bits >> 31
@@ -264,8 +269,7 @@ class RoutingDelta:
 
     Deltas form a series, one for each connection of a replica to a gateway, and are numbered in it. So a gateway knows
     when it has missed one, and asks for everything again; and the deltas of a replica are never applied to what its
-    predecessor, or an older connection, has said. The number of requests is not part of it: that changes constantly,
-    and Serve sends it with each response.
+    predecessor, or an older connection, has said. The number of requests is not part of it: that changes constantly.
 
     series, number    deltas of one series are numbered one after the other
     is_whole          what was said before counts no more
@@ -330,30 +334,23 @@ class RoutingSeries:
         was_in_pool, was_on_host = self._told or (frozenset[str](), frozenset[str]())
         self._told = in_pool, on_host
         gone = (was_in_pool | was_on_host) - in_pool - on_host
+        kinds = (in_pool - was_in_pool, on_host - was_on_host, gone)
+        keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
         deltas: list[RoutingDelta] = []
-        for part in _parts(in_pool - was_in_pool, on_host - was_on_host, gone):
+        for start in range(0, max(len(keys), is_whole), MAX_KEYS):
+            part = keys[start : start + MAX_KEYS]
+            named = (tuple(key for kind, key in part if kind == wanted) for wanted in range(len(kinds)))
             self._number += 1
-            deltas.append(RoutingDelta(self._name, self._number, is_whole, *part))
-            is_whole = False
-        if is_whole:
-            self._number += 1
-            deltas.append(RoutingDelta(self._name, self._number, is_whole))
+            deltas.append(RoutingDelta(self._name, self._number, is_whole and not start, *named))
         return deltas
 
 
-def _parts(*kinds: Collection[str]) -> Iterator[list[tuple[str, ...]]]:
-    """The keys of all kinds, at most MAX_KEYS at once."""
-    keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
-    for start in range(0, len(keys), MAX_KEYS):
-        part = keys[start : start + MAX_KEYS]
-        yield [tuple(key for kind, key in part if kind == wanted) for wanted in range(len(kinds))]
-
-
 class Known(NamedTuple):
-    """`at`: when the replica last gave a sign of life."""
+    """`at`: when the replica last gave a sign of life. `num_of_others`: requests of other gateways that it has."""
 
     report: RoutingReport
     at: float
+    num_of_others: int = 0
 
 
 class RoutingReports:
@@ -377,10 +374,15 @@ class RoutingReports:
         if known is None:
             for other in [r for r, k in self._known.items() if k.at < now - _FORGOTTEN_S]:
                 del self._known[other]
-        self._known[replica] = Known(report, now)
+        self._known[replica] = Known(report, now, 0 if known is None or delta.is_whole else known.num_of_others)
         return True
 
     def alive(self, replica: str, now: float) -> None:
         """The replica still gives signs of life: nothing has changed."""
         if (known := self._known.get(replica)) is not None:
             self._known[replica] = known._replace(at=now)
+
+    def loaded(self, replica: str, num_of_others: int, now: float) -> None:
+        """The replica has so many requests of other gateways: none after a whole report, until it says so."""
+        if (known := self._known.get(replica)) is not None:
+            self._known[replica] = known._replace(at=now, num_of_others=num_of_others)

@@ -63,7 +63,8 @@ def find_garbage(
     manifests = list(store.objects.entries(f"{MANIFESTS}/"))
     blobs = list(store.objects.entries(f"{BLOBS}/"))
     uploads = list(store.objects.entries(f"{UPLOADS}/"))
-    references = catalog.references(keep_deleted_s=keep_deleted_s)  # after the listing: what is newer is not in it
+    # After the listing: what is newer is not in it.
+    references = catalog.removal.references(keep_deleted_s=keep_deleted_s)
     garbage = [m for m in manifests if m.written_at <= oldest and object_name(m.key) not in references.files]
     gone = {m.key for m in garbage}
     needed = set().union(*references.files.values())
@@ -106,7 +107,7 @@ def collect(
         while waiting:
             batch, waiting = waiting[:_BATCH], waiting[_BATCH:]
             names = {object_name(entry.key) for entry in batch}
-            with catalog.deleting(names, garbage.references, keep_deleted_s=keep_deleted_s) as allowed:
+            with catalog.claims.deleting(names, garbage.references, keep_deleted_s=keep_deleted_s) as allowed:
                 for i, entry in enumerate(batch):
                     if time.monotonic() >= allowed.until:
                         waiting = batch[i:] + waiting
@@ -122,7 +123,7 @@ def collect(
 
 def verify_store(store: AdapterStore, catalog: Catalog, *, progress: Progress | None = None) -> Sequence[Damage]:
     """Read and hash every object once, and look for what versions need and the store lacks."""
-    files = catalog.references(keep_deleted_s=0).files
+    files = catalog.removal.references(keep_deleted_s=0).files
     needed_by: dict[str, list[str]] = {}
     for digest, blobs in files.items():
         for name in (digest, *blobs):

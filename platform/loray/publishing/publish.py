@@ -57,9 +57,9 @@ def publish(folder: Path, base: BaseModel, to: Destination, details: ManifestDet
     """Publish the PEFT adapter in `folder`, trained on `base`; writes its `loray.json`.
 
     Names and files are checked before the first byte is stored; the version is registered in one transaction at the
-    end. Repeating a publication that was interrupted completes it. Raises as `describe` and `Catalog.register` do.
+    end. Repeating a publication that was interrupted completes it. Raises as `describe` and `Adapters.register` do.
     """
-    to.catalog.check_name(to.name, to.aliases)
+    to.catalog.adapters.check_name(to.name, to.aliases)
     describe(folder, base, details)
     return _store(folder, base, to)
 
@@ -82,7 +82,7 @@ def import_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    to.catalog.check_name(to.name, to.aliases)
+    to.catalog.adapters.check_name(to.name, to.aliases)
     is_published = (folder / AdapterManifest.FILE).is_file()
     manifest = _check_published(folder, base) if is_published else None
     validate_folder(folder, base.config, manifest)  # so that errors name the user's folder and not the copy
@@ -102,23 +102,23 @@ def register_stored(digest: str, to: Destination) -> AdapterVersion:
     Raises NotFoundError where the store does not have it, or not for the catalog's caller; IntegrityError where a file
     of it is missing; ConflictError, GateRefused.
     """
-    to.catalog.check_name(to.name, to.aliases)
-    to.catalog.check_digest(digest)
+    to.catalog.adapters.check_name(to.name, to.aliases)
+    to.catalog.adapters.check_digest(digest)
     manifest = to.store.manifest(digest)
-    to.catalog.add_base(manifest.base, manifest.base_fingerprint)
-    with to.catalog.publishing(_names(digest, manifest)) as claim:
+    to.catalog.bases.add(manifest.base, manifest.base_fingerprint)
+    with to.catalog.claims.publishing(_names(digest, manifest)) as claim:
         to.store.check_files(digest, to.store.manifest(digest))
         return _register(digest, manifest, to, claim)
 
 
 def restore(name: str, version: int | None, store: AdapterStore, catalog: Catalog) -> None:
     """Restore a deleted name or version. Raises AdapterNotFound, or ConflictError where its bytes are gone."""
-    digests = catalog.deleted_digests(name, version)
+    digests = catalog.removal.deleted_digests(name, version)
     names = {name for digest in digests for name in _names(digest, _stored(store, digest))}
-    with catalog.publishing(names) as claim:
+    with catalog.claims.publishing(names) as claim:
         for digest in digests:
             _stored(store, digest)
-        catalog.restore(name, version, claim=claim)
+        catalog.removal.restore(name, version, claim=claim)
 
 
 def _stored(store: AdapterStore, digest: str) -> AdapterManifest:
@@ -157,18 +157,18 @@ def _longest_context(manifest: AdapterManifest, base: BaseModel) -> int:
 
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
-    to.catalog.add_base(base.name, base.fingerprint)  # refuses other weights under a known name
+    to.catalog.bases.add(base.name, base.fingerprint)  # refuses other weights under a known name
     canonical = read_canonical(folder)
     manifest = parse_manifest(canonical, source=str(folder))
     check_size(manifest, canonical)
     digest = hashlib.sha256(canonical).hexdigest()
-    with to.catalog.publishing(_names(digest, manifest)) as claim:
-        to.catalog.record_upload(to.store.put(folder))
+    with to.catalog.claims.publishing(_names(digest, manifest)) as claim:
+        to.catalog.adapters.record_upload(to.store.put(folder))
         return _register(digest, manifest, to, claim)
 
 
 def _register(digest: str, manifest: AdapterManifest, to: Destination, claim: str) -> AdapterVersion:
-    return to.catalog.register(
+    return to.catalog.adapters.register(
         to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate, claim=claim
     )
 

@@ -158,7 +158,7 @@ class Uploads:
         Raises NotFoundError for the upload, DataError where it is damaged, and as `import_folder` does.
         """
         self._check(upload)
-        to.catalog.check_name(to.name, to.aliases)
+        to.catalog.adapters.check_name(to.name, to.aliases)
         files = self.files(upload)  # before the look whether it is published, after which they are removed
         published = self._register_published(upload, to)
         if published is not None:
@@ -262,7 +262,7 @@ def _leave_out_claims(folder: Path, catalog: Catalog) -> None:
 def _known(digest: str | None, catalog: Catalog) -> str | None:
     if digest is not None:
         try:
-            catalog.check_digest(digest)
+            catalog.adapters.check_digest(digest)
         except NotFoundError:
             return None
     return digest

@@ -132,7 +132,10 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
     A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
     """
     filled = copy.deepcopy(dict(fields))
-    for path, default in _defaults_for(filled).items():
+    method, objective = named_method(fields), _kind(fields, "objective", "type", FIRST_OBJECTIVE)
+    known = next((name for name in OBJECTIVES if name == objective), None)
+    defaults = {} if method is None or known is None else defaults_of(method, known)
+    for path, default in defaults.items():
         value = default.on(size)
         if value is not None and not any(_has(fields, other) for other in alternatives(path)):
             _put(filled, path, value)
@@ -145,19 +148,9 @@ def named_method(fields: Mapping[str, Any]) -> Method | None:
     return next((method.name for method in METHODS.values() if method.name == named), None)
 
 
-def _objective_of(fields: Mapping[str, Any]) -> ObjectiveType | None:
-    named = _kind(fields, "objective", "type", FIRST_OBJECTIVE)
-    return next((objective for objective in OBJECTIVES if objective == named), None)
-
-
 def _kind(fields: Mapping[str, Any], section: str, name: str, first: str) -> object:
     given = fields.get(section, {})
     return given.get(name, first) if isinstance(given, Mapping) else None
-
-
-def _defaults_for(fields: Mapping[str, Any]) -> Mapping[str, Default]:
-    method, objective = named_method(fields), _objective_of(fields)
-    return {} if method is None or objective is None else defaults_of(method, objective)
 
 
 def alternatives(path: str) -> tuple[str, ...]:

@@ -16,12 +16,7 @@ from yaml.composer import ComposerError
 
 from loray.errors import SpecError
 from loray.methods import METHODS
-from loray.recipes.defaults import (
-    BASE_SIZES,
-    FIRST_OBJECTIVE,
-    alternatives,
-    defaults_of,
-)
+from loray.recipes.defaults import FIRST_OBJECTIVE, alternatives, defaults_of
 from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType, TrainSpec
 
 
@@ -73,7 +68,10 @@ def given(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator:
             raise SpecError(f"{pair!r} gives a field no value; write it as optimizer.learning_rate=1e-3")
         check_known(path, known)
-        merge(nested, _nested(path, _value(text, is_list=path in known and known[path].is_list)))
+        value = _value(text, is_list=path in known and known[path].is_list)
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        merge(nested, value)
     return nested
 
 
@@ -123,13 +121,6 @@ def _value(text: str, *, is_list: bool) -> Any:
     return text
 
 
-def _nested(path: str, value: Any) -> dict[str, Any]:
-    for name in reversed(path.split(".")):
-        value = {name: value}
-    assert isinstance(value, dict)
-    return value
-
-
 def _walk(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseModel]]) -> Iterator[RecipeField]:
     """`chosen`: the section of each field that may be one of several."""
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "method"):  # an adapter's first
@@ -141,7 +132,8 @@ def _walk(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseMod
             yield from _walk(section, f"{path}.", chosen)
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        yield RecipeField(path, default, is_list=_is_list(field.annotation))
+        is_list = any(get_origin(kind) in (tuple, list) for kind in _members(field.annotation))
+        yield RecipeField(path, default, is_list=is_list)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -150,10 +142,6 @@ def _section(annotation: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
-
-
-def _is_list(annotation: Any) -> bool:
-    return any(get_origin(kind) in (tuple, list) for kind in _members(annotation))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -166,7 +154,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 # -- a recipe as YAML -------------------------------------------------------------------------------------------------
 
 _WIDTH = 110
-_NONE = "–"
 
 
 def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -188,65 +175,33 @@ def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingPr
         for depth in range(min(len(at), len(sections)) if shared is None else shared, len(sections)):
             lines.append(f"{'  ' * depth}{sections[depth]}:")
         at = sections
-        usual = _usual(field, defaults, size)
+        default = usual(field, defaults, size)
         is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
-        is_left_out = value is None and (usual is None or is_another_given)
-        text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
-        why = _why(path, defaults)
-        if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
-            why = f"default {_scalar(usual)}: {why}"
+        is_left_out = value is None and (default is None or is_another_given)
+        text = f"# {name}:" if is_left_out else f"{name}: {scalar(value)}"
+        why = defaults[path].why if path in defaults else ""
+        if not is_left_out and default is not None and scalar(value) != scalar(default):
+            why = f"default {scalar(default)}: {why}"
         why = "; ".join(filter(None, (here.get(path), why)))
         lines += _commented(text, why, "  " * len(sections))
     return "\n".join(lines) + "\n"
 
 
-def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
-    """Make a table in Markdown of every field, its default by method, and why. A large base's value is behind the
-    slash.
-
-    Of another objective than the first it has the fields that differ from the first one's.
-    """
-    fields = {method: fields_of(method, objective) for method in METHODS}
-    rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
-    for path in dict.fromkeys(path for known in fields.values() for path in known):
-        having = [method for method in METHODS if path in fields[method]]
-        if objective != FIRST_OBJECTIVE and not any(_differs(path, method, objective) for method in having):
-            continue
-        cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
-        reasons = dict.fromkeys(_why(path, defaults_of(method, objective)) for method in having)
-        rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
-    return "\n".join(rows) + "\n"
-
-
-def _differs(path: str, method: Method, objective: ObjectiveType) -> bool:
-    return defaults_of(method, objective).get(path) != defaults_of(method).get(path)
-
-
-def _cell(field: RecipeField, method: Method, objective: ObjectiveType) -> str:
-    defaults = defaults_of(method, objective)
-    small, large = (_scalar(_usual(field, defaults, size)) for size in BASE_SIZES)
-    return (small if small == large else f"{small} / {large}").replace("null", _NONE)
-
-
-def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> object:
+def usual(field: RecipeField, defaults: Mapping[str, Default], size: BaseSize) -> object:
+    """Return the value of a field that a recipe leaves out, on a base of that size; None where it has none."""
     default = defaults.get(field.path)
     value = None if default is None else default.on(size)
     return field.default if value is None else value
 
 
-def _why(path: str, defaults: dict[str, Default]) -> str:
-    default = defaults.get(path)
-    return "" if default is None else default.why
-
-
-def _scalar(value: object) -> str:
+def scalar(value: object) -> str:
     """Write a value as YAML in one line, which is JSON but for plain words."""
     if value is None:
         return "null"
     if isinstance(value, BaseModel):
         return json.dumps(value.model_dump(mode="json"))
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_scalar, value))}]"
+        return f"[{', '.join(map(scalar, value))}]"
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, str) and value.replace("_", "").isalnum() and yaml.safe_load(value) == value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,7 @@ from loray.spec import (
 )
 
 _FIELDS = tuple(Limits.model_fields)
+_TIME = "2026-11-24T18:00:00Z"
 Models = Annotated[tuple[str, ...] | None, Field(description="models that it may ask; null: all that its tenant sees")]
 Metadata = Annotated[dict[str, str], Field(default_factory=dict, max_length=64)]
 _YEARS = range(2000, 9999)
@@ -41,22 +42,22 @@ class KeyResource(Limits):
 
     model_config = _LIMITS
 
-    id: str
-    key_name: str
-    key_alias: str
-    tenant: str
-    scopes: tuple[Scope, ...]
+    id: str = Field(examples=["key-5f1b2c3d4e5f6a7b"])
+    key_name: str = Field(examples=["sk-lr-8QmZ4c0x…"])
+    key_alias: str = Field(examples=["ci"])
+    tenant: str = Field(examples=["acme"])
+    scopes: tuple[Scope, ...] = Field(examples=[["infer", "publish"]])
     models: Models = None
     metadata: Metadata
-    blocked: bool
-    created_by: str
-    created_at: datetime
-    expires: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None = Field(description="to the minute")
+    blocked: bool = Field(examples=[False])
+    created_by: str = Field(examples=["local"])
+    created_at: datetime = Field(examples=[_TIME])
+    expires: datetime | None = Field(examples=[None])
+    revoked_at: datetime | None = Field(examples=[None])
+    last_used_at: datetime | None = Field(description="to the minute", examples=[_TIME])
 
     @classmethod
-    def of(cls, key: ApiKey, **more: Any) -> KeyResource:
+    def of(cls, key: ApiKey, /, **more: Any) -> Self:
         same = ("id", "tenant", "metadata", "blocked", "created_by", "created_at", "revoked_at", "last_used_at")
         return cls(
             **{name: getattr(key, name) for name in same},
@@ -73,10 +74,29 @@ class KeyResource(Limits):
 class NewKeyResource(KeyResource):
     """`key` is shown this once."""
 
-    key: str
+    key: str = Field(examples=["sk-lr-8QmZ4c0x" + "…" * 35])
 
 
-class KeyCreation(Limits):
+class _Ending(Limits):
+    """Fields of a key, of which at most one says when it ends."""
+
+    duration: Duration | None = None
+    expires: Moment | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.duration is not None and self.expires is not None:
+            raise ValueError("give duration or expires, not both")
+        return self
+
+    @property
+    def expires_at(self) -> datetime | None:
+        if self.duration is None:
+            return self.expires
+        return datetime.now(UTC) + timedelta(seconds=duration_s(self.duration))
+
+
+class KeyCreation(_Ending):
     """A key that is wanted, of the caller's tenant where none is named. `duration` or `expires` says when it ends;
     without either it does not.
     """
@@ -86,25 +106,13 @@ class KeyCreation(Limits):
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("infer",)
     models: Models = None
     metadata: Metadata
-    duration: Duration | None = None
-    expires: Moment | None = None
-
-    @model_validator(mode="after")
-    def _one_end(self) -> KeyCreation:
-        if self.duration is not None and self.expires is not None:
-            raise ValueError("give duration or expires, not both")
-        return self
-
-    @property
-    def expires_at(self) -> datetime | None:
-        return ends_at(self.duration) if self.duration is not None else self.expires
 
     @property
     def limits(self) -> Limits:
         return limits_of(self)
 
 
-class KeyChange(Limits):
+class KeyChange(_Ending):
     """Changes of a key; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
     with `expires` null the key does not end. `duration` counts from now. `limits` replaces all limits at once.
     """
@@ -112,22 +120,14 @@ class KeyChange(Limits):
     key_alias: KeyAlias | None = None
     models: Models = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    duration: Duration | None = None
-    expires: Moment | None = None
     blocked: bool | None = None
     limits: Limits | None = None
 
     @model_validator(mode="after")
-    def _is_one(self) -> KeyChange:
-        if self.duration is not None and self.expires is not None:
-            raise ValueError("give duration or expires, not both")
+    def _is_one(self) -> Self:
         if self.limits is not None and self.single_limits:
             raise ValueError("give limits, which replaces all of them, or single ones, not both")
         return self
-
-    @property
-    def expires_at(self) -> datetime | None:
-        return ends_at(self.duration) if self.duration is not None else self.expires
 
     @property
     def single_limits(self) -> dict[str, Any]:
@@ -152,9 +152,9 @@ class TenantResource(Limits):
 
     model_config = _LIMITS
 
-    name: str
-    blocked: bool
-    created_at: datetime
+    name: str = Field(examples=["acme"])
+    blocked: bool = Field(examples=[False])
+    created_at: datetime = Field(examples=[_TIME])
 
     @classmethod
     def of(cls, tenant: Tenant) -> TenantResource:
@@ -181,22 +181,34 @@ class TenantChange(BaseModel):
     limits: Limits | None = None
 
 
+class AuditFilter(TypedDict, total=False):
+    """Which entries of the audit log are listed; all that is given must hold. `tenant`: for administrators."""
+
+    tenant: str | None
+    actor: str | None
+    action: str | None
+    subject: str | None
+    since: datetime | None
+
+
 class AuditResource(Resource):
     """One write, login, download or refusal: who did what to what, and whose it is."""
 
-    id: int
-    actor: str
-    action: str
-    subject: str
-    tenant: str
-    detail: Annotated[dict[str, Any], Field(description="what was given")]
-    created_at: datetime
-    address: Annotated[str | None, Field(description="from where the request came, as far as it is known")] = None
-    request_id: Annotated[str | None, Field(description="X-Request-Id of the answer; of refusals, the first")] = None
-
-
-def ends_at(duration: Duration) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=duration_s(duration))
+    id: int = Field(examples=[42])
+    actor: str = Field(examples=["ci (key-5f1b2c3d4e5f6a7b)"])
+    action: str = Field(examples=["promote"])
+    subject: str = Field(examples=["acme/tone@prod"])
+    tenant: str = Field(examples=["acme"])
+    detail: dict[str, Any] = Field(description="what was given", examples=[{"version": 3}])
+    created_at: datetime = Field(examples=[_TIME])
+    address: str | None = Field(
+        default=None, description="from where the request came, as far as it is known", examples=["10.0.0.7"]
+    )
+    request_id: str | None = Field(
+        default=None,
+        description="X-Request-Id of the answer; of refusals, the first",
+        examples=["req-5f1b2c3d4e5f6a7b"],
+    )
 
 
 def limits_of(given: Limits) -> Limits:

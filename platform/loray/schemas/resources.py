@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date, datetime
-from typing import Annotated, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
-from loray.errors import (
-    AdapterNotFound,
-    BaseMismatch,
-    BaseNotFound,
-    CatalogError,
-    CatalogFull,
-    ClusterError,
-    ConflictError,
-    DataError,
-    DeadlineExceeded,
-    GateRefused,
-    IntegrityError,
-    JobNotFound,
-    KeyNotFound,
-    LimitExceeded,
-    LorayError,
-    NotFoundError,
-    Overloaded,
-    PermissionDenied,
-    RateLimited,
-    RevisionConflict,
-    SettingsError,
-    SpecError,
-    StoreError,
-    Unauthenticated,
-    UnsupportedError,
-)
+from loray import errors
+from loray.errors import LorayError
 from loray.spec import (
     DEFAULT_TENANT,
     MAX_EVALUATIONS,
@@ -78,6 +54,43 @@ def _is_written_out(value: object) -> object:
 WRITTEN_OUT = BeforeValidator(_is_written_out)  # of a time
 _PRINTED = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+_DIGEST, _BASE, _TIME = "9b4f" * 16, "41d0" * 16, "2026-11-24T18:00:00Z"
+RECIPE_EXAMPLE: dict[str, Any] = {
+    "name": "tone",
+    "base": "smollm2",
+    "adapter": {"method": "lora", "rank": 16},
+    "data": {"train": "s3://bucket/tone.jsonl"},
+    "batch": {"rows": 8},
+    "optimizer": {"learning_rate": 0.0002},
+    "max_steps": 200,
+}
+_MANIFEST = {"format": 1, "method": "lora", "base": "smollm2", "rank": 16, "files": {}, "recipe": RECIPE_EXAMPLE}
+_LOSS = {"metric": "loss", "value": 1.62, "dataset": "held-out", "subject": "adapter", "context_length": 1024}
+
+
+def example_of(model: type[BaseModel]) -> dict[str, Any]:
+    """A body of this model, of the examples of its fields; fields without one are left out."""
+    found = {}
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if field.examples:
+            found[name] = field.examples[0]
+        elif inner is not None:
+            found[name] = [example_of(inner)] if get_origin(field.annotation) is tuple else example_of(inner)
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field, or of the items of its tuple."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
 
 class Resource(BaseModel):
     """A body that a server sends. Fields that a later server adds are ignored."""
@@ -89,44 +102,60 @@ class Page(Resource, Generic[T]):
     """A page of a list. `next` is the `cursor` of the page behind; null at the end."""
 
     items: tuple[T, ...]
-    next: str | None = None
+    next: str | None = Field(default=None, examples=[None])
 
 
 class ProjectionResource(Resource):
     """VeRA's pair of some of a base's adapters. `canonical`: the first of its shape; the others should share it."""
 
-    key: int
-    rank: int
-    max_in: int
-    max_out: int
-    sha256: str
-    canonical: bool
+    key: int = Field(examples=[0])
+    rank: int = Field(examples=[256])
+    max_in: int = Field(examples=[576])
+    max_out: int = Field(examples=[576])
+    sha256: str = Field(examples=["9ae1" * 16])
+    canonical: bool = Field(examples=[True])
 
 
 class BaseResource(Resource):
-    name: str
-    fingerprint: str
+    name: str = Field(examples=["smollm2"])
+    fingerprint: str = Field(examples=[_BASE])
     projections: tuple[ProjectionResource, ...] = ()
 
 
 class AdapterResource(Resource):
     """One name. `version` and what follows are of what the bare name means: alias `prod`, else the newest version."""
 
-    name: str
-    created_at: datetime
-    version: int
-    digest: str
-    method: Method
-    base: str | None = Field(description="null where the catalog has no name for the base model's fingerprint")
-    base_fingerprint: str
-    context_length: int
-    nbytes: int
-    versions: tuple[int, ...] = Field(description="newest first")
-    aliases: dict[str, int]
-    weights: dict[str, dict[int, int]] = Field(default={}, description="percent by version, of aliases with a canary")
-    tenant: str = DEFAULT_TENANT
-    visibility: Visibility = "private"
-    shared_with: tuple[str, ...] = Field(default=(), description="shown to its own tenant")
+    name: str = Field(examples=["tone"])
+    created_at: datetime = Field(examples=[_TIME])
+    version: int = Field(examples=[3])
+    digest: str = Field(examples=[_DIGEST])
+    method: Method = Field(examples=["lora"])
+    base: str | None = Field(
+        examples=["smollm2"], description="null where the catalog has no name for the base model's fingerprint"
+    )
+    base_fingerprint: str = Field(examples=[_BASE])
+    context_length: int = Field(examples=[8192])
+    nbytes: int = Field(examples=[1843200])
+    versions: tuple[int, ...] = Field(examples=[[4, 3, 2, 1]], description="newest first")
+    aliases: dict[str, int] = Field(examples=[{"prod": 3, "canary": 4}])
+    weights: dict[str, dict[int, int]] = Field(
+        examples=[{"prod": {"3": 90, "4": 10}}], default={}, description="percent by version, of aliases with a canary"
+    )
+    tenant: str = Field(default=DEFAULT_TENANT, examples=["default"])
+    visibility: Visibility = Field(default="private", examples=["shared"])
+    shared_with: tuple[str, ...] = Field(examples=[["acme"]], default=(), description="shown to its own tenant")
+
+
+class AdapterFilter(TypedDict, total=False):
+    """Which adapters are listed; all that is given must hold. `base` and `method` are of the version that the bare name
+    means; `search` is a part of the name, in any case; `tags`: key → value, None for any.
+    """
+
+    tenant: str | None
+    base: str | None
+    method: str | None
+    search: str | None
+    tags: Mapping[str, str | None] | None
 
 
 class AdapterChange(BaseModel):
@@ -148,8 +177,8 @@ class AdapterTransfer(BaseModel):
 
 
 class TagResource(Resource):
-    key: str
-    value: str
+    key: str = Field(examples=["team"])
+    value: str = Field(examples=["support"])
 
 
 class TagChange(BaseModel):
@@ -178,9 +207,9 @@ class EvaluationReport(BaseModel):
 class QuarantineResource(Resource):
     """Replicas have died on an adapter before a token of it came. `refused_until` null: it is only suspected."""
 
-    deaths: int
-    died_at: datetime
-    refused_until: datetime | None
+    deaths: int = Field(examples=[1])
+    died_at: datetime = Field(examples=[_TIME])
+    refused_until: datetime | None = Field(examples=[None])
 
 
 class VersionResource(Resource):
@@ -188,16 +217,16 @@ class VersionResource(Resource):
     ones.
     """
 
-    name: str
-    version: int
-    digest: str
-    created_at: datetime
-    aliases: tuple[str, ...]
-    method: Method
-    base_fingerprint: str
-    context_length: int
-    nbytes: int
-    evaluations: tuple[Evaluation, ...]
+    name: str = Field(examples=["tone"])
+    version: int = Field(examples=[3])
+    digest: str = Field(examples=[_DIGEST])
+    created_at: datetime = Field(examples=[_TIME])
+    aliases: tuple[str, ...] = Field(examples=[["prod"]])
+    method: Method = Field(examples=["lora"])
+    base_fingerprint: str = Field(examples=[_BASE])
+    context_length: int = Field(examples=[8192])
+    nbytes: int = Field(examples=[1843200])
+    evaluations: tuple[Evaluation, ...] = Field(examples=[[_LOSS]])
     quarantine: QuarantineResource | None = None
 
     @property
@@ -212,18 +241,22 @@ _ANY_OBJECT = WithJsonSchema({"type": "object", "additionalProperties": True})
 class VersionDetail(VersionResource):
     """One version with its manifest: files, recipe, lineage."""
 
-    manifest: Annotated[AdapterManifest, _ANY_OBJECT]
+    manifest: Annotated[AdapterManifest, _ANY_OBJECT] = Field(examples=[_MANIFEST])
 
 
 class AliasResource(Resource):
     """An alias. `revision` is the ETag; it grows with every move and rollback and never comes twice."""
 
-    name: str
-    alias: str
-    version: int
-    digest: str
-    revision: int
-    weights: dict[int, int] = Field(default={}, description="percent of requests by version: more than one in a canary")
+    name: str = Field(examples=["tone"])
+    alias: str = Field(examples=["prod"])
+    version: int = Field(examples=[3])
+    digest: str = Field(examples=[_DIGEST])
+    revision: int = Field(examples=[17])
+    weights: dict[int, int] = Field(
+        default={},
+        description="percent of requests by version: more than one in a canary",
+        examples=[{"3": 90, "4": 10}],
+    )
 
     @property
     def etag(self) -> str:
@@ -243,35 +276,37 @@ class AliasTarget(BaseModel):
 class ReplicaAdapter(Resource):
     """A version of the adapter in one replica's memory."""
 
-    replica: str
-    node: str
-    version: int
-    digest: str
-    nbytes: int
-    tier: str = Field(description="`pool`: computes with it; `host`: waits in host memory")
-    uses: int | None = Field(description="requests since the replica loaded it; shown to administrators")
-    last_used_at: datetime | None = Field(description="shown to administrators")
+    replica: str = Field(examples=["k3x9"])
+    node: str = Field(examples=["worker-1"])
+    version: int = Field(examples=[3])
+    digest: str = Field(examples=[_DIGEST])
+    nbytes: int = Field(examples=[1843200])
+    tier: str = Field(examples=["pool"], description="`pool`: computes with it; `host`: waits in host memory")
+    uses: int | None = Field(
+        examples=[412], description="requests since the replica loaded it; shown to administrators"
+    )
+    last_used_at: datetime | None = Field(examples=[_TIME], description="shown to administrators")
 
 
 class PlacementResource(Resource):
-    name: str
+    name: str = Field(examples=["tone"])
     items: tuple[ReplicaAdapter, ...]
 
 
 class JobResource(Resource):
     """A training job. `id` is Ray's submission id; `version` is what it published."""
 
-    id: str
-    name: QualifiedName
-    tenant: str = DEFAULT_TENANT
-    status: JobStatus
-    message: str
-    version: int | None
-    actor: str
-    created_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
-    recipe: Annotated[TrainSpec, _ANY_OBJECT]
+    id: str = Field(examples=["train_5f1b2c3d4e5f6a7b"])
+    name: QualifiedName = Field(examples=["tone"])
+    tenant: str = Field(default=DEFAULT_TENANT, examples=["default"])
+    status: JobStatus = Field(examples=["succeeded"])
+    message: str = Field(examples=[""])
+    version: int | None = Field(examples=[3])
+    actor: str = Field(examples=["api"])
+    created_at: datetime = Field(examples=[_TIME])
+    started_at: datetime | None = Field(examples=[_TIME])
+    ended_at: datetime | None = Field(examples=[_TIME])
+    recipe: Annotated[TrainSpec, _ANY_OBJECT] = Field(examples=[RECIPE_EXAMPLE])
 
     @property
     def has_ended(self) -> bool:
@@ -282,30 +317,30 @@ class JobResource(Resource):
 
 _TYPE = "urn:loray:problem:"
 _KINDS: dict[str, type[LorayError]] = {
-    "adapter-not-found": AdapterNotFound,
-    "base-not-found": BaseNotFound,
-    "base-mismatch": BaseMismatch,
-    "job-not-found": JobNotFound,
-    "key-not-found": KeyNotFound,
-    "not-found": NotFoundError,
-    "unauthenticated": Unauthenticated,
-    "limit-exceeded": LimitExceeded,
-    "permission-denied": PermissionDenied,
-    "rate-limited": RateLimited,
-    "overloaded": Overloaded,
-    "revision-conflict": RevisionConflict,
-    "gate-refused": GateRefused,
-    "conflict": ConflictError,
-    "invalid": SpecError,
-    "data": DataError,
-    "settings": SettingsError,
-    "unsupported": UnsupportedError,
-    "integrity": IntegrityError,
-    "catalog-full": CatalogFull,
-    "catalog-unavailable": CatalogError,
-    "store-unavailable": StoreError,
-    "cluster-unavailable": ClusterError,
-    "deadline-exceeded": DeadlineExceeded,
+    "adapter-not-found": errors.AdapterNotFound,
+    "base-not-found": errors.BaseNotFound,
+    "base-mismatch": errors.BaseMismatch,
+    "job-not-found": errors.JobNotFound,
+    "key-not-found": errors.KeyNotFound,
+    "not-found": errors.NotFoundError,
+    "unauthenticated": errors.Unauthenticated,
+    "limit-exceeded": errors.LimitExceeded,
+    "permission-denied": errors.PermissionDenied,
+    "rate-limited": errors.RateLimited,
+    "overloaded": errors.Overloaded,
+    "revision-conflict": errors.RevisionConflict,
+    "gate-refused": errors.GateRefused,
+    "conflict": errors.ConflictError,
+    "invalid": errors.SpecError,
+    "data": errors.DataError,
+    "settings": errors.SettingsError,
+    "unsupported": errors.UnsupportedError,
+    "integrity": errors.IntegrityError,
+    "catalog-full": errors.CatalogFull,
+    "catalog-unavailable": errors.CatalogError,
+    "store-unavailable": errors.StoreError,
+    "cluster-unavailable": errors.ClusterError,
+    "deadline-exceeded": errors.DeadlineExceeded,
     "internal": LorayError,
 }
 
@@ -374,26 +409,29 @@ class Registration(BaseModel):
 
 
 class FileResource(Resource):
-    name: str
-    sha256: str
-    nbytes: int
+    name: str = Field(examples=["adapter_config.json"])
+    sha256: str = Field(examples=["3f1c" * 16])
+    nbytes: int = Field(examples=[812])
 
 
 class PresignedFileResource(FileResource):
-    url: str = Field(description="whoever has it reads the file until `expires_at`; send no key with it")
+    url: str = Field(
+        description="whoever has it reads the file until `expires_at`; send no key with it",
+        examples=["https://bucket.s3.eu-1.amazonaws.com/blobs/3f/3f1c…?X-Amz-Signature=…"],
+    )
 
 
 class DownloadResource(Resource):
     """URLs of a version's files, the smallest first. They are checked by their SHA-256."""
 
     files: tuple[PresignedFileResource, ...]
-    expires_at: datetime
+    expires_at: datetime = Field(examples=[_TIME])
 
 
 class UploadResource(Resource):
     """A folder that comes file by file. `files` are those that are there as a whole."""
 
-    id: str
+    id: str = Field(examples=["5f1b" * 8])
     files: tuple[FileResource, ...]
     published: bool = Field(default=False, description="a version was made of it; it takes no files any more")
 
@@ -401,18 +439,28 @@ class UploadResource(Resource):
 # -- usage and canaries -----------------------------------------------------------------------------------------------
 
 
-class UsageResource(Resource):
-    """Sums over one group. What usage is not grouped by is null; so is the key of requests that needed none."""
+class UsageFilter(TypedDict, total=False):
+    """Which requests are summed up: they ended from `since` until before `until`. `tenant`: for administrators."""
 
     tenant: str | None
     key_id: str | None
-    model: Annotated[str | None, Field(description="the adapter's qualified name, or the base's")]
-    day: Annotated[date | None, Field(description="in UTC")]
-    num_requests: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    seconds: float
+    model: str | None
+    since: datetime | None
+    until: datetime | None
+
+
+class UsageResource(Resource):
+    """Sums over one group. What usage is not grouped by is null; so is the key of requests that needed none."""
+
+    tenant: str | None = Field(examples=["acme"])
+    key_id: str | None = Field(examples=[None])
+    model: str | None = Field(description="the adapter's qualified name, or the base's", examples=["acme/tone"])
+    day: date | None = Field(description="in UTC", examples=[None])
+    num_requests: int = Field(examples=[12])
+    num_prompt_tokens: int = Field(examples=[3400])
+    num_cached_tokens: int = Field(examples=[1200])
+    num_output_tokens: int = Field(examples=[960])
+    seconds: float = Field(examples=[20.5])
 
 
 class CanaryTarget(BaseModel):
@@ -429,10 +477,12 @@ class CanaryTarget(BaseModel):
 class CountsResource(Resource):
     """Counts of one version. Times are geometric means in seconds; null where none was measured."""
 
-    num_requests: int = Field(description="answered and failed ones, without what a client did wrong or cancelled")
-    num_errors: int
-    ttft_s: float | None
-    itl_s: float | None
+    num_requests: int = Field(
+        description="answered and failed ones, without what a client did wrong or cancelled", examples=[1804]
+    )
+    num_errors: int = Field(examples=[2])
+    ttft_s: float | None = Field(examples=[0.11])
+    itl_s: float | None = Field(examples=[0.021])
 
     @classmethod
     def of(cls, counts: VersionCounts) -> CountsResource:
@@ -444,6 +494,10 @@ class CountsResource(Resource):
         )
 
 
+_BOUNDS = {"max_error_rate": 0.05, "max_ttft_ratio": 2.0, "max_itl_ratio": 2.0, "min_requests": 50}
+_COUNTS = dict.fromkeys(("stable", "canary"), example_of(CountsResource))
+
+
 class CanaryResource(Resource):
     """A canary. `stable` is the version that the alias points at; `outcome` null: it runs.
 
@@ -451,16 +505,16 @@ class CanaryResource(Resource):
     bounds, and `reason` says which.
     """
 
-    alias: str
-    stable: int
-    version: int
-    percent: int
-    bounds: CanaryBounds
-    counts: dict[str, CountsResource] = Field(description="of `stable` and `canary`")
-    created_at: datetime
-    ended_at: datetime | None
-    outcome: CanaryOutcome | None
-    reason: str | None
+    alias: str = Field(examples=["prod"])
+    stable: int = Field(examples=[3])
+    version: int = Field(examples=[4])
+    percent: int = Field(examples=[10])
+    bounds: CanaryBounds = Field(examples=[_BOUNDS])
+    counts: dict[str, CountsResource] = Field(description="of `stable` and `canary`", examples=[_COUNTS])
+    created_at: datetime = Field(examples=[_TIME])
+    ended_at: datetime | None = Field(examples=[None])
+    outcome: CanaryOutcome | None = Field(examples=[None])
+    reason: str | None = Field(examples=[None])
 
     @classmethod
     def of(cls, state: CanaryState) -> CanaryResource:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
+from loray.schemas.resources import Resource
 from loray.spec import EngineFigures, ServeSpec, Stretch
-
-
-class _Status(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class EngineStatus(EngineFigures):
@@ -44,7 +41,7 @@ class ReplicaStatus(EngineStatus):
     layout: tuple[Stretch, ...] = ()
 
 
-class AdapterPlacement(_Status):
+class AdapterPlacement(Resource):
     """An adapter in one replica.
 
     tier          pool, host, loading, failed, or none if the replica no longer holds it
@@ -65,12 +62,12 @@ class AdapterPlacement(_Status):
     num_tokens: int
 
 
-class CatalogStatus(_Status):
+class CatalogStatus(Resource):
     num_adapters: int
     failure: str | None = None
 
 
-class ScalingDecision(_Status):
+class ScalingDecision(Resource):
     """The number of replicas was changed. `time`: seconds since the epoch."""
 
     time: float
@@ -79,7 +76,7 @@ class ScalingDecision(_Status):
     reason: str
 
 
-class AutoscalingStatus(_Status):
+class AutoscalingStatus(Resource):
     """The number of replicas that the autoscaler wants, with its `reason`. The last decisions, oldest first."""
 
     target: int
@@ -91,7 +88,7 @@ class AutoscalingStatus(_Status):
 Health = Literal["ok", "degraded"]
 
 
-class BaseStatus(_Status):
+class BaseStatus(Resource):
     """One base. `degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants. `asleep`: it
     wants none, since nobody asks; the next request starts one.
     """
@@ -105,7 +102,7 @@ class BaseStatus(_Status):
     autoscaling: AutoscalingStatus | None = None
 
 
-class Status(_Status):
+class Status(Resource):
     """A deployment. `degraded`: one of the bases is, or the catalog cannot be read. `replicas` and `totals` are of all
     bases.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
@@ -64,22 +65,14 @@ class Clock:
         self._factor = factor
 
 
-class PlacementListener(Protocol):
-    """Told when an adapter's place on a replica changes."""
-
-    def placed(self, replica: int, adapter: int, tier: int) -> None:
-        """`tier`: POOL, HOST or NOWHERE."""
-        ...
-
-
 class ReplicaAdapters:
     """One replica's pool and host. The pool is shared with the KV cache: see `take`.
 
     Loads are in order, `profile.num_loads` at once; the caller says when one has ended.
     """
 
-    def __init__(self, replica: int, profile: Profile, sizes: list[int], listener: PlacementListener) -> None:
-        self._replica, self._profile, self._sizes, self._listener = replica, profile, sizes, listener
+    def __init__(self, replica: int, profile: Profile, sizes: list[int], router: Router) -> None:
+        self._replica, self._profile, self._sizes, self._router = replica, profile, sizes, router
         self._eviction = EvictionPolicy()
         self._scores: dict[int, EvictionScore] = {}  # of those in the pool
         self._pins: dict[int, int] = {}  # of those in the pool
@@ -126,12 +119,12 @@ class ReplicaAdapters:
         """Add the adapter to the host, from which the least recently used leave."""
         self._host[adapter] = None
         self._host_used += self._sizes[adapter]
-        self._listener.placed(self._replica, adapter, HOST)
+        self._router.placed(self._replica, adapter, HOST)
         while self._host_used > self._profile.host_bytes and len(self._host) > 1:
             oldest, _ = self._host.popitem(last=False)
             self._host_used -= self._sizes[oldest]
             if oldest not in self._pins:
-                self._listener.placed(self._replica, oldest, NOWHERE)
+                self._router.placed(self._replica, oldest, NOWHERE)
             elif not self._pins[oldest]:
                 self._set_idle(oldest)  # to have it again would take a load now
 
@@ -167,7 +160,7 @@ class ReplicaAdapters:
         score = self._scores[adapter] = EvictionScore(load_seconds=self._profile.load_seconds(self._sizes[adapter]))
         self._eviction.placed(score, seconds)
         self._eviction.used(score)
-        self._listener.placed(self._replica, adapter, POOL)
+        self._router.placed(self._replica, adapter, POOL)
         return seconds
 
     def give_back(self, adapter: int, kv_bytes: float) -> None:
@@ -192,44 +185,35 @@ class ReplicaAdapters:
         del self._pins[adapter], self._scores[adapter]
         self.free += self._sizes[adapter]
         self.num_evictions += 1
-        self._listener.placed(self._replica, adapter, HOST if adapter in self._host else NOWHERE)
+        self._router.placed(self._replica, adapter, HOST if adapter in self._host else NOWHERE)
 
 
+@dataclass(slots=True, eq=False)
 class SimulatedRequest:
     """One request on a replica.
 
     factor      of what its prompt takes to compute
     stall       seconds in which the replica computes nothing before it
-    rest        seconds of computing what is left of its prompt
-    token_rate  tokens of its prompt in such a second
     came_at     its arrival, in seconds
     way         seconds to its replica
+    rest        seconds of computing what is left of its prompt
+    token_rate  tokens of its prompt in such a second
     tracked     of the meter of demand, if there is one
     """
 
-    __slots__ = (
-        "adapter", "came_at", "factor", "first_token_at", "index", "kv_bytes", "num_output", "num_prompt", "rest",
-        "stall", "token_rate", "tracked", "way",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        index: int,
-        num_prompt: int,
-        num_output: int,
-        adapter: int,
-        factor: float = 1.0,
-        stall: float = 0.0,
-        *,
-        came_at: float = 0.0,
-        way: float = 0.0,
-    ) -> None:
-        self.index, self.num_prompt, self.num_output, self.adapter = index, num_prompt, num_output, adapter
-        self.factor, self.stall = factor, stall
-        self.came_at, self.way = came_at, way
-        self.rest = self.kv_bytes = self.token_rate = 0.0
-        self.first_token_at = math.inf
-        self.tracked: TrackedRequest | None = None
+    index: int
+    num_prompt: int
+    num_output: int
+    adapter: int
+    factor: float = 1.0
+    stall: float = 0.0
+    came_at: float = 0.0
+    way: float = 0.0
+    rest: float = 0.0
+    kv_bytes: float = 0.0
+    token_rate: float = 0.0
+    first_token_at: float = math.inf
+    tracked: TrackedRequest | None = None
 
 
 class Ended(NamedTuple):
@@ -389,21 +373,21 @@ class Router(Protocol):
 
     def added(self, slot: int, name: str) -> None: ...
     def removed(self, slot: int) -> None: ...
-    def placed(self, replica: int, adapter: int, tier: int) -> None: ...
+    def placed(self, replica: int, adapter: int, tier: int) -> None: ...  # in POOL, on HOST or NOWHERE
     def load_changed(self, slot: int, load: int) -> None: ...
     def choose(self, job: SimulatedRequest, now: float) -> int: ...
     def answered(self, slot: int, job: SimulatedRequest) -> None: ...  # its first token has come
 
 
+@dataclass(slots=True, eq=False)
 class Member:
     """One replica from its start until it has ended. `num_unknown`: requests of whose end the router does not know."""
 
-    __slots__ = ("ended_at", "name", "num_unknown", "replica", "slot", "started_at")
-
-    def __init__(self, slot: int, name: str, replica: Replica, started_at: float) -> None:
-        self.slot, self.name, self.replica, self.started_at = slot, name, replica, started_at
-        self.ended_at: float | None = None
-        self.num_unknown = 0
+    slot: int
+    name: str
+    replica: Replica
+    started_at: float
+    num_unknown: int = 0
 
 
 class Cluster:
@@ -457,25 +441,24 @@ class Cluster:
             self._end(member, now)
 
     def _end(self, member: Member, now: float) -> None:
-        member.ended_at = now
         self._seconds += now - member.started_at
         self._free.append(member.slot)
         self.num_loads += member.replica.adapters.num_loads
         self.num_evictions += member.replica.adapters.num_evictions
 
     @property
-    def num_paid(self) -> int:
-        return len(self.members) + len(self.starting) + len(self.ending)
+    def paid(self) -> list[Member]:
+        """The replicas that take requests, start or end."""
+        return [*self.members.values(), *self.starting, *self.ending]
 
     def hours(self, now: float) -> float:
         """Return the hours of all replicas, from the decision to start each until it had ended."""
-        alive = [*self.members.values(), *self.starting, *self.ending]
-        return (self._seconds + sum(now - m.started_at for m in alive)) / 3600
+        return (self._seconds + sum(now - member.started_at for member in self.paid)) / 3600
 
     def totals(self) -> tuple[int, int]:
         """Return the loads and evictions of all replicas."""
-        alive = [*self.members.values(), *self.starting, *self.ending]
+        adapters = [member.replica.adapters for member in self.paid]
         return (
-            self.num_loads + sum(m.replica.adapters.num_loads for m in alive),
-            self.num_evictions + sum(m.replica.adapters.num_evictions for m in alive),
+            self.num_loads + sum(of.num_loads for of in adapters),
+            self.num_evictions + sum(of.num_evictions for of in adapters),
         )

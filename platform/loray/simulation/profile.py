@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loray.errors import SpecError
 
+Number = TypeVar("Number", float, NDArray[Any])
 _Seconds = Annotated[float, Field(ge=0)]
 _Factor = Annotated[float, Field(gt=0)]
 
@@ -90,8 +92,10 @@ class Profile(BaseModel):
     def place_seconds(self, nbytes: float) -> float:
         return self.place_s + nbytes * self.place_byte_s
 
-    def work_seconds(self, num_prompt_tokens: float, num_output_tokens: float) -> float:
-        """Return a busy replica's seconds for one request: its prompt and its share of decode steps of half a batch."""
+    def work_seconds(self, num_prompt_tokens: Number, num_output_tokens: Number) -> Number:
+        """Return a busy replica's seconds for one request: its prompt and its share of decode steps of half a batch.
+        Arrays have one element a request.
+        """
         each = self.step_s / (0.5 * self.max_num_seqs) + self.decode_s + self.adapter_s
         prompt = num_prompt_tokens * (self.prompt_s + 0.5 * num_prompt_tokens * self.pair_s)
         return prompt + num_output_tokens * each

@@ -58,7 +58,7 @@ def _start(shares: MutableSequence[float]) -> None:
 def _run(index: int, scenario: Scenario, policy: str) -> Run:
     requests = scenario.requests()
     began = time.perf_counter()
-    (outcome,) = simulate(scenario, requests, (policy,), lambda share: _shares.__setitem__(index, share))
+    outcome = simulate(scenario, requests, policy, lambda share: _shares.__setitem__(index, share))
     seconds = time.perf_counter() - began
     _shares[index] = 1.0
     return Run(policy, len(requests), summary(outcome, requests), course(outcome, requests), seconds)

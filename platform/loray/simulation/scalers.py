@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from math import ceil
-from typing import Protocol
 
 import numpy as np
 
@@ -16,17 +15,10 @@ from loray.simulation.workload import RequestTrace, digest
 from loray.spec import AdapterBytes, AdapterRef, AutoscalingSpec
 
 
-class Scaler(Protocol):
-    """Asked every few seconds how many replicas there should be."""
-
-    def target(self, cluster: Cluster, now: float) -> int: ...
-    def arrived(self, member: Member, job: SimulatedRequest, now: float) -> None: ...
-    def answered(self, member: Member, job: SimulatedRequest, now: float) -> None: ...  # its first token has come
-    def finished(self, member: Member, job: SimulatedRequest, now: float) -> None: ...
-
-
-class Fixed:
-    """The number of replicas does not change. Others that look at no single requests inherit from it."""
+class Scaler:
+    """Is asked every few seconds how many replicas there should be, and told of each request. This one keeps the number
+    as it is; others override what they need.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -38,17 +30,18 @@ class Fixed:
         pass
 
     def answered(self, member: Member, job: SimulatedRequest, now: float) -> None:
-        pass
+        """The first token has come."""
 
     def finished(self, member: Member, job: SimulatedRequest, now: float) -> None:
         pass
 
 
-class AdapterDemandScaler:
+class AdapterDemandScaler(Scaler):
     """Scales as loray does: with a `DemandMeter` on each replica, and `policy.autoscaling.decide`."""
 
     def __init__(self, spec: AutoscalingSpec, number: int, profile: Profile, sizes: list[int]) -> None:
-        self._spec, self._number, self._profile = spec, number, profile
+        super().__init__(number)
+        self._spec, self._profile = spec, profile
         self._state = ScalingState()
         self._refs = [
             AdapterRef(digest(adapter), f"adapter-{adapter}", 1, "lora", "0" * 64, 1 << 20, size)
@@ -117,7 +110,7 @@ class _Loaded:
         return isinstance(digest, str) and self._adapters.tier(self._numbers[digest]) != NOWHERE
 
 
-class OngoingRequests(Fixed):
+class OngoingRequests(Scaler):
     """Scales as Ray Serve does: by the mean requests under way over 30 s (its defaults, but the target)."""
 
     _LOOK_BACK_S, _UP_S, _DOWN_S = 30.0, 30.0, 600.0
@@ -142,15 +135,13 @@ class OngoingRequests(Fixed):
         return self._number
 
 
-class OracleScaler(Fixed):
+class OracleScaler(Scaler):
     """Knows all arrivals and lengths: it runs what the busiest ten seconds of the coming minute need."""
 
     _SPAN_S, _AHEAD = 10.0, 6
 
     def __init__(self, requests: RequestTrace, profile: Profile, utilization: float, most: int) -> None:
-        work_R = np.array(
-            [profile.work_seconds(p, o) for p, o in zip(requests.prompt_R, requests.output_R, strict=True)]
-        )
+        work_R = profile.work_seconds(requests.prompt_R, requests.output_R)
         spans = np.bincount((requests.at_R / self._SPAN_S).astype(int), work_R, minlength=1)
         rates = spans / self._SPAN_S / utilization
         coming = [float(rates[i : i + self._AHEAD].max()) for i in range(len(rates))]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +13,7 @@ from loray.errors import SpecError
 from loray.simulation import workload
 from loray.simulation.profile import Profile
 from loray.simulation.routers import LeastWork, ProportionalPlacement, RandomRouter, SimulatedRouter, TwoChoices
-from loray.simulation.scalers import AdapterDemandScaler, Fixed, OngoingRequests, OracleScaler, Scaler
+from loray.simulation.scalers import AdapterDemandScaler, OngoingRequests, OracleScaler, Scaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
 from loray.simulation.workload import RequestTrace, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
@@ -86,102 +85,68 @@ class Scenario:
     def requests(self) -> RequestTrace:
         """Return the requests, which are equal for equal scenarios."""
         rng = np.random.default_rng(self.seed)
-        context = self.profile.context_length
         capacity = self.utilization * self.replicas
         if self.trace is None:
             rate = capacity / self.profile.work_seconds(*workload.mean_tokens())
-            made = workload.generate(
+            found = workload.generate(
                 rate=rate, seconds=self.seconds, num_adapters=self.adapters, alpha=self.alpha, seed=self.seed
-            )
-            return self._checked(made.cut(context))
-        trace = self.trace.cut(context)
-        if self.replay:
-            return self._checked(trace)
-        rate = capacity * len(trace) / trace.work(self.profile)
-        return self._checked(
-            with_adapters(at_rate(trace, rate=rate, seconds=self.seconds, rng=rng), self.adapters, self.alpha, rng)
-        )
-
-    def _checked(self, requests: RequestTrace) -> RequestTrace:
-        if not len(requests):
+            ).cut(self.profile.context_length)
+        else:
+            found = self.trace.cut(self.profile.context_length)
+            if not self.replay:
+                rate = capacity * len(found) / found.work(self.profile)
+                found = at_rate(found, rate=rate, seconds=self.seconds, rng=rng)
+                found = with_adapters(found, self.adapters, self.alpha, rng)
+        if not len(found):
             raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
-        if requests.seconds < self.warm_up:
-            raise SpecError(f"the last request comes after {requests.seconds:.0f} s, in the warm-up")
-        return requests
+        if found.seconds < self.warm_up:
+            raise SpecError(f"the last request comes after {found.seconds:.0f} s, in the warm-up")
+        return found
 
 
-def _loray(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    return Policy("loray", SimulatedRouter(size, s.adapters, s.profile), _demand(s))
+POLICIES = ("loray", "ray", "random", "dynamo", "oracle")
 
 
-def _ray(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    scaler = Fixed(s.replicas) if s.fixed else OngoingRequests(s.initial, s.replicas, _RAY_ONGOING)
-    return Policy("ray", TwoChoices(size, s.seed), scaler)
-
-
-def _random(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    return Policy("random", RandomRouter(size, s.seed), _demand(s))
-
-
-def _dynamo(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    sizes = s.profile.adapter_bytes
-    slots = max(1, int(0.5 * s.profile.pool_bytes / (sum(sizes) / len(sizes))))
-    return Policy("dynamo", ProportionalPlacement(size, s.adapters, slots, s.seed), _demand(s))
-
-
-def _oracle(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    oracle = OracleScaler(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
-    scaler = Fixed(s.replicas) if s.fixed else oracle
-    return Policy("oracle", LeastWork(size, s.profile), scaler, foresees=True)
-
-
-def _demand(s: Scenario) -> Scaler:
-    if s.fixed:
-        return Fixed(s.replicas)
-    return AdapterDemandScaler(s.autoscaling, s.initial, s.profile, adapter_sizes(s.profile, s.adapters))
-
-
-POLICIES: dict[str, Callable[[Scenario, RequestTrace, int], Policy]] = {
-    "loray": _loray,
-    "ray": _ray,
-    "random": _random,
-    "dynamo": _dynamo,
-    "oracle": _oracle,
-}
+def policy_of(name: str, s: Scenario, requests: RequestTrace) -> Policy:
+    """Return one of POLICIES, for these requests."""
+    size, sizes = 2 * s.replicas, adapter_sizes(s.profile, s.adapters)
+    scaler = Scaler(s.replicas) if s.fixed else AdapterDemandScaler(s.autoscaling, s.initial, s.profile, sizes)
+    match name:
+        case "loray":
+            return Policy(name, SimulatedRouter(size, s.adapters, s.profile), scaler)
+        case "ray":
+            scaler = scaler if s.fixed else OngoingRequests(s.initial, s.replicas, _RAY_ONGOING)
+            return Policy(name, TwoChoices(size, s.seed), scaler)
+        case "random":
+            return Policy(name, RandomRouter(size, s.seed), scaler)
+        case "dynamo":
+            each = s.profile.adapter_bytes
+            slots = max(1, int(0.5 * s.profile.pool_bytes / (sum(each) / len(each))))
+            return Policy(name, ProportionalPlacement(size, s.adapters, slots, s.seed), scaler)
+        case "oracle":
+            scaler = scaler if s.fixed else OracleScaler(requests, s.profile, s.target_utilization, s.replicas)
+            return Policy(name, LeastWork(size, s.profile), scaler, foresees=True)
+    raise ValueError(name)
 
 
 def simulate(
-    scenario: Scenario,
-    requests: RequestTrace,
-    names: tuple[str, ...] = tuple(POLICIES),
-    progress: Callable[[float], None] | None = None,
-) -> Iterator[Outcome]:
-    """Each policy over the same requests. `progress` is told the share of a policy's requests that have come."""
-    for name in names:
-        policy = POLICIES[name](scenario, requests, 2 * scenario.replicas)
-        simulator = Simulator(
-            requests,
-            scenario.profile,
-            policy,
-            initial=scenario.initial,
-            size=scenario.replicas,
-            warm_up=scenario.warm_up,
-            seed=scenario.seed,
-        )
-        with _without_collections():
-            outcome = simulator.run(progress)
-        yield outcome
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Turn garbage collection off: nothing in a run refers to itself, and Python's collector would look through its
-    objects again and again.
-    """
+    scenario: Scenario, requests: RequestTrace, policy: str, progress: Callable[[float], None] | None = None
+) -> Outcome:
+    """Run one of POLICIES over the requests. `progress` is told the share of them that have come."""
+    simulator = Simulator(
+        requests,
+        scenario.profile,
+        policy_of(policy, scenario, requests),
+        initial=scenario.initial,
+        size=scenario.replicas,
+        warm_up=scenario.warm_up,
+        seed=scenario.seed,
+    )
+    # Nothing in a run refers to itself, and Python's collector would look through its objects again and again.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        return simulator.run(progress)
     finally:
         if was_enabled:
             gc.enable()

@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
@@ -20,8 +21,7 @@ from loray.simulation.workload import Floats, Ints, RequestTrace
 
 _DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
 _AT_ONCE = 1 << 14  # requests, of which objects of Python are made
-_REPLICA, _LOADED, _ROUTE, _HANDED, _KNOWN, _READY, _DECIDE = range(7)
-_Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
+_Event = tuple[float, int, Callable[[float], None]]  # at, number, what happens then
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Simulator:
         self._work: list[_Event] = []
         self._timed: list[_Event] = []
         self._num_events = 0
+        self._is_deciding = True  # until the last request has come
         self._waiting: dict[tuple[Member, int], list[SimulatedRequest]] = {}  # for the load of an adapter
         # One number at a time is written, which arrays of NumPy are slow at.
         self._ttft_R = array("d", [math.nan]) * len(requests)
@@ -107,7 +108,7 @@ class Simulator:
         """Run once. `progress` is told the share of the requests that have come."""
         requests = self._requests
         before, hours_before = (0, 0), 0.0
-        self._push_timed(0.0, _DECIDE)
+        self._push(self._timed, 0.0, self._decide)
         for start in range(0, len(requests), _AT_ONCE):
             if progress is not None:
                 progress(start / len(requests))
@@ -117,6 +118,7 @@ class Simulator:
                     before, hours_before = self.cluster.totals(), self.cluster.hours(job.came_at)
                 self._arrive(job, wait)
         hours, (_, evictions) = self.cluster.hours(requests.seconds) - hours_before, self.cluster.totals()
+        self._is_deciding = False
         self._pass(math.inf)
         loads, _ = self.cluster.totals()
         return Outcome(
@@ -134,13 +136,9 @@ class Simulator:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _push(self, work: float, kind: int, what: Any = None, adapter: int = -1) -> None:
+    def _push(self, events: list[_Event], at: float, happen: Callable[[float], None]) -> None:
         self._num_events += 1
-        heappush(self._work, (work, self._num_events, kind, what, adapter))
-
-    def _push_timed(self, at: float, kind: int, what: Any = None) -> None:
-        self._num_events += 1
-        heappush(self._timed, (at, self._num_events, kind, what, -1))
+        heappush(events, (at, self._num_events, happen))
 
     def _jobs(self, start: int) -> Iterator[tuple[SimulatedRequest, float]]:
         """The next requests, each with its seconds until the router chooses."""
@@ -152,46 +150,30 @@ class Simulator:
             yield SimulatedRequest(index, prompt, output, adapter, factor, stall, came_at=at, way=way), wait
 
     def _pass(self, until: float) -> None:
-        """All events up to that time in seconds. Without a last time there are no more decisions."""
+        """All events up to that time in seconds."""
         work, timed, seconds = self._work, self._timed, self._clock.seconds
         while work or timed:
             at = seconds(work[0][0]) if work else math.inf
             if timed and timed[0][0] <= at and (not work or timed[0][:2] < (at, work[0][1])):
-                if timed[0][0] > until:
-                    return
-                at, _, kind, what, _ = heappop(timed)
-                if kind == _READY:
-                    self.cluster.admit(what)
-                elif until < math.inf:
-                    self._decide(at)
-                    self._push_timed(at + _DECIDE_S, _DECIDE)
-                continue
+                events, at = timed, timed[0][0]
+            else:
+                events = work
             if at > until:
                 return
-            now, _, kind, what, adapter = heappop(work)
-            if kind == _REPLICA:
-                if what.replica.next_event == now:
-                    self._took(what, what.replica.advance(now))
-            elif kind == _LOADED:
-                self._end_load(what, adapter, now)
-            elif kind == _KNOWN:
-                member, num = what
-                member.num_unknown -= num
-                self._tell_load(member)
-            elif kind == _HANDED:
-                member, job = what
-                self._handed(member, job, now)
-            else:
-                self._clock.joined(-1, now)
-                self._route(what, now)
+            at, _, happen = heappop(events)
+            happen(at)
 
     def _arrive(self, job: SimulatedRequest, wait: float) -> None:
         now = self._clock.work(job.came_at)
         if wait:
             self._clock.joined(1, now)
-            self._push(now + wait, _ROUTE, job)
+            self._push(self._work, now + wait, partial(self._leave_gateway, job))
         else:
             self._route(job, now)
+
+    def _leave_gateway(self, job: SimulatedRequest, now: float) -> None:
+        self._clock.joined(-1, now)
+        self._route(job, now)
 
     def _route(self, job: SimulatedRequest, now: float) -> None:
         seconds = self._clock.seconds(now)
@@ -204,7 +186,7 @@ class Simulator:
         self._tell_load(member)
         self._policy.scaler.arrived(member, job, seconds)
         if job.way:
-            self._push(now + job.way, _HANDED, (member, job))
+            self._push(self._work, now + job.way, partial(self._handed, member, job))
         else:
             self._handed(member, job, now)
 
@@ -221,7 +203,8 @@ class Simulator:
             self._load(member, job.adapter, now)
 
     def _load(self, member: Member, adapter: int, now: float) -> None:
-        self._push(now + self._profile.load_seconds(self._sizes[adapter]), _LOADED, member, adapter)
+        ends = now + self._profile.load_seconds(self._sizes[adapter])
+        self._push(self._work, ends, partial(self._end_load, member, adapter))
 
     def _end_load(self, member: Member, adapter: int, now: float) -> None:
         following = member.replica.adapters.loaded(adapter)
@@ -235,6 +218,10 @@ class Simulator:
         for job in jobs:
             replica.ready(job)
         self._took(member, ended)
+
+    def _advance(self, member: Member, now: float) -> None:
+        if member.replica.next_event == now:  # it may have changed since
+            self._took(member, member.replica.advance(now))
 
     def _took(self, member: Member, ended: Ended) -> None:
         """The replica has been advanced."""
@@ -254,17 +241,23 @@ class Simulator:
                 self.cluster.end_if_idle(member, seconds(now))
             elif late := self._profile.end_known_s:
                 member.num_unknown += len(ended.finished)
-                self._push(now + late, _KNOWN, (member, len(ended.finished)))
+                self._push(self._work, now + late, partial(self._hear_ends, member, len(ended.finished)))
             else:
                 self._tell_load(member)
         if replica.next_event < math.inf:
-            self._push(max(now, replica.next_event), _REPLICA, member)
+            self._push(self._work, max(now, replica.next_event), partial(self._advance, member))
+
+    def _hear_ends(self, member: Member, num: int, now: float) -> None:
+        member.num_unknown -= num
+        self._tell_load(member)
 
     def _tell_load(self, member: Member) -> None:
         if self.cluster.members.get(member.slot) is member:
             self._policy.router.load_changed(member.slot, member.replica.num_jobs + member.num_unknown)
 
     def _decide(self, now: float) -> None:
+        if not self._is_deciding:
+            return
         cluster = self.cluster
         target = self._policy.scaler.target(cluster, now)
         num = len(cluster.members) + len(cluster.starting)
@@ -276,12 +269,16 @@ class Simulator:
             if self._policy.foresees:
                 cluster.admit(member)
             else:
-                self._push_timed(now + self._profile.start_s, _READY, member)
+                self._push(self._timed, now + self._profile.start_s, partial(self._admit, member))
         for _ in range(max(1, target), num):
             if len(cluster.members) > 1 or cluster.starting:
                 cluster.stop_one(now)
-        self._replicas.append((now, cluster.num_paid))
+        self._replicas.append((now, len(cluster.paid)))
         self._loads.append((now, cluster.totals()[0]))
+        self._push(self._timed, now + _DECIDE_S, self._decide)
+
+    def _admit(self, member: Member, now: float) -> None:
+        self.cluster.admit(member)
 
 
 def adapter_sizes(profile: Profile, num_adapters: int) -> list[int]:

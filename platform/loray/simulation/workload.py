@@ -80,9 +80,7 @@ class RequestTrace:
 
     def work(self, profile: Profile) -> float:
         """Return the seconds of busy replicas that the requests need."""
-        prompt, output = self.prompt_R.astype(float), self.output_R.astype(float)
-        each = profile.step_s / (0.5 * profile.max_num_seqs) + profile.decode_s + profile.adapter_s
-        return float((prompt * (profile.prompt_s + 0.5 * prompt * profile.pair_s) + output * each).sum())
+        return float(profile.work_seconds(self.prompt_R, self.output_R).sum())
 
 
 def at_rate(trace: RequestTrace, *, rate: float, seconds: float, rng: np.random.Generator) -> RequestTrace:

@@ -20,12 +20,15 @@ class _ObjectiveSpec(Frozen):
     """The section `objective` of a recipe. Its class says what data, planning and reports ask of an objective.
 
     sequences_per_row  two where a row is a pair of answers, which also goes through the reference
-    metrics            names of further figures beside the loss, means over its terms
+    metrics            names of further figures beside the loss, means over its terms: events, gauges and trackers have
+                       them by these
+    shown              those that a line for people has, and what they are called there
     defaults           of a recipe's fields, with their reasons, where they are not those of every recipe
     """
 
     sequences_per_row: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, Default]] = {}
 
 
@@ -47,6 +50,7 @@ class DpoSpec(_ObjectiveSpec):
 
     sequences_per_row: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = REWARDS
+    shown: ClassVar[Mapping[str, str]] = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     defaults: ClassVar[Mapping[str, Default]] = {
         "objective.type": Default("pairs against the base, with the adapter off", "dpo"),
         "objective.beta": Default("the paper's; higher stays nearer to the base"),

@@ -39,10 +39,6 @@ class AutoscalingSpec(Frozen):
         description="that first tokens may wait in a burst, or as long as a prompt takes where that is longer; "
         "None: no replicas for bursts",
     )
-    burst_factor: float = Field(
-        default=2.0, ge=1, description="times the mean that a burst is expected to bring as long as the load is new"
-    )
-    burst_memory_s: float = Field(default=1200.0, gt=0, description="for which the largest burst is remembered")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

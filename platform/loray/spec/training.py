@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -356,79 +356,56 @@ class TrainSpec(Frozen):
         return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _is_consistent(self) -> Self:
+        for mistake in self._mistakes():
+            raise ValueError(mistake)
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        """Yields why fields do not go together."""
         if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError("give exactly one of max_steps and num_epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _early_stopping_is_evaluated(self) -> Self:
+            yield "give exactly one of max_steps and num_epochs"
         if self.early_stopping is not None and self.evaluation.interval_steps is None:
-            raise ValueError("early_stopping ends a run by its evaluations: set evaluation.interval_steps")
-        return self
-
-    @model_validator(mode="after")
-    def _trainable_dtype(self) -> Self:
+            yield "early_stopping ends a run by its evaluations: set evaluation.interval_steps"
         if self.dtype == "float16":
-            raise ValueError("float16 needs loss scaling, which loray does not do: train in bfloat16 or float32")
-        return self
-
-    @model_validator(mode="after")
-    def _sequence_groups(self) -> Self:
+            yield "float16 needs loss scaling, which loray does not do: train in bfloat16 or float32"
         sequence = self.parallel.sequence
         for name, number in (("num_workers", self.num_workers), ("min_workers", self.min_workers or sequence)):
             if number % sequence:
-                raise ValueError(f"parallel.sequence is {sequence}, which does not divide {name} ({number})")
+                yield f"parallel.sequence is {sequence}, which does not divide {name} ({number})"
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
-        return self
-
-    @model_validator(mode="after")
-    def _ratios_are_the_methods(self) -> Self:
+            yield f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})"
         if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
-            raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
+            yield "optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train"
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
-            raise ValueError("optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains")
-        return self
+            yield "optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains"
+        if self.parallel.strategy != "ddp":
+            if self.quantization is not None:
+                yield f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
+            if self.adapter.held_whole is not None:
+                yield f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp"
+        if self.is_paired:
+            yield from self._mistakes_of_pairs()
+        elif self.data.format == "preference":
+            yield "data.format preference is for pairs: set objective: {type: dpo}"
 
-    @model_validator(mode="after")
-    def _quantized_is_whole(self) -> Self:
-        if self.quantization is not None and self.parallel.strategy != "ddp":
-            raise ValueError(
-                f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _magnitudes_are_whole(self) -> Self:
-        if self.adapter.held_whole is not None and self.parallel.strategy != "ddp":
-            raise ValueError(f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp")
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_are_whole(self) -> Self:
-        has_pairs = self.data.format == "preference"
-        if not self.is_paired:
-            if has_pairs:
-                raise ValueError("data.format preference is for pairs: set objective: {type: dpo}")
-            return self
-        if self.data.format != "auto" and not has_pairs:
-            raise ValueError(f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out")
+    def _mistakes_of_pairs(self) -> Iterator[str]:
+        if self.data.format not in ("auto", "preference"):
+            yield f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out"
         if self.batch.order in ("packed", "concat"):
-            raise ValueError(f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out")
+            yield f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out"
         if self.parallel.sequence > 1:
-            raise ValueError("DPO compares whole answers, which parallel.sequence splits: set it to 1")
+            yield "DPO compares whole answers, which parallel.sequence splits: set it to 1"
         if self.adapter.train_embeddings or self.adapter.train_norms:
-            raise ValueError(
+            yield (
                 "DPO's reference is the base with the adapter off, and trained embeddings and norms stay on: set "
                 "adapter.train_embeddings and adapter.train_norms to false"
             )
         if self.init_adapter is not None:
-            raise ValueError(
+            yield (
                 "DPO's reference is the base, and init_adapter starts elsewhere: merge that adapter into a base "
                 "(loray adapters pull --format), add it with loray base add, and train on it"
             )
-        return self
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -53,15 +53,9 @@ class AdapterStore:
         manifest = verify_folder(folder)
         canonical = read_canonical(folder)
         for name, sha256 in sorted(manifest.files.items()):
-            self._put_blob(sha256, folder / name)
+            self._put(_blob_key(sha256), sha256, folder / name)
         digest = hashlib.sha256(canonical).hexdigest()
-        key = _manifest_key(digest)
-        if not self.objects.put_if_absent(key, canonical):
-            stored = self.object_sha256(key)
-            if stored not in (digest, None):
-                self.objects.delete(key)
-            if stored != digest:
-                self.objects.put_if_absent(key, canonical)
+        self._put(_manifest_key(digest), digest, canonical)
         return digest
 
     def canonical(self, digest: str) -> bytes:
@@ -192,17 +186,17 @@ class AdapterStore:
                 return None
             return file_sha256(path)
 
-    def _put_blob(self, sha256: str, path: Path) -> None:
-        key = _blob_key(sha256)
-        if self.objects.put_if_absent(key, path):
+    def _put(self, key: str, sha256: str, data: bytes | Path) -> None:
+        """Store what has this SHA-256, also in the place of a damaged object."""
+        if self.objects.put_if_absent(key, data):
             return
         stored = self.object_sha256(key)
         if stored == sha256:
             return
         if stored is not None:  # otherwise it was garbage, and has just been collected
-            log.warning("blob %s in the store was damaged; replacing it by %s", sha256[:12], path.name)
+            log.warning("%s in the store was damaged, and is replaced", key)
             self.objects.delete(key)
-        self.objects.put_if_absent(key, path)
+        self.objects.put_if_absent(key, data)
 
     def _get_blob(self, digest: str, name: str, sha256: str, path: Path) -> None:
         with _named(digest, name):

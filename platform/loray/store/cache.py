@@ -22,8 +22,6 @@ log = get_logger(__name__)
 _SCAN_INTERVAL_S = 60.0
 _STALE_S = 3600.0
 
-Fetch = Callable[[str, Path], object]  # (digest, folder, which appears when it is complete)
-
 
 class CacheEntry(NamedTuple):
     """An adapter's place in a cache. Where it is not `present`, `folder` does not exist, and must appear complete."""
@@ -73,26 +71,21 @@ class AdapterCache:
             return path
 
     @contextmanager
-    def pinned(
-        self, digest: str, *, fetch: Fetch | None = None, is_good: Callable[[Path], bool] | None = None
-    ) -> Iterator[Path]:
-        """The adapter's folder, fetched where the cache lacks it, which is not evicted before the block ends.
-
-        `fetch` makes the folder instead of the store, once for all callers that wait. `is_good` checks a folder that an
-        earlier process left, instead of hashing its files.
-        """
+    def pinned(self, digest: str) -> Iterator[Path]:
+        """The adapter's folder, fetched where the cache lacks it, which is not evicted before the block ends."""
         while True:
-            with self.entry(digest, is_good=is_good) as entry:
+            with self.entry(digest) as entry:
                 if entry.present:
                     yield entry.folder
                     return
-                (fetch or self._store.fetch)(digest, entry.folder)
+                self._store.fetch(digest, entry.folder)
 
     @contextmanager
     def entry(self, digest: str, *, is_good: Callable[[Path], bool] | None = None) -> Iterator[CacheEntry]:
         """The adapter's entry until the block ends: pinned where it is present, else locked for the caller to fill.
 
-        The caller verifies the files before it creates the folder. The block may end in another thread than it began.
+        `is_good` checks a folder that an earlier process left, instead of hashing its files. The caller verifies the
+        files before it creates the folder. The block may end in another thread than it began.
         """
         path = self._entries / check_digest(digest)
         while True:

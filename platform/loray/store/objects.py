@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -32,9 +33,6 @@ def check_key(key: str) -> str:
     if not parts or key != "/".join(parts) or ".." in parts or parts[0] == TEMPORARY:
         raise ValueError(f"{key!r} is not a valid key")
     return key
-
-
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ObjectStore(Protocol):
@@ -120,41 +118,27 @@ class LocalStore:
         return True
 
     def get(self, key: str) -> bytes:
-        try:
-            return self._path(key).read_bytes()
-        except _NO_FILE as e:
-            raise _missing(key, self.root) from e
+        with self._opened(key) as f:
+            return f.read()
 
     def get_to(self, key: str, path: Path) -> None:
-        try:
-            source = self._path(key).open("rb")
-        except _NO_FILE as e:
-            raise _missing(key, self.root) from e
-        with source, path.open("wb") as target:
+        with self._opened(key) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
-        try:
-            with self._path(key).open("rb", buffering=0) as f:
-                return os.pread(f.fileno(), stop - start, start)
-        except _NO_FILE as e:
-            raise _missing(key, self.root) from e
+        with self._opened(key) as f:
+            return os.pread(f.fileno(), stop - start, start)
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        try:
-            with self._path(key).open("rb", buffering=0) as f:
-                return os.preadv(f.fileno(), [buffer], start)
-        except _NO_FILE as e:
-            raise _missing(key, self.root) from e
+        with self._opened(key) as f:
+            return os.preadv(f.fileno(), [buffer], start)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
     def size(self, key: str) -> int:
-        try:
-            return self._path(key).stat().st_size
-        except _NO_FILE as e:
-            raise _missing(key, self.root) from e
+        with self._opened(key) as f:
+            return os.fstat(f.fileno()).st_size
 
     def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
         for key in self.list(prefix):
@@ -186,6 +170,15 @@ class LocalStore:
         return self.root / check_key(key)
 
     @contextmanager
+    def _opened(self, key: str) -> Iterator[FileIO]:
+        try:
+            f = self._path(key).open("rb", buffering=0)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+            raise NotFoundError(f"the store at {self.root} has no object {key!r}") from e
+        with f:
+            yield f
+
+    @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A file on the same filesystem, removed after the block."""
         folder = self.root / TEMPORARY
@@ -196,10 +189,6 @@ class LocalStore:
             yield Path(name)
         finally:
             Path(name).unlink(missing_ok=True)
-
-
-def _missing(key: str, root: Path) -> NotFoundError:
-    return NotFoundError(f"the store at {root} has no object {key!r}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,9 +7,10 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -363,16 +364,10 @@ class S3Store:
     def _put_whole(self, name: str, source: UploadPart) -> bool | None:
         """True where this call has written the object, False where it existed, None where another writer collided."""
         writer = uuid.uuid4().hex
-        with self._conditional(name, writer) as outcome, source.open() as body:
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=name,
-                Body=body,
-                IfNoneMatch="*",
-                Metadata={"writer": writer},
-                **self._encryption,
-            )
-        return outcome.won
+        given = {"Bucket": self._bucket, "Key": name, "Metadata": {"writer": writer}, **self._encryption}
+        with source.open() as body:
+            put = partial(self._client.put_object, **given, Body=body, IfNoneMatch="*")
+            return self._has_written(name, writer, put)
 
     def _put_in_parts(self, name: str, source: UploadPart) -> bool | None:
         """Write the object in parts, with the result of `_put_whole`; a failed upload leaves none of its parts."""
@@ -385,15 +380,15 @@ class S3Store:
             **self._encryption,
         )
         target = {"Bucket": self._bucket, "Key": name, "UploadId": upload["UploadId"]}
-        outcome = _Outcome()
+        won: bool | None = None
         try:
-            parts = _upload_parts(self._client, target, source)
-            with self._conditional(name, writer) as outcome:
-                self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+            parts = {"Parts": _upload_parts(self._client, target, source)}
+            complete = partial(self._client.complete_multipart_upload, **target, MultipartUpload=parts, IfNoneMatch="*")
+            won = self._has_written(name, writer, complete)
         finally:
-            if outcome.won is not True:
+            if not won:
                 self._abort(target)
-        return outcome.won
+        return won
 
     def _abort(self, target: Mapping[str, str]) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -403,30 +398,26 @@ class S3Store:
         except (BotoCoreError, ClientError) as e:  # the caller gets the error that came first
             log.warning("parts of %s stay in bucket %s: %s", target["Key"], self._bucket, e)
 
-    @contextmanager
-    def _conditional(self, name: str, writer: str) -> Iterator[_Outcome]:
-        """Wraps one conditional request, and sets `won` of the outcome from its response."""
+    def _has_written(self, name: str, writer: str, request: Callable[[], object]) -> bool | None:
+        """Send one conditional request; the result is that of `_put_whole`."""
         from botocore.exceptions import ClientError
 
-        outcome = _Outcome()
         try:
-            yield outcome
+            request()
         except ClientError as e:
             status = _status_of(e)
             if status == 409:
-                return
+                return None
             if status not in (404, 412) or e.response["Error"].get("Code") == "NoSuchBucket":
                 raise
             # The response to a successful attempt may have been lost: then the object has the mark of this writer.
             was_retried = e.response.get("ResponseMetadata", {}).get("RetryAttempts")
             if was_retried and self._find(name) == writer:
-                outcome.won = True
-            elif status == 412:
-                outcome.won = False
-            else:
+                return True
+            if status != 412:
                 raise
-        else:
-            outcome.won = True
+            return False
+        return True
 
     def _check_conditional_writes(self, kind: str, put: Any) -> None:
         """Check once per store and kind of write that the server refuses a second write of a key."""
@@ -483,12 +474,6 @@ class S3Store:
 
     def _name(self, key: str, *, reserved: bool = False) -> str:
         return self._prefix + (key if reserved else check_key(key))
-
-
-class _Outcome:
-    """`won` is True where this writer wrote the object, False where it existed, None where it must be repeated."""
-
-    won: bool | None = None
 
 
 def create_bucket(location: S3Location) -> None:

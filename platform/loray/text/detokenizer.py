@@ -16,7 +16,7 @@ from loray.spec import (
     ToolCallDelta,
 )
 from loray.text.tokenizer import Tokenizer
-from loray.text.tools import ToolParser
+from loray.text.tools import ToolParser, overlap
 
 
 class Text(NamedTuple):
@@ -83,17 +83,9 @@ class Detokenizer:
             self._held = ""
             start, end, which = min(found)
             return text[: end if self._keeps_stop else start], which
-        hold = 0 if final else max((_overlap(text, s) for s in stop), default=0)
+        hold = 0 if final else max((overlap(text, s) for s in stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold], None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
 
 
 class RequestText:

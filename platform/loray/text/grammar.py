@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loray.bases import tokenizer
 from loray.bases.registry import BaseModel
-from loray.errors import RequestError, UnsupportedError
+from loray.errors import IntegrityError, RequestError
 from loray.spec import Constraint
 from loray.spec.generation import MAX_CHARACTERS
 
@@ -72,7 +72,8 @@ class GrammarCompiler:
         limits = LLParserLimits(**_LIMITS, verbose_errors=False)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be enforced: {_first_line(matcher.get_error())}")
+            why, *_ = matcher.get_error().strip().splitlines() or ["no reason is known"]
+            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be enforced: {why}")
         matcher.compute_bitmask()  # the first takes milliseconds; copies of the matcher have what it found
         if matcher.is_error():
             raise RequestError(f"no answer can match the {_NAMES[constraint.kind]}; correct it")
@@ -97,7 +98,7 @@ def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) ->
 
     try:
         return LLTokenizer(tokenizer.read(folder), n_vocab=vocab_size, eos_token=list(eos_token_ids))
-    except (OSError, ValueError, UnsupportedError) as e:
+    except (OSError, ValueError, IntegrityError) as e:
         raise RequestError(f"answers of {folder.name} cannot be held to a constraint by its tokenizer: {e}") from e
 
 
@@ -149,10 +150,6 @@ def _schema(constraint: Constraint) -> dict[str, Any]:
     elif constraint.whitespace is not None:
         options["whitespace_flexible"] = False
     return schema | {"x-guidance": options}
-
-
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0] if message.strip() else "no reason is known"
 
 
 # -- in gateways ------------------------------------------------------------------------------------------------------

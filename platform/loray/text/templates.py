@@ -10,9 +10,7 @@ adapter's comes from whoever published it, and runs in a process of its own.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import select
 import subprocess
 import sys
 import threading
@@ -21,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -77,7 +75,14 @@ class ChatTemplate:
             text = self._template.render(given | {"add_generation_prompt": add_generation_prompt})
         except Exception as e:  # a template may fail in any way
             raise RequestError(f"the model's chat template refuses these messages: {e}", "messages") from e
-        return _cut(text) if continue_final_message else text
+        if not continue_final_message:
+            return text
+        before, found, after = text.rpartition(_END_OF_MESSAGE)
+        if not found:
+            raise RequestError(
+                "continue_final_message: the model's chat template does not write the last message as it is", "messages"
+            )
+        return before if after.startswith(" ") else before.rstrip()  # the template may cut whitespace off there
 
 
 class ChatTemplates:
@@ -85,6 +90,7 @@ class ChatTemplates:
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
         self._sources, self.special_tokens = dict(sources), dict(special_tokens or {})
+        self._templates: dict[str, ChatTemplate] = {}  # those that a request has had
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplates:
@@ -94,8 +100,8 @@ class ChatTemplates:
         match config.get("chat_template"):
             case str(source):
                 sources["default"] = source
-            case list(named):
-                sources |= {t["name"]: t["template"] for t in named}
+            case list(several):
+                sources |= {t["name"]: t["template"] for t in several}
         if isinstance(own := _read_json(folder / "chat_template.json").get("chat_template"), str):
             sources["default"] = own
         files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
@@ -103,43 +109,20 @@ class ChatTemplates:
             if file.is_file():
                 name = "default" if file.name == "chat_template.jinja" else file.stem
                 sources[name] = file.read_text(encoding="utf-8")
-        return cls(sources, special_tokens(config))
+        named = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
+        tokens = {name: str(token["content"] if isinstance(token, dict) else token) for name, token in named.items()}
+        return cls(sources, tokens)
 
     def find(self, *, with_tools: bool) -> ChatTemplate | None:
         """The template for a request; None if the model has none."""
-        return (self._tool_use if with_tools else None) or self._default
-
-    @cached_property
-    def _default(self) -> ChatTemplate | None:
-        return self._compiled("default")
-
-    @cached_property
-    def _tool_use(self) -> ChatTemplate | None:
-        return self._compiled("tool_use")
-
-    def _compiled(self, name: str) -> ChatTemplate | None:
-        source = self._sources.get(name)
-        return None if source is None else ChatTemplate(source, self.special_tokens)
-
-
-def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names; a value is the token, or an object with its content."""
-    found = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
-    return {name: str(value["content"] if isinstance(value, dict) else value) for name, value in found.items()}
+        name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
+        if name not in self._templates and name in self._sources:
+            self._templates[name] = ChatTemplate(self._sources[name], self.special_tokens)
+        return self._templates.get(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _cut(text: str) -> str:
-    """Text up to the end of the last message, without whitespace there if the template cuts that off."""
-    before, found, after = text.rpartition(_END_OF_MESSAGE)
-    if not found:
-        raise RequestError(
-            "continue_final_message: the model's chat template does not write the last message as it is", "messages"
-        )
-    return before if after.startswith(" ") else before.rstrip()
 
 
 class _GenerationBlock(Extension):
@@ -228,7 +211,11 @@ class IsolatedRenderer:
         """
         task = {"source": template.source, "special_tokens": template.special_tokens, "messages": messages}
         line = json.dumps(task | {"options": options}).encode() + b"\n"
-        process = self._taken(template.source)
+        with self._lock:
+            if self._refused.get(template.source, 0.0) > time.monotonic():
+                raise _too_much()
+            process = self._idle.pop() if self._idle else None
+        process = _Process() if process is None else process
         try:
             answer = json.loads(process.ask(line, self._timeout_s))
         except (OSError, ValueError):
@@ -251,14 +238,6 @@ class IsolatedRenderer:
             processes, self._idle = self._idle, []
         for process in processes:
             process.stop()
-
-    def _taken(self, source: str) -> _Process:
-        """A process that is ready, for this template."""
-        with self._lock:
-            if self._refused.get(source, 0.0) > time.monotonic():
-                raise _too_much()
-            process = self._idle.pop() if self._idle else None
-        return _Process() if process is None else process
 
     def _refuse(self, source: str) -> None:
         now = time.monotonic()
@@ -289,51 +268,39 @@ class _Process:
             )
         except OSError as e:
             raise Overloaded(f"the adapter's chat template cannot be rendered now: {e}", 1.0) from e
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        self._stdin, self._stdout = stdin, stdout
         try:
-            _read_line(stdout, time.monotonic() + _START_S)
+            self.ask(b"", _START_S)  # its first line says that it is ready
         except OSError as e:
             self.stop()
             raise Overloaded("the adapter's chat template cannot be rendered now: no process starts for it", 1.0) from e
 
     def ask(self, line: bytes, timeout_s: float) -> bytes:
-        """The answer to one line. Raises OSError (TimeoutError too) if there is none."""
-        deadline = time.monotonic() + timeout_s
-        _write(self._stdin, line, deadline)
-        return _read_line(self._stdout, deadline)
+        """The answer to one line. Raises OSError if there is none in time; then the process is killed."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        is_late = threading.Event()
+
+        def kill() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = threading.Timer(timeout_s, kill)
+        timer.start()
+        try:
+            stdin.write(line)
+            stdin.flush()
+            answer = stdout.readline()
+        finally:
+            timer.cancel()
+            timer.join()  # from now on it does not kill
+        if is_late.is_set() or not answer.endswith(b"\n"):
+            raise BrokenPipeError("the process that renders templates has ended")
+        return answer
 
     def stop(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-
-def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
-    os.set_blocking(pipe.fileno(), False)
-    rest = memoryview(data)
-    while rest:
-        _wait(pipe, deadline, write=True)
-        rest = rest[os.write(pipe.fileno(), rest) :]
-
-
-def _read_line(pipe: IO[bytes], deadline: float) -> bytes:
-    chunks: list[bytes] = []
-    while not chunks or not chunks[-1].endswith(b"\n"):
-        _wait(pipe, deadline, write=False)
-        chunk = os.read(pipe.fileno(), 1 << 20)
-        if not chunk:
-            raise BrokenPipeError("the process that renders templates has ended")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _wait(pipe: IO[bytes], deadline: float, *, write: bool) -> None:
-    poll = select.poll()
-    poll.register(pipe.fileno(), select.POLLOUT if write else select.POLLIN)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
 
 
 def _too_much() -> RequestError:

@@ -1,8 +1,9 @@
 """S2-Attn and dense attention inside transformers' models, through their attention and mask interfaces.
 
-Model classes do not change; `attn_implementation` is `ATTENTION` or `DENSE`. A mask function returns the batch's
+Model classes do not change; `attn_implementation` is `ATTENTION`, whose G is `config.s2_group_size`, or `DENSE`. The
+mask function finds padding (a 2D attention mask) and packing (position ids that restart), once a batch, and returns
 segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
-sharded batch.
+sharded batch. In dense attention a cache, sliding windows and dropout on attention weights are left to transformers.
 """
 
 from __future__ import annotations
@@ -17,23 +18,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loray.errors import UnsupportedError
-from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend, attend_heads
 from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
 from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulysses_attention
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
-from loray.train.sequence.ring import RingSegments, ring_attention, segment_ring
-from loray.train.sequence.shard import ActiveShard, active_shard
+from loray.train.sequence.shard import active_shard
 
-# -- S2-Attn ----------------------------------------------------------------------------------------------------------
-#
-# `config.s2_group_size` is G. The mask function finds padding (2D attention mask, right-padded) and packing (position
-# ids that restart).
+ATTENTION, DENSE = "s2_attn", "loray_dense"
 
-ATTENTION = "s2_attn"
+Segments = BatchSegments | ShardSegments | AttentionSegments | GatheredSegments
 
 
-def s2_mask(
+def segments_mask(
     *,
     batch_size: int,
     q_length: int,
@@ -41,25 +37,51 @@ def s2_mask(
     q_offset: int = 0,
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     config: Any,
     device: torch.device | str = "cpu",
-    **_: Any,
-) -> BatchSegments | ShardSegments:
-    """Find the segments of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
-    if q_length != kv_length or q_offset:
+    **others: Any,
+) -> Segments | Tensor | None:
+    """Find the segments of a batch, in place of its mask; transformers' own mask where attention is transformers', too.
+
+    Raises UnsupportedError for a cache or left padding with S2-Attn, and for a cache or dropout over a sequence group.
+    """
+    is_s2 = config._attn_implementation == ATTENTION
+    is_whole = q_length == kv_length and not q_offset
+    if is_s2 and not is_whole:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
+        if not is_whole:
+            raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
         sharded = active.take(batch_size, q_length, attention_mask, config)
-        group_size, keep = config.s2_group_size, active.keep_halos
-        return segment_shard(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
-    _check_padding(attention_mask)
-    return segment_batch(
-        batch_size,
-        q_length,
-        config.s2_group_size,
-        document_ids_BT=find_documents(batch_size, q_length, mask_function, attention_mask, device),
-        device=device,
-    )
+        ids_BN, group = sharded.document_ids_BN, sharded.group
+        if is_s2:
+            return segment_shard(ids_BN, group, config.s2_group_size, keep_halos=active.keep_halos)
+        if config.attention_dropout:
+            raise UnsupportedError(
+                "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
+            )
+        return segment_gathered(ids_BN, group)
+    has_window = local_size is not None and local_size < kv_length
+    if not is_s2 and (not is_whole or has_window or config.attention_dropout or others.get("use_vmap")):
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            device=device,
+            **others,
+        )
+        return mask
+    ids_BT = find_documents(batch_size, q_length, mask_function, attention_mask, device)
+    if not is_s2:
+        return document_segments(ids_BT)
+    if attention_mask is not None and bool(((ids_BT[:, 1:] >= 0) & (ids_BT[:, :-1] < 0)).any()):
+        raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
+    return segment_batch(batch_size, q_length, config.s2_group_size, document_ids_BT=ids_BT)
 
 
 def find_documents(
@@ -80,48 +102,6 @@ def find_documents(
     return ids_BT if attention_mask is None else ids_BT.masked_fill(~attention_mask.bool(), -1)
 
 
-def _check_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None:
-        real_BT = attention_mask.bool()
-        if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
-            raise UnsupportedError(
-                "S2-Attn takes rows padded on the right: its groups are counted from the first column"
-            )
-
-
-def s2_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BatchSegments | ShardSegments | Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `s2_mask` made the mask."""
-    if not isinstance(attention_mask, BatchSegments | ShardSegments):
-        raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
-    if dropout:
-        raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
-    if kwargs.get("use_cache"):
-        raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
-    window = kwargs.get("sliding_window")
-    row_length = attention_mask.row_length if isinstance(attention_mask, ShardSegments) else query.shape[2]
-    if window is not None and window < row_length:
-        raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
-    is_first = getattr(module, "layer_idx", 0) == 0
-    if isinstance(attention_mask, ShardSegments):
-        if is_first and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
-            active.check_positions(kwargs.get("position_ids"))
-        layer: Any = module.layer_idx
-        return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
-    if is_first:
-        _check_positions(attention_mask, kwargs.get("position_ids"))
-    return attend(query, key, value, attention_mask, scale=scaling), None
-
-
 def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) -> None:
     """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
@@ -134,107 +114,58 @@ def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) ->
         raise ValueError("position_ids restart inside a row that has an attention mask; packed rows must not pass one")
 
 
-AttentionInterface.register(ATTENTION, s2_attention_forward)
-AttentionMaskInterface.register(ATTENTION, s2_mask)
-
-
-# -- dense attention --------------------------------------------------------------------------------------------------
-#
-# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses
-# or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and dropout on attention weights are left to
-# transformers' own attention.
-
-DENSE = "loray_dense"
-DenseSegments = AttentionSegments | GatheredSegments | RingSegments
-
-
-def dense_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    config: Any,
-    device: torch.device | str = "cpu",
-    **others: Any,
-) -> DenseSegments | Tensor | None:
-    """Find the documents of a batch, in place of its mask. Where `dense_forward` is transformers', so is the mask."""
-    if (active := active_shard()) is not None:
-        if q_length != kv_length or q_offset:
-            raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
-        return _shared(active, batch_size, q_length, attention_mask, config, device)
-    is_whole = q_length == kv_length and not q_offset and not others.get("use_vmap")
-    if not is_whole or config.attention_dropout or (local_size is not None and local_size < kv_length):
-        mask: Tensor | None = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            device=device,
-            **others,
-        )
-        return mask
-    ids_BT = find_documents(batch_size, q_length, mask_function, attention_mask, device)
-    return document_segments(ids_BT, device=device)
-
-
-def _shared(
-    active: ActiveShard,
-    num_rows: int,
-    num_tokens: int,
-    attention_mask: Tensor | None,
-    config: Any,
-    device: torch.device | str,
-) -> GatheredSegments | RingSegments:
-    sharded = active.take(num_rows, num_tokens, attention_mask, config)
-    if config.attention_dropout:
-        raise UnsupportedError(
-            "attention over a sequence group has no dropout on its weights; set attention_dropout to 0"
-        )
-    heads = config.num_attention_heads, config.num_key_value_heads
-    plan = DensePlan(sharded.row_length, sharded.group.size, *heads)
-    segment = segment_gathered if plan.exchange == "ulysses" else segment_ring
-    return segment(sharded.document_ids_BN, sharded.group, device=device)
-
-
-def dense_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DenseSegments | Tensor | None,
+    attention_mask: Segments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `dense_mask` made the mask."""
-    if isinstance(attention_mask, AttentionSegments):
-        repeats = query.shape[1] // key.shape[1]
-        return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
-    if not isinstance(attention_mask, GatheredSegments | RingSegments):
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `segments_mask` made the mask."""
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        config: Any = module.config
+        if config._attn_implementation == ATTENTION:
+            raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    window = kwargs.get("sliding_window")
-    if window is not None and window < attention_mask.row_length:
+    is_s2 = isinstance(attention_mask, BatchSegments | ShardSegments)
+    is_shared = isinstance(attention_mask, ShardSegments | GatheredSegments)
+    if is_s2 and dropout:
+        raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
+    if is_s2 and kwargs.get("use_cache"):
+        raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
+    window, row_length = kwargs.get("sliding_window"), query.shape[2]
+    if isinstance(attention_mask, ShardSegments | GatheredSegments):
+        row_length = attention_mask.row_length
+    if (is_s2 or is_shared) and window is not None and window < row_length:
         raise UnsupportedError(
-            f"a sliding window of {window} tokens is shorter than the rows of {attention_mask.row_length}; "
-            "attention over a sequence group has none"
+            f"a sliding window of {window} tokens is shorter than the rows of {row_length}; "
+            "neither S2-Attn nor attention over a sequence group has one"
         )
-    if getattr(module, "layer_idx", 0) == 0 and (active := active_shard()) is not None:
-        active.check_positions(kwargs.get("position_ids"))
-    if isinstance(attention_mask, GatheredSegments):
-        return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
-    return ring_attention(query, key, value, attention_mask, scale=scaling), None
+    if getattr(module, "layer_idx", 0) == 0:
+        if is_shared and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
+            active.check_positions(kwargs.get("position_ids"))
+        elif isinstance(attention_mask, BatchSegments):
+            _check_positions(attention_mask, kwargs.get("position_ids"))
+    match attention_mask:
+        case BatchSegments():
+            return attend(query, key, value, attention_mask, scale=scaling), None
+        case ShardSegments():
+            layer: Any = module.layer_idx
+            return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
+        case GatheredSegments():
+            return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
+        case AttentionSegments():
+            repeats = query.shape[1] // key.shape[1]
+            return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
 
 
-AttentionInterface.register(DENSE, dense_forward)
-AttentionMaskInterface.register(DENSE, dense_mask)
+for _name in (ATTENTION, DENSE):
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, segments_mask)

@@ -147,7 +147,6 @@ class _Run:
             size=self.mesh.data_size,
             shares=data.shares,
             paired=data.is_paired,
-            cache=data.cache,
         )
         steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
@@ -173,7 +172,8 @@ class _Run:
             evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
             improved = self._evaluate() if evaluated else False
             if evaluated and self.state.is_stale and step < self.num_steps:
-                self._end_early()
+                self._report(self.state.early_stop(self.num_steps))
+                self.num_steps = step
             if step == self.num_steps:
                 self._check_end(evaluated)
             if self._is_checkpoint_due(evaluated, improved, overdue=done.is_overdue):
@@ -289,10 +289,6 @@ class _Run:
         self.state = self.state.evaluated(measured.loss, measured.metrics)
         self._report_eval("adapter", measured)
         return self.state.best_eval_loss != before
-
-    def _end_early(self) -> None:
-        self._report(self.state.early_stop(self.num_steps))
-        self.num_steps = self.state.step
 
     # -- reports --
 

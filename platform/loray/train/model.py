@@ -201,11 +201,10 @@ def stand_ins(model: nn.Module, weights: BaseWeights) -> Iterator[None]:
         for path, module in model.named_modules():
             if hasattr(module, BASE_ROWS):
                 getattr(module, BASE_ROWS).copy_(weights.read(f"{path}.weight"))
-    replace_parameters(model, lambda _, p: torch.empty_like(p, device="meta") if _stands_for_more(p) else None)
-
-
-def _stands_for_more(parameter: Tensor) -> bool:
-    return parameter.untyped_storage().nbytes() < parameter.nbytes
+    # An element that stands for more has less memory than the parameter.
+    replace_parameters(
+        model, lambda _, p: torch.empty_like(p, device="meta") if p.untyped_storage().nbytes() < p.nbytes else None
+    )
 
 
 @torch.no_grad()

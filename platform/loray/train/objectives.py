@@ -66,11 +66,6 @@ def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Ten
     return losses_N
 
 
-def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Compute the sum of `cross_entropy`, a scalar in fp32."""
-    return cross_entropy(hidden_ND, weight_VD, labels_N).sum()
-
-
 class Loss(NamedTuple):
     """`total` is an fp32 sum over `num_targets` labels. Divide it once, by the number of labels of the whole step."""
 
@@ -78,26 +73,28 @@ class Loss(NamedTuple):
     num_targets: int
 
 
-class LabelLosses(NamedTuple):
-    """fp32 losses of N labels, in the order in which `learned_BT` marks their positions."""
+class LabelledStates(NamedTuple):
+    """Last hidden states of the N positions that `learned_BT` marks, their labels, and the output head."""
 
-    losses_N: Tensor
+    hidden_ND: Tensor
+    head_VD: Tensor
+    labels_N: Tensor
     learned_BT: Tensor
 
 
-def label_losses(model: Any, batch: TrainBatch) -> LabelLosses:
-    """Compute a transformers model's losses on one micro-batch. The head skips positions without a label."""
+def labelled_states(model: Any, batch: TrainBatch) -> LabelledStates:
+    """Run a transformers model on one micro-batch. The head skips positions without a label."""
     device = next(model.parameters()).device
     hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
     labels_BT = batch.labels_BT.to(device)
     learned_BT = labels_BT != IGNORED
-    head = model.get_output_embeddings()
-    return LabelLosses(cross_entropy(hidden_BTD[learned_BT], head.weight, labels_BT[learned_BT]), learned_BT)
+    head_VD = model.get_output_embeddings().weight
+    return LabelledStates(hidden_BTD[learned_BT], head_VD, labels_BT[learned_BT], learned_BT)
 
 
 def batch_loss(model: Any, batch: TrainBatch) -> Loss:
     """Sum the losses of a micro-batch."""
-    return Loss(label_losses(model, batch).losses_N.sum(), batch.num_targets)
+    return Loss(cross_entropy(*labelled_states(model, batch)[:3]).sum(), batch.num_targets)
 
 
 class Objective(nn.Module):
@@ -156,7 +153,8 @@ class PreferenceObjective(Objective):
 
 def log_probs(model: Any, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each row's targets, in fp32, and count them; both (B,)."""
-    losses_N, learned_BT = label_losses(model, batch)
+    *states, learned_BT = labelled_states(model, batch)
+    losses_N = cross_entropy(*states)
     losses_BT = losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)
     return -losses_BT.sum(1), learned_BT.sum(1)
 

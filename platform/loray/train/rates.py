@@ -36,12 +36,16 @@ def measure_rates() -> Rates:
         "bfloat16": product_flops(cpu, torch.bfloat16),
         "float32": product_flops(cpu, torch.float32),
     }
+    gpu = None
+    if found.gpus and torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        gpu = GpuRates(fastest_product_flops(device), read_bandwidth(device))
     return Rates(
         products=products,
         attention_flops=_attention_flops(_GROUP, dtype),
         dense_attention_flops=_attention_flops(None, dtype),
         bandwidth=read_bandwidth(cpu),
-        gpu=_gpu_rates() if found.gpus and torch.cuda.is_available() else None,
+        gpu=gpu,
     )
 
 
@@ -49,11 +53,6 @@ def fastest_product_flops(device: torch.device, passes: int = 5) -> float:
     """Measure FLOP/s of products in the dtype that the device multiplies fastest, with which MFU and floors compare."""
     chosen = serving_dtype(hardware(), use_gpu=device.type == "cuda", has_kernels=False).dtype
     return product_flops(device, getattr(torch, chosen), passes)
-
-
-def _gpu_rates() -> GpuRates:
-    gpu = torch.device("cuda", 0)
-    return GpuRates(fastest_product_flops(gpu), read_bandwidth(gpu))
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, passes: int = 5) -> float:

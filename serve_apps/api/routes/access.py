@@ -7,7 +7,6 @@ from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 
-from loray.errors import KeyNotFound
 from loray.policy.auth import check
 from loray.schemas.access import (
     AuditResource,
@@ -22,13 +21,12 @@ from loray.schemas.access import (
     TenantResource,
 )
 from loray.schemas.resources import WRITTEN_OUT, Page, UsageResource
-from loray.service import DirectAccess
 from loray.spec import JobId, KeyAlias, QualifiedName, TenantName, UsageGroup
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.routes import AccessRoute, router_of
-from serve_apps.api.services import Limit, Services, ServicesDep, page
+from serve_apps.api.routes import CREATED, AccessRoute, router_of
+from serve_apps.api.services import Limit, linked
 from serve_apps.auth import CurrentPrincipal, may
+from serve_apps.console import Service
 
 KeyPath = Annotated[JobId, Path(description="the id of a key, `key-…`, which is no secret")]
 TenantPath = Annotated[TenantName, Path(description="name of a tenant")]
@@ -45,85 +43,76 @@ _NO_STORE = {"Cache-Control": "no-store"}
 router, usage_router = router_of("access", AccessRoute), router_of("usage")
 
 
-@router.post(
-    "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
-)
+@router.post("/keys", status_code=201, responses=responses(404, 409) | CREATED)
 @may("manage_own")
-def create_key(
-    services: ServicesDep, request: Request, response: Response, asking: CurrentPrincipal, wanted: KeyCreation
-) -> NewKeyResource:
+def create_key(service: Service, request: Request, response: Response, wanted: KeyCreation) -> NewKeyResource:
     """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256.
 
     An administrator of one tenant makes keys of it, with the scopes `infer`, `publish`, `promote` and `train`, and with
     limits within the tenant's: others are 403.
     """
-    made = _access_of(services, asking).create_key(wanted)
+    made = service.create_key(wanted)
     response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=made.id).path})
     return made
 
 
-@router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
+@router.get("/keys", responses=responses())
 @may("manage_own")
 def list_keys(
-    services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     tenant: Annotated[TenantName | None, Query(description="only keys of this tenant")] = None,
     key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
 ) -> Page[KeyResource]:
     """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
-    found = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-    return page(tuple(KeyResource.of(key) for key in found.keys), found.next, request, response)
+    return linked(service.key_page(limit, cursor, tenant=tenant, key_alias=key_alias), request, response)
 
 
-@router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
+@router.get("/keys/self", responses=responses(404))
 @may("identify")
-def get_own_key(services: ServicesDep, asking: CurrentPrincipal) -> KeyResource:
+def get_own_key(service: Service) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
-    if asking.key_id is None:
-        raise KeyNotFound("this request has no key, and needs none")
-    return KeyResource.of(services.catalog.key(asking.key_id))
+    return service.key()
 
 
-@router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+@router.get("/keys/{id}", responses=responses(404))
 @may("manage_own")
-def get_key(services: ServicesDep, asking: CurrentPrincipal, id: KeyPath) -> KeyResource:
+def get_key(service: Service, id: KeyPath) -> KeyResource:
     """One key."""
-    return _access_of(services, asking).key(id)
+    return service.key(id)
 
 
-@router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
+@router.patch("/keys/{id}", responses=responses(404, 409))
 @may("manage_own")
-def change_key(services: ServicesDep, id: KeyPath, asking: CurrentPrincipal, change: KeyChange) -> KeyResource:
+def change_key(service: Service, id: KeyPath, change: KeyChange) -> KeyResource:
     """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
 
     Servers follow within two seconds. A key is blocked with those that it was rotated from and into. 409: another key
     of the tenant has the alias.
     """
-    return _access_of(services, asking).change_key(id, change)
+    return service.change_key(id, change)
 
 
-@router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+@router.delete("/keys/{id}", responses=responses(404))
 @may("manage_own")
 def revoke_key(
-    services: ServicesDep,
+    service: Service,
     id: KeyPath,
-    asking: CurrentPrincipal,
     only_this: Annotated[bool, Query(description="the keys that it was rotated from and into go on")] = False,
 ) -> KeyResource:
     """Revoke a key for ever, with those that it was rotated from and into: every server refuses them within two
     seconds, and answers that are under way end.
     """
-    return _access_of(services, asking).revoke_key(id, only_this=only_this)
+    return service.revoke_key(id, only_this=only_this)
 
 
-@router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201))
+@router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409))
 @may("identify")
 def rotate_key(
-    services: ServicesDep, response: Response, id: KeyPath, asking: CurrentPrincipal, rotation: Rotation
+    service: Service, response: Response, id: KeyPath, asking: CurrentPrincipal, rotation: Rotation
 ) -> NewKeyResource:
     """Replace a key by one with the same scopes and limits. A key may replace itself, once a day.
 
@@ -132,46 +121,43 @@ def rotate_key(
     if asking.key_id != id:
         check(asking, "manage_own")
     response.headers.update(_NO_STORE)
-    return _access_of(services, asking).rotate_key(id, grace_period=rotation.grace_period)
+    return service.rotate_key(id, grace_period=rotation.grace_period)
 
 
-@router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
+@router.post("/tenants", status_code=201, responses=responses(409))
 @may("manage")
-def create_tenant(services: ServicesDep, asking: CurrentPrincipal, wanted: TenantCreation) -> TenantResource:
+def create_tenant(service: Service, wanted: TenantCreation) -> TenantResource:
     """Make a tenant."""
-    return _access_of(services, asking).create_tenant(wanted.name, wanted.limits)
+    return service.create_tenant(wanted.name, wanted.limits)
 
 
-@router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
+@router.get("/tenants", responses=responses())
 @may("manage")
-def list_tenants(services: ServicesDep) -> Page[TenantResource]:
+def list_tenants(service: Service) -> Page[TenantResource]:
     """All tenants, by name."""
-    return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants()))
+    return Page[TenantResource](items=service.tenants())
 
 
-@router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@router.get("/tenants/{name}", responses=responses(404))
 @may("manage")
-def get_tenant(services: ServicesDep, name: TenantPath) -> TenantResource:
+def get_tenant(service: Service, name: TenantPath) -> TenantResource:
     """One tenant."""
-    return TenantResource.of(services.catalog.tenant(name))
+    return service.tenant(name)
 
 
-@router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@router.patch("/tenants/{name}", responses=responses(404))
 @may("manage")
-def change_tenant(
-    services: ServicesDep, name: TenantPath, asking: CurrentPrincipal, change: TenantChange
-) -> TenantResource:
+def change_tenant(service: Service, name: TenantPath, change: TenantChange) -> TenantResource:
     """Block a tenant with all its keys, let it pass again, or give it other limits."""
-    return _access_of(services, asking).change_tenant(name, change)
+    return service.change_tenant(name, change)
 
 
-@router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
+@router.get("/audit", responses=responses())
 @may("audit")
 def read_audit(
-    services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Cursor = None,
     tenant: Annotated[TenantName | None, Query(description="only of this tenant; for administrators")] = None,
@@ -181,21 +167,16 @@ def read_audit(
     since: Annotated[Moment | None, Query(description="only entries of that time and later")] = None,
 ) -> Page[AuditResource]:
     """List what was written, newest first: of the key's own tenant, and for administrators of all."""
-    of = tenant if asking.is_admin else asking.tenant
-    found = services.catalog.audit(
-        limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
-    )
-    items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
-    return page(items, None if found.next is None else str(found.next), request, response)
+    found = service.audit_page(limit, cursor, tenant=tenant, actor=actor, action=action, subject=subject, since=since)
+    return linked(found, request, response)
 
 
-@usage_router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
+@usage_router.get("/usage", responses=responses())
 @may("identify")
 def get_usage(
-    services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[int, Query(ge=0, le=_MOST_ROWS, description="`next` of the page before")] = 0,
     group_by: _Groups = [],  # noqa: B006 - FastAPI copies it
@@ -206,19 +187,7 @@ def get_usage(
     until: Annotated[_Time | None, Query(description="requests that ended before")] = None,
 ) -> Page[UsageResource]:
     """Requests and their tokens, summed up: of the own tenant, and for administrators of all."""
-    found = services.catalog.usage(
-        group_by,
-        tenant=tenant if asking.is_admin else asking.tenant,
-        key_id=key_id,
-        model=model,
-        since=since,
-        until=until,
-        limit=limit + 1,
-        offset=cursor,
+    found = service.usage_page(
+        group_by, limit, cursor, tenant=tenant, key_id=key_id, model=model, since=since, until=until
     )
-    rows = tuple(UsageResource(**row._asdict()) for row in found[:limit])
-    return page(rows, str(cursor + limit) if len(found) > limit else None, request, response)
-
-
-def _access_of(services: Services, asking: CurrentPrincipal) -> DirectAccess:
-    return DirectAccess(services.catalog_of(asking))
+    return linked(found, request, response)

@@ -6,20 +6,17 @@ to a folder of this machine first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from loray import service
-from loray.catalog import AdapterEntry, AdapterVersion, Catalog
+from loray.catalog import AdapterVersion
 from loray.catalog.entries import parse_tags
-from loray.errors import AdapterNotFound
 from loray.policy.auth import check
-from loray.publishing import Destination, register_stored, restore
 from loray.publishing.uploads import as_it_is, as_tar
 from loray.schemas.resources import (
     AdapterChange,
@@ -33,18 +30,21 @@ from loray.schemas.resources import (
     PlacementResource,
     PresignedFileResource,
     Registration,
+    ReplicaAdapter,
     TagChange,
     TagResource,
     VersionDetail,
     VersionNumber,
     VersionResource,
+    example_of,
 )
+from loray.schemas.status import AdapterPlacement
 from loray.spec import Method, Name, QualifiedName, TagKey, split_qualified
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.routes import router_of
-from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, page
+from serve_apps.api.routes import CREATED, Responses, router_of
+from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, linked
 from serve_apps.auth import CurrentPrincipal, may
+from serve_apps.console import Service
 from serve_apps.console.archives import FILE, TAR, ArchiveResponse, label_of, send_adapter
 from serve_apps.http import schema_reference
 
@@ -58,21 +58,20 @@ FormQuery = Annotated[
     DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
 ]
 Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
-_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
-_ANSWER: examples.Responses = {
+_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": example_of(DownloadResource)}
+_ANSWER: Responses = {
     200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
 }
 
 router, tags_router, downloads_router = router_of("adapters"), router_of("tags"), router_of("downloads")
 
 
-@router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
+@router.get("/adapters", responses=responses())
 @may("read")
 def list_adapters(
-    services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[QualifiedName | None, Query(description="`next` of the page before")] = None,
     tenant: TenantQuery = None,
@@ -85,74 +84,56 @@ def list_adapters(
 
     `base` and `method` look at the version that the bare name means. All filters that are given must hold.
     """
-    catalog, tags = services.catalog_of(asking), parse_tags(tag)
-    found = catalog.names(
-        limit=limit + 1,
-        after=cursor or "",
-        tenant=tenant,
-        base=base,
-        method=method,
-        search=search,
-        tags=tags,
+    found = service.adapter_page(
+        limit, cursor, tenant=tenant, base=base, method=method, search=search, tags=parse_tags(tag)
     )
-    names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
-    items = tuple(service.adapter(entry, names) for entry in found[:limit])
-    return page(items, items[-1].name if len(found) > limit else None, request, response)
+    return linked(found, request, response)
 
 
-@router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
+@router.get("/adapters/{name}", responses=responses(404))
 @may("read")
-def get_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
+def get_adapter(service: Service, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
-    catalog = services.catalog_of(asking)
-    return _adapter(catalog, catalog.entry(name))
+    return service.adapter(name)
 
 
-@router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
+@router.patch("/adapters/{name}", responses=responses(403, 404))
 @may("publish")
-def change_adapter(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, change: AdapterChange
-) -> AdapterResource:
+def change_adapter(service: Service, name: AdapterName, change: AdapterChange) -> AdapterResource:
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
-    catalog = services.catalog_of(asking)
-    catalog.share(name, change.visibility, change.shared_with)
-    return _adapter(catalog, catalog.entry(name))
+    return service.share(name, change.visibility, change.shared_with)
 
 
-@router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
+@router.get("/adapters/{name}/versions", responses=responses(404))
 @may("read")
 def list_versions(
-    services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     name: AdapterName,
     limit: Limit = 100,
     cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
 ) -> Page[VersionResource]:
     """Versions, newest first."""
-    found = services.catalog_of(asking).versions(name, limit=limit, before=cursor)
-    items = tuple(service.version(v) for v in found.versions)
-    return page(items, None if found.next is None else str(found.next), request, response)
+    return linked(service.version_page(name, limit, cursor), request, response)
 
 
-@router.get(_VERSION, responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+@router.get(_VERSION, responses=responses(404))
 @may("read")
-def get_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
-) -> VersionDetail:
+def get_version(service: Service, name: AdapterName, version: VersionPath) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-    return service.detail(services.catalog_of(asking).version(name, version))
+    return service.version(name, version)
 
 
 @router.post(
     "/adapters/{name}/versions",
     status_code=201,
-    responses=responses(403, 404, 409, 507) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+    responses=responses(403, 404, 409, 507) | CREATED,
 )
 @may("publish")
 async def register_version(
     services: ServicesDep,
+    service: Service,
     request: Request,
     response: Response,
     asking: CurrentPrincipal,
@@ -168,152 +149,134 @@ async def register_version(
     of names. 409: the name is a base model's, the number is taken, or the
     gate refuses the aliases.
     """
-    fields = registration.model_dump(include={"aliases", "version", "no_gate"})
     if registration.aliases:
         check(asking, "promote")
-
-    def register() -> AdapterVersion:
-        to = Destination(name, services.store, services.catalog_of(asking), **fields)
-        if registration.digest is not None:
-            return register_stored(registration.digest, to)
-        return services.publish_upload(registration, to)
-
+    register = partial(service.register, name, **registration.model_dump())
     if registration.digest is None:
         version = await services.long.run(asking.tenant, register)
     else:
         version = await run_in_threadpool(register)
-    response.headers["Location"] = _location(request, version)
-    return service.detail(version)
+    tenant, bare = split_qualified(version.name)
+    path = request.url_for("get_version", name=bare, version=version.version).path
+    response.headers["Location"] = path if tenant is None else f"{path}?tenant={tenant}"
+    return version
 
 
 @router.post(
     _VERSION + "/evaluations",
     status_code=201,
-    responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201),
+    responses=responses(404, 409),
 )
 @may("publish")
 def report_evaluations(
-    services: ServicesDep,
-    asking: CurrentPrincipal,
-    name: AdapterName,
-    version: VersionPath,
-    report: EvaluationReport,
+    service: Service, name: AdapterName, version: VersionPath, report: EvaluationReport
 ) -> VersionDetail:
     """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
     believe it unless the server says so. 409: it has as many as it may.
     """
-    return service.detail(services.catalog_of(asking).report_evaluations(name, version, report.evaluations))
+    return service.report_evaluations(name, version, report.evaluations)
 
 
-@router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
+@router.get("/adapters/{name}/placement", responses=responses(404))
 @may("read")
-async def get_placement(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> PlacementResource:
+async def get_placement(
+    services: ServicesDep, service: Service, asking: CurrentPrincipal, name: AdapterName
+) -> PlacementResource:
     """In which replica's memory each version is; nothing where nothing is served.
 
     How often and when it was used is told to administrators: the same bytes may have names of other tenants.
     """
-    entry = await run_in_threadpool(lambda: services.catalog_of(asking).entry(name))
-    return await _placement(services, entry, with_use=asking.is_admin)
+    entry = await run_in_threadpool(lambda: service.catalog.adapters.get(name))
+    versions = {ref.digest: ref.version for ref in entry.versions.values()}
+    found = await services.placements.adapters(list(versions))
+    items = [_placed(p, versions[p.digest], with_use=asking.is_admin) for p in found if p.digest in versions]
+    return PlacementResource(
+        name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
+    )
 
 
-@router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
+@router.get("/bases", responses=responses())
 @may("identify")
-def list_bases(services: ServicesDep, asking: CurrentPrincipal) -> Page[BaseResource]:
+def list_bases(service: Service) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
-    catalog = services.catalog_of(asking)
-    items = (service.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
-    return Page[BaseResource](items=tuple(items))
+    return Page[BaseResource](items=service.bases())
 
 
 @router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
 @may("publish")
-def delete_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> None:
+def delete_adapter(service: Service, name: AdapterName) -> None:
     """Delete a name with its versions and aliases. 409: a job trains for it.
 
     It does not exist any more, but nobody can take the name; it can be restored while the store has its bytes.
     """
-    services.catalog_of(asking).delete_adapter(name)
+    service.delete(name)
 
 
 @router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
 @may("publish")
-def delete_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
+def delete_version(service: Service, name: AdapterName, version: VersionPath) -> None:
     """Delete one version. 409: an alias points at it, or it is the only one. Its number is not used again."""
-    services.catalog_of(asking).delete_version(name, version)
+    service.delete(name, version)
 
 
-@router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
+@router.post("/adapters/{name}/restore", responses=responses(403, 404, 409))
 @may("publish")
-def restore_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
+def restore_adapter(service: Service, name: AdapterName) -> AdapterResource:
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
-    catalog = services.catalog_of(asking)
-    restore(name, None, services.store, catalog)
-    return _adapter(catalog, catalog.entry(name))
+    service.restore(name)
+    return service.adapter(name)
 
 
-@router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
+@router.post(_VERSION + "/restore", responses=responses(403, 404, 409))
 @may("publish")
-def restore_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
-) -> VersionDetail:
+def restore_version(service: Service, name: AdapterName, version: VersionPath) -> VersionDetail:
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
-    catalog = services.catalog_of(asking)
-    restore(name, version, services.store, catalog)
-    return service.detail(catalog.version(name, version))
+    service.restore(name, version)
+    return service.version(name, version)
 
 
 @router.post(
     "/adapters/{name}/transfer",
-    responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
+    responses=responses(403, 404, 409),
 )
 @may("manage")
-def transfer_adapter(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, to: AdapterTransfer
-) -> AdapterResource:
+def transfer_adapter(service: Service, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
     """Hand an adapter to another tenant, with versions, aliases, tags and evaluations; for administrators.
 
     Its old name is free then. 409: the new name is taken, or a job trains for the old one.
     """
-    catalog = services.catalog_of(asking)
-    return _adapter(catalog, catalog.transfer(name, to.tenant, to.name))
+    return service.transfer(name, to.tenant, to.name)
 
 
 @router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
 @may("manage")
-def release_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
+def release_version(service: Service, name: AdapterName, version: VersionPath) -> None:
     """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
-    services.catalog_of(asking).release(name, version)
+    service.release(name, version)
 
 
-@tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
+@tags_router.get("/adapters/{name}/tags", responses=responses(404))
 @may("read")
-def list_tags(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[TagResource]:
+def list_tags(service: Service, name: AdapterName) -> Page[TagResource]:
     """All tags of an adapter, by key."""
-    found: Mapping[str, str] = services.catalog_of(asking).tags(name)
+    found = service.tags(name)
     return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
 
 
-@tags_router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
+@tags_router.put(_TAG, responses=responses(403, 404, 409) | {201: {}})
 @may("publish")
-def set_tag(
-    services: ServicesDep,
-    response: Response,
-    asking: CurrentPrincipal,
-    name: AdapterName,
-    key: KeyPath,
-    change: TagChange,
-) -> TagResource:
+def set_tag(service: Service, response: Response, name: AdapterName, key: KeyPath, change: TagChange) -> TagResource:
     """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
-    made = services.catalog_of(asking).set_tag(name, key, change.value)
+    made = service.catalog.tags.set(name, key, change.value)
     response.status_code = 201 if made else 200
     return TagResource(key=key, value=change.value)
 
 
 @tags_router.delete(_TAG, status_code=204, responses=responses(403, 404))
 @may("publish")
-def delete_tag(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, key: KeyPath) -> None:
+def delete_tag(service: Service, name: AdapterName, key: KeyPath) -> None:
     """Take a tag away."""
-    services.catalog_of(asking).delete_tag(name, key)
+    service.delete_tag(name, key)
 
 
 @downloads_router.get(
@@ -324,6 +287,7 @@ def delete_tag(services: ServicesDep, asking: CurrentPrincipal, name: AdapterNam
 @may("download")
 async def download(
     services: ServicesDep,
+    service: Service,
     request: Request,
     asking: CurrentPrincipal,
     name: AdapterName,
@@ -339,7 +303,7 @@ async def download(
     `presigned` is for `peft`; where the store is a folder, the archive comes as without it. Who may not know how the
     version was made gets the archive, with a manifest that does not say it.
     """
-    found = await run_in_threadpool(_noted, services, asking, name, version, format)
+    found = await run_in_threadpool(service.record_download, name, version, format)
     if format == "peft":
         if presigned:
             urls = await run_in_threadpool(_presigned, services, found)
@@ -358,33 +322,11 @@ async def download(
         return ArchiveResponse(archive, held.pop_all(), found, format)
 
 
-def _adapter(catalog: Catalog, entry: AdapterEntry) -> AdapterResource:
-    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})
-
-
-def _location(request: Request, version: AdapterVersion) -> str:
-    tenant, name = split_qualified(version.name)
-    path = request.url_for("get_version", name=name, version=version.version).path
-    return path if tenant is None else f"{path}?tenant={tenant}"
-
-
-async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool) -> PlacementResource:
-    versions = {ref.digest: ref.version for ref in entry.versions.values()}
-    if not versions:
-        raise AdapterNotFound(f"adapter {entry.name!r} has no version")
-    found = await services.placements.adapters(list(versions))
-    items = (service.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
-    return PlacementResource(
-        name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
-    )
-
-
-def _noted(services: Services, asking: CurrentPrincipal, name: str, version: int, form: DownloadForm) -> AdapterVersion:
-    """The version, of whose download the audit log has an entry."""
-    catalog = services.catalog_of(asking)
-    found = catalog.version(name, version)
-    catalog.note("download", found.label, tenant=found.tenant, form=form)
-    return found
+def _placed(found: AdapterPlacement, version: int, *, with_use: bool) -> ReplicaAdapter:
+    """An adapter in a replica. `version`: that of the requested name; the same bytes may have other names."""
+    last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if with_use and found.last_used_at else None
+    shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier"})
+    return ReplicaAdapter(version=version, uses=found.uses if with_use else None, last_used_at=last_used_at, **shown)
 
 
 def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:

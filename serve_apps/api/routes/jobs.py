@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from loray import service
 from loray.bases.presets import known_shape, shapes_in
 from loray.errors import SpecError
 from loray.planning.devices import PRESETS
@@ -25,15 +24,15 @@ from loray.recipes.defaults import complete
 from loray.recipes.fields import parse_plain
 from loray.recipes.load import size_of_base
 from loray.recommend import Answers, Constraint, Estimate, Scale, Score, recommend
-from loray.schemas.resources import JobResource, Page, Resource
+from loray.schemas.resources import RECIPE_EXAMPLE, JobResource, Page, Resource
 from loray.settings import Settings
 from loray.spec import JobId, JobStatus, Name, QualifiedName, TrainSpec
 from loray.spec.fields import mistakes
-from serve_apps.api import examples
 from serve_apps.api.problems import InvalidFields, fields_of, responses
-from serve_apps.api.routes import router_of
-from serve_apps.api.services import Limit, ServicesDep, page
+from serve_apps.api.routes import CREATED, router_of
+from serve_apps.api.services import Limit, ServicesDep, linked
 from serve_apps.auth import CurrentPrincipal, may, until_revoked
+from serve_apps.console import Jobs
 from serve_apps.http import parse_json, read, schema_reference
 
 JSON = "application/json"
@@ -75,7 +74,7 @@ ChosenId = Annotated[
     Query(max_length=111, description="begins its id, and names it in the own tenant; made up where left out"),
 ]
 DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
-_RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": examples.RECIPE}
+_RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": RECIPE_EXAMPLE}
 _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON, YAML[0]), _RECIPE)}}
 
 router, methods_router = router_of("jobs"), router_of("methods")
@@ -85,11 +84,11 @@ router, methods_router = router_of("jobs"), router_of("methods")
     "/jobs",
     status_code=201,
     openapi_extra=_BODY,
-    responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
+    responses=responses(403, 409, 415) | CREATED,
 )
 @may("train")
 def submit_job(
-    services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     response: Response,
     asking: CurrentPrincipal,
@@ -100,33 +99,32 @@ def submit_job(
     """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
     if recipe.publish.aliases:
         check(asking, "promote")
-    job = services.jobs_of(asking).submit(recipe, id, resume=resume)
+    job = jobs.submit(recipe, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
-    return service.job(job)
+    return job
 
 
-@router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
+@router.get("/jobs", responses=responses())
 @may("follow")
 def list_jobs(
-    services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     response: Response,
-    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
     name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
-    found = services.jobs_of(asking).page(limit, cursor, status, name)
-    return page(tuple(service.job(job) for job in found.jobs), found.next, request, response)
+    found = jobs.page(limit, cursor, status, name)
+    return linked(Page[JobResource](items=found.items, next=found.next), request, response)
 
 
-@router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
+@router.get("/jobs/{id}", responses=responses(404))
 @may("follow")
-def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
+def get_job(jobs: Jobs, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
-    return service.job(services.jobs_of(asking).get(id))
+    return jobs.get(id)
 
 
 @router.get(
@@ -137,6 +135,7 @@ def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> Job
 @may("follow")
 async def get_logs(
     services: ServicesDep,
+    jobs: Jobs,
     request: Request,
     asking: CurrentPrincipal,
     id: JobPath,
@@ -148,7 +147,6 @@ async def get_logs(
     """The job's log: one JSON object per event, between other lines. It is followed for an hour at most. 410: Ray does
     not have it any more. 429: the key, or its tenant, reads as many logs as it may.
     """
-    jobs = services.jobs_of(asking)
     if tail is not None and not follow:
         return PlainTextResponse(await run_in_threadpool(jobs.tail, id, tail))
     held = AsyncExitStack()
@@ -162,11 +160,11 @@ async def get_logs(
         raise
 
 
-@router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+@router.post("/jobs/{id}/stop", status_code=202, responses=responses(404))
 @may("train")
-def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
+def stop_job(jobs: Jobs, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return service.job(services.jobs_of(asking).stop(id))
+    return jobs.stop(id)
 
 
 class _Log(StreamingResponse):
@@ -197,14 +195,33 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
         yield piece
 
 
+_SCORE = {"method": "VeRA", "score": 12.0, "reason": "resources are scarce and 1,000 tasks are more than 100"}
+_ESTIMATE = {
+    "method": "lora",
+    "settings": "r16 on q, k, v, o",
+    "problem": None,
+    "trained_parameters": 1843200,
+    "adapter_bytes": 3686400,
+    "training_bytes": 3900000000,
+    "step_s": 0.02,
+    "tokens_per_s": 100000.0,
+    "checkpointing": False,
+    "adapters_per_gib": 291.2,
+    "served_pool_bytes": 3687186432,
+    "served_devices": 1,
+    "throughput": 0.7,
+}
+_REMARK = "methods combine: VeRA trained and S-LoRA served is one choice, not two"
+
+
 class RecommendationResource(Resource):
     """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
 
-    base: str
-    device: str
-    scores: tuple[Score, ...]
-    estimates: tuple[Estimate, ...]
-    remarks: tuple[str, ...]
+    base: str = Field(examples=["smollm2"])
+    device: str = Field(examples=["a100-80gb"])
+    scores: tuple[Score, ...] = Field(examples=[[_SCORE]])
+    estimates: tuple[Estimate, ...] = Field(examples=[[_ESTIMATE]])
+    remarks: tuple[str, ...] = Field(examples=[[_REMARK]])
 
 
 async def _count(services: ServicesDep, asking: CurrentPrincipal) -> None:
@@ -214,7 +231,7 @@ async def _count(services: ServicesDep, asking: CurrentPrincipal) -> None:
 @methods_router.get(
     "/recommend",
     dependencies=[Depends(_count)],
-    responses=responses(404, 429) | examples.ok(examples.RECOMMENDATION),
+    responses=responses(404, 429),
 )
 @may("identify")
 def recommend_methods(
@@ -228,5 +245,5 @@ def recommend_methods(
 ) -> RecommendationResource:
     """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
     answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
-    found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
+    found = recommend(answers, base, known_shape(base, services.settings.home), PRESETS[device])
     return RecommendationResource.model_validate(found.to_dict())

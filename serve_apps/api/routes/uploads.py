@@ -6,14 +6,12 @@ from typing import Annotated
 
 from fastapi import Header, Path, Request
 
-from loray.publishing.uploads import UploadedFile, Uploads
 from loray.schemas.resources import FileResource, UploadResource
-from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import Services, ServicesDep
+from serve_apps.api.services import ServicesDep
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console import receive_upload
+from serve_apps.console import Service, receive_upload
 
 router = router_of("uploads")
 
@@ -26,29 +24,26 @@ IdempotencyKey = Annotated[
 ]
 
 
-@router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
+@router.post("/uploads", status_code=201, responses=responses(403, 409))
 @may("publish")
-def begin_upload(
-    services: ServicesDep, asking: CurrentPrincipal, idempotency_key: IdempotencyKey = None
-) -> UploadResource:
+def begin_upload(service: Service, idempotency_key: IdempotencyKey = None) -> UploadResource:
     """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
 
     It is not an adapter until then, and is forgotten after a day. 409: too many are not published yet.
     """
-    uploads = _uploads(services, asking)
-    return _resource(uploads, uploads.begin(idempotency_key))
+    return service.begin_upload(idempotency_key)
 
 
-@router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
+@router.get("/uploads/{id}", responses=responses(404))
 @may("publish")
-def get_upload(services: ServicesDep, asking: CurrentPrincipal, id: UploadId) -> UploadResource:
+def get_upload(service: Service, id: UploadId) -> UploadResource:
     """Tell which files have come: an upload that broke off is continued with the others."""
-    return _resource(_uploads(services, asking), id)
+    return service.upload(id)
 
 
 @router.put(
     "/uploads/{id}/files/{name}",
-    responses=responses(403, 404, 409, 411) | examples.ok(examples.FILE),
+    responses=responses(403, 404, 409, 411),
     openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
 )
 @may("publish")
@@ -60,24 +55,11 @@ async def put_file(
     403: the tenant would store more than it may. 409: it is published already. 411: without a length. 503: too many
     files are being sent.
     """
-    return _file(await receive_upload(services, request, asking, id, name))
+    return await receive_upload(services, request, asking, id, name)
 
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
 @may("publish")
-def delete_upload(services: ServicesDep, asking: CurrentPrincipal, id: UploadId) -> None:
+def delete_upload(service: Service, id: UploadId) -> None:
     """Forget an upload and its files. A version that was made of it stays."""
-    _uploads(services, asking).delete(id)
-
-
-def _uploads(services: Services, asking: CurrentPrincipal) -> Uploads:
-    return Uploads(services.store, services.catalog_of(asking).own_tenant)
-
-
-def _resource(uploads: Uploads, id: str) -> UploadResource:
-    files = tuple(_file(file) for file in uploads.files(id))
-    return UploadResource(id=id, files=files, published=uploads.is_published(id))
-
-
-def _file(file: UploadedFile) -> FileResource:
-    return FileResource(name=file.name, sha256=file.sha256, nbytes=file.num_bytes)
+    service.delete_upload(id)

@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client.core import Metric as Family
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
@@ -29,6 +29,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from loray.catalog import Catalog
 from loray.encryption import server_context
 from loray.errors import (
     BaseStarting,
@@ -42,14 +43,13 @@ from loray.errors import (
 )
 from loray.policy.warm_start import AdapterDemand, DemandMemory, DemandRecord
 from loray.schemas.status import AutoscalingStatus, ReplicaStatus
-from loray.spec import AdapterRef, GenerateRequest, TokenDelta
+from loray.spec import AdapterRef, GenerateRequest, ServeSpec, TokenDelta, engine_of
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
-from serve_apps.channel.lateness import RecentLeast
-from serve_apps.channel.listener import Listener
+from serve_apps.channel.listener import Listener, RecentLeast
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.quarantine import DeathRecords, SharedQuarantine
-from serve_apps.scaling import ScalingLog
+from serve_apps.gateway.replicas.quarantine import SharedQuarantine
+from serve_apps.scaling import DemandRecords, ScalingLog
 
 ATTEMPTS = 3  # in a row that bring no token
 _BACKOFF_S = 0.2
@@ -86,6 +86,9 @@ class Broadcast:
             return list(await asyncio.get_running_loop().run_in_executor(self._threads, call))
         except (TimeoutError, DeploymentUnavailableError):
             return []
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [a if isinstance(a, list) else None for a in await self.ask("metrics")]
 
     async def healthy(self) -> bool:
         """Return at the first replica that is healthy."""
@@ -218,16 +221,10 @@ def _translated(error: Exception) -> Exception:
     return translated
 
 
-class DemandStore(Protocol):
-    """`serve_apps.scaling.DemandRecords`."""
-
-    def write(self, gateway: str, record: DemandRecord) -> None: ...
-
-
 class DemandReporter:
     """Reports the demand for a base's adapters at the gateway `name`. Used from one event loop."""
 
-    def __init__(self, records: DemandStore, name: str, deployment: str) -> None:
+    def __init__(self, records: DemandRecords, name: str, deployment: str) -> None:
         self._records, self._name, self._deployment = records, name, deployment
         self._memory = DemandMemory()
         self._has_news = False
@@ -341,39 +338,30 @@ class ResumableAnswer:
 class ServeEngineClient:
     """Implements `serve_apps.gateway.bases.EngineClient` with the replicas of one base. Used from one event loop.
 
-    handle          handle of the deployment called `deployment`
-    node, host      Ray's id and the address of this process' node
-    open_records    see `SharedQuarantine`
-    demand          is told of each request for an adapter
-    max_resumes, drain_grace_s, max_token_lateness  as in ServeSpec
-    cold_start_timeout_s  the same; None: there is always a replica, or Serve is about to start one
+    handle        handle of the base's deployment
+    node, host    Ray's id and the address of this process' node
+    open_catalog  see `SharedQuarantine`
+    demand        is told of each request for an adapter
     """
 
     def __init__(
         self,
         handle: DeploymentHandle[Any],
-        deployment: str,
+        spec: ServeSpec,
         node: str,
         host: str,
-        open_records: Callable[[], DeathRecords] | None = None,
-        *,
+        open_catalog: Callable[[], Catalog] | None = None,
         demand: DemandReporter | None = None,
-        max_resumes: int = 1,
-        drain_grace_s: float = 10.0,
-        max_token_lateness: float = 0.07,
-        cold_start_timeout_s: float | None = None,
     ) -> None:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
-        self._deployment, self._place = deployment, (node, host)
+        self._spec, self._deployment, self._place = spec, engine_of(spec.base), (node, host)
         self._tls = server_context(os.environ)  # here, so that a wrong setting fails the gateway and no request
         self._listener: asyncio.Task[Listener] | None = None
         self._tell_late: Callable[[float], None] = lambda _: None
         self._shortest = RecentLeast()  # time to a first token
-        self._max_lateness = max_token_lateness  # by that
-        self._quarantine = SharedQuarantine(open_records)
-        self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
-        self._draining = DrainingReplicas(drain_grace_s)
+        self._quarantine = SharedQuarantine(open_catalog)
+        self._draining = DrainingReplicas(spec.drain_grace_s)
         self._demand = demand
         self._reading: dict[str, Inbox] = {}  # by request
         self._cold: set[str] = set()  # requests that wait, and no replica runs
@@ -411,7 +399,7 @@ class ServeEngineClient:
 
     def _late(self, seconds: float) -> None:
         if self._shortest.value < math.inf:
-            self._tell_late(seconds / (self._max_lateness * self._shortest.value))
+            self._tell_late(seconds / (self._spec.max_token_lateness * self._shortest.value))
 
     async def _watch_draining(self) -> None:
         while True:
@@ -421,7 +409,7 @@ class ServeEngineClient:
 
     def _move_streams(self, now: float) -> None:
         """End the streams of replicas that are leaving; `generate` goes on elsewhere."""
-        places = {name: router.replica_of(name) for name in self._reading}
+        places = {name: router.own.replica_of(name) for name in self._reading}
         due = self._draining.due(places.values(), router.replicas(self._deployment), now)
         for name, replica in places.items():
             if replica in due:
@@ -436,7 +424,7 @@ class ServeEngineClient:
         """
         if self._demand is not None and request.adapter is not None:
             self._demand.came(request.adapter)
-        progress = ResumableAnswer(request, self._max_resumes)
+        progress = ResumableAnswer(request, self._spec.max_resumes)
         while True:
             attempt = progress.attempt()
             try:
@@ -467,6 +455,7 @@ class ServeEngineClient:
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
+            router.own.begin(request.request_id)
             cold_start_s = partial(self._cold_start_s, request.request_id)
             response = self._calls.generate_to.remote(request, fit, listener.address, inbox.stream)
             call = Call(response, listener, inbox, cold_start_s)
@@ -475,7 +464,7 @@ class ServeEngineClient:
                     if not has_begun:
                         has_begun, now = True, time.monotonic()
                         self._shortest.add(now - began_at, now)
-                        router.answered(request.request_id)
+                        router.own.answered(request.request_id)
                     if digest is not None:
                         self._quarantine.answered(digest)
                         digest = None
@@ -484,29 +473,29 @@ class ServeEngineClient:
             self._start_failed = True
             raise
         except ReplicaLost as e:
-            e.replica = e.replica or router.replica_of(request.request_id)
+            e.replica = e.replica or router.own.replica_of(request.request_id)
             await self._died(request.request_id, e.replica)
             raise
         except EngineStopped as e:  # another replica's might stop of this request as well
-            await self._died(request.request_id, router.replica_of(request.request_id), e.adapters)
+            await self._died(request.request_id, router.own.replica_of(request.request_id), e.adapters)
             raise
         finally:
             self._reading.pop(request.request_id, None)
             self._cold.discard(request.request_id)
             self._quarantine.leave(request.request_id)
-            router.forget(request.request_id)
+            router.own.end(request.request_id)
 
     async def _died(self, request_id: str, replica: str | None, among: Collection[str] | None = None) -> None:
         if replica is not None:
             is_held = partial(router.is_held, self._deployment, replica)
-            await self._quarantine.died(request_id, replica, router.replica_of, is_held, among)
+            await self._quarantine.died(request_id, replica, router.own.replica_of, is_held, among)
 
     def _cold_start_s(self, request_id: str) -> float | None:
         """Say how long this request, which waits now, waits for a replica to be started; None: one runs."""
         if not self.is_cold():
             return None
         self._cold.add(request_id)
-        return self._cold_start_timeout_s
+        return self._spec.cold_start_timeout_s
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):
@@ -523,7 +512,7 @@ class ServeEngineClient:
         return await self._replicas.healthy()
 
     def is_cold(self) -> bool:
-        return self._cold_start_timeout_s is not None and not router.replicas(self._deployment)
+        return not self._spec.min_replicas and not router.replicas(self._deployment)
 
     def start_failed(self) -> bool:
         return self._start_failed and self.is_cold()
@@ -532,7 +521,7 @@ class ServeEngineClient:
         return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:
-        return [a if isinstance(a, list) else None for a in await self._replicas.ask("metrics")]
+        return await self._replicas.metrics()
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         found = await self._replicas.autoscaling()
@@ -554,12 +543,9 @@ async def _started(node: str, host: str, tls: SSLContext | None, late: Callable[
     return listener
 
 
-class ServeGateways:
+class ServeGateways(Broadcast):
     """Implements `serve_apps.gateway.bases.Gateways`. `handle` is that of the gateways' own deployment."""
 
     def __init__(self, handle: DeploymentHandle[Any], name: str) -> None:
+        super().__init__(handle)
         self.name = name
-        self._replicas = Broadcast(handle)
-
-    async def metrics(self) -> list[list[Family] | None]:
-        return [a if isinstance(a, list) else None for a in await self._replicas.ask("metrics")]

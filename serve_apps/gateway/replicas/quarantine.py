@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from loray.catalog import Quarantined
+from loray.catalog import Catalog, Quarantined
 from loray.errors import LorayError
 from loray.policy.quarantine import TRIAL_S, Death, Quarantine, Suspicion, being_tried
 from loray.telemetry import get_logger
@@ -27,27 +27,14 @@ _DEATH_TIMEOUT_S = 10.0  # of a death's record, which others wait for
 _AWAY_S = 5.0  # after a question that failed, before the next one
 
 
-class DeathRecords(Protocol):
-    """The part of the catalog that is used here."""
-
-    def quarantined(self) -> Mapping[str, Quarantined]: ...
-    def report_death(
-        self, digest: str, replica: str, at: datetime, refused_for: Callable[[int], timedelta | None]
-    ) -> Quarantined: ...
-    def try_again(self, digest: str, at: datetime, until: datetime) -> bool: ...
-    def acquit(self, digest: str) -> None: ...
-    def clear_quarantine(self, digest: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class SharedQuarantine:
-    """The quarantine of one gateway, used from one event loop. `open_records` None: alone, it forgets at its end."""
+    """The quarantine of one gateway, used from one event loop. `open_catalog` None: alone, it forgets at its end."""
 
     def __init__(
-        self, open_records: Callable[[], DeathRecords] | None = None, clock: Callable[[], float] = time.time
+        self, open_catalog: Callable[[], Catalog] | None = None, clock: Callable[[], float] = time.time
     ) -> None:
-        self._open, self._clock = open_records, clock
-        self._records: DeathRecords | None = None
+        self._open, self._clock = open_catalog, clock
+        self._catalog: Catalog | None = None
         self._known = Quarantine()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quarantine")
         self._asking = asyncio.Lock()
@@ -64,7 +51,7 @@ class SharedQuarantine:
             now = self._clock()
             if self._known.is_due(digest, now):
                 until = _time(now + TRIAL_S)
-                if await self._ask(lambda records: records.try_again(digest, _time(now), until)) is False:
+                if await self._ask(lambda catalog: catalog.quarantine.try_again(digest, _time(now), until)) is False:
                     raise being_tried(digest)
         self._known.enter(request_id, digest, self._clock())
 
@@ -74,7 +61,7 @@ class SharedQuarantine:
     def answered(self, digest: str) -> None:
         """Note that a token computed with the adapter has come."""
         if self._known.answered(digest) and self._open is not None:
-            self._later(lambda records: records.clear_quarantine(digest))
+            self._later(lambda catalog: catalog.quarantine.clear(digest))
 
     async def died(
         self,
@@ -93,7 +80,7 @@ class SharedQuarantine:
         if self._open is not None:
             self._away_until = float("-inf")
             noted = await self._ask(
-                lambda records: records.report_death(
+                lambda catalog: catalog.quarantine.report_death(
                     death.digest, replica, _time(at), lambda n: _refused_for(death, n)
                 ),
                 _DEATH_TIMEOUT_S,
@@ -103,8 +90,8 @@ class SharedQuarantine:
 
     async def close(self) -> None:
         await asyncio.gather(*self._behind, return_exceptions=True)
-        if self._records is not None:
-            await self._ask(lambda records: records.close())
+        if self._catalog is not None:
+            await self._ask(lambda catalog: catalog.close())
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self) -> None:
@@ -114,18 +101,18 @@ class SharedQuarantine:
             if self._read_at >= called_at:
                 return
             self._read_at = time.monotonic()
-            rows = await self._ask(lambda records: records.quarantined())
+            rows = await self._ask(lambda catalog: catalog.quarantine.all())
             if rows is None:
                 return
             for innocent in self._known.learn({digest: _suspicion(row) for digest, row in rows.items()}):
-                self._later(lambda records, digest=innocent: records.acquit(digest))  # type: ignore[misc]
+                self._later(lambda catalog, digest=innocent: catalog.quarantine.acquit(digest))  # type: ignore[misc]
 
-    def _later(self, question: Callable[[DeathRecords], object]) -> None:
+    def _later(self, question: Callable[[Catalog], object]) -> None:
         task: asyncio.Task[object] = asyncio.create_task(self._ask(question))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
 
-    async def _ask(self, question: Callable[[DeathRecords], T], timeout_s: float | None = None) -> T | None:
+    async def _ask(self, question: Callable[[Catalog], T], timeout_s: float | None = None) -> T | None:
         """Ask the catalog in a thread; None while it cannot be asked."""
         async with self._asking:
             is_stuck = self._asked is not None and not self._asked.done()
@@ -142,11 +129,11 @@ class SharedQuarantine:
                 self._away_until = time.monotonic() + _AWAY_S
                 return None
 
-    def _answer(self, question: Callable[[DeathRecords], T]) -> T:
-        if self._records is None:
+    def _answer(self, question: Callable[[Catalog], T]) -> T:
+        if self._catalog is None:
             assert self._open is not None
-            self._records = self._open()
-        return question(self._records)
+            self._catalog = self._open()
+        return question(self._catalog)
 
 
 def _suspicion(row: Quarantined) -> Suspicion:

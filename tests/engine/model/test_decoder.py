@@ -19,7 +19,9 @@ from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.checkpoint import read_tensors
+from loray.bases.config import LayerSpec
 from loray.bases.registry import BaseModel
+from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.model import decoder
 from loray.engine.model.batch import Batch, logits_part
@@ -28,7 +30,6 @@ from loray.engine.pool.pool import Pool, input_shapes
 from loray.errors import IntegrityError
 from loray.spec import GenerateRequest, RopeParameters
 from loray_kernels import Ops, backend
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
@@ -288,6 +289,31 @@ def test_all_tokens_are_kept_where_most_have_logits_or_a_prompt_is_scored(
     assert part.positions_T.tolist() == [19]
 
 
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+def test_a_layer_that_scales_attention_otherwise(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: str
+) -> None:
+    """By twice as much, which its queries could be instead."""
+    monkeypatch.setattr(build, "backend", lambda name, device: backend(ops))
+    base = tiny_base()
+    layers = (LayerSpec(), LayerSpec(attention_scale=2 * base.config.attention_scale(1)))
+    shutil.copytree(base.path, tmp_path / "doubled")
+    tensors = load_file(base.path / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] *= 2
+    save_file(tensors, tmp_path / "doubled/model.safetensors", {"format": "pt"})
+    logits = []
+    scaling = replace(base, config=replace(base.config, layers=layers))
+    for other in (base, replace(base, path=tmp_path / "doubled"), scaling):
+        engine = make_engine(other)
+        spy = Spy(engine)
+        run(engine, [request("a", range(3, 40))])
+        logits.append(torch.stack(spy.logits["a"]))
+        engine.close()
+    plain, doubled, scaled = logits
+    assert doubled.equal(scaled)
+    assert not doubled.equal(plain)
+
+
 @pytest.fixture(scope="module")
 def deep(tiny_base: Callable[..., BaseModel]) -> BaseModel:
     return tiny_base("Qwen3ForCausalLM", num_hidden_layers=4)
@@ -368,7 +394,7 @@ def no_gather(*arguments: Any) -> None:
 def test_each_kernel_of_each_input_is_taken_once(tiny_base: Callable[..., BaseModel]) -> None:
     config = tiny_base("Qwen3ForCausalLM").config
     pool, tiles = torch.full((4096,), 0.5), Tiles()
-    compile_adapters(CudaOps(Gather(no_gather), cast(Any, tiles)), pool, input_shapes(config, CAPACITY))
+    compile_adapters(CudaOps(no_gather, cast(Any, tiles)), pool, input_shapes(config, CAPACITY))
     hidden, heads, middle = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     inputs = [(hidden, 3, qkv, heads), (heads, 1, hidden, hidden), (hidden, 2, 2 * middle, middle)]

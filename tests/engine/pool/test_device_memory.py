@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loray.bases.config import ModelConfig
+from loray.bases.config import LayerSpec, ModelConfig
 from loray.engine.memory.limits import max_model_len
 from loray.engine.pool import device_memory
 from loray.engine.pool.device_memory import (
@@ -33,7 +33,6 @@ CONFIG = ModelConfig(
     vocab_size=128_256,
     hidden_size=4096,
     intermediate_size=14_336,
-    num_layers=32,
     num_heads=32,
     num_kv_heads=8,
     head_dim=128,
@@ -41,9 +40,8 @@ CONFIG = ModelConfig(
     rope=RopeParameters(rope_theta=5e5),
     max_position_embeddings=8192,
     tie_word_embeddings=False,
-    qkv_bias=False,
-    qk_norm=False,
     eos_token_ids=(2,),
+    layers=(LayerSpec(),) * 32,
 )
 SPEC = ServeSpec(device="cuda", max_num_batched_tokens=2048, max_num_seqs=256)
 BASE = 15 * GIB

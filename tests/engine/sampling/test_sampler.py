@@ -30,7 +30,6 @@ from loray.engine.sampling.sampler import Sampled, Sampler
 from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import Ops, TokenEdits, backend
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.sampling import candidates, draw
 from tests.fixtures.engines import BLOCK_BYTES, fill_up, make_engine, request, run
@@ -306,7 +305,7 @@ def launcher() -> NotingLauncher:
 
 @pytest.fixture
 def ops(launcher: NotingLauncher) -> Ops:
-    return CudaOps(Gather(launcher), cast(Any, None))
+    return CudaOps(launcher, cast(Any, None))
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["", "many equal logits"])

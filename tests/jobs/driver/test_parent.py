@@ -78,12 +78,12 @@ def published(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, Any
 def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) -> None:
     tune = recipe(tmp_path, TUNE)
     prepared = prepare(tune, settings)
-    parent = Catalog(settings.catalog).version("extended", 1)
+    parent = Catalog(settings.catalog).adapters.version("extended", 1)
     assert prepared.spec.init_adapter == "extended@1"
     assert parent.manifest.recipe is not None
     assert prepared.spec.rope_scaling == parent.manifest.recipe.rope_scaling
     evaluations = published(tune, settings, tmp_path)["evaluations"]
-    manifest = Catalog(settings.catalog).version("tuned", 1).manifest
+    manifest = Catalog(settings.catalog).adapters.version("tuned", 1).manifest
     assert manifest.parent == parent.digest
     assert manifest.recipe is not None
     assert manifest.recipe.init_adapter == "extended@1"
@@ -131,8 +131,8 @@ def test_a_context_is_extended_in_two_steps(settings: Settings, tmp_path: Path) 
     fields = {"name": "further", "init_adapter": "extended", "rope_scaling": {"factor": 4, "original_context": 64}}
     further = recipe(tmp_path, EXTEND | fields | {"data": EXTEND["data"] | {"max_length": 256}})
     published(further, settings, tmp_path)
-    manifest = Catalog(settings.catalog).version("further", 1).manifest
-    parent = Catalog(settings.catalog).version("extended", 1)
+    manifest = Catalog(settings.catalog).adapters.version("further", 1).manifest
+    parent = Catalog(settings.catalog).adapters.version("extended", 1)
     assert (manifest.parent, manifest.context_length) == (parent.digest, 256)
     assert manifest.rope_parameters != parent.manifest.rope_parameters
 

@@ -56,7 +56,7 @@ def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: S
     optimizer = {"learning_rate": 0.5}
     today = write(tmp_path, dtype="float32", base="other", optimizer=optimizer, publish={"licence": "CC0-1.0"})
     publish_best(made, run, today, settings)
-    manifest = Catalog(settings.catalog).adapter("arithmetic").versions[-1].manifest
+    manifest = Catalog(settings.catalog).adapters.version("arithmetic", 1).manifest
     assert manifest.recipe is not None
     assert (manifest.recipe.base, manifest.recipe.optimizer.learning_rate) == ("tiny", 0.01)
     assert manifest.recipe.data.max_length == 512
@@ -92,7 +92,8 @@ def test_a_publication_is_made_once_with_the_job_that_created_the_run(
     for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
         os.utime(path, (number, number))  # a checkpoint that Ray downloads from a bucket has the time of the download
     assert publish_best(made, run, recipe, settings) == first
-    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
+    assert list(Catalog(settings.catalog).adapters.get("arithmetic").versions) == [1]
+    version = Catalog(settings.catalog).adapters.version("arithmetic", 1)
     assert version.manifest.job_id == "first"
     assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
     assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
@@ -115,10 +116,10 @@ def test_after_a_store_error_the_checkpoint_can_be_published_later(
         with pytest.raises(StoreError, match=r"refused; training is complete: .*recipe\.yaml --publish-checkpoint"):
             driver._publish(made, run, recipe, settings, print)
     catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()
-    catalog.add_job("first", name=recipe.spec.name, recipe=recipe.spec)
+    catalog.jobs.add("first", name=recipe.spec.name, recipe=recipe.spec)
     driver.publish_latest(recipe, settings, events.append)
     assert [e["label"] for e in events] == ["arithmetic@1"]
-    assert (catalog.job("first").status, catalog.job("first").version) == ("succeeded", 1)
+    assert (catalog.jobs.get("first").status, catalog.jobs.get("first").version) == ("succeeded", 1)
 
 
 def test_evaluations_are_in_the_manifest_and_grant_the_alias(
@@ -133,7 +134,7 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     (measuring,) = map(describe, events)
     assert measuring == "measuring perplexity and passkey retrieval of base and adapter before publishing"
     assert (published["label"], published["aliases"], published["refusal"]) == ("good@1", ["prod"], None)
-    version = Catalog(settings.catalog).version("good", 1)
+    version = Catalog(settings.catalog).adapters.version("good", 1)
     assert version.aliases == ("prod",)
     assert version.manifest.original_context_length == 64
     found = {(e.subject, e.context_length): e for e in version.manifest.evaluations if e.metric == "perplexity"}
@@ -167,11 +168,11 @@ def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_pat
     assert "alias 'prod' is refused to bad@1: at its own context of 128 tokens" in published["refusal"]
     assert describe(published).endswith(published["refusal"])
     catalog = Catalog(settings.catalog)
-    assert catalog.version("bad", 1).aliases == ()
+    assert catalog.adapters.version("bad", 1).aliases == ()
     overridden = long_recipe(tmp_path, name="bad", **worse, publish={"aliases": ["prod"], "no_gate": "a quick run"})
     again = publish_best(made, run, overridden, settings)
     assert (again["aliases"], again["refusal"]) == (["prod"], None)
-    assert [m.no_gate for m in catalog.adapter("bad").moves] == ["a quick run"]
+    assert [m.no_gate for m in catalog.aliases.moves("bad")] == ["a quick run"]
 
 
 def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evaluations(
@@ -191,7 +192,7 @@ def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evalu
     assert published["unmeasured"].startswith("not measured, out of memory: OutOfMemoryError: CUDA out of memory.")
     assert "`--publish-checkpoint` and a recipe whose workers share the base" in describe(published)
     assert "alias 'prod' is refused to large@1" in published["refusal"]
-    assert {e.metric for e in Catalog(settings.catalog).version("large", 1).manifest.evaluations} == {"loss"}
+    assert {e.metric for e in Catalog(settings.catalog).adapters.version("large", 1).manifest.evaluations} == {"loss"}
 
     asked: list[Measurement] = []
     monkeypatch.setattr(evaluation, "measure_here", lambda wanted: asked.append(wanted) or measure_here(wanted))
@@ -199,7 +200,7 @@ def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evalu
     published = publish_best(made, run, later, settings)
     assert (published["label"], published["aliases"], published["unmeasured"]) == ("large@2", ["prod"], None)
     assert [(a.spec.num_workers, a.spec.parallel.strategy, a.spec.use_gpu) for a in asked] == [(4, "fsdp2", False)]
-    manifest = Catalog(settings.catalog).version("large", 2).manifest
+    manifest = Catalog(settings.catalog).adapters.version("large", 2).manifest
     assert manifest.recipe is not None
     assert manifest.recipe.num_workers == 1  # that which trained it
 
@@ -258,7 +259,7 @@ def test_the_given_recipe_decides_what_is_measured(settings: Settings, tmp_path:
     )
     published = publish_best(made, run, later, settings)
     assert published["aliases"] == ["prod"]
-    manifest = Catalog(settings.catalog).version("late", 1).manifest
+    manifest = Catalog(settings.catalog).adapters.version("late", 1).manifest
     assert manifest.recipe is not None
     assert (manifest.recipe.max_steps, manifest.recipe.publish.aliases) == (6, ("prod",))
     assert {e.context_length for e in manifest.evaluations if e.metric == "perplexity"} == {64, 128, 32}

@@ -28,12 +28,12 @@ def catalog(tmp_path: Path) -> Catalog:
 def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", config)
-    catalog.add_job("raysubmit_1", name=SPEC.name, recipe=SPEC)  # as the API server does before it submits it
+    catalog.jobs.add("raysubmit_1", name=SPEC.name, recipe=SPEC)  # as the API server does before it submits it
     with recorded(catalog, SPEC) as record:
         assert record.job_id == "raysubmit_1"
-        assert catalog.job("raysubmit_1").status == "running"
+        assert catalog.jobs.get("raysubmit_1").status == "running"
         record.end("succeeded", version=3)
-    job = catalog.job("raysubmit_1")
+    job = catalog.jobs.get("raysubmit_1")
     assert (job.status, job.version, job.recipe) == ("succeeded", 3, SPEC)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     with recorded(catalog, SPEC) as first, recorded(catalog, SPEC) as second:
@@ -47,13 +47,13 @@ def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest
         (OSError(28, "No space left on device"), "failed", "[Errno 28] No space left on device"),
         (MemoryError(), "failed", "MemoryError"),
         (Interrupted("stopped by SIGTERM"), "stopped", "stopped by SIGTERM"),
-        (KeyboardInterrupt(), "stopped", ""),
+        (KeyboardInterrupt(), "stopped", "interrupted; go on from the last checkpoint with --resume"),
     ],
 )
 def test_how_a_job_ends(catalog: Catalog, error: BaseException, status: str, message: str) -> None:
     with pytest.raises(type(error)), recorded(catalog, SPEC):
         raise error
-    (job,) = catalog.jobs().jobs
+    (job,) = catalog.jobs.page().items
     assert (job.status, job.message) == (status, message)
 
 
@@ -62,7 +62,7 @@ def test_an_unreachable_catalog_does_not_end_the_run(catalog: Catalog, monkeypat
         raise CatalogError("connection refused")
 
     with recorded(catalog, SPEC) as record:
-        monkeypatch.setattr(catalog, "end_job", gone)
+        monkeypatch.setattr(catalog.jobs, "end", gone)
         record.end("succeeded", version=1)
     with pytest.raises(TrainingError, match="the reason"), recorded(catalog, SPEC):
         raise TrainingError("the reason")

@@ -78,13 +78,13 @@ def test_a_look_reads_only_what_was_appended(settings: Settings, monkeypatch: py
     events = RunEvents(settings, "tone", "train_1", BEGAN)
     assert [len(events.read().lines), events.read()] == [1000, ([], False)]
     read: list[int] = []
-    take = RunEvents._take
+    take = history._whole_lines
 
-    def counted(self: RunEvents, opened: object, at: int, num_bytes: int) -> bytes:
+    def counted(opened: object, at: int, num_bytes: int) -> bytes:
         read.append(num_bytes)
-        return take(self, opened, at, num_bytes)
+        return take(opened, at, num_bytes)
 
-    monkeypatch.setattr(RunEvents, "_take", counted)
+    monkeypatch.setattr(history, "_whole_lines", counted)
     with file.open("a") as appended:
         appended.write('{"event": 1}\n{"ev')
         appended.flush()
@@ -101,15 +101,15 @@ def test_a_look_reads_only_what_was_appended(settings: Settings, monkeypatch: py
 def test_a_read_that_fails_is_made_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(settings, "tone/20260102-120001-000000", "train_1", 3)
     file = settings.home / "runs/tone/20260102-120001-000000/events.jsonl"
-    events, take, failures = RunEvents(settings, "tone", "train_1", BEGAN), RunEvents._take, [1, 1]
+    events, take, failures = RunEvents(settings, "tone", "train_1", BEGAN), history._whole_lines, [1, 1]
 
-    def once(self: RunEvents, opened: object, at: int, num_bytes: int) -> bytes:
+    def once(opened: object, at: int, num_bytes: int) -> bytes:
         if failures:
             failures.pop()
             raise OSError("the store does not answer")
-        return take(self, opened, at, num_bytes)
+        return take(opened, at, num_bytes)
 
-    monkeypatch.setattr(RunEvents, "_take", once)
+    monkeypatch.setattr(history, "_whole_lines", once)
     for _ in range(2):
         with pytest.raises(StoreError, match="does not answer"):
             events.read()

@@ -107,7 +107,8 @@ def test_the_groups_that_are_left_go_on(ray_cluster: RayCluster, base: BaseModel
     assert [e["loss"] for e in ours.values()] == pytest.approx([e["loss"] for e in theirs.values()], rel=1e-3)
     store, tensors = AdapterStore(open_store(settings.store)), []
     for name in ("fewer", "alone"):
-        (version,) = Catalog(settings.catalog).adapter(name).versions
+        assert list(Catalog(settings.catalog).adapters.get(name).versions) == [1]
+        version = Catalog(settings.catalog).adapters.version(name, 1)
         store.fetch(version.digest, tmp_path / name / "adapter")
         tensors.append(load_file(tmp_path / name / "adapter" / WEIGHTS_FILE))
     torch.testing.assert_close(*tensors, rtol=1e-3, atol=1e-3)

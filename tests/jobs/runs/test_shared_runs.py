@@ -90,8 +90,8 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 
 
 def version_of(settings: Settings, name: str) -> AdapterVersion:
-    (version,) = Catalog(settings.catalog).adapter(name).versions
-    return version
+    assert list(Catalog(settings.catalog).adapters.get(name).versions) == [1]
+    return Catalog(settings.catalog).adapters.version(name, 1)
 
 
 def kill_at_the_first_checkpoint(before: Callable[[], object] = lambda: None) -> Callable[..., None]:
@@ -123,7 +123,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert losses(events) == losses(undisturbed)
     assert version.manifest.files == version_of(settings, "undisturbed").manifest.files  # bit for bit
     assert (version.digest, version.aliases) == (published["digest"], ("prod",))
-    (job,) = Catalog(settings.catalog).jobs(name="shared").jobs
+    (job,) = Catalog(settings.catalog).jobs.page(name="shared").items
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
     assert job.recipe == recipe.spec
     AdapterStore(open_store(settings.store)).fetch(version.digest, tmp_path / "fetched")
@@ -211,8 +211,9 @@ def test_another_machine_resumes_the_run_of_a_killed_driver(
     (start,) = (e for e in events if e["event"] == "start")
     assert start["step"] >= left_at >= 10
     assert events[-1]["event"] == "published"
-    (version,) = Catalog(settings.catalog).adapter("orphan").versions
-    ended, orphaned = Catalog(settings.catalog).jobs(name="orphan").jobs
+    assert list(Catalog(settings.catalog).adapters.get("orphan").versions) == [1]
+    version = Catalog(settings.catalog).adapters.version("orphan", 1)
+    ended, orphaned = Catalog(settings.catalog).jobs.page(name="orphan").items
     assert version.manifest.job_id == orphaned.id
     assert (ended.status, ended.version, orphaned.status) == ("succeeded", 1, "running")
 
@@ -222,11 +223,12 @@ def test_a_stopped_job_is_recorded_and_releases_its_run(
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from jobs.submission.commands import from_spec
+    from jobs.submission.commands import Place, Submission, Work
 
-    spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
+    recipe = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000)
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)
-    job = client.submit_job(**from_spec(spec, settings, stage=tmp_path)._asdict())
+    submission = Submission.of(Work.training(recipe), Place.of_server(settings, tmp_path))
+    job = client.submit_job(**submission._asdict())
 
     def has_told_of_a_checkpoint() -> bool:
         lines = client.get_job_logs(job).splitlines()
@@ -234,10 +236,10 @@ def test_a_stopped_job_is_recorded_and_releases_its_run(
 
     until(has_told_of_a_checkpoint, lambda: client.get_job_logs(job))
     assert any(key.endswith("/state.json") for key in objects(settings, "stopped"))
-    assert catalog.job(job).status == "running"
+    assert catalog.jobs.get(job).status == "running"
     client.stop_job(job)
     until(lambda: client.get_job_status(job) == JobStatus.STOPPED, lambda: client.get_job_logs(job))
-    assert catalog.job(job).status == "stopped", client.get_job_logs(job)[-2000:]
+    assert catalog.jobs.get(job).status == "stopped", client.get_job_logs(job)[-2000:]
     found = open_runs(settings).latest("stopped")
     assert found.job_id == job
     store = open_store(settings.store)

@@ -13,9 +13,9 @@ from jobs.submission.command import jobs
 from jobs.submission.tracker import id_of
 from loray.catalog import Catalog
 from loray.errors import ClusterError, JobNotFound
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec
-from serve_apps.api.examples import RECIPE
 from tests.fixtures.api import FakeJobs
 
 NIGHTLY = id_of(DEFAULT_TENANT, "nightly")
@@ -25,7 +25,7 @@ NIGHTLY = id_of(DEFAULT_TENANT, "nightly")
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path))
     catalog = Catalog(Settings.from_env().catalog)
-    catalog.add_job(NIGHTLY, name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    catalog.jobs.add(NIGHTLY, name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     return catalog
 
 

@@ -85,9 +85,9 @@ def test_a_killed_sweep_goes_on_and_publishes_the_best_trial(
     losses = {trial["trial"]: trial["loss"] for trial in ended if trial["status"] == "completed"}
     assert published["best"] == min(losses, key=lambda i: losses[i])
     catalog = Catalog(ray_cluster.settings.catalog)
-    version = catalog.adapter("swept").versions[-1]
+    version = catalog.adapters.version("swept", 1)
     assert (version.label, version.digest) == (published["label"], published["digest"])
-    assert catalog.job(published["job_id"]).version == version.version
+    assert catalog.jobs.get(published["job_id"]).version == version.version
     assert version.manifest.sweep == f"swept/{folder.name}, trial {published['best']} of 6"
     assert version.manifest.recipe is not None
     best = trials[published["best"]].recipe
@@ -97,4 +97,4 @@ def test_a_killed_sweep_goes_on_and_publishes_the_best_trial(
 
     again: list[Any] = []
     assert sweep("swept", ray_cluster.settings, again.append)["digest"] == version.digest  # nothing is left to train
-    assert len(catalog.adapter("swept").versions) == 1
+    assert len(catalog.adapters.get("swept").versions) == 1

@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from jobs.runs.folders import RunFolder
 from jobs.sweeps.command import draw, sweep
-from jobs.sweeps.driver import LOSS, PERCENT, TrialRecords, _prepare, _scheduler
+from jobs.sweeps.driver import Halving, TrialRecords, _prepare, falls_behind
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError
@@ -77,7 +77,7 @@ def plan_of(recipe: TrainSpec, num: int, **fields: Any) -> SweepPlan:
     return SweepPlan(recipe=recipe, folder=".", trials=trials, **fields)
 
 
-def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp_path: Path) -> None:
+def test_records_outlive_the_driver_and_stop_trials_of_the_next(tmp_path: Path) -> None:
     folder = RunFolder(fs.LocalFileSystem(), str(tmp_path / "sweep"))
     Path(folder.path).mkdir()
     plan, changed = plan_of(write(tmp_path).spec, 4), []
@@ -89,12 +89,24 @@ def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp
     again = TrialRecords(folder, plan, changed.append)
     assert list(again) == [*list(records)[:3], TrialRecord(trial=3, values={"adapter.rank": "3"})]
 
-    scheduler, trial = _scheduler(plan, again), SimpleNamespace(trial_id="new")
-    scheduler.on_trial_add(None, trial)
-    decisions = [scheduler.on_trial_result(None, trial, {PERCENT: 12, LOSS: loss}) for loss in (1.5,)]
-    assert decisions == ["STOP"]
-    fifo = _scheduler(plan.model_copy(update={"stops_early": False}), again)
-    assert fifo.on_trial_result(None, trial, {PERCENT: 12, LOSS: 1.5}) == "CONTINUE"
+    trial, result = SimpleNamespace(config={"trial": 3}), {"step": 12, "num_steps": 90}
+    for loss, decision in ((0.9, "CONTINUE"), (1.5, "STOP")):
+        assert Halving(again, stops_early=True).on_trial_result(None, trial, result | {"eval_loss": loss}) == decision
+    assert Halving(again, stops_early=False).on_trial_result(None, trial, result | {"eval_loss": 1.5}) == "CONTINUE"
+    assert (again[3].status, again[3].losses, changed[-1]) == ("running", ((12, 1.5),), again[3])
+
+
+def test_a_trial_that_is_not_among_the_best_third_falls_behind() -> None:
+    others = [record(i, "stopped" if i else "running", *([1.0 + i] * 2)) for i in range(4)]  # at 10 and 20 of 90 steps
+    for step, loss, expected in (
+        (9, 9.0, False),  # before the first rung
+        (10, 1.9, False),
+        (10, 2.1, True),
+        (40, 9.0, False),  # the first one so late
+    ):
+        assert falls_behind(record(4, "running").with_loss(step, loss, 90), others) is expected
+    assert not falls_behind(record(4, "running", 1.0, 9.0), others)  # it has passed this rung
+    assert falls_behind(record(4, "running", 1.0).with_loss(30, 9.0, 90), [*others, record(5, "failed", 1, 1, 1)])
 
 
 def test_data_is_read_once_and_losses_must_be_comparable(tmp_path: Path, settings: Settings) -> None:

@@ -22,7 +22,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from jobs.workers import reporting as gauges_module
-from jobs.workers.reporting import CheckpointUploads, GivenPeak, MeasuredPeak, RayReporter, TrainingGauges, Utilisation
+from jobs.workers.reporting import CheckpointUploads, Peak, RayReporter, TrainingGauges, Utilisation
 from loray.errors import TrainingError
 from loray.spec import TrainSpec
 from loray.telemetry import TRAINING_METRICS
@@ -224,7 +224,7 @@ def reporters(sent: list[dict[str, Any]], added: list[Any]) -> list[RayReporter]
             events,
             uploads,
             TrainingGauges("my-adapter", "20260101-000000", rank),
-            Utilisation(2e9, GivenPeak(4e12)) if rank == 0 else None,
+            Utilisation(2e9, Peak(4e12)) if rank == 0 else None,
             World(rank, 2),
             torch.device("cpu"),
             "this CPU has no bfloat16 products",
@@ -289,8 +289,8 @@ class Machine:
         self.now, self.taken = self.now + self.seconds, self.taken + 1
         return next(self._rates)
 
-    def peak(self, *, again: bool = True) -> MeasuredPeak:
-        return MeasuredPeak(self.sample, self.sample if again else None, self.clock)
+    def peak(self, *, again: bool = True) -> Peak:
+        return Peak(self.sample, self.sample if again else None, self.clock)
 
 
 def test_a_peak_that_was_measured_on_a_busy_machine_is_measured_again() -> None:
@@ -331,4 +331,4 @@ def test_samples_take_little_of_a_run() -> None:
 
 
 def test_a_given_peak_stays() -> None:
-    assert Utilisation(1.0, GivenPeak(10.0)).mfu(20.0, 1) == 2.0  # which shows that the setting is wrong
+    assert Utilisation(1.0, Peak(10.0)).mfu(20.0, 1) == 2.0  # which shows that the setting is wrong

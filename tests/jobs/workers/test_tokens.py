@@ -40,20 +40,21 @@ def in_bucket(s3_server: S3Server, copies: Path, max_bytes: int = 1 << 20) -> Bu
 
 def test_shards_in_a_bucket(s3_server: S3Server, tmp_path: Path) -> None:
     cache = in_bucket(s3_server, tmp_path)
-    assert cache.indices(["aa", "bb"]) == [None, None]
+    assert cache.index("aa") is None
     with pytest.raises(StoreError, match="was removed"):
         cache.tokens("aa")
     cache.put("aa", shard(5))
     again = pickle.loads(pickle.dumps(cache))
-    found, missing = again.indices(["aa", "bb"])
-    assert (found.num_tokens, found.num_documents, missing) == (100, 1, None)
+    found = again.index("aa")
+    assert found is not None
+    assert (found.num_tokens, found.num_documents, again.index("bb")) == (100, 1, None)
     assert again.tokens("aa")[:3].tolist() == [5, 6, 7]
     (copy,) = tmp_path.rglob("*.npy")
     copy.write_bytes(copy.read_bytes()[:50])  # of a node that lost power
     assert again.tokens("aa")[:3].tolist() == [5, 6, 7]
 
 
-def test_notes_and_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
+def test_notes_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
     filesystem, root = open_filesystem(s3_server.url("tokens"))
     cache, elsewhere = (BucketCache(filesystem, f"{root}/tokens", tmp_path / node) for node in ("a", "b"))
     cache.keep("aa", b"everywhere")
@@ -64,17 +65,6 @@ def test_notes_and_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Serv
     nowhere = BucketCache(filesystem, "no-such-bucket/tokens", tmp_path / "c")
     nowhere.keep("aa", b"lost")
     assert nowhere.note("aa") is None
-    parts = [np.array([2], np.int32), np.arange(5, dtype=np.int32)]
-    cache.keep_array("aa", parts)
-    cache.keep_array("bb", parts, here=True)
-    for found in (cache.array("aa"), elsewhere.array("aa"), cache.array("bb", here=True)):
-        assert isinstance(found, np.memmap)
-        assert (found.tolist(), found.dtype) == ([2, 0, 1, 2, 3, 4], np.int32)
-    assert elsewhere.array("bb") is None
-    assert elsewhere.array("bb", here=True) is None
-    assert nowhere.array("aa") is None
-    nowhere.keep_array("aa", parts)
-    assert nowhere.array("aa") is not None  # on this machine at least
 
 
 def test_a_node_keeps_the_copies_that_it_used_last(s3_server: S3Server, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs, tables
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim import NotingLauncher, or_skip
@@ -31,7 +30,7 @@ def launcher() -> NotingLauncher:
 def gathers(launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch) -> CudaOps:
     """The kernels alone: the tokens of every adapter are gathered, however many it has."""
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
-    return CudaOps(Gather(launcher), cast(Any, None))
+    return CudaOps(launcher, cast(Any, None))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from triton.runtime import interpreter
 
 from loray_kernels import Ops
 from loray_kernels.cuda import triton_launch
-from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.triton_launch import Tiles, split_input
 from tests.fixtures.shim import ShimLauncher
@@ -45,7 +44,7 @@ def dots() -> None:
 
 @pytest.fixture(scope="session")
 def ops() -> Ops:
-    return CudaOps(Gather(ShimLauncher()), Tiles())
+    return CudaOps(ShimLauncher(), Tiles())
 
 
 def test_splits_depend_on_the_input_alone() -> None:

@@ -26,7 +26,7 @@ from loray_kernels import (
     descriptor_words,
     vector_words,
 )
-from loray_kernels.cuda.tables import CapturedVectors
+from loray_kernels.cuda.tables import CapturedVectors, pack_token_rows
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 
 
@@ -78,17 +78,16 @@ def test_it_is_what_a_steps_tables_give(ops: Ops, dtype: torch.dtype) -> None:
     segments = AdapterSegments(tuple(first for first, _ in SPANS), tuple(stop for _, stop in SPANS))
     tables = tuple(table(adapters, module) for module in range(3))
     pool, x_TI, y_TO = randn(2, dtype, 2 * LAYER_SHARE), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
-    got, want, expected = (torch.split(y_TO.clone(), (136, 24, 8), dim=1) for _ in range(3))
-    ops.lora_by_descriptor(x_TI, got, pool, step, 4, LAYER_SHARE)
+    got, want, expected = (y_TO.clone() for _ in range(3))
+    ops.add_adapters(x_TI, got, None, pool, step, 4, LAYER_SHARE)
     h = ops.lora_shrink(x_TI, pool, tables, segments, LAYER_SHARE)
-    ops.lora_expand(want, h, pool, tables, segments, LAYER_SHARE)
-    REFERENCE.lora_by_descriptor(x_TI, expected, pool, step, 4, LAYER_SHARE)
-    for y, same, close in zip(got, want, expected, strict=True):
-        assert torch.equal(y, same)
+    ops.lora_expand(torch.split(want, (136, 24, 8), dim=1), h, pool, tables, segments, LAYER_SHARE)
+    REFERENCE.add_adapters(x_TI, expected, None, pool, step, 4, LAYER_SHARE)
+    assert torch.equal(got, want)
+    for y, close in zip(*(torch.split(both, (136, 24, 8), dim=1) for both in (got, expected)), strict=True):
         near(y, close, dtype)
-    before = [y.clone() for y in got]
-    ops.lora_by_descriptor(x_TI, got, pool, step, 0, 0)  # nobody has anything in this layer
-    assert all(map(torch.equal, got, before))
+    ops.add_adapters(x_TI, got, None, pool, step, 0, 0)  # nobody has anything in this layer
+    assert torch.equal(got, want)
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -105,7 +104,7 @@ class Step(NamedTuple):
     starts: list[int]
 
 
-def step() -> Step:
+def step(parts: Parts = Parts.OWN) -> Step:
     """Tokens 0 and 10 are the base's; 1 to 4 have two adapters of the first pair, 5 one of the second; 6 and 7 have
     DoRA, 8 LongLoRA; 9 has nothing in layer 1. Token 11 and the last item are padding.
     """
@@ -140,18 +139,17 @@ def step() -> Step:
     pairs = [at + int(words[at + shape.pair_word]) for at in (own[0], own[2])]
     items = [(pairs[0], 1, 4), (pairs[1], 5, 1)]
     vectors = CapturedVectors(allocator.table, shape, torch.tensor(starts), torch.tensor([*items, (0, 0, 0)]))
-    parts = Parts.VERA | Parts.DORA | Parts.OWN
     return Step(StepDescriptors(allocator.table, torch.zeros(3, 3, dtype=torch.int64), parts, vectors), starts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:
     pool, x_TI, y_TO = randn(2, dtype, 60_000) / 4, randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
-    descriptors = step().descriptors
+    descriptors = step(Parts.VERA).descriptors
     for layer in range(NUM_LAYERS):
         got, want = y_TO.clone(), y_TO.clone()
         for o, y in ((ops, got), (REFERENCE, want)):
-            o.vera_by_descriptor(x_TI, y, pool, descriptors, 4 * layer, layer * SHARE)
+            o.add_adapters(x_TI, y, None, pool, descriptors, 4 * layer, layer * SHARE)
         near(got, want, dtype)
         changed = (want != y_TO).any(dim=1).tolist()
         assert changed == [False] + [layer == 1] * 4 + [True] + [False] * 6
@@ -159,9 +157,10 @@ def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:
 
 
 def test_the_reference_adds_what_the_equation_says() -> None:
-    pool, x_TI, descriptors = randn(2, torch.float32, 60_000) / 4, randn(3, torch.float32, 12, 40), step().descriptors
+    pool, x_TI = randn(2, torch.float32, 60_000) / 4, randn(3, torch.float32, 12, 40)
+    descriptors = step(Parts.VERA).descriptors
     y_TO, pair = torch.zeros(12, 168), PAIRS[0]
-    REFERENCE.vera_by_descriptor(x_TI, y_TO, pool, descriptors, 4, SHARE)
+    REFERENCE.add_adapters(x_TI, y_TO, None, pool, descriptors, 4, SHARE)
     vectors = descriptors.vectors
     assert vectors is not None
     slots, own_WS = vectors.shape.slots, vectors.rows_LWS[1] + SHARE
@@ -175,11 +174,11 @@ def test_the_reference_adds_what_the_equation_says() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_doras_scales(ops: Ops, has_bias: bool, dtype: torch.dtype) -> None:
-    pool, y_TO = randn(2, dtype, 60_000), randn(4, dtype, 12, 168)
-    bias_O, descriptors = randn(5, dtype, 168) if has_bias else None, step().descriptors
+    pool, x_TI, y_TO = randn(2, dtype, 60_000), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
+    bias_O, descriptors = randn(5, dtype, 168) if has_bias else None, step(Parts.DORA).descriptors
     got, want = y_TO.clone(), y_TO.clone()
     for o, y in ((ops, got), (REFERENCE, want)):
-        o.scale_by_descriptor(y, bias_O, pool, descriptors, 4, SHARE)
+        o.add_adapters(x_TI, y, bias_O, pool, descriptors, 4, SHARE)
     near(got, want, dtype)
     assert (got != y_TO).any(dim=1).tolist() == [t in (6, 7) for t in range(12)]
     assert torch.equal(got[:, 136:160], y_TO[:, 136:160])  # k has none
@@ -198,7 +197,7 @@ def test_norms_rope_and_embedding_rows(ops: Ops) -> None:
         near(y_TD[8], plain[8] / weight_D * torch.cat(parts), torch.float32)
         others = [t for t in range(12) if t != 8]
         assert torch.equal(y_TD[others], plain[others])
-        assert own.rows.memo["cuda tokens"].tolist() == [t if t == 8 else -1 for t in range(12)]
+        assert own.prepared[pack_token_rows].tolist() == [t if t == 8 else -1 for t in range(12)]
     inverse_h = torch.linspace(2, 3, 8)
     inverse_Th, factor_T = vectors.rope(inverse_h, 1.0)
     assert torch.equal(inverse_Th[8], torch.from_numpy(np.linspace(1, 0.1, 8, dtype=np.float32)))

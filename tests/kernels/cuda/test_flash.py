@@ -106,6 +106,15 @@ def test_prompts_are_those_of_the_reference(lengths: tuple[int, ...], contexts: 
         assert flash._wrapper.num_plans == num_steps
 
 
+def test_a_layer_may_scale_otherwise() -> None:
+    flash = FlashPrompts(Wrapper, CPU)
+    pool, q_THd, meta = step((5, 33), (5, 50))
+    for layer, scale in enumerate((0.25, 0.5)):
+        out_THd = torch.zeros_like(q_THd)
+        assert flash(q_THd, out_THd, pool, LAYOUT, layer, meta, scale)
+        near(out_THd, REFERENCE.paged_attention(q_THd, pool, LAYOUT, layer, meta, scale), torch.bfloat16)
+
+
 def test_where_it_fails_our_kernels_go_on(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Wrapper):
         def plan(self, *arguments: Any, **named: Any) -> None:

@@ -122,13 +122,12 @@ def test_flashinfers_attention_is_ours(dtype: torch.dtype) -> None:
 
 def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
     """Pinned rows, others, and those that are on the device already."""
-    from loray_kernels.cuda.kernels import Gather
     from loray_kernels.cuda.launch import CupyLauncher
     from loray_kernels.cuda.upload import PageUploader
 
     device = torch.device("cuda")
     pool = torch.zeros(1 << 20, device=device)
-    uploader = PageUploader(Gather(CupyLauncher(device)), pool)
+    uploader = PageUploader(CupyLauncher(device), pool)
     rows_LE = randn(1, torch.float32, 2, 1 << 16)
     pieces = [PageCopy(i * 512, (127 - i) * 1024 + 3, 512) for i in range(128)]
     for n, rows in enumerate((rows_LE.pin_memory(), rows_LE + 1, (rows_LE + 2).to(device))):

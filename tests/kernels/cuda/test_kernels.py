@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from loray_kernels import AttentionMeta, DecodeStep, Decoding, KvLayout, Ops, PageCopy
-from loray_kernels.cuda import kernels, tables
+from loray_kernels.cuda import attention, tables
+from loray_kernels.cuda.attention import AttentionWork, DecodeAttention
 from loray_kernels.cuda.graphs import PaddedStep
-from loray_kernels.cuda.kernels import AttentionWork, Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items
-from loray_kernels.cuda.upload import parts, piece_table
+from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items, pack_attention
+from loray_kernels.cuda.upload import parts, piece_table, place_pages
 from loray_kernels.kv import DirectWriter
 from tests.fixtures.shim import NotingLauncher, compile_shim
 from tests.kernels.backends import store
@@ -95,11 +95,11 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
         made.append(out.nbytes if (out := empty(*shape, **kwargs)).dim() == 1 else 0)
         return out
 
-    monkeypatch.setattr(kernels.torch, "empty", counted)
+    monkeypatch.setattr(attention.torch, "empty", counted)
     of_split = 4 * 4 * 18
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
-        monkeypatch.setattr(kernels, "PARTIAL_BYTES", num_bytes)
-        meta.memo.pop("cuda work")
+        monkeypatch.setattr(attention, "PARTIAL_BYTES", num_bytes)
+        meta.prepared.pop(AttentionWork)
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
         assert max(made) == most
         made.clear()
@@ -121,7 +121,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
         places = [int(s) * max_blocks + i for s, t in zip(slots, meta.block_table, strict=True) for i in range(len(t))]
         new = [int(block) for table in meta.block_table for block in table]
         none = np.array([], dtype=np.int64)
-        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, slots, none, places, new))
+        padded.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, slots, none, places, new))
         step = padded.step()
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
@@ -143,7 +143,7 @@ def test_pages_are_scattered(launcher: NotingLauncher, layers: list[int], dtype:
         for start, to, length in pieces:
             expected[offset + to : offset + to + length] = row_E[start : start + length]
     pool, direct = torch.zeros(8000, dtype=dtype), torch.zeros(8000, dtype=dtype)
-    Gather(launcher).place_pages(pool, rows_LE, piece_table(333, offsets, pieces))
+    place_pages(launcher, pool, rows_LE, piece_table(333, offsets, pieces))
     DirectWriter(direct).write(rows_LE, offsets, pieces)
     assert torch.equal(pool, expected)
     assert torch.equal(direct, expected)
@@ -151,7 +151,7 @@ def test_pages_are_scattered(launcher: NotingLauncher, layers: list[int], dtype:
         pool.zero_()
         for rows, table_P3 in parts(rows_LE.view(-1), piece_table(333, offsets, pieces), most):
             assert len(rows) <= most
-            Gather(launcher).place_pages(pool, rows, table_P3)
+            place_pages(launcher, pool, rows, table_P3)
         assert torch.equal(pool, expected)
     assert piece_table(333, [], pieces).shape == piece_table(333, offsets, []).shape == (0, 3)
 
@@ -227,7 +227,7 @@ def planned(launcher: NotingLauncher, contexts: list[int]) -> AttentionWork:
     num, none = len(contexts), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([n for i in range(num) for n in (i, 2 * i)])
     tables = AttentionTables(none, torch.tensor(contexts), none, none, Items(tokens, num), Items(none, 0), MAX_SPLITS)
-    return Gather(launcher).plan_attention(tables, 8, LAYOUT)
+    return DecodeAttention(launcher).plan(tables, 8, LAYOUT)
 
 
 @pytest.mark.parametrize("room", [1, 100, 300, 1 << 20])
@@ -235,7 +235,7 @@ def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
     launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """`room`: for partial sums of so many splits. 300 sequences are more than a block has threads."""
-    monkeypatch.setattr(kernels, "PARTIAL_BYTES", room * 4 * 8 * 66)
+    monkeypatch.setattr(attention, "PARTIAL_BYTES", room * 4 * 8 * 66)
     generator = torch.Generator().manual_seed(1)
     contexts = (torch.rand(300, generator=generator) ** 6 * 40_000).long().tolist()
     contexts[:4] = [0, SPLIT, SPLIT + 1, 64 * SPLIT + 1]
@@ -267,11 +267,11 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: NotingLaunch
     found = []
     for processors in (1, 132):
         launcher.forget()
-        meta.memo.clear()
-        ops = CudaOps(Gather(launcher, processors), cast(Any, None))
+        meta.prepared.clear()
+        ops = CudaOps(launcher, cast(Any, None), num_processors=processors)
         found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125) for _ in range(2)])
         assert attention_grids(launcher) == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
-        work: AttentionWork = meta.memo["cuda work"]
+        work: AttentionWork = meta.prepared[AttentionWork]
         assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
         assert not work.arrived.any()
     near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), dtype)
@@ -283,7 +283,7 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
     """32 sequences that may have 64 splits, and have one."""
     contexts = [20] * 32
     pool, meta = decode_step(torch.bfloat16, contexts, LAYOUT)
-    ops, q_THd = CudaOps(Gather(launcher, 16), cast(Any, None)), randn(5, torch.bfloat16, 32, 4, 64)
+    ops, q_THd = CudaOps(launcher, cast(Any, None), num_processors=16), randn(5, torch.bfloat16, 32, 4, 64)
     tables = AttentionTables(
         torch.arange(33),
         torch.tensor(contexts),
@@ -293,9 +293,9 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
         Items(torch.zeros(0, dtype=torch.int64), 0),
         MAX_SPLITS,
     )
-    meta.memo["cuda"] = tables
+    meta.prepared[pack_attention] = tables
     got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125)
     (grid,) = attention_grids(launcher)
     assert grid == (64, 2, 1)  # eight for each multiprocessor, where there were 32 × 2 × 64
-    assert meta.memo["cuda work"].starts_G1.tolist() == [0, 32]
+    assert meta.prepared[AttentionWork].starts_G1.tolist() == [0, 32]
     near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), torch.bfloat16)

@@ -14,7 +14,7 @@ import torch
 
 from loray_kernels import ITEM_TOKENS, MAX_PAIR_RANK, BackendUnavailable, backend, use_device
 from loray_kernels import sampling as draws
-from loray_kernels.cuda import kernels, launch, sampling, tables
+from loray_kernels.cuda import attention, launch, ops, sampling, tables, upload
 from loray_kernels.cuda.launch import FILES, SOURCES, Compiled, CupyLauncher, compile_source
 from loray_kernels.sampling import MAX_TOP
 
@@ -127,20 +127,21 @@ def test_launches_and_kernels_agree() -> None:
         return int(value)
 
     assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == ITEM_TOKENS
-    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == kernels._SHRINK_WARPS
+    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == ops.SHRINK_WARPS
     assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
-    assert 2 * constant("lora.cu", "THREADS") == 2 * kernels._EXPAND_THREADS == tables.TILE_COLUMNS
+    assert 2 * constant("lora.cu", "THREADS") == 2 * ops.EXPAND_THREADS == tables.TILE_COLUMNS
     assert constant("splits.cuh", "SPLIT") == tables.SPLIT
     assert constant("splits.cuh", "MAX_SPLITS") == tables.MAX_SPLITS
-    assert constant("splits.cuh", "GROUP") == kernels._GROUP
-    assert constant("tensor.cuh", "KEYS") == kernels._TENSOR_KEYS
-    assert constant("attention.cu", "HEAD") == kernels.MAX_HEAD_DIM
+    assert constant("splits.cuh", "GROUP") == attention.GROUP
+    assert constant("tensor.cuh", "KEYS") == attention.TENSOR_KEYS
+    assert constant("attention.cu", "HEAD") == attention.MAX_HEAD_DIM
     assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == sampling._THREADS
     assert constant("draw.cuh", "BLOCK") == draws._BLOCK
     assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == sampling.MAX_VOCAB <= 1 << 20
     assert constant("choose.cu", "MAX_TOP") == MAX_TOP
-    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {kernels._THREADS}
-    assert constant("rows.cu", "NORM_THREADS") == kernels._NORM_THREADS
+    threads = {ops.THREADS, attention.THREADS, upload._THREADS}
+    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == threads
+    assert constant("rows.cu", "NORM_THREADS") == ops.NORM_THREADS
 
 
 @pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])

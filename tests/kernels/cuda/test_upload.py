@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from loray_kernels.cuda import upload
+from loray_kernels.cuda.launch import Launcher
 from loray_kernels.cuda.upload import PageUploader
 from loray_kernels.kv import PageCopy
 
@@ -41,16 +42,14 @@ class Event:
         return self.there
 
 
-class Gather:
-    """`place_pages` is queued on the copy stream."""
+class Pages:
+    """In the place of `place_pages`: it is queued on the copy stream. `sizes`: elements of each call."""
 
-    def __init__(self) -> None:
-        self.stream: Stream | None = None
-        self.sizes: list[int] = []
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.sizes = stream, list[int]()
 
-    def place_pages(self, pool: Tensor, rows: Tensor, table_P3: Tensor) -> None:
+    def __call__(self, launch: Launcher, pool: Tensor, rows: Tensor, table_P3: Tensor) -> None:
         self.sizes.append(len(rows))
-        assert self.stream is not None
         self.stream.queued.append(lambda: None)
 
 
@@ -71,17 +70,20 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Stream:
     return stream
 
 
-def uploader(num_elements: int) -> tuple[PageUploader, Gather]:
-    gather: Any = Gather()
-    made = PageUploader(gather, torch.zeros(num_elements))
-    gather.stream = made._stream
-    return made, gather
+@pytest.fixture
+def made(steps: Stream) -> PageUploader:
+    return PageUploader(cast(Any, None), torch.zeros(64))
 
 
-def test_each_adapter_has_an_event_of_its_own(steps: Stream) -> None:
-    made, gather = uploader(64)
-    copies: Any = gather.stream
-    arrivals = []
+@pytest.fixture
+def pages(made: PageUploader, monkeypatch: pytest.MonkeyPatch) -> Pages:
+    found = Pages(cast(Any, made._stream))
+    monkeypatch.setattr(upload, "place_pages", found)
+    return found
+
+
+def test_each_adapter_has_an_event_of_its_own(steps: Stream, made: PageUploader, pages: Pages) -> None:
+    copies, arrivals = pages.stream, []
     for _ in range(2):
         for _ in range(2):  # with several writes
             made.write(torch.ones(2, 8), [0, 16], [PageCopy(0, 3, 8)])
@@ -99,10 +101,9 @@ def test_each_adapter_has_an_event_of_its_own(steps: Stream) -> None:
     assert steps.num_waits == 1
 
 
-def test_rows_cross_the_bus_in_parts(steps: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_cross_the_bus_in_parts(made: PageUploader, pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "STAGING_BYTES", 6 * 4)
-    made, gather = uploader(64)
     made.write(torch.ones(2, 8), [0, 16], [PageCopy(0, 3, 8)])
-    assert gather.sizes == [6, 6, 4]
+    assert pages.sizes == [6, 6, 4]
     made.write(torch.ones(2, 0), [0, 16], [])
-    assert gather.sizes == [6, 6, 4]
+    assert pages.sizes == [6, 6, 4]

@@ -53,7 +53,7 @@ async def test_headers_and_a_refusal_in_openais_form(front: Front, path: str) ->
         assert "1 requests a minute of the key k1" in error["message"]
         assert int(refused.headers["retry-after"]) in range(58, 61)
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-    assert [event.outcome for event in front.books.events] == ["ok"]
+    assert [event.outcome for event in front.events] == ["ok"]
 
 
 async def test_without_limits_there_are_no_headers(front: Front) -> None:
@@ -71,13 +71,13 @@ async def test_what_was_reserved_is_settled(front: Front, stream: bool) -> None:
             assert response.status_code == 200, response.text
             remaining = int(response.headers["x-ratelimit-remaining-tokens"])
             assert remaining in range(1000 - 206 - 9 * i, 1000 - 206 - 9 * i + 20)
-    assert [(e.num_prompt_tokens, e.num_output_tokens) for e in front.books.events] == [(6, 3)] * 4
+    assert [(e.num_prompt_tokens, e.num_output_tokens) for e in front.events] == [(6, 3)] * 4
 
 
 async def test_choices_of_one_prompt_count_it_once(front: Front) -> None:
     async with front.asking(ScriptedEngines([delta("a", "stop")])) as client:
         await client.post("/completions", json=front.body(prompt=["abc", "de"], n=2))
-    (event,) = front.books.events
+    (event,) = front.events
     assert (event.num_prompt_tokens, event.num_output_tokens) == (5, 8)
 
 
@@ -96,7 +96,7 @@ async def test_a_request_that_fails(
             response = await client.post("/completions", json=front.body())
             assert "max_parallel" not in response.text
             assert response.json()["error"]["code"] == outcome
-    ended = [(e.outcome, (e.num_prompt_tokens, e.num_output_tokens)) for e in front.books.events]
+    ended = [(e.outcome, (e.num_prompt_tokens, e.num_output_tokens)) for e in front.events]
     assert ended == [(outcome, tokens)] * 2
 
 
@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_pays_for_what_it_got(front: Front) -> None:
         engines.script, engines.hang = [delta("a", "stop")], False
         response = await client.post("/completions", json=front.body(max_tokens=400))
         assert response.status_code == 200, response.text
-    first, second = front.books.events
+    first, second = front.events
     assert first.outcome in ("disconnected", "cancelled")
     assert second.outcome == "ok"
 
@@ -125,10 +125,10 @@ async def test_the_event_names_the_adapter_and_reaches_the_catalog(front: Front)
         for priority in (-5, 7):
             await client.post("/completions", json=front.body(model="tone@1", priority=priority))
     assert [request.priority for request in engines.requests] == [-3, 7]
-    first, second = front.books.events
+    first, second = front.events
     assert (first.tenant, first.key_id, first.model, first.digest) == ("acme", "k1", "tone", version.digest)
     assert (first.tier, second.tier) == ("priority", "flex")
-    (row,) = catalog.usage(["tenant", "key", "model"])
+    (row,) = catalog.usage.sums(["tenant", "key", "model"])
     assert (row.tenant, row.key_id, row.model, row.num_requests) == ("acme", "k1", "tone", 2)
     catalog.close()
 
@@ -141,7 +141,7 @@ async def test_a_budget_counts_what_was_used_before_the_start(front: Front) -> N
             while (response := await client.post("/completions", json=front.body())).status_code == 200:
                 pass
             assert "25 tokens in 30d of the key k1" in response.json()["error"]["message"]
-    assert len(front.books.events) in (3, 4)  # two of ten tokens; then one or two before the catalog has answered
+    assert len(front.events) in (3, 4)  # two of ten tokens; then one or two before the catalog has answered
 
 
 async def test_the_access_log_has_refusals_and_no_prompts(front: Front, tmp_path: Path) -> None:

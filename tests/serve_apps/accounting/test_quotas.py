@@ -15,13 +15,14 @@ import pytest
 import ray
 
 from loray.catalog import Catalog
+from loray.catalog.quotas import Quotas
 from loray.errors import CatalogError, RateLimited
 from loray.policy.quota_owner import QuotaOwner
 from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
 from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
-from serve_apps.accounting.accounts import UsageMeter, UsageSink
+from serve_apps.accounting.accounts import UsageMeter
 from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
 from tests.fixtures.figures import event
 
@@ -150,7 +151,7 @@ async def test_while_the_database_is_away_the_last_division_goes_on(
 ) -> None:
     first, second = await database.started("a", "b", rpm_limit=60)
     with monkeypatch.context() as patch:
-        patch.setattr(Catalog, "count_quotas", away)
+        patch.setattr(Quotas, "count", away)
         assert (first.burst(), second.burst()) == (30, 30)
         await database.wait(100, first, second)
         assert (first.burst(), second.burst()) == (30, 30)
@@ -162,7 +163,7 @@ async def test_a_deployment_that_starts_without_the_database_counts_alone(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Catalog, "known_quotas", away)
+        patch.setattr(Quotas, "known", away)
         (only,) = await database.started("a", rpm_limit=60)
         assert only.burst() == 60
     await database.wait(30, only)
@@ -186,7 +187,7 @@ async def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> 
 async def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
     catalog = database.catalog()
     used = event(1, tenant="default", model="tiny", num_prompt_tokens=90, num_cached_tokens=0, num_output_tokens=5)
-    catalog.record_usage([replace(used, created_at=datetime.fromtimestamp(_START, UTC))])
+    catalog.usage.record([replace(used, created_at=datetime.fromtimestamp(_START, UTC))])
     (only,) = await database.started("a", max_budget=100)
     assert only.ask(1) is not None
     await database.wait(1, only)
@@ -225,7 +226,7 @@ async def test_servers_with_one_gateway_divide_a_limit_and_keep_it_over_a_restar
 
     def server(name: str) -> UsageMeter:
         env = {"LORAY_HOME": str(tmp_path / name), "LORAY_CATALOG": catalog_url}
-        return UsageMeter(sink=UsageSink(Settings.from_env(env)))
+        return UsageMeter(Settings.from_env(env))
 
     def burst(server: UsageMeter) -> int:
         admitted = 0
@@ -255,7 +256,7 @@ async def test_owners_of_two_clusters_know_of_each_other(
     actors = [QuotaActor("loray", 2) for _ in range(2)]
     assert [(await actor.exchange("g", ())).num_owners for actor in actors] == [1, 2]
     for actor in actors:
-        await actor._owner.close()
+        await actor.close()
 
 
 async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

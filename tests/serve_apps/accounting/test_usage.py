@@ -21,11 +21,10 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError
-from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, SamplingParams, UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
-from serve_apps.accounting.accounts import RequestUsage, UsageMeter, UsageSink
+from serve_apps.accounting.accounts import RequestUsage, UsageMeter
 from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
 from tests.fixtures.asking import eventually
 from tests.fixtures.catalogs import new_postgresql, sqlite_catalog
@@ -50,7 +49,7 @@ class Books:
     @property
     def num_requests(self) -> int:
         with closing(Catalog(self.url)) as catalog:
-            return catalog.usage([])[0].num_requests
+            return catalog.usage.sums([])[0].num_requests
 
     @property
     def journals(self) -> list[Path]:
@@ -280,9 +279,8 @@ class Gateway:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.writer = UsageWriter(lambda: Catalog(url), folder)
-        books = UsageSink(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": url}))
-        books._writer = self.writer
-        self.accounts = UsageMeter(sink=books)
+        self.accounts = UsageMeter()
+        self.accounts._writer = self.writer
         self.delivered: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -354,7 +352,7 @@ def test_whatever_write_a_gateway_is_killed_at(tmp_path: Path, monkeypatch: pyte
         for _ in range(2):  # the second finds nothing
             UsageWriter(lambda url=url: Catalog(url), folder).close()
         catalog = Catalog(url)
-        used = {row.model: row for row in catalog.usage(["model"])}
+        used = {row.model: row for row in catalog.usage.sums(["model"])}
         catalog.close()
         for name, num_tokens in gateway.delivered.items():
             assert used[name].num_requests == 1, at

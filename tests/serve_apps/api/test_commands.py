@@ -16,14 +16,14 @@ from jobs.submission.tracker import id_of
 from loray.bases.registry import BaseModel
 from loray.cli import eval_tasks
 from loray.client import CatalogClient
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import Evaluation
-from serve_apps.api.examples import RECIPE
 from tests.cli.run import Loray
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import RESULTS, event
-from tests.fixtures.versions import digest, manifest, publish
+from tests.fixtures.versions import BASE, digest, manifest, publish
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.Monke
     assert now["metadata"] == {"team": "support"}
     assert now["expires"] is not None
     assert loray("keys", "update", "nightly", "--expires", "never").out == f"{key['id']} (nightly) is changed\n"
-    assert api.catalog.key(key["id"]).expires_at is None
+    assert api.catalog.keys.get(key["id"]).expires_at is None
     assert loray("keys", "update", "nightly").code == 2
     assert loray("keys", "update", "nightly", "--rpm", "many").code == 2
     assert "KEY=VALUE" in loray("keys", "update", "nightly", "--metadata", "x").err
@@ -78,7 +78,7 @@ def test_tags_and_owners(loray: Loray, api: Api) -> None:
     assert loray("adapters", "transfer", "tone", "--to", "acme", "--yes").out == "tone is acme/tone now\n"
     back = loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json")
     again = json.loads(back.out)
-    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
+    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", BASE[:12])
     publish(api.catalog, "acme/mood", 2)
     assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
 
@@ -87,12 +87,12 @@ def test_adapters_and_usage_are_shown_as_by_the_catalog_itself(
     loray: Loray, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = datetime.now(UTC)
-    api.catalog.create_tenant("acme")
+    api.catalog.tenants.create("acme")
     publish(api.catalog, "acme/tone", 1, 2, aliases=("prod",))
     loss = Evaluation(metric="loss", value=1.5, subject="adapter", dataset="later")
-    api.catalog.record_evaluations(digest(1), [loss])
-    api.catalog.report_death(digest(1), "r1", now, lambda deaths: timedelta(hours=1))
-    api.catalog.record_usage([event(1, created_at=now), event(2, created_at=now, tenant="other", model="acme/tone")])
+    api.catalog.evaluations.record(digest(1), [loss])
+    api.catalog.quarantine.report_death(digest(1), "r1", now, lambda deaths: timedelta(hours=1))
+    api.catalog.usage.record([event(1, created_at=now), event(2, created_at=now, tenant="other", model="acme/tone")])
     asked: list[tuple[object, ...]] = [
         ("adapters", "show", "acme/tone@1"),
         ("adapters", "show", "acme/tone"),
@@ -141,7 +141,7 @@ def test_figures_of_tasks_are_reported_to_the_server(
     loray: Loray, api: Api, base: BaseModel, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = manifest(1).model_copy(update={"base": base.name, "base_fingerprint": base.fingerprint})
-    api.catalog.register("tone", digest(1), described, ["prod"])
+    api.catalog.adapters.register("tone", digest(1), described, ["prod"])
     asked: list[str] = []
 
     def run(settings: Settings, model: Mapping[str, Any], tasks: object, options: object, folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_figures_of_tasks_are_reported_to_the_server(
     assert told.code == 0, told.err
     assert json.loads(told.out)["digest"] == digest(1)
     assert asked == ["tone@1", f"{url}/v1/completions"]
-    found = [(e.metric, e.value, e.measured_by) for e in api.catalog.version("tone", 1).evaluations]
+    found = [(e.metric, e.value, e.measured_by) for e in api.catalog.adapters.version("tone", 1).evaluations]
     assert found == [("acc", 0.5, "key"), ("acc_norm", 0.25, "key"), ("exact_match/strict-match", 0.75, "key")]
     shown = loray("adapters", "show", "tone")
     assert "MEASURED BY" in shown.out

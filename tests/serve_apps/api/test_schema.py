@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from pydantic import BaseModel
 from schemathesis import GenerationMode
 from starlette.routing import Match
 
@@ -19,7 +20,6 @@ from loray.errors import AdapterNotFound
 from loray.policy.auth import KeyRing
 from loray.schemas import access, resources
 from loray.spec import Principal, TrainSpec
-from serve_apps.api import examples
 from tests.cli.documented import blocks
 from tests.conftest import REPOSITORY
 from tests.fixtures.api import Api, submit
@@ -52,9 +52,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     ring = KeyRing(static={hashlib.sha256(KEY.encode()).digest(): Principal(key_id="deployment")})
     api = Api(home, url, access_of(url, host="0.0.0.0", ring=ring))
     api.http.headers.update(HEADERS)
-    api.catalog.add_base("smollm2", BASE)
+    api.catalog.bases.add("smollm2", BASE)
     publish(api.catalog, "tone", 1, 2, aliases=("prod",))
-    api.catalog.set_tag("tone", "team", "support")
+    api.catalog.tags.set("tone", "team", "support")
     submit(api, "job-1")
     restore(api)
     yield api
@@ -94,9 +94,9 @@ def restore(api: Api) -> None:
     """There is an alias that can be rolled back."""
     for deleted in (None, 1):
         with suppress(AdapterNotFound):
-            api.catalog.restore("tone", deleted)
+            api.catalog.removal.restore("tone", deleted)
     for version in (1, 2):
-        api.catalog.promote("tone", "prod", version)
+        api.catalog.aliases.move("tone", "prod", version)
 
 
 def ask(api: Api, case: Any, checks: Any, headers: Headers) -> int:
@@ -156,23 +156,23 @@ def test_the_document(document: Any) -> None:
     assert list(operations["POST /jobs"]["requestBody"]["content"]) == ["application/json", "application/yaml"]
 
 
-def test_examples_are_what_they_are_examples_of() -> None:
-    for model, example in (
-        (resources.AdapterResource, examples.ADAPTER),
-        (resources.VersionResource, examples.VERSION),
-        (resources.AliasResource, examples.ALIAS),
-        (resources.TagResource, examples.TAG),
-        (resources.DownloadResource, examples.DOWNLOAD),
-        (resources.BaseResource, examples.BASE),
-        (resources.PlacementResource, examples.PLACEMENT),
-        (resources.JobResource, examples.JOB),
-        (access.KeyResource, examples.KEY),
-        (access.NewKeyResource, examples.NEW_KEY),
-        (access.TenantResource, examples.TENANT),
-        (access.AuditResource, examples.AUDIT),
-        (TrainSpec, examples.RECIPE),
-    ):
-        assert set(model.model_validate(example).model_dump(mode="json", exclude_unset=True)) == set(example)
+BODIES = [
+    model
+    for module in (access, resources)
+    for model in vars(module).values()
+    if isinstance(model, type) and issubclass(model, BaseModel) and re.fullmatch(r"\w+Resource", model.__name__)
+]
+
+
+@pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
+def test_examples_are_what_they_are_examples_of(model: type[BaseModel]) -> None:
+    example = resources.example_of(model)
+    assert example
+    assert set(model.model_validate(example).model_dump(mode="json", exclude_unset=True)) == set(example)
+
+
+def test_the_recipe_of_the_examples_is_one() -> None:
+    assert TrainSpec.parse(resources.RECIPE_EXAMPLE, source="the example").name == "tone"
 
 
 _PATH = re.compile(r"/api/v1(/[^?\s]*)")

@@ -90,6 +90,6 @@ def test_an_unforeseen_error_is_a_problem_without_details(api: Api, monkeypatch:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(api.catalog, "bases", fail)
+    monkeypatch.setattr("loray.catalog.adapters.Bases.fingerprints", fail)
     body = problem(api.http.get("/bases"), 500)
     assert "secret" not in body["detail"]

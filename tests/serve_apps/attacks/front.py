@@ -42,8 +42,8 @@ def front(
     catalog = Catalog(url)
     keys = {}
     for tenant in tenants:
-        catalog.create_tenant(tenant)
-        keys[tenant] = catalog.create_key(f"key of {tenant}", tenant=tenant, scopes=frozenset({"infer"})).secret
+        catalog.tenants.create(tenant)
+        keys[tenant] = catalog.keys.create(f"key of {tenant}", tenant=tenant, scopes=frozenset({"infer"})).secret
     catalog.close()
     app = gateway_app(base, url, engines, access=access_of(url, host="0.0.0.0"), **spec)
     with TestClient(app, raise_server_exceptions=False) as client:

@@ -46,7 +46,7 @@ def test_a_prompt_counts_as_often_as_it_is_computed(
                 assert (await client.post("/completions", json=body)).status_code == 429
 
     asyncio.run(run())
-    (event,) = front.books.events
+    (event,) = front.events
     assert (event.num_prompt_tokens, event.num_output_tokens) == (num_computed, num_sequences)
 
 
@@ -103,5 +103,5 @@ def test_answers_without_a_limit_end_where_the_budget_does(front: Front, monkeyp
 
     choices = asyncio.run(run())
     assert {(c["finish_reason"], c["stop_reason"]) for c in choices} == {("length", "quota")}
-    used = sum(event.num_prompt_tokens + event.num_output_tokens for event in front.books.events)
+    used = sum(event.num_prompt_tokens + event.num_output_tokens for event in front.events)
     assert budget - 20 < used <= budget

@@ -43,7 +43,7 @@ def api(tmp_path: Path, base: BaseModel) -> Iterator[Api]:
 
 
 def client_of(api: Api, *scopes: Any) -> CatalogClient:
-    key = api.catalog.create_key(" ".join(scopes), scopes=scopes).secret
+    key = api.catalog.keys.create(" ".join(scopes), scopes=scopes).secret
     return CatalogClient("http://test", api_key=key, transport=api.transport)
 
 
@@ -72,7 +72,7 @@ def test_the_gate_believes_no_measurement_that_was_uploaded(
     assert version.manifest.evaluations == ()
     with pytest.raises(GateRefused, match="have not been measured on the same data"):
         client.promote("tone", "prod", 1)
-    api.catalog.record_evaluations(version.digest, figures(good))  # measured by somebody who has the database
+    api.catalog.evaluations.record(version.digest, figures(good))  # measured by somebody who has the database
     assert client.promote("tone", "prod", 1).version == 1
 
 
@@ -96,26 +96,26 @@ def test_the_gate_believes_no_measurement_that_a_client_has_reported(
     assert {e.measured_by for e in reported.evaluations} == {"key"}
     with pytest.raises(GateRefused, match="have not been measured on the same data"):
         client.promote("tone", "prod", 1)
-    api.catalog.record_evaluations(stored, figures(bad))
+    api.catalog.evaluations.record(stored, figures(bad))
     client.report_evaluations("tone", 1, figures(good))  # what is reported later hides nothing
     with pytest.raises(GateRefused, match="its perplexity 11 is not below 10 of the base"):
         client.promote("tone", "prod", 1)
-    (entry, *_) = api.catalog.audit(action="evaluate").entries
+    (entry, *_) = api.catalog.audit.page(action="evaluate").items
     assert (entry.actor.partition(" (")[0], entry.subject, entry.detail) == ("publish promote", stored, {"count": 5})
     env = api.settings.to_env() | {"LORAY_GATE_TRUSTS": "keys"}
     settings = Settings.from_env(Settings.from_env(env).to_env())
     with closing(Services(settings, api.jobs, api.placements)) as trusting:
-        assert trusting.catalog.promote("tone", "prod", 1).version == 1
+        assert trusting.catalog.aliases.move("tone", "prod", 1).version == 1
     with pytest.raises(SettingsError, match="LORAY_GATE_TRUSTS='all' must be jobs or keys"):
         Settings.from_env({"LORAY_GATE_TRUSTS": "all"})
 
 
 def test_what_is_reported_is_bounded_and_the_tenants_own(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    api.catalog.create_tenant("acme")
-    api.catalog.register("tone", digest(1), manifest(1))
-    api.catalog.share("tone", "public")
+    api.catalog.tenants.create("acme")
+    api.catalog.adapters.register("tone", digest(1), manifest(1))
+    api.catalog.adapters.share("tone", "public")
     measured = [Evaluation(metric="acc", value=0.5, dataset="letters")]
-    other = api.catalog.create_key("other", tenant="acme", scopes=["publish"]).secret
+    other = api.catalog.keys.create("other", tenant="acme", scopes=["publish"]).secret
     stranger = CatalogClient("http://test", api_key=other, transport=api.transport)
     with pytest.raises(PermissionDenied):
         stranger.report_evaluations("default/tone", 1, measured)
@@ -124,7 +124,7 @@ def test_what_is_reported_is_bounded_and_the_tenants_own(api: Api, monkeypatch: 
     client = client_of(api, "publish")
     with pytest.raises(AdapterNotFound):
         client.report_evaluations("tone", 2, measured)
-    key = api.catalog.create_key("raw", scopes=["publish"]).secret
+    key = api.catalog.keys.create("raw", scopes=["publish"]).secret
     for wrong in (
         {"value": math.nan},
         {"value": math.inf},
@@ -141,14 +141,14 @@ def test_what_is_reported_is_bounded_and_the_tenants_own(api: Api, monkeypatch: 
     client.report_evaluations("tone", 1, measured * 3)
     with pytest.raises(ConflictError, match="has 3 evaluations that clients have reported"):
         client.report_evaluations("tone", 1, measured)
-    api.catalog.record_evaluations(digest(1), measured)  # those of loray itself are not counted
+    api.catalog.evaluations.record(digest(1), measured)  # those of loray itself are not counted
     assert len(client.version("tone", 1).evaluations) == 4
 
 
 def test_lineage_is_kept_where_the_sender_has_it(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> None:
     folder = peft_folder(base)
     known, unknown = digest(1), digest(2)
-    api.catalog.register("before", known, manifest(1))
+    api.catalog.adapters.register("before", known, manifest(1))
     described = describe(folder, base)
     client = client_of(api, "publish")
     for claimed, kept in ((known, known), (unknown, None)):

@@ -24,8 +24,8 @@ IN_TIME_S = 20.0
 
 def acme(api: Api, limits: Limits) -> dict[str, str]:
     """Headers of a key of a tenant with these limits."""
-    api.catalog.create_tenant("acme", limits)
-    return {"Authorization": f"Bearer {api.catalog.create_key('x', tenant='acme', scopes=['publish']).secret}"}
+    api.catalog.tenants.create("acme", limits)
+    return {"Authorization": f"Bearer {api.catalog.keys.create('x', tenant='acme', scopes=['publish']).secret}"}
 
 
 # -- what a tenant stores ---------------------------------------------------------------------------------------------
@@ -50,12 +50,12 @@ def test_a_tenant_publishes_no_more_than_it_may_store(
 ) -> None:
     """Also what a job has trained: it fails with the sum, and so does a registration of what others have shared."""
     base = tiny_base()
-    api.catalog.add_base(base.name, base.fingerprint)
-    api.catalog.create_tenant("acme", Limits(max_stored_bytes=1000))
+    api.catalog.bases.add(base.name, base.fingerprint)
+    api.catalog.tenants.create("acme", Limits(max_stored_bytes=1000))
     driver = api.catalog.view(Principal(tenant="acme", scopes=frozenset({"publish", "promote", "train"})))
     with pytest.raises(Exception, match=r"tenant acme stores 0 B and would store [\d.]+ kB more; max_stored_bytes"):
         import_folder(peft_folder(base), base, Destination("tone", api.services.store, driver))
-    assert driver.adapters() == ()
+    assert tuple(driver.snapshot().models()) == ()
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------
@@ -99,14 +99,14 @@ def test_of_two_files_that_fit_alone_one_waits_for_the_other(api: Api, monkeypat
     api.services.scratch = Scratch(1000)
     upload = api.http.post("/uploads").json()["id"]
     begun, ends = threading.Event(), threading.Event()
-    check = api.catalog.check_stored_bytes.__func__  # type: ignore[attr-defined]
+    check = api.catalog.adapters.check_stored_bytes.__func__  # type: ignore[attr-defined]
 
     def slow(*args: object) -> None:
         begun.set()
         ends.wait(IN_TIME_S)
         check(*args)
 
-    monkeypatch.setattr(type(api.catalog), "check_stored_bytes", slow)
+    monkeypatch.setattr(type(api.catalog.adapters), "check_stored_bytes", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(api.http.put, f"/uploads/{upload}/files/README.md", content=b"x" * 600)
         assert begun.wait(IN_TIME_S)

@@ -26,7 +26,7 @@ def test_refusals_are_counted_and_told_to_whom_they_concern(made: Site) -> None:
     assert {answer.status_code for answer in known} == {403}
     made.api.client.__exit__(None, None, None)  # what is not written yet is written when the server ends
     try:
-        found = made.catalog.audit(action="refuse").entries
+        found = made.catalog.audit.page(action="refuse").items
     finally:
         made.api.client.__enter__()
     assert sorted((e.actor.partition(" (")[0], e.tenant, e.subject, e.detail["count"]) for e in found) == [
@@ -38,7 +38,7 @@ def test_refusals_are_counted_and_told_to_whom_they_concern(made: Site) -> None:
         "acme": known[0].headers["x-request-id"],
         "": unknown[0].headers["x-request-id"],
     }
-    assert made.catalog.verify_audit().num_entries > 2
+    assert made.catalog.audit.verify().num_entries > 2
     told = made.api.ask("GET /audit", SECRET, made.keys["acme publish"]).json()["items"]
     assert {entry["detail"].get("count") for entry in told if entry["action"] == "refuse"} == {3}
 
@@ -57,7 +57,7 @@ def test_downloads_and_logins_are_noted(made: Site) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     logged_in = made.api.client.post("console/login", content=f"key={made.keys['acme train']}", headers=form)
     assert logged_in.status_code in (200, 303), logged_in.text
-    found = [e for e in made.catalog.audit().entries if e.action in ("download", "login")]
+    found = [e for e in made.catalog.audit.page().items if e.action in ("download", "login")]
     assert [(e.action, e.subject, e.tenant, e.actor.partition(" (")[0]) for e in found] == [
         ("login", "console", "acme", "acme train"),
         ("download", f"{SECRET.model}@1", "acme", "acme publish"),
@@ -77,10 +77,10 @@ def test_entries_have_the_id_that_the_answer_has(made: Site, given: str | None) 
         ("GET", f"{of}/versions/1/download", None),
         ("GET", f"console/{of}/versions/1/download", None),
     ]:
-        before = len(made.catalog.audit(limit=1000).entries)
+        before = len(made.catalog.audit.page(limit=1000).items)
         params = {"tenant": SECRET.tenant}
         told = made.api.client.request(method, path, json=body, headers=headers, params=params).headers["x-request-id"]
         assert told == given if given == "mine-1" else told.startswith("req-")
-        found = made.catalog.audit(limit=1000).entries
+        found = made.catalog.audit.page(limit=1000).items
         (entry,) = found[: len(found) - before]
         assert (entry.request_id, entry.address) == (told, "testclient"), path

@@ -148,7 +148,7 @@ def test_numbers_of_a_manifest_are_computed_and_not_believed(
     describe(folder, base)
     with pytest.raises(DataError, match=reason):
         upload(api, folder, **fields)()
-    assert api.catalog.adapters() == ()
+    assert tuple(api.catalog.snapshot().models()) == ()
 
 
 def test_a_context_that_its_rope_has_is_published(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> None:
@@ -156,7 +156,7 @@ def test_a_context_that_its_rope_has_is_published(api: Api, base: BaseModel, pef
     rope = RopeParameters.model_validate(LINEAR)
     describe(folder, base, ManifestDetails(rope_parameters=rope, context_length=context))
     upload(api, folder)()
-    (entry,) = api.catalog.adapters()
+    (entry,) = api.catalog.snapshot().models()
     assert entry.name == "tone"
 
 

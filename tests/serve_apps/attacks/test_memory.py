@@ -51,7 +51,10 @@ def test_a_vera_folder_is_published_without_torch(
     command = [sys.executable, "-W", "ignore", "-c", SERVER, str(api.settings.home), api.settings.catalog]
     out = subprocess.run([*command, str(folder), base.name], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["201", "False"]
-    projection, pair_read = api.catalog.version("tone", 1).manifest.projection, read_adapter(folder, base.config).pair
+    projection, pair_read = (
+        api.catalog.adapters.version("tone", 1).manifest.projection,
+        read_adapter(folder, base.config).pair,
+    )
     assert (projection is None, pair_read is None) == (False, False)
     assert projection.sha256 == pair_read.digest
 

@@ -12,14 +12,15 @@ import pytest
 from starlette.types import Message
 
 from loray.errors import Overloaded, RateLimited
+from loray.schemas.resources import RECIPE_EXAMPLE
+from loray.service import CatalogService
 from loray.spec import Principal, TrainSpec
 from serve_apps import auth
-from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
 from tests.fixtures.api import Api, _loop
 
-RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")
+RECIPE = TrainSpec.parse(RECIPE_EXAMPLE, source="the example")
 IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up
 
 
@@ -41,13 +42,13 @@ def test_a_key_is_revoked_while_publications_have_all_their_places(
 ) -> None:
     begun, end = threading.Semaphore(0), threading.Event()
 
-    def publish(*_: object) -> None:
+    def publish(*_: object, **__: object) -> None:
         begun.release()
         end.wait()
         raise Overloaded("the test ends")
 
-    monkeypatch.setattr(api.services, "publish_upload", publish)
-    leaked = api.catalog.create_key("leaked").key
+    monkeypatch.setattr(CatalogService, "register", publish)
+    leaked = api.catalog.keys.create("leaked").key
     admin = authorized_admin(api)
     asked = [
         pool.submit(api.http.post, "/adapters/x/versions", json={"upload": "0" * 32}, headers=admin) for _ in range(40)
@@ -63,7 +64,7 @@ def test_a_key_is_revoked_while_publications_have_all_their_places(
 
 
 def authorized_admin(api: Api) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api.catalog.create_key('root', scopes=['admin']).secret}"}
+    return {"Authorization": f"Bearer {api.catalog.keys.create('root', scopes=['admin']).secret}"}
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------
@@ -78,10 +79,10 @@ def test_a_key_follows_four_logs_and_a_tenant_sixteen(api: Api, pool: ThreadPool
         yield "the end\n"
 
     api.jobs.follow = follow  # type: ignore[method-assign]
-    api.catalog.create_tenant("acme")
-    job = api.catalog.view(of("acme")).add_job("job-1", name="tone", recipe=RECIPE)
+    api.catalog.tenants.create("acme")
+    job = api.catalog.view(of("acme")).jobs.add("job-1", name="tone", recipe=RECIPE)
     api.jobs.say(job.id, "RUNNING")
-    keys = [api.catalog.create_key(f"key {i}", tenant="acme", scopes=["train"]) for i in range(5)]
+    keys = [api.catalog.keys.create(f"key {i}", tenant="acme", scopes=["train"]) for i in range(5)]
     url, asked = f"/jobs/{job.id}/logs?follow=true", []
     try:
         for key in keys[:4]:
@@ -106,7 +107,7 @@ def test_a_log_is_followed_for_an_hour(api: Api, monkeypatch: pytest.MonkeyPatch
 
     api.jobs.follow = follow  # type: ignore[method-assign]
     monkeypatch.setattr(job_routes, "LONGEST_FOLLOWED_S", 0.05)
-    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    job = api.catalog.jobs.add("job-1", name="tone", recipe=RECIPE)
     api.jobs.say(job.id, "RUNNING")
     said = api.http.get(f"/jobs/{job.id}/logs?follow=true").text
     assert said == "a line\n… the log goes on; follow it again\n"
@@ -131,7 +132,7 @@ def test_a_log_of_any_length_passes_through_in_pieces(api: Api) -> None:
 
     received = [0]
     api.jobs.logs = logs  # type: ignore[method-assign]
-    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    job = api.catalog.jobs.add("job-1", name="tone", recipe=RECIPE)
     api.jobs.say(job.id, "RUNNING")
     path = f"/api/v1/jobs/{job.id}/logs"
     scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
@@ -143,7 +144,7 @@ def test_a_log_of_any_length_passes_through_in_pieces(api: Api) -> None:
 
 def test_the_last_lines_of_a_log(api: Api) -> None:
     api.jobs.logs = lambda job_id: iter(("a\nb", "\nc\n"))  # type: ignore[method-assign]
-    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    job = api.catalog.jobs.add("job-1", name="tone", recipe=RECIPE)
     api.jobs.say(job.id, "RUNNING")
     assert api.http.get(f"/jobs/{job.id}/logs").text == "a\nb\nc\n"
     assert api.http.get(f"/jobs/{job.id}/logs?tail=2").text == "b\nc\n"
@@ -188,8 +189,8 @@ def test_advice_has_a_rate_of_its_own() -> None:
 def test_a_loop_of_plans_and_recommendations_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "ADVICE_RATE", 0.001)
     monkeypatch.setattr(auth, "ADVICE_BURST", 2.0)
-    api.catalog.create_tenant("acme")
-    secret = api.catalog.create_key("x", tenant="acme", scopes=["infer", "train"]).secret
+    api.catalog.tenants.create("acme")
+    secret = api.catalog.keys.create("x", tenant="acme", scopes=["infer", "train"]).secret
     key = {"Authorization": f"Bearer {secret}"}
     form = key | {"Content-Type": "application/x-www-form-urlencoded"}
     recipe = {"name": "tone", "data.train": "/rows.jsonl", "base": "nothing"}
@@ -218,8 +219,8 @@ def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPat
 def test_a_loop_of_requests_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "KEY_RATE", 0.25)
     monkeypatch.setattr(auth, "KEY_BURST", 3.0)
-    api.catalog.create_tenant("acme")
-    key = {"Authorization": f"Bearer {api.catalog.create_key('x', tenant='acme', scopes=['publish']).secret}"}
+    api.catalog.tenants.create("acme")
+    key = {"Authorization": f"Bearer {api.catalog.keys.create('x', tenant='acme', scopes=['publish']).secret}"}
     answers = [api.http.get("/adapters", headers=key) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200] * 3 + [429]
     assert answers[-1].headers["retry-after"] in ("3", "4")

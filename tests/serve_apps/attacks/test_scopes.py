@@ -59,7 +59,7 @@ def test_lists_have_only_the_adapters_that_a_key_is_for(made: Site) -> None:
 def test_how_it_was_made_is_told_to_those_of_its_tenant_who_may_make_others(
     made: Site, owner: str, visibility: Visibility, scope: str
 ) -> None:
-    made.catalog.share(SECRET.model, visibility, ["beta"] if visibility == "shared" else [])
+    made.catalog.adapters.share(SECRET.model, visibility, ["beta"] if visibility == "shared" else [])
     told = set()
     for name in ABOUT_A_VERSION:
         answer = made.api.ask(name, SECRET, made.keys[f"{owner} {scope}"])
@@ -71,9 +71,9 @@ def test_how_it_was_made_is_told_to_those_of_its_tenant_who_may_make_others(
 
 
 def test_a_key_registers_no_version_of_what_it_is_not_for(made: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
-    made.catalog.add_base("smollm2", BASE)
+    made.catalog.bases.add("smollm2", BASE)
     stored = made.fakes.store(7, tmp_path_factory.mktemp("store"))
-    made.catalog.view(made.catalog.principal.model_copy(update={"tenant": "acme"})).record_upload(stored)
+    made.catalog.view(made.catalog.principal.model_copy(update={"tenant": "acme"})).adapters.record_upload(stored)
     for name, status in ((SECRET.name, 403), ("new", 403), ("other", 201)):
         answer = made.api.ask("POST /adapters/{name}/versions", Thing("acme", name, digest=stored), made.keys["narrow"])
         assert answer.status_code == status, answer.text

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from jobs.submission.tracker import RayJob
+from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog import identity as stored_keys
 from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
+from loray.schemas.access import KeyChange
 from tests.fixtures.access import bearer
 from tests.fixtures.api import Api, FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
@@ -61,7 +62,7 @@ def catalog(tmp_path: Path) -> Any:
 
 
 def test_rotating_itself_gives_a_thief_no_key_that_outlives_the_revocation(catalog: Catalog, tmp_path: Path) -> None:
-    stolen = catalog.create_key("ci", scopes=["infer"])
+    stolen = catalog.keys.create("ci", scopes=["infer"])
     with closing(Api(tmp_path, sqlite_catalog(tmp_path), access_of(sqlite_catalog(tmp_path), host="0.0.0.0"))) as api:
 
         def rotate(key_id: str, secret: str, **body: str) -> Any:
@@ -73,54 +74,59 @@ def test_rotating_itself_gives_a_thief_no_key_that_outlives_the_revocation(catal
         again = rotate(made.json()["id"], made.json()["key"])
         assert (again.status_code, "less than a day ago" in again.text) == (409, True)
         assert rotate(stolen.key.id, stolen.secret).status_code == 409
-        catalog.revoke_key(stolen.key.id)
+        catalog.keys.revoke(stolen.key.id)
         for secret in (stolen.secret, made.json()["key"]):
             assert api.http.get("/keys/self", headers=bearer(secret)).status_code == 401
 
 
 def test_the_keys_of_a_family_are_revoked_and_blocked_together(catalog: Catalog) -> None:
-    first = catalog.create_key("ci").key
-    second = catalog.rotate_key(first.id, grace=timedelta(days=1)).key
-    other = catalog.create_key("other").key
-    catalog.update_key(second.id, blocked=True)
-    assert [catalog.key(k.id).blocked for k in (first, second, other)] == [True, True, False]
+    first = catalog.keys.create("ci").key
+    second = catalog.keys.rotate(first.id, grace=timedelta(days=1)).key
+    other = catalog.keys.create("other").key
+    catalog.keys.update(second.id, KeyChange(blocked=True))
+    assert [catalog.keys.get(k.id).blocked for k in (first, second, other)] == [True, True, False]
     with pytest.raises(ConflictError, match="is blocked"):
-        catalog.rotate_key(second.id)
-    catalog.update_key(first.id, blocked=False)
-    assert not catalog.key(second.id).blocked
-    catalog.revoke_key(first.id, only_this=True)
-    assert catalog.key(second.id).revoked_at is None
-    third = catalog.rotate_key(second.id, grace=timedelta(days=1)).key
-    catalog.revoke_key(second.id)
-    assert [catalog.key(k.id).revoked_at is None for k in (first, second, third, other)] == [False, False, False, True]
+        catalog.keys.rotate(second.id)
+    catalog.keys.update(first.id, KeyChange(blocked=False))
+    assert not catalog.keys.get(second.id).blocked
+    catalog.keys.revoke(first.id, only_this=True)
+    assert catalog.keys.get(second.id).revoked_at is None
+    third = catalog.keys.rotate(second.id, grace=timedelta(days=1)).key
+    catalog.keys.revoke(second.id)
+    assert [catalog.keys.get(k.id).revoked_at is None for k in (first, second, third, other)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_at_most_two_keys_of_a_family_go_on(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = catalog.create_key("ci").key
+    first = catalog.keys.create("ci").key
     with pytest.raises(SpecError, match="30 days"):
-        catalog.rotate_key(first.id, grace=timedelta(days=31))
-    second = catalog.rotate_key(first.id, grace=timedelta(days=30)).key
+        catalog.keys.rotate(first.id, grace=timedelta(days=31))
+    second = catalog.keys.rotate(first.id, grace=timedelta(days=30)).key
     with pytest.raises(ConflictError, match=f"has been replaced by {second.id}"):
-        catalog.rotate_key(first.id)
+        catalog.keys.rotate(first.id)
     with pytest.raises(ConflictError, match="a third one may not"):
-        catalog.rotate_key(second.id, grace=timedelta(days=1))
-    third = catalog.rotate_key(second.id).key  # without a grace
+        catalog.keys.rotate(second.id, grace=timedelta(days=1))
+    third = catalog.keys.rotate(second.id).key  # without a grace
     assert third.id.endswith("_3")
-    own = catalog.view(third.principal(catalog.tenant("default")))
+    own = catalog.view(third.principal(catalog.tenants.get("default")))
     with pytest.raises(ConflictError, match="less than a day ago"):
-        own.rotate_key(third.id)
+        own.keys.rotate(third.id)
     later = third.created_at + SELF_ROTATION
     monkeypatch.setattr(stored_keys, "now", lambda: later)
-    assert own.rotate_key(third.id).key.id.endswith("_4")
+    assert own.keys.rotate(third.id).key.id.endswith("_4")
 
 
 @pytest.mark.parametrize("how", ["revoked", "blocked", "tenant"])
 def test_a_stream_ends_when_its_key_is_revoked(
     catalog: Catalog, tiny_base: Callable[..., BaseModel], tmp_path: Path, how: str
 ) -> None:
-    catalog.create_tenant("acme")
-    stolen = catalog.create_key("ci", tenant="acme")
-    other = catalog.create_key("other")
+    catalog.tenants.create("acme")
+    stolen = catalog.keys.create("ci", tenant="acme")
+    other = catalog.keys.create("other")
 
     async def run() -> tuple[str, str, list[str]]:
         base, url = tiny_base(), sqlite_catalog(tmp_path)
@@ -132,11 +138,11 @@ def test_a_stream_ends_when_its_key_is_revoked(
             for one in asked:
                 await one.said("ab")
             if how == "revoked":
-                await asyncio.to_thread(catalog.revoke_key, stolen.key.id)
+                await asyncio.to_thread(catalog.keys.revoke, stolen.key.id)
             elif how == "blocked":
-                await asyncio.to_thread(lambda: catalog.update_key(stolen.key.id, blocked=True))
+                await asyncio.to_thread(lambda: catalog.keys.update(stolen.key.id, KeyChange(blocked=True)))
             else:
-                await asyncio.to_thread(lambda: catalog.update_tenant("acme", blocked=True))
+                await asyncio.to_thread(lambda: catalog.tenants.update("acme", blocked=True))
             await access.refresh()
             await asyncio.wait_for(asked[0].task, 20)
             closed = list(engines.closed)
@@ -159,8 +165,8 @@ class EndlessLog(FakeJobs):
 
 def test_a_follower_of_a_log_ends_when_its_key_is_revoked(catalog: Catalog, tmp_path: Path) -> None:
     url = sqlite_catalog(tmp_path)
-    stolen = catalog.create_key("ci", scopes=["train"])
-    catalog.add_job("job-1", name="tone", recipe=load_recipe("lora_smollm2").spec)
+    stolen = catalog.keys.create("ci", scopes=["train"])
+    catalog.jobs.add("job-1", name="tone", recipe=load_recipe("lora_smollm2").spec)
 
     async def run() -> str:
         access = access_of(url, host="0.0.0.0")
@@ -170,7 +176,7 @@ def test_a_follower_of_a_log_ends_when_its_key_is_revoked(catalog: Catalog, tmp_
         async with app.router.lifespan_context(app):
             asked = Asked(app, "GET", "/jobs/job-1/logs?follow=true", stolen.secret)
             await asked.said("first line")
-            await asyncio.to_thread(catalog.revoke_key, stolen.key.id)
+            await asyncio.to_thread(catalog.keys.revoke, stolen.key.id)
             await access.refresh()
             await asyncio.wait_for(asked.task, 20)
             return asked.text

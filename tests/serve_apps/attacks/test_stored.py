@@ -60,11 +60,11 @@ def test_a_manifest_that_is_too_large_is_published_by_no_way(
     stored = api.services.store.put(folder)
     refused = api.http.post("/adapters/tone/versions", json={"digest": stored})
     assert (refused.status_code, said in refused.json()["detail"]) == (422, True)
-    assert api.catalog.adapters() == ()
+    assert tuple(api.catalog.snapshot().models()) == ()
 
 
 def test_a_manifest_that_was_published_before_stays_readable(api: Api) -> None:
-    api.catalog.register("tone", digest(1), manifest(1))
+    api.catalog.adapters.register("tone", digest(1), manifest(1))
     large = manifest(1).model_copy(update={"description": "x" * (15 << 20)})
     with sa.create_engine(api.settings.catalog).begin() as c:
         c.execute(versions.update().values(manifest=manifest_json(large).decode()))
@@ -99,10 +99,10 @@ def test_a_key_makes_no_more_names_than_its_tenant_may_have(
     """Every gateway holds all names in memory. Fifty are asked for, of one upload."""
     monkeypatch.setattr(allowances, "DEFAULT_MAX_ADAPTERS", 20)
     stored = api.store(1, tmp_path)
-    api.catalog.add_base("smollm2", manifest(1).base_fingerprint)
-    api.catalog.create_tenant("acme")
-    api.catalog.view(Principal(tenant="acme")).record_upload(stored)
-    key = api.catalog.create_key("publisher", tenant="acme", scopes=["publish"]).secret
+    api.catalog.bases.add("smollm2", manifest(1).base_fingerprint)
+    api.catalog.tenants.create("acme")
+    api.catalog.view(Principal(tenant="acme")).adapters.record_upload(stored)
+    key = api.catalog.keys.create("publisher", tenant="acme", scopes=["publish"]).secret
     api.http.headers["Authorization"] = f"Bearer {key}"
     answers = [api.http.post(f"/adapters/n{i}/versions", json={"digest": stored}) for i in range(50)]
     assert [answer.status_code for answer in answers] == [201] * 20 + [403] * 30
@@ -126,7 +126,7 @@ def test_a_list_of_versions_reads_no_manifests(api: Api) -> None:
 def measured(api: Api, limit: int) -> tuple[list[str], int]:
     """The statements of a list of `limit` versions, and the bytes that were allocated at once for it."""
     seen: list[str] = []
-    engine = api.catalog._engine
+    engine = api.catalog._db.engine
     listen = (engine, "before_cursor_execute", lambda _c, _cursor, statement, *_: seen.append(statement))
     sa.event.listen(*listen)
     tracemalloc.start()
@@ -142,9 +142,9 @@ def measured(api: Api, limit: int) -> tuple[list[str], int]:
 def add_versions(url: str, number: int) -> None:
     """Versions of `tone` with manifests of 200 KiB each, as if they had been published."""
     catalog = Catalog(url)
-    catalog.register("tone", digest(1), manifest(1))
+    catalog.adapters.register("tone", digest(1), manifest(1))
     large = manifest(1).model_copy(update={"description": "x" * (200 << 10)})
-    engine = catalog._engine
+    engine = catalog._db.engine
     with engine.begin() as c:
         row = c.execute(sa.select(versions)).one()._asdict() | {"manifest": manifest_json(large).decode()}
         del row["id"]
@@ -156,7 +156,7 @@ def test_a_page_of_versions_ends_where_it_has_thousands_of_evaluations(api: Api)
     figure = Evaluation(metric="loss", value=1.0, dataset="held-out")
     large = manifest(1).model_copy(update={"evaluations": (figure,) * 1000})
     for number in range(1, 8):
-        api.catalog.register("tone", digest(number), large)
+        api.catalog.adapters.register("tone", digest(number), large)
     page = api.http.get("/adapters/tone/versions").json()
     assert ([item["version"] for item in page["items"]], page["next"]) == ([7, 6, 5, 4], "4")
     client = CatalogClient("http://test", transport=api.transport)

@@ -28,7 +28,7 @@ class Counting(ScriptedEngines):
 def publisher(catalog: Catalog, tenant: str) -> Catalog:
     """The catalog as the tenant, which has uploaded what `register` names."""
     view = catalog.view(Principal(tenant=tenant, scopes=frozenset({"publish"})))
-    view.record_upload("0" * 64)
+    view.adapters.record_upload("0" * 64)
     return view
 
 
@@ -81,7 +81,7 @@ def test_a_list_looks_at_no_name_that_the_caller_does_not_see(
                 register(view, f"{tenant}-{i:03}", base.fingerprint)
         catalog.close()
         assert gateway.client.portal is not None
-        gateway.client.portal.call(gateway.client.app.state.gateway.directory.refresh)  # type: ignore[attr-defined]
+        gateway.client.portal.call(gateway.client.app.state.gateway.directory.follower.refresh)  # type: ignore[attr-defined]
         looked: list[str] = []
         monkeypatch.setattr(directory, "may_ask", lambda principal, name: looked.append(name) or True)
         monkeypatch.setattr("serve_apps.gateway.directory.may_ask", lambda principal, name: looked.append(name) or True)
@@ -101,7 +101,7 @@ def test_the_index_by_tenant_is_what_each_caller_sees(tiny_base: Callable[..., B
     catalog = Catalog(sqlite_catalog(tmp_path))
     tenants = ("acme", "beta", "default")
     for tenant in tenants[:2]:
-        catalog.create_tenant(tenant)
+        catalog.tenants.create(tenant)
     snapshot = CatalogSnapshot()
 
     def check() -> None:
@@ -110,9 +110,9 @@ def test_the_index_by_tenant_is_what_each_caller_sees(tiny_base: Callable[..., B
         for tenant in tenants:
             caller = Principal(tenant=tenant, scopes=frozenset({"infer"}))
             for after in (None, "acme/a-1", "zzz"):
-                expected = [e for e in snapshot.adapters.after(after) if e.exists_for(caller)]
+                expected = [e for e in snapshot.models(after) if e.exists_for(caller)]
                 assert list(snapshot.models(after, caller)) == expected
-            assert list(snapshot.models(None, Principal())) == list(snapshot.adapters.values())
+            assert [e.name for e in snapshot.models(None, Principal())] == sorted(snapshot.adapters)
 
     for tenant in tenants:
         view = publisher(catalog, tenant)
@@ -126,9 +126,9 @@ def test_the_index_by_tenant_is_what_each_caller_sees(tiny_base: Callable[..., B
         ("acme/a-0", "private", ()),
         ("acme/a-1", "shared", ("beta",)),
     ):
-        catalog.share(name, visibility, shared)
+        catalog.adapters.share(name, visibility, shared)
         check()
-    catalog.delete_adapter("a-1")
+    catalog.removal.delete_adapter("a-1")
     check()
     assert any(isinstance(entry, AdapterEntry) for entry in snapshot.models())
     catalog.close()

@@ -119,7 +119,7 @@ def _conversation(folder: Path, tls: Mapping[str, Mapping[str, str]]) -> tuple[b
     settings = Settings.from_env(own)
     base = served_base(folder / "checkpoint", settings.home)
     catalog = Catalog(settings.catalog)
-    key, _ = catalog.create_key("asks", scopes=("infer",))
+    key, _ = catalog.keys.create("asks", scopes=("infer",))
     catalog.close()
     token = folder / "token"
     token.write_text(secrets.token_hex(32))

@@ -11,7 +11,7 @@ from loray.errors import ReplicaUnavailable
 from loray.policy.routing import Held, RoutingReport, RoutingSeries, routing_key
 from serve_apps.channel import connection, frames, listener
 from serve_apps.channel.connection import Connections
-from serve_apps.channel.frames import ALIVE, REPORT, FrameReader, pack_delta, unpack_delta
+from serve_apps.channel.frames import AGAIN, ALIVE, REPORT, FrameReader, pack_delta, unpack_delta
 from serve_apps.channel.listener import Listener
 from tests.fixtures.channel import LOOPS, NODE, PLACES, Out, linked, plane, until, wired
 
@@ -90,6 +90,34 @@ async def test_the_last_connection_of_a_replica_counts_not_its_predecessors() ->
         await until(lambda: len(gateway._all) == 1)
         assert gateway.replicas() == {"replica"}
         new.close()
+
+
+async def test_a_gateway_is_told_how_many_streams_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LOAD_S", 0.001)
+
+    def of_others(gateway: Listener) -> int | None:
+        found = gateway._reports.of("replica")
+        return None if found is None else found.num_of_others
+
+    async with plane(held=lambda: Held(DIGESTS[:1])) as (gateway, replica):
+        other = Listener()
+        await other.start(NODE, "127.0.0.1")
+        mine, theirs = await replica.to(gateway.address), await replica.to(other.address)
+        for stream in range(3):
+            theirs.watch(stream, lambda _: None)
+        mine.watch(9, lambda _: None)
+        await replica.to(gateway.address)  # as each request does
+        await until(lambda: (of_others(gateway), of_others(other)) == (3, 1))
+        theirs._take(AGAIN)
+        await until(lambda: of_others(other) == 1)
+        theirs.unwatch(0)
+        await until(lambda: of_others(gateway) == 2)
+        theirs.close()
+        await until(lambda: of_others(gateway) == 0)
+        mine.unwatch(9)
+        await until(lambda: replica._timer is None)
+        await until(lambda: not other._all)
+        await other.close()
 
 
 async def test_an_idle_replica_sends_nothing_but_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from loray.errors import EngineError
 from loray.spec import TokenDelta, TokenLogprobs
-from serve_apps.channel.inbox import Inbox
-from serve_apps.channel.wakes import MOST, Wakes
+from serve_apps.channel.inbox import MOST, Inbox, Wakes
 
 LP = TokenLogprobs(-0.5, ((1, -0.5),), 1)
 

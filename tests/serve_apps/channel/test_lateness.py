@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve_apps.channel import connection, listener
-from serve_apps.channel.lateness import Lateness, RecentLeast
+from serve_apps.channel.listener import Lateness, RecentLeast
 from tests.fixtures.channel import LOOPS, PLACES, Out, plane
 
 

@@ -77,7 +77,7 @@ def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog:
     """Stops a long command; tests/jobs/runs/test_shared_runs.py stops a training."""
     from ray.job_submission import JobSubmissionClient
 
-    served.catalog.add_job("to-be-stopped", name="endless", recipe=TrainSpec.parse(RECIPE, source="the test"))
+    served.catalog.jobs.add("to-be-stopped", name="endless", recipe=TrainSpec.parse(RECIPE, source="the test"))
     client = JobSubmissionClient(ray_cluster.address)
     client.submit_job(submission_id="to-be-stopped", entrypoint="echo at work; exec sleep 3600")
     assert "at work" in catalog.follow("to-be-stopped")  # no further than that
@@ -96,7 +96,7 @@ def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Se
     from jobs.submission.server import TAIL_BYTES, RayJobServer
 
     spec = TrainSpec.parse(RECIPE, source="the test")
-    served.catalog.add_job("silent", name="silent", recipe=spec)
+    served.catalog.jobs.add("silent", name="silent", recipe=spec)
     client, server = JobSubmissionClient(ray_cluster.address), RayJobServer(lambda: ray_cluster.address)
     # Ray's own first line comes to the log when its buffer is flushed, which may be after the driver has begun.
     first = "until grep -q ^Running /proc/$$/fd/1; do sleep 0.01; done"

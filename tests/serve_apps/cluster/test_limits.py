@@ -54,8 +54,8 @@ def door(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempP
     (home / "bases").symlink_to(served.base.path.parent)
     settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
     with closing(Catalog(settings.catalog)) as catalog:  # its own, because others ask `served` without keys
-        keys = {name: catalog.create_key(name, limits=limits).secret for name, limits in LIMITS.items()}
-        keys["admin"] = catalog.create_key("admin", scopes=["admin"]).secret
+        keys = {name: catalog.keys.create(name, limits=limits).secret for name, limits in LIMITS.items()}
+        keys["admin"] = catalog.keys.create("admin", scopes=["admin"]).secret
     fields = {"num_gateways": NUM_GATEWAYS, "max_num_seqs": 2 * PARALLEL, "max_queued": 512, "pool_bytes": 96 << 20}
     with deployed(ray_cluster, served, "limited", settings=settings, **fields) as app:
         yield Door(app.url, keys)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
@@ -16,7 +16,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Job
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, TrainSpec
 from serve_apps.console import GatewayClient
 from tests.fixtures.api import Api
 from tests.fixtures.versions import BASE, digest, manifest
@@ -67,14 +67,13 @@ def lines(events: Iterable[Mapping[str, object]]) -> str:
 
 class ScriptedGateway:
     """`num_tokens` were generated so far. `keys`: those that may see the state; None: everybody. `down`: 500.
-    `metrics`: Prometheus' text. `layouts`: of which replicas the last look wanted one; None: of all.
+    `metrics`: Prometheus' text.
     """
 
     def __init__(self) -> None:
         self.num_tokens, self.down, self.metrics = 1000, False, METRICS
         self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
-        self.layouts: list[str] | None = []
         self.asked: list[tuple[str | None, dict[str, object]]] = []
 
     @property
@@ -82,14 +81,8 @@ class ScriptedGateway:
         app = FastAPI()
 
         @app.get("/status")
-        def status(
-            request: Request, layout: bool = False, replica: Annotated[list[str] | None, Query()] = None
-        ) -> Response:
-            self.layouts = replica if layout else []
-            found = self.status().model_dump(
-                mode="json", exclude=None if layout else {"replicas": {"__all__": {"layout"}}}
-            )
-            return self._refused(request) or JSONResponse(found)
+        def status(request: Request) -> Response:
+            return self._refused(request) or JSONResponse(self.status().model_dump(mode="json"))
 
         @app.get("/metrics")
         def metrics(request: Request) -> Response:
@@ -129,7 +122,6 @@ class ScriptedGateway:
                 num_waiting=number,
                 num_loading=number - 1,
                 blocks={"free": 60, "kv": 30, "flat": 10},
-                layout=(Stretch("kv", 20), Stretch("free", 60), Stretch("kv", 10), Stretch("flat", 10)),
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
                 adapters_loading=("cold@1",)[: number - 1],
@@ -156,20 +148,19 @@ class ConsoleSite(Api):
 
     def __init__(self, home: Path, catalog_url: str) -> None:
         super().__init__(home, catalog_url)
-        self.engines, self.now = ScriptedGateway(), 100.0  # the clock of the pages of serving
-        transport = httpx.ASGITransport(self.engines.app)
-        self.services.gateway = GatewayClient("http://gateway", transport, clock=lambda: self.now)
+        self.engines = ScriptedGateway()
+        self.services.gateway = GatewayClient("http://gateway", httpx.ASGITransport(self.engines.app))
         catalog = self.catalog
-        catalog.add_base("smollm2", BASE)
+        catalog.bases.add("smollm2", BASE)
         trained = manifest(2).model_copy(update={"job_id": "train_5f1b", "data_fingerprint": "da7a" * 16, "rank": 16})
-        catalog.register("tone", digest(1), manifest(1), ["prod"])
-        catalog.register("tone", digest(2), trained)
-        catalog.register("legal", digest(3), manifest(3))
-        catalog.create_tenant("acme")
-        catalog.view(Principal(tenant="acme")).register("vault", digest(4), manifest(4), ["prod"])
+        catalog.adapters.register("tone", digest(1), manifest(1), ["prod"])
+        catalog.adapters.register("tone", digest(2), trained)
+        catalog.adapters.register("legal", digest(3), manifest(3))
+        catalog.tenants.create("acme")
+        catalog.view(Principal(tenant="acme")).adapters.register("vault", digest(4), manifest(4), ["prod"])
 
     def key(self, *scopes: str, tenant: str = DEFAULT_TENANT) -> str:
-        return self.catalog.create_key("-".join((tenant, *scopes)), tenant=tenant, scopes=scopes).secret
+        return self.catalog.keys.create("-".join((tenant, *scopes)), tenant=tenant, scopes=scopes).secret
 
     def log_in(self, key: str) -> httpx.Response:
         return self.http.post(f"{URL}/login", data={"key": key}, headers={"Content-Type": HTMX["Content-Type"]})
@@ -188,7 +179,7 @@ class ConsoleSite(Api):
 
     def run(self, job_id: str, *events: dict[str, object], recipe: TrainSpec | None = None) -> Path:
         """A job of `tone` with these events in its run's folder, which is returned."""
-        job = self.catalog.add_job(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
+        job = self.catalog.jobs.add(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
         return self.write("runs", job, {"events.jsonl": lines(events)})
 
     def write(self, kind: str, job: Job, files: dict[str, str]) -> Path:
@@ -211,11 +202,11 @@ class ConsoleSite(Api):
         ended = TrialRecord(
             trial=1, values=trials[1].values, status="completed", num_steps=9, losses=((3, 2.5), (9, 2.25))
         )
-        job = self.catalog.add_job("sweep_1", name="tone", recipe=recipe)
+        job = self.catalog.jobs.add("sweep_1", name="tone", recipe=recipe)
         self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
 
     def add_base(self, base: BaseModel) -> BaseModel:
-        self.catalog.add_base(base.name, base.fingerprint)
+        self.catalog.bases.add(base.name, base.fingerprint)
         return super().add_base(base)
 
     def _token(self) -> dict[str, str]:

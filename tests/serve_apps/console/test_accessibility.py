@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import serve_apps.console
-from serve_apps.console.pools import KINDS
 from tests.serve_apps.console.colours import Theme
 from tests.serve_apps.console.markup import Element, parse, problems_of
 from tests.serve_apps.console.site import COMPARED, PAGES, ConsoleSite
@@ -18,18 +17,10 @@ _SURFACE, _PAGE, _HEAD = "var(--tblr-bg-surface)", "var(--tblr-body-bg)", "var(-
 _BODY, _SECONDARY, _LINK = "var(--tblr-body-color)", "var(--tblr-secondary)", "var(--tblr-link-color)"
 
 
-def look_twice(console: ConsoleSite) -> None:
-    """The second look has demand over time."""
-    for number in range(2):
-        console.now += 5 * number
-        console.get("/serving/live")
-
-
 def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
     console.train_some()
     found = {}
-    look_twice(console)
     for path in PAGES:
         page = console.get(path)
         assert page.headers["content-type"].startswith("text/html"), path
@@ -38,9 +29,8 @@ def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
 
 
 def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
-    look_twice(console)
     console.train_some()
-    for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
+    for path in ("/serving/replicas/r1", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
         pictures = [e for e in parse(console.get(path).text).all() if e.attributes.get("role") == "img"]
         assert pictures, path
         check_tables(pictures)
@@ -100,14 +90,6 @@ def test_texts_can_be_read(dark: bool) -> None:
         pairs[f"alert {name}"] = (_value(".alert", "--tblr-alert-color"), ground)
     too_dim = {name: round(theme.contrast(*pair), 2) for name, pair in pairs.items() if theme.contrast(*pair) < 4.5}
     assert not too_dim
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_blocks_can_be_told_from_their_ground(dark: bool) -> None:
-    theme = Theme(dark)
-    kinds = [kind for kind in KINDS if kind != "free"]
-    contrasts = {kind: theme.contrast(_value(f".blocks-{kind}", "fill"), _SURFACE) for kind in kinds}
-    assert not {kind: round(contrast, 2) for kind, contrast in contrasts.items() if contrast < 3}
 
 
 def test_contrast_is_that_of_wcag() -> None:

@@ -12,7 +12,7 @@ from tests.serve_apps.console.site import ConsoleSite
 
 def test_the_list_comes_in_pages(console: ConsoleSite) -> None:
     for number in range(60):
-        console.catalog.register(f"many-{number:02}", digest(100 + number), manifest(100 + number))
+        console.catalog.adapters.register(f"many-{number:02}", digest(100 + number), manifest(100 + number))
     page, names = console.get("/adapters", search="many"), []
     while True:
         names += re.findall(r">(many-\d+)<", page.text)
@@ -25,7 +25,7 @@ def test_the_list_comes_in_pages(console: ConsoleSite) -> None:
 
 
 def test_filters(console: ConsoleSite) -> None:
-    console.catalog.set_tag("legal", "stage", "gold")
+    console.catalog.tags.set("legal", "stage", "gold")
     for query, shown in (
         ({"search": "ton"}, {"tone"}),
         ({"tag": "stage=gold"}, {"legal"}),
@@ -41,7 +41,7 @@ def test_filters(console: ConsoleSite) -> None:
 
 def test_a_base_that_is_not_suggested_can_be_asked_for(console: ConsoleSite) -> None:
     for number in range(MOST_SUGGESTED):
-        console.catalog.add_base(f"base-{number:03}", f"{number:064x}")
+        console.catalog.bases.add(f"base-{number:03}", f"{number:064x}")
     page = console.get("/adapters", base="smollm2").text
     assert page.count('<option value="base-') == MOST_SUGGESTED
     assert '<option value="smollm2">' not in page
@@ -63,10 +63,10 @@ def test_one_adapter(console: ConsoleSite) -> None:
 def test_promote_and_roll_back(console: ConsoleSite) -> None:
     moved = console.post("/adapters/tone/aliases/prod?version=2")
     assert moved.headers["hx-redirect"] == "/api/v1/console/adapters/tone?done=promoted"
-    assert console.catalog.alias("tone", "prod").version == 2
+    assert console.catalog.aliases.get("tone", "prod").version == 2
     assert "points at the version now" in console.get("/adapters/tone", done="promoted").text
     assert console.post("/adapters/tone/aliases/prod/rollback").status_code == 204
-    assert console.catalog.alias("tone", "prod").version == 1
+    assert console.catalog.aliases.get("tone", "prod").version == 1
     again = console.post("/adapters/tone/aliases/prod/rollback")
     assert (again.status_code, "alert-danger" in again.text) == (409, True)
     assert console.post("/adapters/tone/aliases/prod?version=9").status_code == 404
@@ -85,7 +85,7 @@ def test_canaries(console: ConsoleSite) -> None:
     assert button.group(1).startswith("/adapters/tone/aliases/prod/canary/end?")  # 404 where it has ended meanwhile
     assert console.post("/adapters/tone/aliases/prod/canary?version=2&percent=100").status_code == 422
     assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 204
-    assert console.catalog.alias("tone", "prod").weights == {1: 100}
+    assert console.catalog.aliases.get("tone", "prod").weights == {1: 100}
     assert "<td>ended</td>" in console.get("/adapters/tone").text
     assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 404
 
@@ -96,10 +96,10 @@ def test_a_rollback_is_of_the_state_that_was_shown(console: ConsoleSite) -> None
     button = re.search(r'hx-post="/api/v1/console([^"]+)"[^>]*aria-label="Roll back prod"', page)
     assert button is not None
     path = button.group(1).replace("&amp;", "&")
-    console.catalog.set_canary("tone", "prod", 1, 10)
-    console.catalog.end_canary("tone")
+    console.catalog.canaries.set("tone", "prod", 1, 10)
+    console.catalog.canaries.end("tone")
     assert console.post(path).status_code == 412
-    assert console.catalog.alias("tone", "prod").version == 2
+    assert console.catalog.aliases.get("tone", "prod").version == 2
 
 
 def test_differences(console: ConsoleSite) -> None:
@@ -134,7 +134,7 @@ def test_retrieval_is_a_table_with_depths(console: ConsoleSite) -> None:
         for depth in (0.0, 1.0)
         for length in range(1024, 1024 + 60)
     ]
-    console.catalog.record_evaluations(digest(2), measured)
+    console.catalog.evaluations.record(digest(2), measured)
     page = console.get("/adapters/tone/versions/2").text
     for depth, shown in (("0", "0 %"), ("1", "100 %")):
         cells = ("passkey_exact_match", depth, "adapter", "passkey", "1,024", shown)

@@ -77,7 +77,7 @@ def test_a_form_that_cannot_be_planned_says_why(console: ConsoleSite, fields: di
 
 
 def test_an_estimate_is_of_no_more_workers_than_a_tenant_may_have(console: ConsoleSite) -> None:
-    console.catalog.update_tenant("acme", limits=Limits(max_workers=2))
+    console.catalog.tenants.update("acme", limits=Limits(max_workers=2))
     console.log_in(console.key("train", tenant="acme"))
     assert "Memory of a worker" in console.post("/jobs/plan", FORM | {"num_workers": "2"}).text
     assert "at most 2 are allowed" in console.post("/jobs/plan", FORM | {"num_workers": "3"}).text
@@ -87,7 +87,7 @@ def test_a_form_becomes_a_job(console: ConsoleSite) -> None:
     wrong = console.post("/jobs", FORM | {"adapter.rank": "0"})
     assert (wrong.status_code, "adapter" in wrong.text, "<main" in wrong.text) == (422, True, False)
     answer = console.post("/jobs", FORM)
-    (job,) = console.catalog.jobs().jobs
+    (job,) = console.catalog.jobs.page().items
     assert answer.headers["hx-redirect"].endswith(f"/console/jobs/{job.id}")
     assert list(console.jobs.submitted) == [job.id]
     got = job.recipe

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from loray.catalog.usage import UsageRow
+from loray.schemas.resources import UsageResource
 from loray.spec import UsageEvent
 from serve_apps.console.keys import bars_of
 from tests.serve_apps.console.site import ROOT, ConsoleSite
@@ -23,9 +23,9 @@ def test_a_key_is_shown_once_and_revoked(console: ConsoleSite) -> None:
     page = console.get("/keys", tenant="acme").text
     assert "infer, publish" in page
     assert secret.group() not in page
-    (key,) = (key for key in console.catalog.keys().keys if key.alias == "ci")
+    (key,) = (key for key in console.catalog.keys.page().items if key.alias == "ci")
     assert console.post(f"/keys/{key.id}/revoke").headers["hx-redirect"].endswith("/console/keys")
-    assert console.catalog.key(key.id).revoked_at is not None
+    assert console.catalog.keys.get(key.id).revoked_at is not None
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_a_key_is_shown_once_and_revoked(console: ConsoleSite) -> None:
 def test_a_wrong_form_says_what_is_wrong(console: ConsoleSite, fields: dict[str, object], said: str) -> None:
     answer = console.post("/keys", fields)
     assert (answer.status_code, said in answer.text, "<main" in answer.text) == (422, True, False)
-    assert console.catalog.keys().keys == ()
+    assert console.catalog.keys.page().items == ()
 
 
 def test_tenants(console: ConsoleSite) -> None:
     assert console.post("/tenants", {"name": "beta"}).status_code == 204
     assert console.post("/tenants", {"name": "beta"}).status_code == 409
     assert console.post("/tenants/beta/block").status_code == 204
-    assert console.catalog.tenant("beta").blocked
+    assert console.catalog.tenants.get("beta").blocked
     assert "Let pass" in console.get("/keys").text
 
 
@@ -62,7 +62,7 @@ def test_an_administrator_of_one_tenant_sees_and_makes_its_keys(console: Console
     assert set(re.findall(r'name="scopes" value="(\w+)"', page)) == {"infer", "publish", "promote", "train"}
     assert re.findall(r'aria-label="Revoke ([\w-]+)"', page) == ["acme-infer"]
     assert console.post("/keys", {"key_alias": "ci", "scopes": ["infer"]}).status_code == 201
-    assert console.catalog.keys(alias="ci").keys[0].tenant == "acme"
+    assert console.catalog.keys.page(alias="ci").items[0].tenant == "acme"
     assert console.post("/keys", {"key_alias": "more", "scopes": ["admin"]}).status_code == 403
     assert console.post("/tenants", {"name": "beta"}).status_code == 403
     for section, is_shown in (("keys", True), ("jobs", True), ("adapters", False), ("serving", False)):
@@ -73,7 +73,7 @@ def test_an_administrator_of_one_tenant_sees_and_makes_its_keys(console: Console
 
 def test_the_list_of_tenants_ends(console: ConsoleSite) -> None:
     for number in range(201):
-        console.catalog.create_tenant(f"t{number}")
+        console.catalog.tenants.create(f"t{number}")
     page = console.get("/keys").text
     assert "These are the first 200" in page
     assert page.count("/block") == 200
@@ -98,7 +98,7 @@ def test_usage_is_summed_up(console: ConsoleSite) -> None:
         )
         for number, (tenant, model) in enumerate((("default", "tone"), ("acme", "acme/vault")))
     ]
-    console.catalog.record_usage(events)
+    console.catalog.usage.record(events)
     page = console.get("/usage").text
     assert "70,000" in page
     assert "140,001" in page  # the day's
@@ -108,7 +108,8 @@ def test_usage_is_summed_up(console: ConsoleSite) -> None:
 
 
 def test_every_day_has_a_bar() -> None:
-    rows = [UsageRow(None, None, None, date(2026, 1, 2), 1, 1, 0, 50, 1.0)]
+    counts = {"num_requests": 1, "num_prompt_tokens": 1, "num_cached_tokens": 0, "num_output_tokens": 50}
+    rows = [UsageResource(tenant=None, key_id=None, model=None, day=date(2026, 1, 2), seconds=1.0, **counts)]
     bars = bars_of(rows, date(2026, 1, 1), 3)
     assert [(bar.day.day, bar.num_tokens, bar.height) for bar in bars] == [(1, 0, 0), (2, 50, 120), (3, 0, 0)]
     assert len(bars_of([], date(2026, 1, 1), 3)) == 3

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from jobs.events import Event
-from jobs.runs.history import RunEvents
+from jobs.runs import history as run_history
 from loray.catalog import Catalog
 from loray.errors import LogsGone
 from loray.recipes.load import load_recipe
@@ -154,7 +154,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     def gone(job_id: str, num_lines: int) -> str:
         raise LogsGone("the log is gone")
 
-    job, histories = catalog.add_job("train_1", name="tone", recipe=recipe), Histories()
+    job, histories = catalog.jobs.add("train_1", name="tone", recipe=recipe), Histories()
     history = histories.of(job, settings)
     seen = history.look(job, gone)
     assert seen == ({}, (), "", "the log is gone", None)
@@ -171,13 +171,13 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, False)
     assert seen.steps == ()
     num_bytes: list[int] = []
-    take = RunEvents._take
+    take = run_history._whole_lines
 
-    def counted(events: RunEvents, opened: object, at: int, length: int) -> bytes:
+    def counted(opened: object, at: int, length: int) -> bytes:
         num_bytes.append(length)
-        return take(events, opened, at, length)
+        return take(opened, at, length)
 
-    monkeypatch.setattr(RunEvents, "_take", counted)
+    monkeypatch.setattr(run_history, "_whole_lines", counted)
     assert history.look(job, tail).curve == seen.curve
     assert num_bytes == []
     with file.open("a") as events:
@@ -186,8 +186,8 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     assert num_bytes == [len(line(300, 2.5))]
     assert asked == [CURVE_LINES]
 
-    catalog.start_job(job.id)
-    failed = catalog.end_job(job.id, "failed", message="out of memory")
+    catalog.jobs.start(job.id)
+    failed = catalog.jobs.end(job.id, "failed", message="out of memory")
     seen = histories.of(failed, settings).look(failed, tail)
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "2.5")) == ([CURVE_LINES, LOG_LINES], LOG_LINES, True)
     assert "held-out loss" not in seen.log
@@ -198,7 +198,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
 def test_few_jobs_are_kept(tmp_path: Path) -> None:
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
     catalog, recipe, histories = Catalog(sqlite_catalog(tmp_path)), load_recipe("lora_smollm2").spec, Histories()
-    jobs = [catalog.add_job(f"train_{n}", name="tone", recipe=recipe) for n in range(MOST_JOBS + 1)]
+    jobs = [catalog.jobs.add(f"train_{n}", name="tone", recipe=recipe) for n in range(MOST_JOBS + 1)]
     first = histories.of(jobs[0], settings)
     second = histories.of(jobs[1], settings)
     assert histories.of(jobs[0], settings) is first

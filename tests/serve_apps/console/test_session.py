@@ -55,7 +55,7 @@ def test_a_wrong_key_is_refused(console: ConsoleSite, key: str) -> None:
 def test_a_revoked_key_ends_its_session(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
     assert console.get().status_code == 200
-    console.catalog.revoke_key(console.catalog.keys(limit=1).keys[0].id)
+    console.catalog.keys.revoke(console.catalog.keys.page(limit=1).items[0].id)
     assert console.get().status_code == 401
 
 
@@ -65,9 +65,9 @@ def test_changes_repeat_the_token_of_their_session(console: ConsoleSite) -> None
     for wrong in ({"X-CSRF-Token": ""}, {"X-CSRF-Token": "A" * 43}):
         assert console.post(path, **wrong).status_code == 403
     assert console.http.post(URL + path, headers=HTMX).status_code == 403
-    assert console.catalog.alias("tone", "prod").version == 1
+    assert console.catalog.aliases.get("tone", "prod").version == 1
     assert console.post(path).status_code == 204
-    assert console.catalog.alias("tone", "prod").version == 2
+    assert console.catalog.aliases.get("tone", "prod").version == 2
 
 
 def test_without_keys_another_site_changes_nothing(console: ConsoleSite) -> None:
@@ -131,7 +131,7 @@ def test_every_process_of_the_api_knows_a_login(console: ConsoleSite) -> None:
 def test_the_database_alone_opens_no_login(console: ConsoleSite) -> None:
     key = console.key("admin")
     value = console.log_in(key).cookies["loray_session"]
-    with console.catalog._engine.connect() as c:
+    with console.catalog._db.engine.connect() as c:
         (row,) = c.execute(sa.select(logins)).all()
     assert key not in repr(row)
     assert value not in repr(row)

@@ -44,7 +44,7 @@ def test_an_upload_becomes_a_version(console: ConsoleSite, base: BaseModel, fold
     id = begin(console, folder)
     answer = published(console, id, name="new", aliases="prod, canary", base=base.name, licence="MIT", description="")
     assert answer.headers["hx-redirect"] == f"{ROOT}/adapters/new?tenant=default&done=published"
-    version = console.catalog.version("new", 1)
+    version = console.catalog.adapters.version("new", 1)
     assert (version.aliases, version.manifest.licence) == (("canary", "prod"), "MIT")
     assert "The upload is published" in console.get("/adapters/new", done="published").text
 
@@ -84,7 +84,7 @@ def test_who_may_upload(console: ConsoleSite, base: BaseModel, folder: Path) -> 
     assert published(console, id, name="new", aliases="prod", base=base.name).status_code == 403
     answer = published(console, id, name="new", base=base.name)
     assert answer.status_code == 204, answer.text
-    assert console.catalog.version("acme/new", 1).aliases == ()
+    assert console.catalog.adapters.version("acme/new", 1).aliases == ()
     console.log_in(console.key("infer"))
     assert console.get("/uploads").status_code == 403
     assert "/uploads" not in console.get("/adapters").text

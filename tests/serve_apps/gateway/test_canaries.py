@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +16,7 @@ from loray.catalog.aliases import EndedCanary, ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded, EngineError, Overloaded
 from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
-from serve_apps.gateway.canaries import CanaryCounters, Reports
+from serve_apps.gateway.canaries import CanaryCounters
 from serve_apps.gateway.metrics import GatewayMetrics
 from tests.fixtures.gateway import HELLO, GatewayClient, ScriptedEngines, delta, register
 
@@ -27,8 +28,8 @@ def tone(catalog: Catalog, base: BaseModel) -> Catalog:
     """With versions 1 to 3, of which `prod` has 2, and a quarter of its requests version 3."""
     for _ in range(3):
         register(catalog, "tone", base.fingerprint)
-    catalog.promote("tone", "prod", 2)
-    catalog.set_canary("tone", "prod", 3, 25, bounds=CanaryBounds(min_requests=20))
+    catalog.aliases.move("tone", "prod", 2)
+    catalog.canaries.set("tone", "prod", 3, 25, bounds=CanaryBounds(min_requests=20))
     return catalog
 
 
@@ -53,7 +54,7 @@ def test_sessions_keep_their_version_when_the_share_grows(client_of: Any, tone: 
         assert len({version_of(client) for _ in range(60)}) == 2  # without a session, each request by itself
         card = client.get("/v1/models/tone@prod").json()
         assert (card["root"], card["weights"]) == ("tone@2", {"prod": {"2": 75, "3": 25}})
-        tone.set_canary("tone", "prod", 3, 60)
+        tone.canaries.set("tone", "prod", 3, 60)
         client.get("/v1/models/unknown")  # which looks at the catalog again
         grown = {session: version_of(client, session) for session in sessions}
         assert {s for s in sessions if first[s] == "tone@3"} < {s for s in sessions if grown[s] == "tone@3"}
@@ -77,10 +78,10 @@ def test_a_canary_that_fails_is_ended(
         for i in range(400):  # until the snapshot has the end
             r = client.complete(**PROD, user=f"u{i}")
             answers.append(r.status_code)
-            if answers.count(503) >= 2 and tone.canary("tone").outcome is not None:
+            if answers.count(503) >= 2 and tone.canaries.get("tone").outcome is not None:
                 break
         client.get("/v1/models/unknown")
-        known = tone.canary("tone")
+        known = tone.canaries.get("tone")
         assert (known.outcome, known.counts.canary.num_errors >= 2) == ("rolled_back", True)
         assert known.reason is not None
         assert {version_of(client, f"s{i}") for i in range(20)} == {"tone@2"}
@@ -94,7 +95,7 @@ def test_a_canary_that_fails_is_ended(
 
 
 def test_what_is_counted(client_of: Any, tone: Catalog) -> None:
-    tone.set_canary("tone", "prod", 3, 25, bounds=CanaryBounds(max_error_rate=None))
+    tone.canaries.set("tone", "prod", 3, 25, bounds=CanaryBounds(max_error_rate=None))
 
     def ask(*script: Any, cold: bool = False, **headers: str) -> None:
         engines = ScriptedEngines(script)
@@ -104,16 +105,16 @@ def test_what_is_counted(client_of: Any, tone: Catalog) -> None:
                 client.complete({"X-Session-ID": f"s{i}"} | headers, **PROD)
 
     ask(*HELLO)
-    counts = tone.canary("tone").counts
+    counts = tone.canaries.get("tone").counts
     both = counts.stable + counts.canary
     assert (both.num_requests, both.num_errors, both.ttft.num, both.itl.num) == (4, 0, 4, 4)
     ask(Overloaded("too many", 1.0))  # 429
     ask(DeadlineExceeded("late"), **{"X-Request-Timeout-S": "1"})  # its own deadline
     ask(BaseStarting("not ready", 10.0))
     ask(*HELLO, cold=True)  # the wait for a replica
-    assert tone.canary("tone").counts == counts
+    assert tone.canaries.get("tone").counts == counts
     ask(delta("he"), DeadlineExceeded("late"))
-    found = tone.canary("tone").counts
+    found = tone.canaries.get("tone").counts
     both = found.stable + found.canary
     assert (both.num_requests, both.num_errors, both.ttft.num) == (8, 4, 4)
 
@@ -128,15 +129,15 @@ async def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
     ]
 
     class Told:
-        def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
+        def report(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
             asked.append(counted)
             answer = answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-    async def ask(question: Callable[[Reports], ReportAnswer]) -> ReportAnswer:
-        return question(Told())
+    async def ask(question: Callable[[Catalog], ReportAnswer]) -> ReportAnswer:
+        return question(cast(Catalog, SimpleNamespace(canaries=Told())))
 
     canaries = CanaryCounters(ask, GatewayMetrics("local"))
     await canaries.report()

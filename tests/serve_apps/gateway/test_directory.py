@@ -61,10 +61,10 @@ async def resolving(
 ) -> AsyncIterator[ModelResolver]:
     """One that has looked at the catalog once."""
     directory = ModelResolver([base], CatalogWatcher(watched), kept)
-    await directory.refresh()
+    await directory.follower.refresh()
     watched.looks.clear()
     yield directory
-    directory.close()
+    directory.follower.close()
 
 
 async def test_concurrent_unknown_names_share_one_read(base: BaseModel, watched: Watched) -> None:
@@ -119,29 +119,29 @@ async def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
     register(catalog, "tone", base.fingerprint, context_length=4096)
     kept = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere")
     first = ModelResolver([base], CatalogWatcher(watched), kept)
-    await first.start()
+    await first.follower.start()
     while not kept.path.exists():
         await asyncio.sleep(0.01)
-    await first.stop()
+    await first.follower.stop()
     watched.is_away = True
     async with resolving(base, watched, kept) as directory:
         _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
         assert (ref.label, directory.longest_context(base), directory.num_adapters) == ("tone@1", 4096, 1)
-        assert directory.failure is not None
+        assert directory.follower.failure is not None
         assert 0 < directory.age_s < 600
         with pytest.raises(AdapterNotFound, match="nobody"):
             await directory.resolve("nobody", OPERATOR)
         register(catalog, "tone", base.fingerprint)
         watched.is_away, watched.reads = False, []
         for _ in range(3):
-            await directory.refresh()
+            await directory.follower.refresh()
         _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
-        assert (ref.label, directory.failure) == ("tone@2", None)
+        assert (ref.label, directory.follower.failure) == ("tone@2", None)
         assert watched.reads == [True]  # what was on disk was compared with all of the database
         register(catalog, "tone", base.fingerprint)
-        await directory.refresh()
+        await directory.follower.refresh()
         assert watched.reads == [True, False]
     assert "kept on disk" in caplog.text
 
@@ -161,11 +161,11 @@ def test_collections_pass_a_large_snapshot_by(
 
     async def run(many: int) -> None:
         monkeypatch.setattr("serve_apps.gateway.directory._MANY", many)
-        directory = ModelResolver([base], CatalogWatcher(lambda: Collected(str(catalog._engine.url))))
+        directory = ModelResolver([base], CatalogWatcher(lambda: Collected(str(catalog._db.engine.url))))
         for _ in range(2):
-            await directory.refresh()
+            await directory.follower.refresh()
             register(catalog, "tone", base.fingerprint)
-        directory.close()
+        directory.follower.close()
 
     for many, times in ((1000, 0), (1, 1)):
         enabled: list[bool] = []

@@ -107,7 +107,7 @@ def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
     register(catalog, "tone", base.fingerprint, context_length=1024)
     register(catalog, "tone", base.fingerprint, context_length=1024)
     register(catalog, "other", "f" * 64)
-    catalog.promote("tone", "prod", 1)
+    catalog.aliases.move("tone", "prod", 1)
     with client_of(ScriptedEngines(HELLO), max_model_len=900) as client:
         card, tone = client.get("/v1/models").json()["data"]
         assert card | {"created": 0} == {

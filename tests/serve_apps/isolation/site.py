@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.routing import Route as PlainRoute
 
-from jobs.submission.tracker import RayJob
+from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.database import writing
@@ -117,8 +117,8 @@ def site(base: BaseModel, home: Path) -> Iterator[Site]:
 
 def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     for tenant in ("acme", "beta"):
-        catalog.create_tenant(tenant)
-    catalog.add_base(base.name, base.fingerprint)
+        catalog.tenants.create(tenant)
+    catalog.bases.add(base.name, base.fingerprint)
     recipe = load_recipe("lora_smollm2").spec
     recipe = recipe.model_copy(
         update={"name": SECRET.name, "data": recipe.data.model_copy(update={"train": "zq-data"})}
@@ -134,11 +134,11 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
             "job_id": SECRET.job,
         }
     )
-    acme.record_upload(SECRET.digest)
-    acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
-    acme.set_tag(SECRET.name, "zq-tag", "zq-stage")
+    acme.adapters.record_upload(SECRET.digest)
+    acme.adapters.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
+    acme.tags.set(SECRET.name, "zq-tag", "zq-stage")
     assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload
-    acme.add_job(SECRET.job, name=SECRET.name, recipe=recipe)
+    acme.jobs.add(SECRET.job, name=SECRET.name, recipe=recipe)
     fakes.jobs.jobs[SECRET.job] = RayJob("RUNNING", "zq-words")
     fakes.placements.found = [
         AdapterPlacement(
@@ -156,19 +156,19 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     ]
     past = datetime.now(UTC) - timedelta(hours=1)
     made = {
-        f"acme {scope}": catalog.create_key(f"acme {scope}", tenant="acme", scopes=frozenset({scope}))
+        f"acme {scope}": catalog.keys.create(f"acme {scope}", tenant="acme", scopes=frozenset({scope}))
         for scope in SCOPES
     }
-    made["acme secret"] = catalog.create_key("zq-alias", tenant="acme", metadata={"team": "zq-words"})
-    with writing(catalog._engine) as c:  # so that the table knows its id
+    made["acme secret"] = catalog.keys.create("zq-alias", tenant="acme", metadata={"team": "zq-words"})
+    with writing(catalog._db.engine) as c:  # so that the table knows its id
         c.execute(keys.update().where(keys.c.id == made["acme secret"].key.id).values(id=SECRET.key))
-    made["narrow"] = catalog.create_key("narrow", tenant="acme", scopes=SCOPES, models=["other"])
+    made["narrow"] = catalog.keys.create("narrow", tenant="acme", scopes=SCOPES, models=["other"])
     for scope in SCOPES:
-        made[f"beta {scope}"] = catalog.create_key(f"beta {scope}", tenant="beta", scopes={scope})
-    made["publisher"] = catalog.create_key("publisher", scopes=["publish"])
-    made["beta"] = catalog.create_key("beta", tenant="beta", scopes=frozenset(SCOPES))
-    made["admin"] = catalog.create_key("admin", tenant="default", scopes=frozenset({"admin"}))
-    made["revoked"] = catalog.create_key("revoked", tenant="acme", scopes=frozenset({*SCOPES, "admin"}))
-    catalog.revoke_key(made["revoked"].key.id)
-    made["expired"] = catalog.create_key("expired", tenant="acme", scopes=frozenset({"admin"}), expires_at=past)
+        made[f"beta {scope}"] = catalog.keys.create(f"beta {scope}", tenant="beta", scopes={scope})
+    made["publisher"] = catalog.keys.create("publisher", scopes=["publish"])
+    made["beta"] = catalog.keys.create("beta", tenant="beta", scopes=frozenset(SCOPES))
+    made["admin"] = catalog.keys.create("admin", tenant="default", scopes=frozenset({"admin"}))
+    made["revoked"] = catalog.keys.create("revoked", tenant="acme", scopes=frozenset({*SCOPES, "admin"}))
+    catalog.keys.revoke(made["revoked"].key.id)
+    made["expired"] = catalog.keys.create("expired", tenant="acme", scopes=frozenset({"admin"}), expires_at=past)
     return {name: key.secret for name, key in made.items()}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs.runs.folders import open_runs
-from jobs.submission import commands
+from jobs.submission.commands import Place, Submission, Work
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
-from loray.recipes.load import load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.spec import qualified_name
 from tests.serve_apps.isolation.site import SECRET, Site, site
@@ -32,7 +32,7 @@ def test_a_digest_that_was_seen_somewhere_is_not_registered(made: Site, tmp_path
         answer = made.api.ask("POST /adapters/{name}/versions", OWN._replace(digest=digest), made.keys["beta"])
         assert answer.status_code == 404
         assert answer.json()["detail"] == f"the store has no adapter with digest {digest[:12]}"
-    assert not [e for e in made.catalog.adapters() if e.tenant == "beta"]
+    assert not [e for e in made.catalog.snapshot().models() if e.tenant == "beta"]
     answer = made.api.ask("POST /adapters/{name}/versions", OWN._replace(digest=stored), made.keys["admin"])
     assert answer.status_code == 201, answer.text
     assert answer.headers["location"] == "/api/v1/adapters/loot/versions/1?tenant=beta"
@@ -40,11 +40,11 @@ def test_a_digest_that_was_seen_somewhere_is_not_registered(made: Site, tmp_path
 
 def test_only_who_may_promote_sets_aliases_by_registering(made: Site, tmp_path: Path) -> None:
     stored = made.fakes.store(1, tmp_path)
-    made.catalog.record_upload(stored)  # for the default tenant
+    made.catalog.adapters.record_upload(stored)  # for the default tenant
     path, headers = "adapters/tone/versions", {"Authorization": f"Bearer {made.keys['publisher']}"}
     refused = made.api.client.post(path, json={"digest": stored, "aliases": ["prod"]}, headers=headers)
     assert (refused.status_code, "promote" in refused.text) == (403, True)
-    assert made.catalog.adapters()[-1].name == SECRET.model
+    assert tuple(made.catalog.snapshot().models())[-1].name == SECRET.model
 
 
 def test_no_adapter_takes_the_name_of_a_base_of_this_machine(
@@ -60,12 +60,12 @@ def test_no_adapter_takes_the_name_of_a_base_of_this_machine(
                 headers={"Authorization": f"Bearer {made.keys[key]}"},
             )
             assert answer.status_code in (404, 409), answer.text
-        assert base.name in made.catalog.bases()
+        assert base.name in made.catalog.bases.fingerprints()
 
 
 @pytest.mark.parametrize("spelled", ["acme/vault-9", "BASE:acme/vault-9", "acme/vault-9@hush", "default/acme/vault-9"])
 def test_no_spelling_of_a_name_reaches_another_tenant(made: Site, spelled: str) -> None:
-    (base,) = made.catalog.bases()
+    (base,) = made.catalog.bases.fingerprints()
     body = {"model": spelled.replace("BASE", base), "prompt": "hi", "max_tokens": 1}
     for key, status in (("beta", 404), ("acme infer", 200 if "default" not in spelled else 404)):
         answer = made.gateway.client.post(
@@ -94,7 +94,7 @@ def test_a_shared_adapter_is_asked_and_not_changed(made: Site) -> None:
         headers={"Authorization": f"Bearer {publish}"},
     )
     assert shared.json()["shared_with"] == ["beta"]
-    made.gateway.client.portal.call(made.gateway.app.state.gateway.directory.refresh)  # type: ignore[union-attr]
+    made.gateway.client.portal.call(made.gateway.app.state.gateway.directory.follower.refresh)  # type: ignore[union-attr]
     assert made.gateway.ask("POST /v1/completions", SECRET, beta).status_code == 200
     seen = made.api.ask("GET /adapters/{name}", SECRET, beta).json()
     assert (seen["name"], seen["tenant"], seen["shared_with"]) == (SECRET.model, "acme", [])
@@ -125,9 +125,10 @@ def test_a_run_is_continued_by_its_tenant_alone(tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="there is no run"):
             runs.latest(name)
     data = recipe.data.model_copy(update={"train": "s3://bucket/data.jsonl", "eval": None})
-    whose = {"resume": True, "tenant": "acme"}
-    submission = commands.from_spec(recipe.model_copy(update={"data": data}), settings, stage=tmp_path, **whose)
-    assert submission.entrypoint.endswith("--resume --tenant acme < recipe.json")
+    asked = Recipe(recipe.model_copy(update={"data": data}), None, tmp_path)
+    work = Work.training(asked, resume=True, tenant="acme")
+    submission = Submission.of(work, Place.of_server(settings, tmp_path))
+    assert " - --resume --tenant acme " in submission.entrypoint
 
 
 def _asked_by(made: Site, *keys: str) -> Iterator[object]:

@@ -22,11 +22,11 @@ def test_tenants_share_no_cached_prefix(tmp_path: Path, peft_folder: Callable[..
     base = served_base(tmp_path / "checkpoint", settings.home)
     catalog = Catalog(settings.catalog)
     import_folder(peft_folder(base), base, Destination("tone", AdapterStore(open_store(settings.store)), catalog))
-    catalog.share("tone", "public")
+    catalog.adapters.share("tone", "public")
     keys = []
     for tenant in ("acme", "beta"):
-        catalog.create_tenant(tenant)
-        keys.append(catalog.create_key(tenant, tenant=tenant, scopes=["infer"]).secret)
+        catalog.tenants.create(tenant)
+        keys.append(catalog.keys.create(tenant, tenant=tenant, scopes=["infer"]).secret)
     spec = ServeSpec(base=base.name, dtype="float32", **SERVE)
     stream = start_engine(spec, base, adapter_loader(base, settings))
     try:

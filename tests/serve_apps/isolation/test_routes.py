@@ -63,7 +63,7 @@ def test_another_tenant_gets_what_it_gets_for_a_name_that_does_not_exist(
     both: Site, application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve_apps.auth.KEY_BURST", 1e6)  # every route is asked twice
-    before, jobs = both.catalog.snapshot(), both.catalog.jobs().jobs
+    before, jobs = both.catalog.snapshot(), both.catalog.jobs.page().items
     for name, route in application.table.items():
         if route.scopes == OPEN:
             continue
@@ -78,7 +78,7 @@ def test_another_tenant_gets_what_it_gets_for_a_name_that_does_not_exist(
         assert not _told(unknown.text, str(unknown.headers), SECRET.name, SECRET.alias, SECRET.digest, SECRET.job), name
         assert secret.headers.keys() == unknown.headers.keys(), name
     assert both.catalog.snapshot() == before
-    assert both.catalog.jobs().jobs == jobs
+    assert both.catalog.jobs.page().items == jobs
     assert both.fakes.jobs.stopped == []
 
 

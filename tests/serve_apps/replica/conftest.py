@@ -40,6 +40,6 @@ def published(base: BaseModel, peft_folder: Callable[..., Path], settings: Setti
     def make(name: str, method: str = "lora", seed: int = 0) -> AdapterRef:
         with closing(Catalog(settings.catalog)) as catalog:
             publish(peft_folder(base, method, seed), base, Destination(name, store, catalog))
-            return catalog.resolve(name)
+            return catalog.adapters.resolve(name)
 
     return make

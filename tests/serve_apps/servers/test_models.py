@@ -15,7 +15,7 @@ from tests.fixtures.cluster import Served
 
 
 def test_every_name_of_a_model(client: openai.OpenAI, server: Served, tone: list[AdapterVersion]) -> None:
-    server.catalog.promote("tone", "canary", 1)
+    server.catalog.aliases.move("tone", "canary", 1)
     by_version = {v.version: answer(client, v.label) for v in tone}
     base = answer(client, "tiny")
     assert len({base, *by_version.values()}) == 4  # every adapter has its own output
@@ -32,11 +32,11 @@ def test_promote_changes_the_next_answer_and_rollback_restores_it(
     client: openai.OpenAI, server: Served, tone: list[AdapterVersion]
 ) -> None:
     answers = {v.version: answer(client, v.label) for v in tone}
-    server.catalog.promote("tone", "prod", 2)
+    server.catalog.aliases.move("tone", "prod", 2)
     assert eventually(lambda: answer(client, "tone") == answers[2])
-    server.catalog.promote("tone", "prod", 1)
+    server.catalog.aliases.move("tone", "prod", 1)
     assert eventually(lambda: answer(client, "tone@prod") == answers[1])
-    server.catalog.rollback("tone", "prod")
+    server.catalog.aliases.rollback("tone", "prod")
     assert eventually(lambda: answer(client, "tone") == answers[2])
 
 

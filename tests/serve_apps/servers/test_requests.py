@@ -141,7 +141,7 @@ def test_a_response_has_one_request_id(server: Served) -> None:
 
 def test_the_catalogs_links_and_the_document_have_the_route_prefix(server: Served) -> None:
     for job_id in ("linked-1", "linked-2"):
-        server.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
+        server.catalog.jobs.add(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
     response = httpx.get(f"{server.url}/api/v1/jobs", params={"limit": 1}, timeout=30)
     assert response.links["next"]["url"].startswith("/api/v1/jobs?limit=1&cursor=")
     document = httpx.get(f"{server.url}/api/v1/openapi.json", timeout=30).json()

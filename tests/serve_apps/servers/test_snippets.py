@@ -38,7 +38,7 @@ def names(served_alone: Served, peft_folder: Callable[..., Path]) -> None:
     base, catalog = served_alone.base, served_alone.catalog
     for name in NAMES:
         publish(peft_folder(base), base, Destination(name, served_alone.store, catalog))
-        catalog.promote(name, "prod", 1)
+        catalog.aliases.move(name, "prod", 1)
 
 
 @pytest.mark.usefixtures("names")

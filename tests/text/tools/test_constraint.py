@@ -14,6 +14,7 @@ import pytest
 from tokenizers import AddedToken
 
 from loray.bases.registry import BaseModel
+from loray.bases.tokenizer import FILE
 from loray.errors import RequestError
 from loray.spec import Constraint, Tool, ToolParserName, ToolUse
 from loray.text.grammar import GrammarCompiler
@@ -43,7 +44,7 @@ class Tokens:
                 AddedToken(m, special=kind == "special", normalized=False) for ms in MARKERS.values() for m in ms
             ]
             tokenizer.add_tokens(markers, special_tokens=kind == "special")
-            tokenizer.save_pretrained(folder)
+            tokenizer.backend_tokenizer.save(str(folder / FILE))
             base = replace(base, path=folder)
         self.ids: dict[str, int] = tokenizer.get_added_vocab()
         self.compiler, self.tokenizer = GrammarCompiler(base), tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from loray.train import s2_attention
 from loray.train.attention import attend
 from loray.train.attention.attend import attend_cpu, attend_sdpa, attend_varlen
-from loray.train.attention.segments import Bucket, segment_batch
+from loray.train.attention.segments import blocks, packed, segment_batch
 from tests.fixtures.attention import (
     flash_attn_varlen_func,
     install_flash_attn,
@@ -145,14 +145,26 @@ def test_memory_grows_with_the_group_not_with_the_square_of_the_row() -> None:
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
-def test_equal_segments_are_one_batch() -> None:
+def test_segments_are_in_order_and_without_padding() -> None:
     ids_BT = torch.tensor([runs((0, 8), (1, 8), (-1, 4)), runs((0, 16), (1, 4))])
-    cuts = segment_batch(2, 20, 8, document_ids_BT=ids_BT)
-    assert cuts.plain.buckets == (Bucket(4, 1), Bucket(8, 4))
-    assert cuts.shifted.buckets == (Bucket(4, 7), Bucket(8, 1))
-    alike = segment_batch(2, 20, 8, document_ids_BT=torch.zeros(2, 20, dtype=torch.long))
-    assert alike.shifted.order_N is None
-    assert alike.shifted.buckets == (Bucket(4, 1), Bucket(8, 2))
+    found = segment_batch(2, 20, 8, document_ids_BT=ids_BT)
+    assert found.plain.begins_S.tolist() == [0, 8, 20, 28, 36]
+    assert found.plain.lengths_S.tolist() == [8, 8, 8, 8, 4]
+    assert found.shifted.begins_S.tolist() == [0, 4, 8, 12, 20, 24, 32, 36]
+    assert found.shifted.lengths_S.tolist() == [4, 4, 4, 4, 4, 8, 4, 4]
+    assert (found.plain.num_covered, found.shifted.num_covered) == (36, 36)
+
+
+def test_nothing_is_gathered_where_positions_are_neighbours() -> None:
+    cpu = torch.device("cpu")
+    found = segment_batch(2, 24, 8)
+    assert blocks(found.plain, cpu) == ((8, slice(0, 48)),)
+    halves, wholes = blocks(found.shifted, cpu)
+    assert isinstance(halves.positions, torch.Tensor)
+    assert halves.positions.tolist() == [*range(4), *range(20, 28), *range(44, 48)]
+    assert (halves.length, wholes.length) == (4, 8)
+    assert packed(found.shifted, cpu) == (8, slice(0, 48))
+    assert blocks(segment_batch(1, 24, 8).shifted, cpu)[1] == (8, slice(4, 20))
 
 
 @pytest.mark.parametrize("group", [0, 1, 7, -2])

@@ -100,8 +100,9 @@ def test_collate_shifts_labels_and_pads_right() -> None:
     batch = collate(rows, ((0,), (1,)), packed=False)
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert batch.labels_BT.tolist() == [[6, 7, IGNORED, IGNORED], [IGNORED, IGNORED, 11, IGNORED]]
-    assert batch.attention_mask_BT is not None
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.document_ids_BT is not None
+    assert batch.document_ids_BT.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]]
+    assert batch.model_inputs(torch.device("cpu"))["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.position_ids_BT is None
     assert (batch.num_tokens, batch.num_targets) == (7, 3)
     equal = collate(make_rows([4, 4]), ((0,), (1,)), packed=False)
@@ -114,7 +115,9 @@ def test_packed_documents_restart_and_do_not_predict_each_other() -> None:
     assert batch.position_ids_BT is not None
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.labels_BT.tolist() == [[1, 2, IGNORED, 1001, IGNORED], [2001, 2002, 2003, IGNORED, IGNORED]]
-    assert batch.attention_mask_BT is None
+    assert batch.document_ids_BT is not None
+    assert batch.document_ids_BT.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, -1]]
+    assert list(batch.model_inputs(torch.device("cpu"))) == ["input_ids", "position_ids"]
 
 
 def ids(batches: list[TrainBatch]) -> list[list[int]]:

@@ -16,14 +16,15 @@ from loray.recipes.load import load_recipe
 from loray.recipes.resolve import check_row_lengths, resolve
 from loray.spec import TrainSpec
 from loray.train.data.batches import BatchStream, TokenizedRows
-from loray.train.data.rows import JoinedRows, join
+from loray.train.data.corpus import ShardTokens
+from loray.train.data.rows import StreamRows, join
 
 RECIPES = {"7b_32k": 32768, "7b_100k": 102400, "13b_64k": 65536, "70b_32k": 32768}
 ROWS_A_STEP, STEPS = 64, 20  # the paper's rows; a fiftieth of its steps, so that the corpus fits
 BOS, EOS = 1, 2
 
 
-class Buffer:
+class Buffer(ShardTokens):
     """Token ids in memory."""
 
     def __init__(self, ids: NDArray[np.int32]) -> None:
@@ -46,11 +47,11 @@ def corpus(num_tokens: int) -> TokenizedRows:
     return TokenizedRows(buffer, np.ones(len(buffer), np.bool_), starts, np.concatenate([[1], lengths]))
 
 
-def joined(name: str) -> tuple[TrainSpec, JoinedRows, TokenizedRows]:
+def joined(name: str) -> tuple[TrainSpec, StreamRows, TokenizedRows]:
     spec, n = load_recipe(f"longlora_llama2_{name}").spec, RECIPES[name]
     documents = corpus((STEPS + 2) * ROWS_A_STEP * n)
     begins, lengths = documents.starts[1:], documents.lengths[1:]
-    rows = join(Buffer(documents.ids_N), [BOS], begins, lengths, [np.arange(len(begins))], n)
+    rows, _ = join(Buffer(documents.ids_N), [BOS], begins, lengths, [np.arange(len(begins))], n)
     return spec, rows, documents
 
 
@@ -89,7 +90,7 @@ def test_a_step_is_the_papers(name: str) -> None:
     for batch in step:
         assert batch.input_ids_BT.shape == (1, n)
         assert batch.position_ids_BT is None  # 0 to n − 1, and one document
-        assert batch.attention_mask_BT is None
+        assert batch.document_ids_BT is None
     assert len({batch.input_ids_BT.numpy().tobytes() for batch in step}) == ROWS_A_STEP
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 
 from loray.errors import DataError
@@ -212,3 +216,27 @@ def test_pairs_and_objectives_belong_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"columns prompt, .*; pairs are for objective: \{type: dpo\}"):
         load_pairs(jsonl(tmp_path, TEXT), paired=False)
     assert load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), paired=False).report.format == "chat"
+
+
+class Lengths:
+    """Rows without tokens."""
+
+    def __init__(self, lengths: NDArray[np.int64]) -> None:
+        self.lengths = lengths
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        raise NotImplementedError
+
+
+def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
+    data = load(jsonl(tmp_path, *({"text": "t" * (i % 7)} for i in range(50))))
+    assert data.length_counts == Counter(data.train.lengths.tolist())
+    many = replace(data, train=Lengths(np.random.default_rng(0).integers(2, 60, 200_000)))
+    tracemalloc.start()
+    try:
+        counts = many.length_counts
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(counts.values()) == 200_000
+    assert peak < 50_000

@@ -43,9 +43,8 @@ KeptFigures(Path(sys.argv[1])).figures({"base": "b"}, [Pass(str(i), 2, "it") for
 """
 
 
-def file_of(home: Path) -> Path:
-    (found,) = home.rglob("*.jsonl")
-    return found
+def files_of(home: Path) -> list[Path]:
+    return sorted((home / "cache" / "evaluations").glob("*/*.json"))
 
 
 def no_pass(i: int) -> Figures:
@@ -55,8 +54,7 @@ def no_pass(i: int) -> Figures:
 def test_a_killed_process_loses_the_pass_under_way_alone(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    with file_of(tmp_path).open("ab") as f:
-        f.write(b'\n{"pass": "2", "nll": 0.2857')  # as it looks where the disk took half a line
+    assert [path.stem for path in files_of(tmp_path)] == ["0", "1"]
     asked: list[int] = []
     shares: list[float] = []
     kept = KeptFigures(tmp_path)
@@ -89,16 +87,16 @@ def test_fresh_computes_all_and_counts_from_then_on(tmp_path: Path) -> None:
 
 def test_damage_and_age(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     KeptFigures(tmp_path).figures(MODEL, PASSES[:1], lambda i: {"nll": 1.0})
-    path = file_of(tmp_path)
-    path.write_bytes(
-        path.read_bytes() + b'\n[1]\n7\n\x00\xff\n{"nll": 1}\n{"pass": "1", "nll": NaN}\n{"pass": "2", "nll": "x"}'
-    )
+    (path,) = files_of(tmp_path)
+    path.with_name("1.json").write_bytes(b"\x00\xff")
+    path.with_name("2.json").write_bytes(b'{"nll": 0.2857')
     computed = KeptFigures(tmp_path).figures(MODEL, PASSES, lambda i: {"nll": 3.0})
     assert [f["nll"] for f in computed] == [1.0, 3.0, 3.0, 3.0]
     long_ago = time.time() - 31 * 24 * 3600
-    os.utime(path, (long_ago, long_ago))
+    for kept in files_of(tmp_path):
+        os.utime(kept, (long_ago, long_ago))
     KeptFigures(tmp_path)
-    assert not path.exists()
+    assert not files_of(tmp_path)
     path.parent.rmdir()
     path.parent.write_text("not a folder")
     assert KeptFigures(tmp_path).figures(MODEL, PASSES[:1], lambda i: {"nll": 4.0}) == [{"nll": 4.0}]
@@ -125,7 +123,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
     monkeypatch.setattr(perplexity, "MEASURED_AT_ONCE", 256)
     undisturbed = measure(base, chosen, **what)
 
-    left, compute = 9, perplexity.summed_cross_entropy
+    left, compute = 9, perplexity.cross_entropy
 
     def failing(*args: Any) -> Any:
         nonlocal left
@@ -135,7 +133,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
         return compute(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(perplexity, "summed_cross_entropy", failing)
+        patched.setattr(perplexity, "cross_entropy", failing)
         with pytest.raises(KeyboardInterrupt):
             measure(base, chosen, **what, kept=KeptFigures(tmp_path))
     kept = KeptFigures(tmp_path)
@@ -151,7 +149,7 @@ def test_a_figure_that_is_not_finite_is_not_kept(
     spec = RetrievalSpec(context_lengths=(400,), depths=(0.0,), samples=1)
     with pytest.raises(EvaluationError, match="the log-likelihood of a key in 400 tokens is nan"):
         measure(base, [MeasuredModel("base")], retrieval=[spec], dtype="float32", kept=KeptFigures(tmp_path))
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not files_of(tmp_path)
 
 
 def test_what_decides_a_figure_decides_where_it_is_kept(base: BaseModel, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.spec import RetrievalSpec, RetrievalTask
+from loray.train.evaluation import retrieval
 from loray.train.evaluation.measure import MeasuredModel, load, measure
 from loray.train.evaluation.perplexity import Measured
 from loray.train.evaluation.retrieval import Prompt, make_prompt, retrieve, score
@@ -81,7 +82,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match=r"a passkey prompt needs \d+ tokens at least; context length 100 is too short"):
         prompt("passkey", 100, 0.5)
     assert prompt("topics", 30_000, 1.0).text.endswith("ASSISTANT: The 23rd topic we discussed is")
-    monkeypatch.setattr("loray.train.evaluation.retrieval.SUBJECTS", ["pottery", "volcanoes"])
+    monkeypatch.setitem(retrieval._TOPICS, "subjects", ["pottery", "volcanoes"])
     with pytest.raises(SpecError, match="more than 40 topics fill"):
         prompt("topics", 100_000, 0.5)
 

@@ -52,10 +52,10 @@ def batch(kind: str, num_tokens: int) -> TrainBatch:
     input_ids_BT = tokens(2, num_tokens)
     labels_BT = torch.full_like(input_ids_BT, IGNORED)
     labels_BT[:, :-1] = input_ids_BT[:, 1:]
-    attention_mask_BT = position_ids_BT = None
+    ids_BT = position_ids_BT = None
     third = num_tokens // 3
     if kind == "padded":
-        attention_mask_BT = torch.tensor([runs((1, num_tokens)), runs((1, third), (0, num_tokens - third))])
+        ids_BT = torch.tensor([runs((0, num_tokens)), runs((0, third), (-1, num_tokens - third))])
         labels_BT[1, third - 1 :] = IGNORED
     if kind == "packed":
         ends = (
@@ -68,7 +68,7 @@ def batch(kind: str, num_tokens: int) -> TrainBatch:
     if kind == "few targets":  # none of them on the first and on the last rank
         labels_BT[:, : num_tokens // 2 + 1] = labels_BT[:, -third:] = IGNORED
     num_targets = int((labels_BT != IGNORED).sum())
-    return TrainBatch(input_ids_BT, labels_BT, attention_mask_BT, position_ids_BT, 2 * num_tokens, num_targets)
+    return TrainBatch(input_ids_BT, labels_BT, ids_BT, position_ids_BT, 2 * num_tokens, num_targets)
 
 
 class Result(NamedTuple):

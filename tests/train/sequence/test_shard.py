@@ -52,7 +52,7 @@ def test_packed_rows_restart_at_documents_and_at_padding() -> None:
     _, second = shards([3, 2, 2, 2, 2], 2, packed=True)
     assert second.local.position_ids_BT is not None
     assert second.local.position_ids_BT.tolist() == [[1, 0, 1, 0], [0, 1, 2, 0]]
-    assert second.document_ids_BN.tolist() == [[0, 0, 0, 1, 1, 2, 2, -1], [0, 0, 1, 1, 2, 2, 2, -1]]
+    assert second.document_ids_BN.tolist() == [[0, 0, 0, 1, 1, 2, 2, -1], [0, 0, 1, 1, -1, -1, -1, -1]]
 
 
 def test_a_batch_is_left_as_it_was() -> None:

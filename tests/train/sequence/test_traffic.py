@@ -1,5 +1,5 @@
 """Bytes that a rank of a sequence group sends in the forward pass of a layer, counted at the collective: those of the
-halo plan, and those of the formulas of Ulysses and of a ring.
+halo plan, and those of the formula of Ulysses.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
+from loray.planning.sequence import HaloPlan, ulysses_elements
 from loray.train.sequence import SentBytes, SequenceGroup
 from loray.train.sequence.dense import segment_gathered, ulysses_attention
 from loray.train.sequence.halo import attend_shard, segment_shard
-from loray.train.sequence.ring import ring_attention, segment_ring
 from tests.fixtures.ranks import Ranks
 
-TOKENS, HEADS, KV_HEADS, WIDTH = 128, 8, 4, 64  # heads that 2 and 4 ranks divide, which Ulysses needs
+TOKENS, HEADS, KV_HEADS, WIDTH = 128, 8, 4, 64  # heads that 2 and 4 ranks divide
 
 
 def count(group: SequenceGroup, group_size: int) -> dict[str, int]:
@@ -34,7 +33,6 @@ def count(group: SequenceGroup, group_size: int) -> dict[str, int]:
     return {
         "halo": sent(lambda counted: attend_shard(q, k, v, segment_shard(ids_BN, counted, group_size), layer=0)),
         "ulysses": sent(lambda counted: ulysses_attention(q, k, v, segment_gathered(ids_BN, counted))),
-        "ring": sent(lambda counted: ring_attention(q, k, v, segment_ring(ids_BN, counted))),
     }
 
 
@@ -44,7 +42,6 @@ def test_counted_traffic_is_what_the_formulas_say(ranks: Ranks, size: int, group
     found = ranks(size, count, group_size)
     plan = HaloPlan(TOKENS, size, group_size, HEADS, KV_HEADS)
     assert {name: max(rank[name] for rank in found) for name in found[0]} == {
-        "halo": max(plan.bytes_sent(rank, WIDTH, "bfloat16") for rank in range(size)),
+        "halo": max(plan.elements_sent(rank, WIDTH) for rank in range(size)) * 2,
         "ulysses": ulysses_elements(TOKENS, size, HEADS, KV_HEADS, WIDTH) * 2,
-        "ring": ring_elements(TOKENS, size, KV_HEADS, WIDTH) * 2,
     }

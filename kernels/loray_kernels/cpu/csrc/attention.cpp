@@ -1,5 +1,8 @@
 // Causal attention over the paged cache, with an online softmax in fp32 (Dao et al., FlashAttention-2; Flash-Decoding).
 //
+// In a block of the pool, keys lie as they are multiplied: units of four bytes, two neighbouring bf16 or one fp32, and
+// the same unit of all the block's keys side by side; values lie token by token.
+//
 // Keys are taken in blocks of KEYS, and a new partial softmax starts every SPLIT keys, both counted from the sequence's
 // start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, for any chunking of
 // its prompt, and for any number of threads: decoding divides a long context among threads.
@@ -56,60 +59,94 @@ struct Attention {
     Meta meta;
     float scale;
 
+    static constexpr i64 PER_UNIT = 4 / sizeof(T);
+
     i64 group() const { return num_heads / layout.num_kv_heads; }
 
-    // The addresses of keys [key, key + num) of a head; their values are `to_value()` elements further on.
-    void locate(const T** keys, i64 sequence, i64 key, i64 num, i64 head) const {
-        const i64 width = layout.num_kv_heads * layout.head_dim, share = 2 * layout.block_tokens * width;
+    // Calls at(block, position, n, j) for the runs of keys [key, key + num) that are neighbours in a block of the pool:
+    // n keys from key + j on are at `position` of the layer's share at `block`.
+    template <class At>
+    void runs(i64 sequence, i64 key, i64 num, At at) const {
         const i64* block = meta.block_table[sequence] + key / layout.block_tokens;
-        for (i64 j = 0, position = key % layout.block_tokens; j < num; block++, position = 0) {
-            const T* at = pool + (*block * layout.num_layers + layer) * share + head * layout.head_dim;
-            for (; position < layout.block_tokens && j < num; position++) keys[j++] = at + position * width;
+        for (i64 j = 0, n, position = key % layout.block_tokens; j < num; j += n, position = 0, block++) {
+            n = min_(layout.block_tokens - position, num - j);
+            at(pool + (*block * layout.num_layers + layer) * 2 * block_width(), position, n, j);
         }
     }
 
-    i64 to_value() const { return layout.block_tokens * layout.num_kv_heads * layout.head_dim; }
+    i64 width() const { return layout.num_kv_heads * layout.head_dim; }
+    i64 block_width() const { return layout.block_tokens * width(); }
 
-    // Values of one tile of rows are used once, so fp32 sums read them from the pool; others are packed.
-    static bool in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= QUERIES; }
+    // Keys of a head in a block: units of its elements, `block_tokens` keys of each.
+    const float* keys_of(const T* block, i64 head) const {
+        return (const float*)(block + head * layout.head_dim * layout.block_tokens);
+    }
+    const T* values_of(const T* block, i64 head) const { return block + block_width() + head * layout.head_dim; }
+
+    // Keys and values of one tile of rows are used once. So whole vectors of keys are read from the pool, and by fp32 sums
+    // values, too; others are packed.
+    bool keys_in_place(i64 rows) const { return rows <= QUERIES && layout.block_tokens % W == 0; }
+    static bool values_in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= QUERIES; }
 
     // Calls of Fetch::some in `add_keys`, about.
-    static i64 pauses(i64 rows, i64 num, i64 d) {
-        return P::pauses(num, d) + (in_place(rows) ? pauses_of(rows, num, d) : 0);
+    i64 pauses(i64 rows, i64 num, i64 d) const {
+        const i64 keys = keys_in_place(rows) ? ceil_div(num, few_vectors(rows) * W) * ceil_div(d / PER_UNIT, STEPS)
+                                             : ceil_div(num, layout.block_tokens) * ceil_div(d, KEY_STEP);
+        return keys + (values_in_place(rows) ? pauses_of(rows, num, d) : P::pauses(num));
     }
 
     // Adds keys [key, key + num) of a head to `part`; limit and the other arguments are those of `attend`.
     void add_keys(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, const typename P::Unit* queries,
                   const Softmax& part, float* lanes, i64 rows, i64 limit, Fetch& fetch) const {
         const i64 d = layout.head_dim;
-        const T *keys[KEYS], *values[KEYS];
-        locate(keys, item.sequence, key, num, head);
-        for (i64 j = 0; j < num; j++) values[j] = keys[j] + to_value();
-        P::pack_keys(w.keys, keys, num, d, fetch);
+        const T* values[KEYS];
+        const float* keys[KEYS / W];
+        const bool in_place = keys_in_place(rows);
+        runs(item.sequence, key, num, [&](const T* block, i64 position, i64 n, i64 j) {
+            const float* at = keys_of(block, head) + position;
+            if (in_place)
+                for (i64 i = 0; i < n; i += W) keys[(j + i) / W] = at + i;
+            else
+                take_keys<P, T>(w.keys + j, at, layout.block_tokens, n, d, fetch);
+            for (i64 i = 0; i < n; i++) values[j + i] = values_of(block, head) + (position + i) * width();
+        });
+        const auto each = [&](auto score, auto add) {
+            attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add);
+        };
+        const auto read_keys = [&](const typename P::Unit* of, i64 count) {
+            product_of_keys<P, T>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT, w.scores,
+                                  count, fetch);
+        };
         if constexpr (P::PER_UNIT == 1)
-            if (in_place(rows)) {
-                attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale,
-                          [&](const float* weights, float* sums, i64 count) {
-                              product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
-                          });
+            if (values_in_place(rows)) {
+                const auto read_values = [&](const float* weights, float* sums, i64 count) {
+                    product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
+                };
+                if (in_place)
+                    each(read_keys, read_values);
+                else
+                    each(packed_keys(w, num, d), read_values);
                 return;
             }
         P::pack_values(w.values, values, num, d, fetch);
-        attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale);
+        if (in_place)
+            each(read_keys, packed_values(w, num, d));
+        else
+            each(packed_keys(w, num, d), packed_values(w, num, d));
     }
 
-    // Adds keys [key, key + num) of an item and their values to what is prefetched: neighbours in a block of the pool
-    // at once if the item has all heads, else the rows of its head.
+    // Adds keys [key, key + num) of an item and their values to what is prefetched. All keys of a block of the pool share
+    // their cache lines; values of all heads are neighbours.
     void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
-        const T* keys[KEYS];
-        locate(keys, item.sequence, key, num, item.head);
-        const bool whole = item.num_heads == layout.num_kv_heads;
-        for (i64 j = 0, rows; j < num; j += rows) {
-            rows = whole ? min_(num - j, layout.block_tokens - (key + j) % layout.block_tokens) : 1;
-            const i64 bytes = rows * item.num_heads * layout.head_dim * i64(sizeof(T));
-            fetch.add(keys[j], bytes);
-            fetch.add(keys[j] + to_value(), bytes);
-        }
+        const i64 bytes = item.num_heads * layout.head_dim * i64(sizeof(T));
+        runs(item.sequence, key, num, [&](const T* block, i64 position, i64 n, i64) {
+            fetch.add(keys_of(block, item.head), bytes * layout.block_tokens);
+            const T* at = values_of(block, item.head) + position * width();
+            if (item.num_heads == layout.num_kv_heads)
+                fetch.add(at, bytes * n);
+            else
+                for (i64 i = 0; i < n; i++) fetch.add(at + i * width(), bytes);
+        });
     }
 
     void finish(const Softmax& total, i64 rows, i64 token, i64 head) const {

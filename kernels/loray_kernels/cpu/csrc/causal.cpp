@@ -116,7 +116,8 @@ struct Forward {
             for (i64 b = 0; b * KEYS < first + rows; b++) {
                 block.keys = keys + b * packed.block();
                 block.values = values + b * packed.block();
-                attend<P>(block, queries, total, lanes, rows, packed.rows(b), 1, first + 1 - b * KEYS, d, scale);
+                attend<P>(block, queries, total, lanes, rows, packed.rows(b), 1, first + 1 - b * KEYS, d, scale,
+                          packed_keys(block, packed.rows(b), d), packed_values(block, packed.rows(b), d));
             }
             for (i64 r = 0; r < rows; r++) {
                 const float weight = sum(load(lanes + r * W));

@@ -96,15 +96,18 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, co
                  y + (t * num_heads + h) * width);
 }
 
-// `pool` is the address of the layer's share in block 0.
+// `pool` is the address of the layer's share in block 0; attention.cpp says how keys lie in it.
 template <class T>
 void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
                      i64 width, const i64* slots, i64 num_tokens, int threads) {
-#pragma omp parallel for num_threads(threads) if (num_tokens * width > 4 * SERIAL)
+    constexpr i64 PER_UNIT = 4 / sizeof(T);
+#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
     for (i64 t = 0; t < num_tokens; t++) {
-        T* at = pool + slots[t] / block_tokens * block_size + slots[t] % block_tokens * width;
-        memcpy(at, k + t * k_stride, width * sizeof(T));
-        memcpy(at + block_tokens * width, v + t * v_stride, width * sizeof(T));
+        T* const at = pool + slots[t] / block_tokens * block_size;
+        const i64 position = slots[t] % block_tokens;
+        for (i64 i = 0; i < width; i += PER_UNIT)
+            memcpy(at + i * block_tokens + position * PER_UNIT, k + t * k_stride + i, 4);
+        memcpy(at + (block_tokens + position) * width, v + t * v_stride, width * sizeof(T));
     }
 }
 

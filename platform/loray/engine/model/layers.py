@@ -19,9 +19,7 @@ from loray_kernels import (
     INPUTS,
     LayerWeights,
     Ops,
-    Parts,
     RowOverrides,
-    StepDescriptors,
     StepInputs,
     VeraTable,
 )
@@ -69,27 +67,15 @@ class Linear:
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
-        parts = torch.split(y_TO, self._widths, dim=1)
-        if step.batch.descriptors is not None:
-            self.add_adapters(x_TI, y_TO, parts, step.batch.descriptors, step)
+        if (found := step.batch.descriptors) is not None:
+            bias_O, pool, offset = self.weights.bias_O, step.pool.tensor, step.offset(self._layer)
+            step.ops.add_adapters(x_TI, y_TO, bias_O, pool, found, self._field, offset)
             return y_TO
-        outputs = dict(zip(self.modules, parts, strict=True))
+        outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
         self.scale_dora(outputs, step)
         return y_TO
-
-    def add_adapters(
-        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], descriptors: StepDescriptors, step: ForwardContext
-    ) -> None:
-        """Add what `descriptors` bring to the result and its `parts` by module."""
-        pool, offset = step.pool.tensor, step.offset(self._layer)
-        if Parts.LORA in descriptors.parts:
-            step.ops.lora_by_descriptor(x_TI, parts, pool, descriptors, self._field, offset)
-        if Parts.VERA in descriptors.parts:
-            step.ops.vera_by_descriptor(x_TI, y_TO, pool, descriptors, self._field, offset)
-        if Parts.DORA in descriptors.parts:
-            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, descriptors, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora
@@ -175,11 +161,12 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
-        biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if config.qkv_bias else {}
+        self.scale, spec = config.attention_scale(layer), config.layers[layer]
+        biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if spec.qkv_bias else {}
         self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
         self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
         self.q_norm = self.k_norm = None
-        if config.qk_norm:
+        if spec.qk_norm:
             eps = config.rms_norm_eps
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
             self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
@@ -197,8 +184,8 @@ class Attention:
         q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
         if logits_step is not None:
             q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
-        meta, scale = step.batch.attention, c.head_dim**-0.5
-        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
+        meta = step.batch.attention
+        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, self.scale)
         return self.o(out_THd.flatten(1), step)
 
 
@@ -241,7 +228,7 @@ class Layer:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=eps,
-            scale=config.head_dim**-0.5,
+            scale=attention.scale,
         )
 
     def __call__(

@@ -6,10 +6,10 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from loray.errors import RequestError
-from loray.schemas.openai.fields import MAX_DESCRIPTION, ShortText
+from loray.schemas.openai.fields import MAX_DESCRIPTION, Body, ShortText
 from loray.spec import Constraint
 from loray.spec.generation import ANY_OBJECT, MAX_CHARACTERS, Schema, Tag
 
@@ -17,7 +17,6 @@ MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
 MAX_SCHEMA_MEMBERS = 1_000  # of one object: properties that may be absent take time with their number squared, 0.1 s
 MAX_CHOICES = 10_000
-_FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RequestedConstraint(NamedTuple):
@@ -68,10 +67,8 @@ JsonSchema = Annotated[dict[str, Any] | bool, BeforeValidator(schema)]
 GrammarText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Body):
     """`strict` true: keywords that cannot be enforced are refused; otherwise they are ignored, as OpenAI does."""
-
-    model_config = _FIELD
 
     name: ShortText | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
@@ -79,18 +76,14 @@ class NamedSchema(BaseModel):
     strict: bool | None = None
 
 
-class TagForm(BaseModel):
-    model_config = _FIELD
-
+class TagForm(Body):
     begin: Annotated[GrammarText, Field(min_length=1)]
     schema_: JsonSchema = Field(default=True, alias="schema")
     end: GrammarText = ""
 
 
-class AnswerFormat(BaseModel):
+class AnswerFormat(Body):
     """`response_format`."""
-
-    model_config = _FIELD
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: NamedSchema | None = None
@@ -111,10 +104,8 @@ class AnswerFormat(BaseModel):
         return Constraint.from_schema(ANY_OBJECT) if self.type == "json_object" else None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Body):
     """vLLM's `structured_outputs`. Options that only choose a backend are accepted."""
-
-    model_config = _FIELD
 
     json_: JsonSchema | None = Field(default=None, alias="json")
     regex: GrammarText | None = None

@@ -134,7 +134,7 @@ class CharacterParser:
             if after_call and pending == end:
                 pending = ""
             else:
-                keep = max(_overlap(pending, m) for m in markers)
+                keep = max(overlap(pending, m) for m in markers)
                 certain = pending[: len(pending) - keep].rstrip()
                 if certain:
                     self._text(certain)
@@ -181,7 +181,7 @@ class CharacterParser:
             if end and pending.endswith(end):
                 self._arguments(pending[: -len(end)].rstrip())
                 return (yield)
-            certain = pending[: len(pending) - _overlap(pending, end)].rstrip()
+            certain = pending[: len(pending) - overlap(pending, end)].rstrip()
             self._arguments(certain)
             pending = pending[len(certain) :]
             c = yield
@@ -189,7 +189,7 @@ class CharacterParser:
         return None
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `marker`."""
     for n in range(min(len(text), len(marker) - 1), 0, -1):
         if text.endswith(marker[:n]):

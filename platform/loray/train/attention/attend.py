@@ -4,7 +4,8 @@
     attend_varlen  flash-attn's kernel for rows of any lengths, or torch's copy of it, on a GPU
     attend_sdpa    torch's scaled_dot_product_attention: any other device or dtype
 
-Shapes: B rows, T positions, H query heads, K key-value heads, h and k of them, D head width, S segments.
+Shapes: B rows, T positions, N = B·T; H query heads, K key-value heads, h and k of them, D head width, S segments; F
+segments with their key-value heads, R query heads of each, L positions.
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ from torch.autograd.function import once_differentiable
 from loray.train.attention.segments import (
     AttentionSegments,
     BatchSegments,
+    Block,
     HeadGroup,
     blocks,
-    num_covered,
+    packed,
     segment_batch,
     split_heads,
-    spread,
-    take,
 )
 from loray_kernels.cpu.causal import causal_backward, causal_forward
 
-# (q (B, H, T, D), k and v (B, K, T, D), groups, scale) → (B, T, H, D), 0 outside of segments. The groups contain every
-# query head once, in order. Scale None: 1/√D.
+# (q (N, H, D), k and v (N, K, D), groups, scale) → (N, H, D), 0 outside of segments. The groups contain every query
+# head once, in order. Scale None: 1/√D.
 Backend = Callable[[Tensor, Tensor, Tensor, Sequence[HeadGroup], float | None], Tensor]
 
 
@@ -63,7 +63,7 @@ def s2_attention(
     if k_BKTD.shape != v_BKTD.shape or k_BKTD.shape[::2] != q_BHTD.shape[::2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BKTD, v_BKTD))
         raise ValueError(f"q, k and v do not fit together: {shapes}")
-    segments = segment_batch(num_rows, num_tokens, group_size, document_ids_BT=document_ids_BT, device=q_BHTD.device)
+    segments = segment_batch(num_rows, num_tokens, group_size, document_ids_BT=document_ids_BT)
     return attend(q_BHTD, k_BKTD, v_BKTD, segments, scale=scale).transpose(1, 2)
 
 
@@ -108,8 +108,11 @@ def attend_heads(
 def _attend_groups(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, groups: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
-    backend = select_backend(q_BHTD.device, q_BHTD.dtype, q_BHTD.shape[-1])
-    return backend(q_BHTD, k_BKTD, v_BKTD, groups, scale)
+    num_rows, _, num_tokens, width = q_BHTD.shape
+    backend = select_backend(q_BHTD.device, q_BHTD.dtype, width)
+    # All positions, row after row: views in transformers' memory layout.
+    q_NHD, k_NKD, v_NKD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BKTD, v_BKTD))
+    return backend(q_NHD, k_NKD, v_NKD, groups, scale).view(num_rows, num_tokens, -1, width)
 
 
 @cache  # once a run, not once a layer: it looks for packages
@@ -120,15 +123,20 @@ def select_backend(device: torch.device, dtype: torch.dtype, width: int) -> Back
     return attend_varlen if _has_kernel(device, dtype, width) else attend_sdpa
 
 
-def _taken(group: HeadGroup, *tensors_and_heads: tuple[Tensor, slice]) -> list[Tensor]:
-    return [take(x_BhTD[:, heads], group.segments) for x_BhTD, heads in tensors_and_heads]
+def _spread(values: Tensor, of_blocks: Sequence[Block], num_positions: int) -> Tensor:
+    """Write the values that the blocks took, one after the other, to their positions, and 0 elsewhere: (N, h, D)."""
+    if [block.positions for block in of_blocks] == [slice(0, num_positions)]:
+        return values
+    every_N = torch.arange(num_positions, device=values.device)
+    positions = torch.cat([every_N[:0], *(block.take(every_N) for block in of_blocks)])
+    return values.new_zeros(num_positions, *values.shape[1:]).index_copy(0, positions, values)
 
 
 # -- torch's scaled_dot_product_attention -----------------------------------------------------------------------------
 
 
 def attend_sdpa(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, groups: Sequence[HeadGroup], scale: float | None
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     """Fold segments and key-value heads into the batch, so that the kernel's own causal mask applies.
 
@@ -136,18 +144,17 @@ def attend_sdpa(
     """
     outs = []
     for group in groups:
-        q, k, v = _taken(group, (q_BHTD, group.q), (k_BKTD, group.kv), (v_BKTD, group.kv))
-        parts = {-1: q[:, :, :0].transpose(1, 2)}  # by first position; this empty one is for a batch without segments
-        for block in blocks(group.segments):
+        q, k, v = q_NHD[:, group.q], k_NKD[:, group.kv], v_NKD[:, group.kv]
+        of_group = blocks(group.segments, q.device)
+        parts = [q[:0]]  # empty, for a batch without segments
+        for block in of_group:
             folded_k, folded_v = (block.fold(x, 1).expand(-1, group.repeats, -1, -1) for x in (k, v))
             folded = F.scaled_dot_product_attention(
                 block.fold(q, group.repeats), folded_k, folded_v, is_causal=True, scale=scale
             )
-            for (start, _), part in zip(block.stretches, block.unfold(folded, len(q)), strict=True):
-                parts[start] = part.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-        out_BNhD = torch.cat([parts[start] for start in sorted(parts)], dim=1)
-        outs.append(spread(out_BNhD, group.segments, q_BHTD[:, group.q].shape))
-    return torch.cat(outs, dim=2)
+            parts.append(block.unfold(folded, q.shape[1]))
+        outs.append(_spread(torch.cat(parts), of_group, len(q)))
+    return torch.cat(outs, dim=1)
 
 
 # -- kernels for rows of any lengths ----------------------------------------------------------------------------------
@@ -158,25 +165,20 @@ _CAPABILITY = (8, 0)  # Ampere, which both kernels need
 
 
 def attend_varlen(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, groups: Sequence[HeadGroup], scale: float | None
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     """Pass the segments of all rows to the installed kernel as one packed row."""
     outs = []
     for group in groups:
-        segments = group.segments
-        covered = num_covered(segments)
-        taken = _taken(group, (q_BHTD, group.q), (k_BKTD, group.kv), (v_BKTD, group.kv))
-        q, k, v = (x.transpose(1, 2)[:, :covered] for x in taken)
-        if covered:
-            begins_S = _begins(segments, len(q), q.device)
-            longest = max(length for length, _ in segments.buckets)
-            packed = (x.flatten(0, 1) for x in (q, k, v))
+        block = packed(group.segments, q_NHD.device)
+        q, k, v = (block.take(x) for x in (q_NHD[:, group.q], k_NKD[:, group.kv], v_NKD[:, group.kv]))
+        if len(q):
+            begins_S = _begins(group.segments, q.device)
             kernel = _kernel()
             assert kernel is not None, "`select_backend` looks for one"
-            out = kernel.function(*packed, begins_S, begins_S, longest, longest, **kernel.options(scale))
-            q = out.view(len(q), covered, *out.shape[1:])
-        outs.append(spread(q, segments, q_BHTD[:, group.q].shape))
-    return torch.cat(outs, dim=2)
+            q = kernel.function(q, k, v, begins_S, begins_S, block.length, block.length, **kernel.options(scale))
+        outs.append(_spread(q, [block], len(q_NHD)))
+    return torch.cat(outs, dim=1)
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -229,93 +231,65 @@ def _torch_options(scale: float | None) -> dict[str, Any]:
     return {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}
 
 
-@lru_cache(maxsize=8)  # the plain and the shifted segments of a batch, for each of its layers
-def _begins(segments: AttentionSegments, num_rows: int, device: torch.device) -> Tensor:
-    """cu_seqlens (S + 1), int32: the first position of each segment, and the end of the last."""
-    lengths = [length for length, num_segments in segments.buckets for _ in range(num_segments)] * num_rows
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+@lru_cache(maxsize=16)  # the plain and the shifted segments of a batch, for each of its layers
+def _begins(segments: AttentionSegments, device: torch.device) -> Tensor:
+    """cu_seqlens (S + 1), int32: where each segment begins among the packed positions, and the end of the last."""
+    return F.pad(segments.lengths_S.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
 
 
 # -- loray_kernels on a CPU -------------------------------------------------------------------------------------------
 
 
-def attend_cpu(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, groups: Sequence[HeadGroup], scale: float | None
-) -> Tensor:
+def attend_cpu(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup], scale: float | None) -> Tensor:
     """Compute all groups in one node of the autograd graph, which writes every gradient once, to its place.
 
-    With `scaled_dot_product_attention`, autograd sees a slice for each group and each stretch of segments. The gradient
-    of a slice is a tensor of full size, mostly zeros, and autograd adds them all.
+    With `scaled_dot_product_attention`, autograd sees a slice for each group. The gradient of a slice is a tensor of
+    full size, mostly zeros, and autograd adds them all.
     """
-    out_BTHD: Tensor = _CpuAttention.apply(q_BHTD, k_BKTD, v_BKTD, groups, scale)  # type: ignore[no-untyped-call]
-    return out_BTHD
+    out_NHD: Tensor = _CpuAttention.apply(q_NHD, k_NKD, v_NKD, groups, scale)  # type: ignore[no-untyped-call]
+    return out_NHD
 
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, groups: Sequence[HeadGroup], scale: float | None
+        ctx: Any, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup], scale: float | None
     ) -> Tensor:
-        out_BHTD = _for_queries(q_BHTD, groups)
-        lses = []
+        out_NHD = _for_queries(q_NHD, groups)
+        lses_FRL = []
         for group in groups:
-            q, k, v, out = _taken(group, (q_BHTD, group.q), (k_BKTD, group.kv), (v_BKTD, group.kv), (out_BHTD, group.q))
-            for block in blocks(group.segments):
-                folded_q = block.fold(q, group.repeats)
-                folded_k, folded_v = (block.fold(x, 1)[:, 0] for x in (k, v))
-                folded, lse = causal_forward(folded_q, folded_k, folded_v, scale)
-                for place, part in zip(block.views(out, group.repeats), block.unfold(folded, len(out)), strict=True):
-                    place.copy_(part)
-                lses.append(lse)
-            _write_back(out_BHTD[:, group.q], out, group.segments)
-        out_BTHD = out_BHTD.transpose(1, 2)
-        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BTHD, *lses)
+            q, k, v, out = q_NHD[:, group.q], k_NKD[:, group.kv], v_NKD[:, group.kv], out_NHD[:, group.q]
+            for block in blocks(group.segments, q.device):
+                q_FRLD, k_FLD, v_FLD = block.fold(q, group.repeats), block.fold(k, 1)[:, 0], block.fold(v, 1)[:, 0]
+                out_FRLD, lse_FRL = causal_forward(q_FRLD, k_FLD, v_FLD, scale)
+                block.put(out, out_FRLD)
+                lses_FRL.append(lse_FRL)
+        ctx.save_for_backward(q_NHD, k_NKD, v_NKD, out_NHD, *lses_FRL)
         ctx.groups, ctx.scale = groups, scale
-        return out_BTHD
+        return out_NHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_BHTD, k_BKTD, v_BKTD, out_BTHD, *lses = ctx.saved_tensors
-        out_BHTD, dout_BHTD = out_BTHD.transpose(1, 2), grads[0].transpose(1, 2)
-        dq_BHTD, dk_BKTD, dv_BKTD = _for_queries(q_BHTD, ctx.groups), _zeros(k_BKTD), _zeros(v_BKTD)
+        q_NHD, k_NKD, v_NKD, out_NHD, *lses_FRL = ctx.saved_tensors
+        dq_NHD = _for_queries(q_NHD, ctx.groups)
+        dk_NKD, dv_NKD = (x.new_zeros(x.shape) for x in (k_NKD, v_NKD))
         for group in ctx.groups:
-            q, out, dout, dq = _taken(group, *((x, group.q) for x in (q_BHTD, out_BHTD, dout_BHTD, dq_BHTD)))
-            k, v, dk, dv = _taken(group, *((x, group.kv) for x in (k_BKTD, v_BKTD, dk_BKTD, dv_BKTD)))
-            for block in blocks(group.segments):
-                folded_dout, folded_q, folded_out = (block.fold(x, group.repeats) for x in (dout, q, out))
-                folded_k, folded_v = (block.fold(x, 1)[:, 0] for x in (k, v))
-                folded_dq, *folded_dkv = causal_backward(
-                    folded_dout, folded_q, folded_k, folded_v, folded_out, lses.pop(0), ctx.scale
+            q, out, dout, dq = (x[:, group.q] for x in (q_NHD, out_NHD, grads[0], dq_NHD))
+            k, v, dk, dv = (x[:, group.kv] for x in (k_NKD, v_NKD, dk_NKD, dv_NKD))
+            for block in blocks(group.segments, q.device):
+                dout_FRLD, q_FRLD, out_FRLD = (block.fold(x, group.repeats) for x in (dout, q, out))
+                k_FLD, v_FLD = (block.fold(x, 1)[:, 0] for x in (k, v))
+                dq_FRLD, *dkv_FLD = causal_backward(
+                    dout_FRLD, q_FRLD, k_FLD, v_FLD, out_FRLD, lses_FRL.pop(0), ctx.scale
                 )
-                for place, part in zip(block.views(dq, group.repeats), block.unfold(folded_dq, len(dq)), strict=True):
-                    place.copy_(part)
-                for x, folded in zip((dk, dv), folded_dkv, strict=True):
-                    parts = block.unfold(folded[:, None], len(x))
-                    for place, part in zip(block.views(x, 1), parts, strict=True):
-                        place.add_(part)
-            _write_back(dq_BHTD[:, group.q], dq, group.segments)
-            _write_back(dk_BKTD[:, group.kv], dk, group.segments)
-            _write_back(dv_BKTD[:, group.kv], dv, group.segments)
-        return dq_BHTD, dk_BKTD, dv_BKTD, None, None
+                block.put(dq, dq_FRLD)
+                for x, dx_FLD in zip((dk, dv), dkv_FLD, strict=True):
+                    block.add(x, dx_FLD[:, None])
+        return dq_NHD, dk_NKD, dv_NKD, None, None
 
 
-def _write_back(x_BhTD: Tensor, taken: Tensor, segments: AttentionSegments) -> None:
-    """Write the result of `take` to its positions in `x_BhTD`, unless it is a view of them."""
-    if segments.order_N is not None:
-        x_BThD = x_BhTD.transpose(1, 2)
-        x_BThD.view(-1, *x_BThD.shape[2:]).index_copy_(0, segments.order_N, taken[0].transpose(0, 1))
-
-
-def _for_queries(q_BHTD: Tensor, groups: Sequence[HeadGroup]) -> Tensor:
-    """A tensor like the queries: zeros where the segments do not cover all positions, else uninitialised."""
-    num_rows, num_heads, num_tokens, width = q_BHTD.shape
-    if any(group.segments.order_N is not None or num_covered(group.segments) < num_tokens for group in groups):
-        return _zeros(q_BHTD)
-    return q_BHTD.new_empty(num_rows, num_tokens, num_heads, width).transpose(1, 2)
-
-
-def _zeros(x_BhTD: Tensor) -> Tensor:
-    """Zeros (B, h, T, D) in the memory layout (B, T, h, D), which projections and RoPE also use for their gradients."""
-    num_rows, num_heads, num_tokens, width = x_BhTD.shape
-    return x_BhTD.new_zeros(num_rows, num_tokens, num_heads, width).transpose(1, 2)
+def _for_queries(q_NHD: Tensor, groups: Sequence[HeadGroup]) -> Tensor:
+    """Like the queries: zeros where the segments do not cover all positions, else uninitialised."""
+    is_covered = all(group.segments.num_covered == len(q_NHD) for group in groups)
+    return q_NHD.new_empty(q_NHD.shape) if is_covered else q_NHD.new_zeros(q_NHD.shape)

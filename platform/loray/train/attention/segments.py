@@ -3,41 +3,34 @@
 Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. A row is cut at the group cuts, counted from
 its first column, and at document boundaries. Segments contain no padding.
 
-Shapes: B rows, T positions of a row, D head width; h heads, which are K key-value heads with R query heads each (K = h,
-R = 1 for keys and values); S segments of L positions, N positions of all segments.
+Shapes: B rows, T positions of a row, N = B·T positions of the batch, row after row; D head width; h heads, which are K
+key-value heads with R query heads each (K = h, R = 1 for keys and values); S segments of L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loray.planning.sequence import check_group_size
 
 
-class Bucket(NamedTuple):
-    """`num_segments` neighbouring segments of `length` positions each, which are computed as one batch."""
-
-    length: int
-    num_segments: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSegments:
-    """The segments of causal attention.
+    """The segments of causal attention: [begin, begin + length) of the N positions of a batch, in order, on the CPU."""
 
-    buckets  in order; they cover the first positions of a row (order_N None), or the entries of order_N
-    order_N  None: every row has the same segments, in the order of its positions. Otherwise positions of the whole
-             batch without padding, sorted so that segments of equal length are neighbours
-    """
+    begins_S: Tensor
+    lengths_S: Tensor
 
-    buckets: tuple[Bucket, ...]
-    order_N: Tensor | None = None
+    @property
+    def num_covered(self) -> int:
+        """The number of positions in segments; the others are padding."""
+        return int(self.lengths_S.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,12 +43,7 @@ class BatchSegments:
 
 
 def segment_batch(
-    num_rows: int,
-    num_tokens: int,
-    group_size: int,
-    *,
-    document_ids_BT: Tensor | None = None,
-    device: torch.device | str = "cpu",
+    num_rows: int, num_tokens: int, group_size: int, *, document_ids_BT: Tensor | None = None
 ) -> BatchSegments:
     """Cut a batch of `num_rows` rows of `num_tokens` positions.
 
@@ -64,70 +52,29 @@ def segment_batch(
     and last groups are shorter. Raises ValueError for an odd group or ids of another shape.
     """
     check_group_size(group_size)
-    offsets = (0, group_size // 2)
-    if document_ids_BT is None:
-        plain, shifted = (uniform(num_tokens, group_size, offset) for offset in offsets)
-        return BatchSegments(plain, shifted)
-    if document_ids_BT.shape != (num_rows, num_tokens):
+    if document_ids_BT is not None and document_ids_BT.shape != (num_rows, num_tokens):
         shape = tuple(document_ids_BT.shape)
         raise ValueError(f"document ids have shape {shape}, the batch has {(num_rows, num_tokens)}")
-    ids_BT = document_ids_BT.detach().cpu()
-    num_filled = filled(ids_BT)
-    if num_filled is None:
-        plain, shifted = (ordered(*find_segments(ids_BT, group_size, offset), device) for offset in offsets)
-    else:
-        plain, shifted = (uniform(num_filled, group_size, offset) for offset in offsets)
-    return BatchSegments(plain, shifted, None if num_filled == num_tokens else document_ids_BT)
+    ids_BT = torch.zeros(num_rows, num_tokens) if document_ids_BT is None else document_ids_BT.detach().cpu()
+    plain, shifted = (find_segments(ids_BT, group_size, offset) for offset in (0, group_size // 2))
+    return BatchSegments(plain, shifted, document_ids_BT)
 
 
-def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "cpu") -> AttentionSegments:
+def document_segments(document_ids_BT: Tensor) -> AttentionSegments:
     """Make each document one segment, for dense causal attention. Documents and padding are as in `segment_batch`."""
-    ids_BT = document_ids_BT.detach().cpu()
-    num_filled = filled(ids_BT)
-    if num_filled is None:
-        return ordered(*find_segments(ids_BT, ids_BT.shape[1], 0), device)
-    return uniform(num_filled, ids_BT.shape[1], 0)
+    return find_segments(document_ids_BT.detach().cpu(), document_ids_BT.shape[1], 0)
 
 
-def filled(ids_BT: Tensor) -> int | None:
-    """Find n such that each row is one document of n columns, then padding. None for any other batch."""
-    real_BT = ids_BT >= 0
-    num_filled = int(real_BT[0].sum())
-    one_document = ids_BT[:, :num_filled] == ids_BT[:, :1]
-    is_filled = bool((one_document & real_BT[:, :num_filled]).all()) and not bool(real_BT[:, num_filled:].any())
-    return num_filled if is_filled else None
-
-
-def uniform(num_tokens: int, group_size: int, offset: int) -> AttentionSegments:
-    """Make the segments of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
-    first = min(offset, num_tokens)
-    num_groups, last = divmod(num_tokens - first, group_size)
-    buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
-    return AttentionSegments(tuple(b for b in buckets if b.length and b.num_segments))
-
-
-def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """Find first position in the batch and length of each segment (S). Padding is in no segment."""
+def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> AttentionSegments:
+    """Cut rows at offset, offset + G, … and where the id changes. Padding is in no segment."""
     num_rows, num_tokens = ids_BT.shape
     starts_BT = ((torch.arange(num_tokens) - offset) % group_size == 0).repeat(num_rows, 1)
     starts_BT[:, 1:] |= ids_BT[:, 1:] != ids_BT[:, :-1]
     starts_BT[:, :1] = True
-    begin_S = starts_BT.flatten().nonzero().squeeze(1)
-    length_S = torch.diff(begin_S, append=begin_S.new_tensor([num_rows * num_tokens]))
-    real_S = ids_BT.flatten()[begin_S] >= 0
-    return begin_S[real_S], length_S[real_S]
-
-
-def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> AttentionSegments:
-    """Make segments at any positions of the batch, sorted by length."""
-    by_length_S = length_S.argsort(stable=True)
-    begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
-    # Position = running number + (segment's first position − running number of its first entry).
-    shift_S = begin_S - (length_S.cumsum(0) - length_S)
-    order_N = torch.arange(int(length_S.sum())) + shift_S.repeat_interleave(length_S)
-    lengths, counts = torch.unique_consecutive(length_S, return_counts=True)
-    buckets = tuple(Bucket(*pair) for pair in zip(lengths.tolist(), counts.tolist(), strict=True))
-    return AttentionSegments(buckets, order_N.to(device))
+    begins_S = starts_BT.flatten().nonzero().squeeze(1)
+    lengths_S = torch.diff(begins_S, append=begins_S.new_tensor([num_rows * num_tokens]))
+    is_real_S = ids_BT.flatten()[begins_S] >= 0
+    return AttentionSegments(begins_S[is_real_S], lengths_S[is_real_S])
 
 
 class HeadGroup(NamedTuple):
@@ -159,63 +106,77 @@ def split_heads(start: int, stop: int, repeats: int, segments: AttentionSegments
         start = end
 
 
-def take(x_BhTD: Tensor, segments: AttentionSegments) -> Tensor:
-    """Take positions in the order of segments: `x_BhTD` itself, or a copy (1, h, N, D) where `order_N` is given."""
-    if segments.order_N is None:
-        return x_BhTD
-    return x_BhTD.transpose(1, 2).flatten(0, 1).index_select(0, segments.order_N)[None].transpose(1, 2)
-
-
-def spread(out_BNhD: Tensor, segments: AttentionSegments, shape_BhTD: torch.Size) -> Tensor:
-    """Spread results for the positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
-
-    Positions outside of all segments are 0.
-    """
-    num_rows, num_heads, num_tokens, width = shape_BhTD
-    if segments.order_N is None:
-        return F.pad(out_BNhD, (0, 0, 0, 0, 0, num_tokens - out_BNhD.shape[1]))
-    flat = out_BNhD.new_zeros(num_rows * num_tokens, num_heads, width)
-    return flat.index_copy(0, segments.order_N, out_BNhD[0]).view(num_rows, num_tokens, num_heads, width)
-
-
-def num_covered(segments: AttentionSegments) -> int:
-    """The number of positions in segments. They are the first ones that `take` returns."""
-    return sum(length * num_segments for length, num_segments in segments.buckets)
-
-
 class Block(NamedTuple):
-    """Segments of equal length, which one kernel call computes.
-
-    stretches  (first position, number of segments) of segments that are neighbours
+    """Positions of segments, S of `length` positions each where one kernel call computes them: a slice where they are
+    neighbours, which is a view of a tensor, else their numbers.
     """
 
     length: int
-    stretches: tuple[tuple[int, int], ...]
+    positions: slice | Tensor
 
-    def views(self, taken_BhTD: Tensor, repeats: int) -> Iterator[Tensor]:
-        """View each stretch as (B, S, K, R, L, D)."""
-        for start, num_segments in self.stretches:
-            part = taken_BhTD[:, :, start : start + num_segments * self.length]
-            num_rows, num_heads, _, width = part.shape
-            shape = (num_rows, num_heads // repeats, repeats, num_segments, self.length, width)
-            yield part.view(shape).permute(0, 3, 1, 2, 4, 5)
+    def take(self, x_NhD: Tensor) -> Tensor:
+        """Take the positions: (S·L, h, D)."""
+        if isinstance(self.positions, slice):
+            return x_NhD[self.positions]
+        return x_NhD.index_select(0, self.positions)
 
-    def fold(self, taken_BhTD: Tensor, repeats: int) -> Tensor:
-        """Copy the segments into (B·ΣS·K, R, L, D): kernels are fastest on contiguous matrices per head and segment."""
-        return torch.cat(list(self.views(taken_BhTD, repeats)), dim=1).flatten(0, 2)
+    def fold(self, x_NhD: Tensor, repeats: int) -> Tensor:
+        """Copy the segments into (S·K, R, L, D): kernels are fastest on contiguous matrices per head and segment."""
+        return self._split(self.take(x_NhD), repeats).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
-    def unfold(self, folded: Tensor, num_rows: int) -> tuple[Tensor, ...]:
-        """Invert `fold`: (B, S, K, R, L, D) of each stretch."""
-        counts = [num_segments for _, num_segments in self.stretches]
-        parts = folded.view(num_rows, sum(counts), -1, *folded.shape[1:])
-        return torch.split(parts, counts, dim=1)
+    def unfold(self, folded: Tensor, num_heads: int) -> Tensor:
+        """Invert `fold`: (S·L, h, D)."""
+        return self._unfolded(folded, num_heads).reshape(-1, num_heads, folded.shape[-1])
+
+    def put(self, x_NhD: Tensor, folded: Tensor) -> None:
+        """Write values, as `fold` returns them, to their positions."""
+        if isinstance(self.positions, slice):
+            place = self._split(x_NhD[self.positions], folded.shape[1])
+            place.copy_(self._unfolded(folded, x_NhD.shape[1]))
+        else:
+            x_NhD.index_copy_(0, self.positions, self.unfold(folded, x_NhD.shape[1]))
+
+    def add(self, x_NhD: Tensor, folded: Tensor) -> None:
+        """Add values to those at their positions."""
+        if isinstance(self.positions, slice):
+            place = self._split(x_NhD[self.positions], folded.shape[1])
+            place += self._unfolded(folded, x_NhD.shape[1])
+        else:
+            x_NhD.index_add_(0, self.positions, self.unfold(folded, x_NhD.shape[1]))
+
+    def _split(self, taken: Tensor, repeats: int) -> Tensor:
+        """View (S·L, h, D) as (S, L, K, R, D)."""
+        num_positions, num_heads, width = taken.shape
+        return taken.view(num_positions // self.length, self.length, num_heads // repeats, repeats, width)
+
+    def _unfolded(self, folded: Tensor, num_heads: int) -> Tensor:
+        """View (S·K, R, L, D) as (S, L, K, R, D)."""
+        num_heads //= folded.shape[1]
+        return folded.view(len(folded) // num_heads, num_heads, *folded.shape[1:]).permute(0, 3, 1, 2, 4)
 
 
-def blocks(segments: AttentionSegments) -> list[Block]:
+@lru_cache(maxsize=16)  # the plain and the shifted segments of a batch and of a shard, for each of its layers
+def blocks(segments: AttentionSegments, device: torch.device) -> tuple[Block, ...]:
     """Join the segments of equal length."""
-    stretches: dict[int, list[tuple[int, int]]] = {}
-    at = 0
-    for length, num_segments in segments.buckets:
-        stretches.setdefault(length, []).append((at, num_segments))
-        at += length * num_segments
-    return [Block(length, tuple(found)) for length, found in stretches.items()]
+    found = []
+    for length in sorted(set(segments.lengths_S.tolist())):
+        begins_S = segments.begins_S[segments.lengths_S == length]
+        found.append(Block(length, _positions((begins_S[:, None] + torch.arange(length)).flatten(), device)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def packed(segments: AttentionSegments, device: torch.device) -> Block:
+    """Make all segments one block, whose `length` is that of the longest one."""
+    starts_S = segments.lengths_S.cumsum(0) - segments.lengths_S
+    shift_S = segments.begins_S - starts_S  # position = running number + shift of its segment
+    positions_N = torch.arange(segments.num_covered) + shift_S.repeat_interleave(segments.lengths_S)
+    return Block(int(segments.lengths_S.max()) if len(shift_S) else 0, _positions(positions_N, device))
+
+
+def _positions(positions_N: Tensor, device: torch.device) -> slice | Tensor:
+    """A slice where the positions, which are in order, are neighbours."""
+    if not len(positions_N):
+        return slice(0, 0)
+    first, last = int(positions_N[0]), int(positions_N[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions_N) else positions_N.to(device)

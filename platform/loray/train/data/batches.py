@@ -3,20 +3,15 @@
 A plan says which documents make the rows of an epoch and which rows its micro-batches, a function of (seed, epoch)
 alone. It is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
 
-First fit looks at one document after the other, in Python: half a minute for ten million. So plans of packed rows are
-where all machines and further runs find them. Other plans are faster made than sent: each machine has its own, which
-one of its workers makes while the others wait.
-
 Shapes: B rows, T positions; R rows and D documents of a plan. Padding is on the right.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -26,7 +21,6 @@ from torch import Tensor
 
 from loray.recipes.resolve import check_token_budget
 from loray.spec import BatchSpec
-from loray.train.data.shards import ShardCache
 
 
 class RowSource(Protocol):
@@ -99,12 +93,10 @@ class EpochPlan(Sequence[MicroBatch]):
     def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        rows = range(int(self.starts_B[index]), int(self.stops_B[index]))
-        return tuple(self._row(r) for r in rows)
-
-    def _row(self, r: int) -> PlannedRow:
-        start = int(self.ends_R[r - 1]) if r else 0
-        return tuple(self.documents_D[start : int(self.ends_R[r])].tolist())
+        first, stop = int(self.starts_B[index]), int(self.stops_B[index])
+        begin, ends_R = int(self.ends_R[first - 1]) if first else 0, self.ends_R[first:stop]
+        rows = np.split(self.documents_D[begin : ends_R[-1]], ends_R[:-1] - begin)
+        return tuple(tuple(row.tolist()) for row in rows)
 
 
 def pair_lengths(lengths: Indices) -> Indices:
@@ -218,80 +210,6 @@ def _within_budget(lengths_R: Indices, spec: BatchSpec) -> Indices:
     return np.array([*stops, len(lengths_R)] if len(lengths_R) else [], np.int64)
 
 
-_FORM = 2  # of plans: another one where the same key gives another plan, or is written in another way
-_LEAST = 10_000  # sequences; the plan of fewer takes less than a tenth of a second and 320 kB
-
-
-def kept_plan(
-    lengths_D: Indices,
-    spec: BatchSpec,
-    *,
-    max_length: int,
-    seed: int,
-    epoch: int,
-    shares: Sequence[SourceShare] = (),
-    paired: bool = False,
-    cache: ShardCache | None,
-) -> EpochPlan:
-    """Plan an epoch as `plan_epoch` does, from a file of `cache` where there are many rows. `paired`: two are a row."""
-
-    def made() -> EpochPlan:
-        lengths_R = pair_lengths(lengths_D) if paired else lengths_D
-        return plan_epoch(lengths_R, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares)
-
-    if cache is None or len(lengths_D) < _LEAST:
-        return made()
-    asked = spec.model_dump(mode="json", exclude={"accumulation"})
-    named = [_FORM, asked, max_length, seed, epoch, list(shares), paired]
-    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(lengths_D, np.int64).data)
-    key, here = digest.hexdigest(), spec.order != "packed"
-    with cache.alone():
-        kept = _plan_of(cache.array(key, here=here))
-        if kept is not None:
-            return kept
-        plan = made()
-        cache.keep_array(key, _parts_of(plan), here=here)
-        return _plan_of(cache.array(key, here=here)) or plan
-
-
-def plan_ahead(
-    lengths_D: Indices,
-    spec: BatchSpec,
-    *,
-    max_length: int,
-    seed: int,
-    num_epochs: int,
-    shares: Sequence[SourceShare] = (),
-    cache: ShardCache | None,
-) -> None:
-    """Put into `cache` the plans of the first epochs that take long, so that no worker makes them."""
-    if spec.order == "packed":
-        for epoch in range(num_epochs):
-            kept_plan(lengths_D, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares, cache=cache)
-
-
-def _parts_of(plan: EpochPlan) -> list[PlanArray]:
-    """Three lengths, then the arrays; int32, or int64 where a number needs it."""
-    arrays = [plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B]
-    largest = max(int(array.max(initial=len(array))) for array in arrays)
-    dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
-    lengths = np.array([len(array) for array in arrays[:3]])
-    return [array.astype(dtype) for array in (lengths, *arrays)]
-
-
-def _plan_of(kept: PlanArray | None) -> EpochPlan | None:
-    """None where it is not whole."""
-    if kept is None or kept.ndim != 1 or len(kept) < 3:
-        return None
-    found = np.asarray(kept)  # slices of a memmap are slower
-    num_documents, num_rows, num_batches = (int(n) for n in found[:3])
-    if len(found) != 3 + num_documents + num_rows + 2 * num_batches:
-        return None
-    documents_D, ends_R, starts_B, stops_B = np.split(found[3:], np.cumsum([num_documents, num_rows, num_batches]))
-    return EpochPlan(documents_D, ends_R, starts_B, stops_B)
-
-
 # -- micro-batches ----------------------------------------------------------------------------------------------------
 
 IGNORED = -100
@@ -312,13 +230,13 @@ class TrainBatch(NamedTuple):
 
     labels_BT is shifted: labels_BT[b, t] is the token that the hidden state at t predicts, −100 where there is no
     target. So no document of a packed row predicts the first token of the next.
-    attention_mask_BT is 1 on tokens and 0 on padding, None where rows are packed or nothing is padded.
+    document_ids_BT counts the documents of a row from 0, −1 on padding; None where each row is one whole document.
     position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
-    attention_mask_BT: Tensor | None
+    document_ids_BT: Tensor | None
     position_ids_BT: Tensor | None
     num_tokens: int
     num_targets: int
@@ -330,12 +248,13 @@ class TrainBatch(NamedTuple):
         return self.num_targets if self.num_pairs is None else self.num_pairs
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        named = {
-            "input_ids": self.input_ids_BT,
-            "attention_mask": self.attention_mask_BT,
-            "position_ids": self.position_ids_BT,
-        }
-        return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
+        """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
+        inputs = {"input_ids": self.input_ids_BT.to(device)}
+        if self.position_ids_BT is not None:
+            inputs["position_ids"] = self.position_ids_BT.to(device)
+        elif self.document_ids_BT is not None:
+            inputs["attention_mask"] = (self.document_ids_BT >= 0).long().to(device)
+        return inputs
 
 
 def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
@@ -344,25 +263,24 @@ def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORED, dtype=torch.long)
+    document_ids_BT = torch.full(shape, -1)
     position_ids_BT = torch.zeros(shape, dtype=torch.long)
     for b, row in enumerate(batch):
         at = 0
-        for document in row:
+        for number, document in enumerate(row):
             ids, targets = rows.row(document)
             here = torch.from_numpy(ids.astype(np.int64))
             end = at + len(ids)
             input_ids_BT[b, at:end] = here
             labels_BT[b, at : end - 1] = torch.where(torch.from_numpy(targets[1:].copy()), here[1:], IGNORED)
+            document_ids_BT[b, at:end] = number
             position_ids_BT[b, at:end] = torch.arange(len(ids))
             at = end
         position_ids_BT[b, at:] = torch.arange(shape[1] - at)  # the padding of a packed row is another document
-    attention_mask_BT = None
-    if not packed and min(lengths) < shape[1]:
-        attention_mask_BT = (torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]).long()
     return TrainBatch(
         input_ids_BT,
         labels_BT,
-        attention_mask_BT,
+        document_ids_BT if packed or min(lengths) < shape[1] else None,
         position_ids_BT if packed else None,
         num_tokens=sum(lengths),
         num_targets=int((labels_BT != IGNORED).sum()),
@@ -382,8 +300,7 @@ class BatchStream:
 
     All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
     depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
-    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. `cache` has the plans of
-    many rows. Not thread-safe.
+    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. Not thread-safe.
     """
 
     def __init__(
@@ -399,25 +316,13 @@ class BatchStream:
         size: int = 1,
         shares: Sequence[SourceShare] = (),
         paired: bool = False,
-        cache: ShardCache | None = None,
     ) -> None:
-        self._paired = paired
-        self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
-        self._per_step, self._rank, self._size, self._shares, self._cache = per_step, rank, size, shares, cache
+        self._rows, self._spec, self._paired = rows, spec, paired
+        self._per_step, self._rank, self._size = per_step, rank, size
+        lengths = pair_lengths(rows.lengths) if paired else rows.lengths
+        self._plan_of = partial(plan_epoch, lengths, spec, max_length=max_length, seed=seed, shares=shares)
         self.cursor = cursor
-        self._plan = self._plan_of(cursor.epoch)
-
-    def _plan_of(self, epoch: int) -> EpochPlan:
-        return kept_plan(
-            self._rows.lengths,
-            self._spec,
-            max_length=self._max_length,
-            seed=self._seed,
-            epoch=epoch,
-            shares=self._shares,
-            paired=self._paired,
-            cache=self._cache,
-        )
+        self._plan = self._plan_of(epoch=cursor.epoch)
 
     def next_step(self) -> list[TrainBatch]:
         """Make this rank's micro-batches of the next optimizer step."""
@@ -435,7 +340,7 @@ class BatchStream:
     def _next(self) -> MicroBatch:
         if self.cursor.done == len(self._plan):
             self.cursor = Cursor(self.cursor.epoch + 1, 0)
-            self._plan = self._plan_of(self.cursor.epoch)
+            self._plan = self._plan_of(epoch=self.cursor.epoch)
         self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
         return self._plan[self.cursor.done - 1]
 
@@ -448,7 +353,7 @@ class BatchStream:
         return max(1, math.ceil(count / self._per_step - 1e-9))
 
     def _size_of(self, epoch: int) -> int:
-        return len(self._plan if epoch == self.cursor.epoch else self._plan_of(epoch))
+        return len(self._plan if epoch == self.cursor.epoch else self._plan_of(epoch=epoch))
 
 
 def _without_labels(batch: TrainBatch) -> TrainBatch:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from loray.errors import DataError
 from loray.train.data.known import cut_known
 from loray.train.data.read import BadRow, Content, FilePart, RowFile, place, read_parts
-from loray.train.data.shards import FolderCache, ShardCache, ShardIndex, Tokens
+from loray.train.data.shards import FolderCache, ShardIndex, Tokens
 from loray.train.data.tokenize import Tokenisation
 
+_READERS = 16  # threads that read indices, which may come from a bucket
 _OPEN_SHARDS = 32  # of a reader: each is one mapping and one file
 
 Indices = NDArray[np.int64]
@@ -35,12 +36,12 @@ class Task(NamedTuple):
 
 
 class Runner(Protocol):
-    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+    def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
         """Put the shard of every task into the cache. Raises DataError."""
         ...
 
 
-def run_here(tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+def run_here(tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
     """Run one task after the other, in this process."""
     for task in tasks:
         try:
@@ -65,7 +66,7 @@ class TemporaryCache(FolderCache):
 class ShardTokens:
     """The tokens of shards, one shard after the other. Pickling it copies their names, not the tokens."""
 
-    def __init__(self, cache: ShardCache, keys: Sequence[str], ends_K: Indices) -> None:
+    def __init__(self, cache: FolderCache, keys: Sequence[str], ends_K: Indices) -> None:
         self._cache, self._keys, self._ends_K = cache, keys, ends_K
         self._tokens = lru_cache(_OPEN_SHARDS)(self._open)
         self._mask = lru_cache(_OPEN_SHARDS)(self._read_mask)
@@ -100,28 +101,6 @@ class ShardTokens:
         return index.mask()
 
 
-@dataclass(frozen=True, slots=True)
-class SliceRows:
-    """Row i is [starts[i], starts[i] + lengths[i]) of the tokens."""
-
-    tokens: ShardTokens
-    starts: Indices
-    lengths: Indices
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        start, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
-        targets = self.tokens.targets(start, stop)
-        targets[:1] = False
-        return self.tokens.ids(start, stop), targets
-
-    def select(self, indices: Indices) -> SliceRows:
-        """Select rows, without a copy of the tokens."""
-        return SliceRows(self.tokens, self.starts[indices], self.lengths[indices])
-
-
 class Corpus(NamedTuple):
     """E examples in the order of sources, files and rows.
 
@@ -153,7 +132,7 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(
-    files: Files, max_rows: int | None, tokenisation: Tokenisation, cache: ShardCache, run: Runner = run_here
+    files: Files, max_rows: int | None, tokenisation: Tokenisation, cache: FolderCache, run: Runner = run_here
 ) -> Corpus:
     """Load the tokens of these files, or of the first `max_rows` rows of every source. What the cache lacks is
     tokenised.
@@ -180,17 +159,22 @@ def load_corpus(
 
 
 def _indices(
-    parts: Sequence[FilePart], keys: Sequence[str], tokenisation: Tokenisation, cache: ShardCache, run: Runner
+    parts: Sequence[FilePart], keys: Sequence[str], tokenisation: Tokenisation, cache: FolderCache, run: Runner
 ) -> list[ShardIndex]:
-    found = dict(zip(keys, cache.indices(keys), strict=True))
+    found = _read(cache, keys)
     missing = {key: part for key, part in zip(keys, parts, strict=True) if found[key] is None}
     if missing:
         run(tokenisation, cache, _tasks(missing), len(missing))
-        found |= dict(zip(missing, cache.indices(list(missing)), strict=True))
+        found |= _read(cache, list(missing))
     indices = [index for key in keys if (index := found[key]) is not None]
     if len(indices) < len(keys):
         raise DataError("tokens that were just written cannot be read again: is the cache on a disk that is full?")
     return indices
+
+
+def _read(cache: FolderCache, keys: Sequence[str]) -> dict[str, ShardIndex | None]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(keys, pool.map(cache.index, keys), strict=True))
 
 
 def _tasks(missing: dict[str, FilePart]) -> Iterator[Task]:
@@ -204,7 +188,7 @@ def _tasks(missing: dict[str, FilePart]) -> Iterator[Task]:
 
 
 def _assembled(
-    cache: ShardCache, keys: Sequence[str], indices: Sequence[ShardIndex], sources_K: NDArray[np.int_]
+    cache: FolderCache, keys: Sequence[str], indices: Sequence[ShardIndex], sources_K: NDArray[np.int_]
 ) -> Corpus:
     num_examples = [len(index.lengths_E) for index in indices]
     documents_K = np.cumsum([0, *(index.num_documents for index in indices)])

@@ -10,46 +10,54 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loray.recipes.sources import SourceFiles
 from loray.train.data import read
 from loray.train.data.read import CutFile, DataFormat, FilePart, Head, RowFile, cut, read_head, rows_of
-from loray.train.data.shards import ShardCache
+from loray.train.data.shards import FolderCache
 
 _FORM = 1  # of what is kept
 _SETTLED_S = 2.0  # the coarsest resolution of a file system's times, FAT's
 
 
 def open_known(
-    source: SourceFiles, format: DataFormat | Literal["auto"], cache: ShardCache, *, paired: bool = False
+    source: SourceFiles, format: DataFormat | Literal["auto"], cache: FolderCache, *, paired: bool = False
 ) -> RowFile:
     """Open the rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
     if source.remote is None:
         return rows_of(source, read_head(source), format, paired=paired)
     key = _key("head", source.remote.state)
-    kept = cache.note(key)
-    head = None if kept is None else _read_head(kept)
-    if head is None:
-        head = read_head(source)
-        cache.keep(key, json.dumps(head).encode())
-    return rows_of(source, head, format, paired=paired)
+    if (kept := _kept(cache, key)) is None:
+        kept = read_head(source)
+        cache.keep(key, json.dumps(kept).encode())
+    kind, names = kept
+    return rows_of(source, Head(kind, tuple(names)), format, paired=paired)
 
 
-def cut_known(file: RowFile, max_rows: int | None, cache: ShardCache) -> CutFile:
+def cut_known(file: RowFile, max_rows: int | None, cache: FolderCache) -> CutFile:
     """Cut a file as `cut` does, from what `cache` has of this state of it."""
     state, here = _state(file.source), file.source.remote is None
     if state is None:
         return cut(file, max_rows)
     key = _key(read.PART_BYTES, file.kind, file.format, file.columns, max_rows, state)
-    kept = cache.note(key, here=here)
-    found = None if kept is None else _read(kept, file)
-    if found is None:
-        found = cut(file, max_rows)
-        if state == _state(file.source):
-            cache.keep(key, _written(found), here=here)
+    if (kept := _kept(cache, key, here=here)) is not None:
+        sha256, parts, num_rows = kept
+        return CutFile(sha256, tuple(FilePart(file, digest, first, stop) for digest, first, stop in parts), num_rows)
+    found = cut(file, max_rows)
+    if state == _state(file.source):
+        parts = [[part.digest, part.first, part.stop] for part in found.parts]
+        cache.keep(key, json.dumps([found.sha256, parts, found.num_rows]).encode(), here=here)
     return found
+
+
+def _kept(cache: FolderCache, key: str, *, here: bool = False) -> Any:
+    """None where there is no note, or none that is whole."""
+    with suppress(ValueError):
+        return json.loads(cache.note(key, here=here) or b"")
+    return None
 
 
 def _key(*named: object) -> str:
@@ -70,26 +78,3 @@ def _state(source: SourceFiles) -> tuple[str | int, ...] | None:
     if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED_S:
         return None
     return str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _written(found: CutFile) -> bytes:
-    named = [[part.digest, part.first, part.stop] for part in found.parts]
-    return json.dumps([found.sha256, named, found.num_rows]).encode()
-
-
-def _read(kept: bytes, file: RowFile) -> CutFile | None:
-    """None where it is not whole."""
-    try:
-        sha256, named, num_rows = json.loads(kept)
-    except ValueError:
-        return None
-    return CutFile(sha256, tuple(FilePart(file, digest, first, stop) for digest, first, stop in named), num_rows)
-
-
-def _read_head(kept: bytes) -> Head | None:
-    """None where it is not whole."""
-    try:
-        kind, names = json.loads(kept)
-    except ValueError:
-        return None
-    return Head(kind, tuple(names))

@@ -304,7 +304,13 @@ def read_parts(parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Content]]:
 
 def records_of(content: Content) -> list[tuple[int, dict[str, Any]]]:
     """Parse all rows into (index as in BadRow, row). Raises BadRow for the first that is malformed."""
-    found = list(_parsed(content.data)) if content.is_lines else _decoded(content.data)
+    if content.is_lines:
+        found = list(_parsed(content.data))
+    else:
+        try:
+            found = list(enumerate(pa.ipc.open_stream(content.data).read_all().to_pylist()))
+        except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
+            raise BadRow(0, f"holds text that is not UTF-8: {e}; write it as UTF-8") from e
     for index, record in found:
         if wrong := problem(record, content.format):
             raise BadRow(index, wrong)
@@ -376,23 +382,22 @@ def _parsed(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _cut_rows(file: RowFile, max_rows: int | None) -> CutFile:
+    digest = hashlib.sha256()
     with open_source(file.source) as opened:
-        sha256 = _sha256(opened)
-    pieces = _arrow_pieces(file) if file.kind == "arrow" else _parquet_pieces(file)
-    parts = list[FilePart]()
+        while block := opened.read(PART_BYTES):
+            digest.update(block)
+    sha256, parts = digest.hexdigest(), list[FilePart]()
+    pieces: Iterator[tuple[int, int]]
+    if file.kind == "arrow":
+        pieces = ((table.num_rows, table.nbytes) for _, table in _arrow_tables(file))
+    else:
+        pieces = _parquet_pieces(file)
     for first, stop in _ranges(pieces):
         stop = stop if max_rows is None else min(stop, max_rows)
         if first < stop:
             name = json.dumps([sha256, first, stop, file.columns])
             parts.append(FilePart(file, hashlib.sha256(name.encode()).hexdigest(), first, stop))
     return CutFile(sha256, tuple(parts), parts[-1].stop if parts else 0)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(PART_BYTES):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _ranges(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -418,11 +423,6 @@ def _parquet_pieces(file: RowFile) -> Iterator[tuple[int, int]]:
             columns = (group.column(c) for c in range(group.num_columns))
             read = [c for c in columns if c.path_in_schema.split(".")[0] in file.columns]
             yield group.num_rows, sum(c.total_uncompressed_size for c in read)
-
-
-def _arrow_pieces(file: RowFile) -> Iterator[tuple[int, int]]:
-    for _, table in _arrow_tables(file):
-        yield table.num_rows, table.nbytes
 
 
 def _arrow_tables(file: RowFile) -> Iterator[tuple[int, Any]]:
@@ -463,10 +463,3 @@ def _slices(tables: Iterator[tuple[int, Any]], parts: Sequence[FilePart]) -> Ite
             if following is None:
                 return
             part = following
-
-
-def _decoded(data: bytes) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        return list(enumerate(pa.ipc.open_stream(data).read_all().to_pylist()))
-    except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
-        raise BadRow(0, f"holds text that is not UTF-8: {e}; write it as UTF-8") from e

@@ -8,11 +8,11 @@ that every position of the context is trained, whatever the length of a text. Th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
 from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
-from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
+from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
 from loray.train.data.known import open_known
 from loray.train.data.read import DataFormat, RowFile
-from loray.train.data.shards import ShardCache
+from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
 
 
@@ -50,8 +50,7 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache` has the
-    tokens of training rows.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
     """
 
     train: RowSource
@@ -62,7 +61,6 @@ class Dataset:
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[SourceShare, ...] = ()
-    cache: ShardCache | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -87,7 +85,7 @@ def load_data(
     whole_windows: bool = False,
     paired: bool = False,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
-    cache: ShardCache | None = None,
+    cache: FolderCache | None = None,
     run: Runner = run_here,
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
@@ -114,9 +112,7 @@ def load_data(
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
-    trained, held_out, num_documents = rows_of(
-        train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed
-    )
+    trained, held_out = split(train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed, rows_of)
 
     each = 2 if paired else 1  # sequences of a row
     usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
@@ -135,7 +131,7 @@ def load_data(
     train = trained.rows.select(kept)
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
-        num_documents=num_documents,
+        num_documents=train_corpus.num_documents,
         num_rows=len(usable),
         num_eval_rows=len(measured),
         num_tokens=int(train.lengths.sum()),
@@ -149,7 +145,7 @@ def load_data(
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
 
 
 def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:
@@ -165,7 +161,7 @@ def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
 
 
 def _open(
-    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: ShardCache, paired: bool
+    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: FolderCache, paired: bool
 ) -> tuple[RowFile, ...]:
     """The files of one source."""
     return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
@@ -184,7 +180,7 @@ SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 class SourceRows(NamedTuple):
     """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
 
-    rows: SliceRows | JoinedRows
+    rows: StreamRows
     sources: NDArray[np.integer]
     truncated: NDArray[np.bool_]
     num_targets: Indices
@@ -195,98 +191,70 @@ class SourceRows(NamedTuple):
         )
 
 
-class HeldOutSplit(NamedTuple):
-    """`num_documents` are those of the training files, held-out ones included."""
-
-    trained: SourceRows
-    held_out: SourceRows
-    num_documents: int
+RowsOf = Callable[[Corpus, Indices, int], SourceRows]  # of (corpus, documents, max_length)
 
 
-def windows(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Make rows of single documents, or of windows of one."""
-    part, documents = _cut(train, max_length)
-    num_documents = train.num_documents
-    if evaluation is not None:
-        return HeldOutSplit(part, _cut(evaluation, max_length)[0], num_documents)
-    if num_documents == 1 and train.is_text_E[0] and fraction:
-        trained, held_out = _end_held_out(files, len(part.rows), fraction)
-    else:
-        _, documents_out = _hold_out(files, num_documents, fraction, seed)
-        is_held_out = np.isin(documents, documents_out)
-        trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    return HeldOutSplit(part.select(trained), part.select(held_out), num_documents)
-
-
-def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
-    """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
-    row.
+def split(
+    files: Files,
+    train: Corpus,
+    evaluation: Corpus | None,
+    max_length: int,
+    fraction: float,
+    seed: int,
+    rows_of: RowsOf,
+) -> tuple[SourceRows, SourceRows]:
+    """Make the rows to train on, and those to hold out. What becomes of one document is on one side, but for a single
+    text, whose last rows are held out.
     """
-    counts_E = np.where(corpus.is_text_E, -(-corpus.lengths_E // max_length), 1)
-    example_R = np.repeat(np.arange(len(counts_E)), counts_E)
-    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)  # of the window
+
+    def num_held_out(num_units: int) -> int:
+        if num_units < 2:
+            raise DataError(
+                f"{files[0][0].source} has a single row, so nothing can be held out of it; "
+                "give data.eval, or set data.eval_fraction to 0"
+            )
+        return min(max(1, round(num_units * fraction)), num_units - 1)
+
+    documents = np.arange(train.num_documents)
+    if evaluation is not None:
+        held_out = rows_of(evaluation, np.arange(evaluation.num_documents), max_length)
+        return rows_of(train, documents, max_length), held_out
+    if fraction == 0:
+        return rows_of(train, documents, max_length), rows_of(train, documents[:0], max_length)
+    if len(documents) == 1 and train.is_text_E[0]:
+        whole = rows_of(train, documents, max_length)
+        numbers = np.arange(len(whole.rows))
+        count = num_held_out(len(numbers))
+        return whole.select(numbers[:-count]), whole.select(numbers[-count:])
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(documents))
+    chosen = np.sort(order[: num_held_out(len(documents))])
+    trained = np.setdiff1d(documents, chosen)
+    return rows_of(train, trained, max_length), rows_of(train, chosen, max_length)
+
+
+def windows(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
+    """Make a row of every example of these documents, cut off at `max_length` tokens, and of a text all its windows."""
+    examples = np.flatnonzero(np.isin(corpus.documents_E, documents))
+    counts = np.where(corpus.is_text_E[examples], -(-corpus.lengths_E[examples] // max_length), 1)
+    example_R = np.repeat(examples, counts)
+    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the window
     left_R = corpus.lengths_E[example_R] - number_R * max_length
     lengths_R = np.minimum(left_R, max_length)
     is_text_R = corpus.is_text_E[example_R]
-    part = SourceRows(
-        SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
+    return SourceRows(
+        StreamRows.of(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
         ~is_text_R & (left_R > max_length),
         np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
     )
-    return part, corpus.documents_E[example_R]
 
 
-def joined_texts(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Make rows of joined texts, of each source for itself. What is held out is split off before texts are joined,
-    unless there is a single text.
-    """
-
-    def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
-        bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
-        streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
-        rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-        return SourceRows(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
-
-    everything = np.arange(train.num_documents)
-    if evaluation is not None:
-        return HeldOutSplit(
-            rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
-        )
-    if len(everything) == 1 and fraction:
-        whole = rows_of(train, everything)
-        trained, held_out = _end_held_out(files, len(whole.rows), fraction)
-        return HeldOutSplit(whole.select(trained), whole.select(held_out), 1)
-    trained, held_out = _hold_out(files, len(everything), fraction, seed)
-    return HeldOutSplit(rows_of(train, trained), rows_of(train, held_out), len(everything))
-
-
-def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
-    """(training, held out) rows of a single text, whose end is held out."""
-    count = _num_held_out(files, num_rows, fraction)
-    return np.arange(num_rows - count), np.arange(num_rows - count, num_rows)
-
-
-def _hold_out(files: Files, num_documents: int, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training, held out) documents: what becomes of one document is on one side."""
-    if fraction == 0:
-        return np.arange(num_documents), np.empty(0, np.int64)
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
-    held_out = np.sort(order[: _num_held_out(files, num_documents, fraction)])
-    return np.setdiff1d(np.arange(num_documents), held_out), held_out
-
-
-def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
-    if num_units < 2:
-        raise DataError(
-            f"{files[0][0].source} has a single row, so nothing can be held out of it; "
-            "give data.eval, or set data.eval_fraction to 0"
-        )
-    return min(max(1, round(num_units * fraction)), num_units - 1)
+def joined_texts(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
+    """Make rows of these documents, which are texts, joined, of each source for itself."""
+    bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
+    streams = [documents[slice(*np.searchsorted(documents, (a, b)))] for a, b in pairwise(bounds)]
+    rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
+    return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
 
 
 def check_texts(files: Iterable[RowFile]) -> None:
@@ -304,14 +272,8 @@ def check_texts(files: Iterable[RowFile]) -> None:
 _BEGINNING = -1  # the start of the piece that is no document
 
 
-class TokenSource(Protocol):
-    def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Read token ids [start, stop)."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class JoinedRows:
+class StreamRows:
     """Row i is [starts[i], starts[i] + lengths[i]) of a stream, which is P pieces one after the other.
 
     Documents that follow each other in `tokens` are one piece: there are few, however many the documents.
@@ -319,51 +281,61 @@ class JoinedRows:
     beginning  token ids before the first document of a source
     begins_P   where a piece begins in `tokens`
     ends_P     where it ends in the stream
-    sources    whose stream a row is of
+    is_text    every token is a target
     """
 
-    tokens: TokenSource
+    tokens: ShardTokens
     beginning: NDArray[np.int32]
-    begins_P: NDArray[np.int64]
-    ends_P: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    sources: NDArray[np.int64]
+    begins_P: Indices
+    ends_P: Indices
+    starts: Indices
+    lengths: Indices
+    is_text: bool
+
+    @classmethod
+    def of(cls, tokens: ShardTokens, starts: Indices, lengths: Indices) -> StreamRows:
+        """Make rows of the tokens as they are: they are the only piece."""
+        whole = np.array([np.iinfo(np.int64).max])
+        return cls(tokens, np.empty(0, np.int32), np.zeros(1, np.int64), whole, starts, lengths, is_text=False)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Read the token ids of row i, all of which but the first are targets."""
+        """Read the token ids of row i, and which of them are targets: never the first."""
         at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
-        parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
+        num_tokens, piece = stop - at, int(np.searchsorted(self.ends_P, at, side="right"))
+        ids, targets = [], []
         while at < stop:
             end = int(self.ends_P[piece])
             skipped = at - (int(self.ends_P[piece - 1]) if piece else 0)
             taken, begin = min(stop, end) - at, int(self.begins_P[piece])
             if begin == _BEGINNING:
-                parts.append(self.beginning[skipped : skipped + taken])
+                ids.append(self.beginning[skipped : skipped + taken])
             else:
-                parts.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+                ids.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+                if not self.is_text:
+                    targets.append(self.tokens.targets(begin + skipped, begin + skipped + taken))
             at, piece = at + taken, piece + 1
-        ids = np.concatenate(parts)
-        return ids, np.arange(len(ids)) > 0
+        learned = np.concatenate(targets) if targets else np.ones(num_tokens, np.bool_)
+        learned[:1] = False
+        return np.concatenate(ids), learned
 
-    def select(self, indices: NDArray[np.int64]) -> JoinedRows:
+    def select(self, indices: Indices) -> StreamRows:
         """Select rows, without a copy of the tokens."""
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices])
 
 
 def join(
-    tokens: TokenSource,
+    tokens: ShardTokens,
     beginning: Sequence[int],
     begins_D: NDArray[np.int64],
     lengths_D: NDArray[np.int64],
     streams: Sequence[NDArray[np.int64]],
     row_length: int,
-) -> JoinedRows:
+) -> tuple[StreamRows, Indices]:
     """Join the documents of each source's stream into rows of `row_length` tokens, those of one before those of the
-    next.
+    next. Returns them, and the source of each.
 
     Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
     the last one of a stream loses. A stream has what the tokenizer puts before a text once.
@@ -378,21 +350,22 @@ def join(
         begins += [np.array([_BEGINNING]), at[heads]]
         lengths += [np.array([len(beginning)]), np.add.reduceat(size, heads)]
         stop = first + len(beginning) + int(size.sum())
-        rows = np.arange(first, stop - 1, row_length, dtype=np.int64)
-        starts.append(rows)
-        stops.append(np.minimum(rows + row_length, stop - 1))
-        sources.append(np.full(len(rows), source, np.int64))
+        firsts = np.arange(first, stop - 1, row_length, dtype=np.int64)
+        starts.append(firsts)
+        stops.append(np.minimum(firsts + row_length, stop - 1))
+        sources.append(np.full(len(firsts), source, np.int64))
         first = stop
     starts_R = _concatenated(starts)
-    return JoinedRows(
+    rows = StreamRows(
         tokens,
         np.array(beginning, np.int32),
         _concatenated(begins),
         np.cumsum(_concatenated(lengths)),
         starts_R,
         _concatenated(stops) - starts_R,
-        _concatenated(sources),
+        is_text=True,
     )
+    return rows, _concatenated(sources)
 
 
 def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

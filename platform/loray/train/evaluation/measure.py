@@ -8,9 +8,7 @@ from math import exp, inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
@@ -134,7 +132,10 @@ def measure(
     """
     device = device or torch.device("cpu")
     kept = kept or KeptFigures(mesh=mesh, device=device)
-    windows = {} if perplexity is None or documents is None else _windows(documents, perplexity)
+    windows = {}
+    if perplexity is not None and documents is not None:
+        stride, most = perplexity.stride, perplexity.max_windows
+        windows = {n: cut_windows(documents, n, stride=stride, max_windows=most) for n in perplexity.context_lengths}
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
     for measured_model in models:
@@ -167,13 +168,6 @@ def measure(
                 measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
         del model
     return tuple(measured)
-
-
-def _windows(documents: Documents, spec: PerplexitySpec) -> dict[int, tuple[NDArray[np.int32], ...]]:
-    return {
-        length: cut_windows(documents, length, stride=spec.stride, max_windows=spec.max_windows)
-        for length in spec.context_lengths
-    }
 
 
 def _evaluations(cell: Cell, spec: RetrievalSpec, subject: Subject) -> list[Evaluation]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,13 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loray.errors import EvaluationError
-from loray.files import canonical_json, touch
+from loray.files import canonical_json, replacing, touch
 from loray.planning.memory import MEASURED_AT_ONCE
 from loray.telemetry import StageProgress, get_logger
 from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import evaluating
-from loray.train.objectives import summed_cross_entropy
+from loray.train.objectives import cross_entropy, labelled_states
 
 log = get_logger(__name__)
 
@@ -77,9 +76,9 @@ def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
 class KeptFigures:
     """Figures of passes, kept on disk as they are computed: an evaluation that was interrupted goes on where it was.
 
-    A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
-    tokens, and the figures. It is appended in one write, so that a process that is killed loses the pass under way
-    alone. Floats are read as they were written, to the last bit. Files that were not used for 30 days are removed.
+    A model has a folder, named by a digest of what decides its figures, with a file of JSON for each pass, named by a
+    digest of its tokens. Floats are read as they were written, to the last bit. Files that were not used for 30 days
+    are removed.
 
     Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have
     computed. `num_taken` and `num_computed` count windows and prompts, of all models.
@@ -116,12 +115,9 @@ class KeptFigures:
         Every rank calls `compute` equally often: one that has no pass repeats another's, which does not count. Raises
         EvaluationError, on all ranks, where a figure is not finite.
         """
-        path = (
-            None
-            if self._folder is None
-            else self._folder / f"{digest(canonical_json({'format': _FORMAT, **model}))}.jsonl"
-        )
-        known = self._known(path, {p.key for p in passes})
+        name = digest(canonical_json({"format": _FORMAT, **model}))
+        folder = None if self._folder is None else self._folder / name
+        known = self._known(folder, passes)
         total = sum(p.num_items for p in passes)
         done = sum(p.num_items for p in passes if p.key in known)
         self.num_taken += done
@@ -132,18 +128,23 @@ class KeptFigures:
             for i, figures in zip(together, self._compute(together, compute), strict=True):
                 key, num_items, name = passes[i]
                 known[key] = {figure: finite(value, name) for figure, value in figures.items()}
-                if path is not None:
-                    _append(path, {"pass": key, **known[key]})
+                if folder is not None:
+                    _keep(folder / f"{key}.json", known[key])
                 done += num_items
                 self.num_computed += num_items
                 progress(done / total)
         return [known[p.key] for p in passes]
 
-    def _known(self, path: Path | None, keys: set[str]) -> dict[str, Figures]:
-        """Tell all ranks what rank 0 has kept of `keys`."""
-        found = {} if path is None or self._fresh else _read(path)
-        mine = json.dumps({key: figures for key, figures in found.items() if key in keys})
-        (known, *_) = self._mesh.world.gather(mine)
+    def _known(self, folder: Path | None, passes: Sequence[Pass]) -> dict[str, Figures]:
+        """Tell all ranks what rank 0 has kept of `passes`."""
+        found: dict[str, Figures] = {}
+        if folder is not None and not self._fresh:
+            for key in {p.key for p in passes}:
+                with suppress(OSError, ValueError):
+                    path = folder / f"{key}.json"
+                    found[key] = json.loads(path.read_bytes())
+                    touch(path)
+        (known, *_) = self._mesh.world.gather(json.dumps(found))
         return dict(json.loads(known or "{}"))
 
     def _compute(self, together: list[int], compute: Callable[[int], Figures]) -> list[Figures]:
@@ -156,40 +157,17 @@ class KeptFigures:
         return [dict(zip(names, sums[i * len(names) :], strict=False)) for i in range(len(together))]
 
 
-def _read(path: Path) -> dict[str, Figures]:
-    """The figures by pass. A line that a dying process left unfinished is passed over; of equal passes the last one
-    counts.
-    """
-    touch(path)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return {}
-    found: dict[str, Figures] = {}
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
-            record = json.loads(line)
-            key, figures = record.pop("pass"), {name: float(value) for name, value in record.items()}
-            if all(map(isfinite, figures.values())):
-                found[key] = figures
-    return found
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """Begins with a line's end, lest the record join an unfinished one."""
+def _keep(path: Path, figures: Figures) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, f"\n{json.dumps(record)}\n".encode())
-        finally:
-            os.close(handle)
+        with replacing(path) as f:
+            f.write(json.dumps(figures).encode())
     except OSError as e:
         log.warning("a figure is not kept, and is computed again after an interruption: %s", e)
 
 
 def _remove_unused(folder: Path) -> None:
-    for path in folder.glob("*.jsonl"):
+    for path in folder.glob("*/*.json"):
         with suppress(OSError):  # another process removes it too
             if time.time() - path.stat().st_mtime > _UNUSED_S:
                 path.unlink()
@@ -227,12 +205,8 @@ class Measured(nn.Module):
         return found
 
     def forward(self, batch: TrainBatch, score: Score) -> Figures:
-        device = next(self.model.parameters()).device
-        hidden_BTD = self.model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
-        labels_BT = batch.labels_BT.to(device)
-        labelled_BT = labels_BT != IGNORED
-        head_VD = self.model.get_output_embeddings().weight
-        return score(hidden_BTD[labelled_BT], head_VD, labels_BT[labelled_BT])
+        hidden_ND, head_VD, labels_N, _ = labelled_states(self.model, batch)
+        return score(hidden_ND, head_VD, labels_N)
 
 
 def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int32]], take: Take = take_all) -> float:
@@ -257,4 +231,4 @@ def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int3
 
 
 def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
-    return {"nll": float(summed_cross_entropy(hidden_ND, head_VD, labels_N)), "num_tokens": float(len(labels_N))}
+    return {"nll": float(cross_entropy(hidden_ND, head_VD, labels_N).sum()), "num_tokens": float(len(labels_N))}

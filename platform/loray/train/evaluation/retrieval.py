@@ -14,8 +14,10 @@ Shapes: T tokens in all, N of the key and the one after it, D hidden size, V voc
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,6 @@ from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.data.batches import IGNORED
 from loray.train.evaluation.documents import token_ids
 from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all
-from loray.train.evaluation.topics import ASPECTS, EXCHANGES, SUBJECTS
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -40,6 +41,9 @@ _FILLER = (
     "There and back again.",
 )
 _QUESTION = "What is the pass key? The pass key is"
+
+# A topic is an aspect of a subject; exchanges are questions with answers, which fit any topic.
+_TOPICS = json.loads(Path(__file__).with_name("topics.json").read_text(encoding="utf-8"))
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -115,7 +119,7 @@ def _filler(num_sentences: int) -> str:
 
 
 def _topics(draw: random.Random) -> _Writer:
-    topics = [f"{aspect} {subject}" for aspect in ASPECTS for subject in SUBJECTS]
+    topics = [f"{aspect} {subject}" for aspect in _TOPICS["aspects"] for subject in _TOPICS["subjects"]]
     draw.shuffle(topics)
 
     def write(num_topics: int, depth: float) -> tuple[str, str, float]:
@@ -141,7 +145,7 @@ def _conversation(topic: str) -> str:
         f"USER: I would like to discuss the topic of {topic}.",
         "ASSISTANT: Sure, I would be happy to discuss that with you. What would you like to know about it?",
     ]
-    for asked, answered in EXCHANGES:
+    for asked, answered in _TOPICS["exchanges"]:
         lines += [f"USER: {asked}", f"ASSISTANT: {answered}"]
     return "\n".join(lines)
 
@@ -156,12 +160,9 @@ def _ordinal(number: int) -> str:
 def _token_ids(tokenizer: Any, text: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of its answer: both are tokenised as one text, and cut at the end of the prompt."""
     alone, whole = token_ids(tokenizer, [text, f"{text} {answer}"])
-    cut = _num_equal(alone, whole)
+    differing = (i for i, (x, y) in enumerate(zip(alone, whole, strict=False)) if x != y)
+    cut = next(differing, min(len(alone), len(whole)))
     return whole[:cut], whole[cut:]
-
-
-def _num_equal(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

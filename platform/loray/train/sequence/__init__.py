@@ -7,7 +7,7 @@
     (loss.total / num_targets).backward()
 
 With S2-Attn a rank receives the keys and values of its halo from earlier ranks. With dense attention the ranks exchange
-heads for tokens, or pass keys and values around. Models attend by `loray.train.hooks`, in evaluation inside
+tokens for heads. Models attend by `loray.train.hooks`, in evaluation inside
 `dense(model, group)`; `loray.planning.sequence` plans the exchange.
 
 - `sharded.local` is a `TrainBatch` of L positions per row. Labels are shifted over the whole row before it is cut,

@@ -2,8 +2,11 @@
 
     q, k, v of all heads and own tokens → those of own heads and all tokens → attention → outputs of own tokens
 
-Attention is that of whole rows, on equally many query heads on each rank. Key-value heads that serve the query heads of
-several ranks are on each of these, and their gradients are added by the rank that owns the tokens.
+Attention is that of whole rows, of each head on one rank, so that outputs are those of a single rank to the last bit.
+Where the ranks do not divide the heads, some have one more; with more ranks than heads, others have none. Key-value
+heads that serve the query heads of several ranks are on each of these, and their gradients are added by the rank that
+owns the tokens. A rank holds whole rows of its heads alone: N·(2h + 2k)·D elements a row and layer, of h ≤ ⌈H/P⌉ query
+heads with their outputs and the k key-value heads that serve them.
 
 Shapes: B rows, H query heads, K key-value heads, h heads, L positions of this rank, N = P·L of a whole row for P ranks,
 D head width.
@@ -38,24 +41,23 @@ class GatheredSegments:
     segments: AttentionSegments
 
 
-def segment_gathered(
-    document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu"
-) -> GatheredSegments:
+def segment_gathered(document_ids_BN: Tensor, group: SequenceGroup) -> GatheredSegments:
     """Make segments from the document ids of whole rows (on the CPU; −1 is padding)."""
-    return GatheredSegments(group, document_ids_BN.shape[1], document_segments(document_ids_BN, device=device))
+    return GatheredSegments(group, document_ids_BN.shape[1], document_segments(document_ids_BN))
 
 
 def ulysses_attention(
     q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, gathered: GatheredSegments, *, scale: float | None = None
 ) -> Tensor:
-    """Compute attention → (B, L, H, D), in a collective call of `gathered.group`. P must divide H."""
+    """Compute attention → (B, L, H, D), in a collective call of `gathered.group`."""
     num_heads, num_kv_heads = q_BHLD.shape[1], k_BKLD.shape[1]
     plan, group = _plan(gathered.row_length, gathered.group.size, num_heads, num_kv_heads), gathered.group
-    assert plan.exchange == "ulysses", "the plan chooses the exchange"
     heads = _Heads(*([of(rank) for rank in range(group.size)] for of in (plan.query_heads, plan.kv_heads)))
     q_BhND, k_BhND, v_BhND = _ToHeads.apply(q_BHLD, k_BKLD, v_BKLD, heads, group)  # type: ignore[no-untyped-call]
     first, repeats = heads.query[group.rank].start, num_heads // num_kv_heads
-    out_BNhD = attend_heads(q_BhND, k_BhND, v_BhND, gathered.segments, first=first, repeats=repeats, scale=scale)
+    out_BNhD = q_BhND.transpose(1, 2)  # of a rank without heads
+    if q_BhND.shape[1]:
+        out_BNhD = attend_heads(q_BhND, k_BhND, v_BhND, gathered.segments, first=first, repeats=repeats, scale=scale)
     out_BHLD: Tensor = _ToTokens.apply(out_BNhD.transpose(1, 2), heads, group)  # type: ignore[no-untyped-call]
     return out_BHLD.transpose(1, 2)
 

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from loray.planning.sequence import Half, HaloPlan, check_group_size, group_start
 from loray.train.attention.attend import attend_heads
-from loray.train.attention.segments import AttentionSegments, Bucket, filled, find_segments, ordered, uniform
+from loray.train.attention.segments import AttentionSegments, find_segments
 from loray.train.sequence.shard import Pending, SequenceGroup, post
 
 
@@ -223,14 +223,12 @@ class HalfSegments:
     num_halo   h, as in the plan
     num_first  number of first local positions that may share a segment with the halo: those before the first group cut
     first      segments over the halo and these positions, concatenated; None where no segment has tokens of both
-    num_apart  number of first local positions that `local` does not cover: 0 or num_first
-    local      segments over local positions from num_apart on
+    local      the other segments, over local positions
     """
 
     num_halo: int
     num_first: int
     first: AttentionSegments | None
-    num_apart: int
     local: AttentionSegments
 
 
@@ -254,12 +252,7 @@ _plan = lru_cache(HaloPlan)  # the same for every layer
 
 
 def segment_shard(
-    document_ids_BN: Tensor,
-    group: SequenceGroup,
-    group_size: int,
-    *,
-    keep_halos: bool = True,
-    device: torch.device | str = "cpu",
+    document_ids_BN: Tensor, group: SequenceGroup, group_size: int, *, keep_halos: bool = True
 ) -> ShardSegments:
     """Find the segments on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding).
 
@@ -272,38 +265,23 @@ def segment_shard(
 
     def half(offset: int) -> HalfSegments:
         ids_BR = document_ids_BN[:, group_start(start, group_size, offset) : stop]
-        return _half(ids_BR, stop - start, group_size, (offset - start) % group_size, device)
+        return _half(ids_BR, stop - start, group_size, (offset - start) % group_size)
 
     return ShardSegments(group, row_length, group_size, half(0), half(group_size // 2), keep_halos)
 
 
-def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int, device: torch.device | str) -> HalfSegments:
+def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int) -> HalfSegments:
     """`to_cut` is the number of local positions, of `length`, before the first group cut."""
-    num_halo = ids_BR.shape[1] - length
-    num_filled = filled(ids_BR)
-    if num_filled is None:
-        return _ragged(ids_BR, num_halo, min(to_cut, length), group_size, to_cut, device)
-    num_real = max(0, num_filled - num_halo)
-    if not num_halo:
-        return HalfSegments(0, 0, None, 0, uniform(num_real, group_size, to_cut))
-    num_first = min(to_cut, num_real)
-    first = AttentionSegments((Bucket(num_halo + num_first, 1),)) if num_first else None
-    return HalfSegments(num_halo, num_first, first, num_first, uniform(num_real - num_first, group_size, 0))
-
-
-def _ragged(
-    ids_BR: Tensor, num_halo: int, num_first: int, group_size: int, to_cut: int, device: torch.device | str
-) -> HalfSegments:
     num_columns = ids_BR.shape[1]
-    begin_S, length_S = find_segments(ids_BR, group_size, (num_halo + to_cut) % group_size)
-    row_S, column_S = begin_S // num_columns, begin_S % num_columns
+    num_halo, num_first = num_columns - length, min(to_cut, length)
+    segments = find_segments(ids_BR, group_size, (num_halo + to_cut) % group_size)
+    row_S, column_S, lengths_S = segments.begins_S // num_columns, segments.begins_S % num_columns, segments.lengths_S
     is_local_S = column_S >= num_halo
-    local_S = row_S * (num_columns - num_halo) + column_S - num_halo
-    local = ordered(local_S[is_local_S], length_S[is_local_S], device)
-    is_both_S = ~is_local_S & (column_S + length_S > num_halo)
-    first_S = row_S * (num_halo + num_first) + column_S
-    first = ordered(first_S[is_both_S], length_S[is_both_S], device) if bool(is_both_S.any()) else None
-    return HalfSegments(num_halo, num_first, first, 0, local)
+    is_both_S = ~is_local_S & (column_S + lengths_S > num_halo)
+    local_S, first_S = row_S * length + column_S - num_halo, row_S * (num_halo + num_first) + column_S
+    local = AttentionSegments(local_S[is_local_S], lengths_S[is_local_S])
+    first = AttentionSegments(first_S[is_both_S], lengths_S[is_both_S]) if bool(is_both_S.any()) else None
+    return HalfSegments(num_halo, num_first, first, local)
 
 
 def attend_shard(
@@ -332,9 +310,7 @@ def attend_shard(
             k_BKLD[:, _slice(half.kv_heads)],
             v_BKLD[:, _slice(half.kv_heads)],
         )
-        apart = of_half.num_apart
-        out = attend(half, of_half.local, q[:, :, apart:], k[:, :, apart:], v[:, :, apart:])
-        halves.append((half, of_half, q, k, v, out))
+        halves.append((half, of_half, q, k, v, attend(half, of_half.local, q, k, v)))
 
     halos = exchange.finish(token)
     if segments.keep_halos and kept is None and torch.is_grad_enabled():
@@ -350,18 +326,11 @@ def attend_shard(
                 torch.cat([halo.k, k[:, :, :num_first]], dim=2),
                 torch.cat([halo.v, v[:, :, :num_first]], dim=2),
             )
-            out = _join(first[:, num_halo:], out, of_half.num_apart)
+            # Where one of them has a position, the other one is 0.
+            out = torch.cat([first[:, num_halo:] + out[:, :num_first], out[:, num_first:]], dim=1)
         outs.append(out)
     return bind(torch.cat(outs, dim=2), halos)
 
 
 def _slice(numbers: range) -> slice:
     return slice(numbers.start, numbers.stop)
-
-
-def _join(first_BFHD: Tensor, local_BLHD: Tensor, num_apart: int) -> Tensor:
-    """The first F positions and those from `num_apart` on. Where both contain a position, one of the values is 0."""
-    if num_apart:
-        return torch.cat([first_BFHD, local_BLHD], dim=1)
-    num_first = first_BFHD.shape[1]
-    return torch.cat([first_BFHD + local_BLHD[:, :num_first], local_BLHD[:, num_first:]], dim=1)

@@ -97,7 +97,8 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
     length = row_length // group.size
     span = slice(group.rank * length, (group.rank + 1) * length)
 
-    ids_BN = F.pad(_document_ids(batch), padding, value=-1)
+    ids_BT = torch.zeros_like(batch.input_ids_BT) if batch.document_ids_BT is None else batch.document_ids_BT
+    ids_BN = F.pad(ids_BT, padding, value=-1)
     position_ids_BT = batch.position_ids_BT
     if position_ids_BT is None:
         position_ids_BN = torch.arange(row_length).expand(num_rows, -1)
@@ -114,16 +115,6 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         num_targets=int((labels_BL != IGNORED).sum()),
     )
     return ShardedBatch(local, group, row_length, batch.num_targets, ids_BN)
-
-
-def _document_ids(batch: TrainBatch) -> Tensor:
-    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hooks` finds in a whole batch."""
-    ids_BT = torch.zeros_like(batch.input_ids_BT)
-    if batch.position_ids_BT is not None:
-        ids_BT[:, 1:] = (torch.diff(batch.position_ids_BT, dim=1) != 1).cumsum(1)
-    if batch.attention_mask_BT is not None:
-        ids_BT = ids_BT.masked_fill(batch.attention_mask_BT == 0, -1)
-    return ids_BT
 
 
 _STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input

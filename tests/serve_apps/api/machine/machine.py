@@ -135,7 +135,7 @@ class CatalogMachine(AskingMachine):
     def bring(self, who: Caller, number: int) -> None:
         """As an upload does at its end."""
         digest = self.digests[number]
-        self.api.catalog.view(Principal(tenant=who.tenant, scopes=frozenset())).record_upload(digest)
+        self.api.catalog.view(Principal(tenant=who.tenant, scopes=frozenset())).adapters.record_upload(digest)
         self.model.uploads.add((who.tenant, digest))
 
     @rule(

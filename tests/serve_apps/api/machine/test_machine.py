@@ -45,7 +45,7 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
 
     def machine() -> CatalogMachine:
         api = api_at(folder / "home", new_url())
-        api.catalog.add_base(BASE, FINGERPRINT)
+        api.catalog.bases.add(BASE, FINGERPRINT)
         return CatalogMachine(api, Model(stored))
 
     run_state_machine_as_test(machine, settings=settings(examples(num_runs), stateful_step_count=num_steps))

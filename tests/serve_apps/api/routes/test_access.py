@@ -159,7 +159,7 @@ def test_keys_that_an_administrator_of_one_tenant_does_not_change(api: Api, as_:
         admin.create_key(KeyCreation(key_alias=scope, tenant="acme", scopes=(scope,)))
         for scope in ("admin", "act_for", "tenant_admin")
     ]
-    before = api.catalog.key_changes().counter
+    before = api.catalog.keys.changes().counter
     for key in (others, *above, own):
         error = KeyNotFound if key is others else PermissionDenied
         with pytest.raises(error):
@@ -171,7 +171,7 @@ def test_keys_that_an_administrator_of_one_tenant_does_not_change(api: Api, as_:
         if key is not own:
             with pytest.raises(error):
                 of_acme.rotate_key(key.id)
-    assert api.catalog.key_changes().counter == before
+    assert api.catalog.keys.changes().counter == before
     with pytest.raises(KeyNotFound):
         of_acme.key(others.id)
     found = list(of_acme.keys())
@@ -234,7 +234,7 @@ def test_wrong_wishes(api: Api) -> None:
 def used(api: Api) -> Api:
     now = datetime.now(UTC)
     others = event(3, created_at=now, tenant="other", model="tone", key_id=None)
-    api.catalog.record_usage([event(1, created_at=now), event(2, created_at=now, key_id="k2"), others])
+    api.catalog.usage.record([event(1, created_at=now), event(2, created_at=now, key_id="k2"), others])
     api.http.headers["Authorization"] = f"Bearer {ADMIN}"
     return api
 

@@ -18,7 +18,7 @@ from tests.fixtures.versions import BASE, digest, publish
 
 
 def test_pages_of_adapters(api: Api) -> None:
-    api.catalog.add_base("smollm2", BASE)
+    api.catalog.bases.add("smollm2", BASE)
     for i in range(3):
         publish(api.catalog, f"adapter-{i}", 1)
     first = api.http.get("/adapters", params={"limit": 2, "base": "smollm2"})
@@ -143,7 +143,7 @@ def test_what_the_store_lacks_cannot_be_restored(api: Api, client: CatalogClient
 def test_a_version_in_quarantine_says_so_and_is_released(api: Api, client: CatalogClient) -> None:
     publish(api.catalog, "tone", 1, 2)
     at = datetime(2026, 1, 1, tzinfo=UTC)
-    api.catalog.report_death(digest(2), "r1", at, lambda deaths: timedelta(minutes=deaths))
+    api.catalog.quarantine.report_death(digest(2), "r1", at, lambda deaths: timedelta(minutes=deaths))
     assert [v.quarantine and v.quarantine.deaths for v in client.versions("tone")] == [1, None]
     shown = client.version("tone", 2).quarantine
     assert shown is not None

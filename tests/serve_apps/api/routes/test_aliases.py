@@ -45,7 +45,7 @@ def test_etags(api: Api) -> None:
         api.http.put("/adapters/tone/aliases/beta", json={"version": 1}, headers={"If-Match": "*"}),
     ):
         assert problem(response, 412)["type"] == "urn:loray:problem:revision-conflict"
-    assert api.catalog.aliases("tone") == (api.catalog.alias("tone", "prod"),)
+    assert api.catalog.aliases.of("tone") == (api.catalog.aliases.get("tone", "prod"),)
     assert problem(api.http.put(PROD, json={"version": 1}, headers={"If-Match": "17"}), 422)
     assert api.http.put(PROD, json={"version": 1}, headers={"If-Match": "*"}).json()["version"] == 1
     assert api.http.put(PROD, json={"version": 2}).json()["version"] == 2  # without a precondition it moves
@@ -81,10 +81,10 @@ def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None
     assert problem(api.http.put(prod, json={"version": 1, "no_gate": " "}), 422)["errors"][0]["field"] == "no_gate"
     beta = api.http.put("/adapters/long/aliases/beta", json={"version": 1, "no_gate": "a trial"})
     assert beta.status_code == 201
-    assert api.catalog.adapter("long").moves[0].no_gate == "a trial"
+    assert api.catalog.aliases.moves("long")[0].no_gate == "a trial"
     assert api.http.post("/adapters/copy/versions", json=body | {"no_gate": "a copy"}).json()["aliases"] == ["prod"]
 
-    api.catalog.record_evaluations(stored, figures(GOOD))
+    api.catalog.evaluations.record(stored, figures(GOOD))
     assert api.http.put(prod, json={"version": 1}).status_code == 201
     version = api.http.get("/adapters/long/versions/1").json()
     assert [e["value"] for e in version["evaluations"]] == [11.0, *GOOD.values()]
@@ -96,7 +96,7 @@ def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None
 
 def test_canaries(api: Api) -> None:
     publish(api.catalog, "tone", 1, 2, 3)
-    api.catalog.promote("tone", "prod", 2)
+    api.catalog.aliases.move("tone", "prod", 2)
     problem(api.http.get(f"{PROD}/canary"), 404)
     etag = api.http.get(PROD).headers["etag"]
     body = {"version": 3, "percent": 10, "bounds": {"max_error_rate": 0.1, "max_ttft_ratio": None}}
@@ -113,8 +113,8 @@ def test_canaries(api: Api) -> None:
     problem(api.http.put(f"{PROD}/canary", json=body | {"version": 1}), 409)
     problem(api.http.put(f"{PROD}/canary", json=body | {"version": 9}), 404)
     problem(api.http.delete("/adapters/tone/versions/3"), 409)
-    running = api.catalog.canary("tone")
-    api.catalog.report_canaries("a", {running.id: CanaryCounts(counts(90), counts(12, errors=2))})
+    running = api.catalog.canaries.get("tone")
+    api.catalog.canaries.report("a", {running.id: CanaryCounts(counts(90), counts(12, errors=2))})
     counted = api.http.get(f"{PROD}/canary").json()["counts"]
     assert counted["canary"] == {"num_requests": 12, "num_errors": 2, "ttft_s": 0.1, "itl_s": 0.02}
     assert counted["stable"]["ttft_s"] == 0.1

@@ -49,7 +49,7 @@ def test_every_form(
 ) -> None:
     import_folder(peft_folder(base, "vera"), base, Destination("tone", api.services.store, api.catalog))
     client.fetch("tone", 1, tmp_path / "peft")
-    digest = api.catalog.version("tone", 1).digest
+    digest = api.catalog.adapters.version("tone", 1).digest
     assert verify_folder(tmp_path / "peft") == api.services.store.manifest(digest)
     client.fetch("tone", 1, tmp_path / "merged", "merged")
     assert add_base(str(tmp_path / "merged"), home=tmp_path / "other", name="merged").config == base.config
@@ -135,17 +135,17 @@ def test_who_may_not_know_how_a_version_was_made_does_not_read_it_in_its_folder(
     api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, store = peft_folder(base), api.services.store
-    api.catalog.add_base(base.name, base.fingerprint)
+    api.catalog.bases.add(base.name, base.fingerprint)
     for tenant in ("acme", "beta"):
-        api.catalog.create_tenant(tenant)
+        api.catalog.tenants.create(tenant)
     describe(folder, base, ManifestDetails(job_id="train_7", data_fingerprint="5b" * 32, parent="5a" * 32))
     acme = api.catalog.view(Principal(tenant="acme"))
     version = import_folder(folder, base, Destination("tone", store, acme))
-    acme.share("tone", "public")
+    acme.adapters.share("tone", "public")
     monkeypatch.setattr(type(store.objects), "presigned", lambda self, key, expires_s: "http://127.0.0.1:1/x")
     told = {}
     for tenant in ("acme", "beta"):
-        key = api.catalog.create_key(tenant, tenant=tenant, scopes=["publish"]).secret
+        key = api.catalog.keys.create(tenant, tenant=tenant, scopes=["publish"]).secret
         with CatalogClient("http://test", api_key=key, transport=api.transport) as client:
             client.fetch("acme/tone", 1, tmp_path / tenant)  # the store's URLs lead nowhere
             told[tenant] = client.version("acme/tone", 1).manifest

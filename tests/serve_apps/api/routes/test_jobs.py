@@ -16,17 +16,17 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from jobs.submission.tracker import AGENT_S, id_of
+from jobs.submission.server import AGENT_S
+from jobs.submission.tracker import id_of
 from loray.bases.registry import add_base
-from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ClusterError, PermissionDenied, RateLimited
 from loray.recipes.load import load_recipe
+from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Limits, Principal, TrainSpec
 from serve_apps.api import site
-from serve_apps.api.examples import RECIPE
 from serve_apps.api.routes.jobs import RecommendationResource
 from tests.fixtures.api import JSON, Api, problem, submit
 from tests.fixtures.tiny import write_checkpoint
@@ -49,8 +49,8 @@ def test_a_recipe_reaches_the_driver(api: Api) -> None:
     (job_id,) = api.jobs.submitted
     assert job_id == job["id"]
     command = shlex.split(api.jobs.submitted[job_id].entrypoint)
-    recipe = api.jobs.uploaded[job_id]["recipe.json"]
-    assert command[-3:] == ["--events", "<", "recipe.json"]
+    recipe = api.jobs.uploaded[job_id]["loray-input.json"]
+    assert command[:4] == ["exec", "<", "loray-input.json", "&&"]
     assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == load_recipe(json.dumps(RECIPE)).spec
     assert command[command.index("-m") + 1] == "jobs.train"
     assert "--resume" not in command
@@ -118,7 +118,7 @@ def test_ids_and_names_that_are_taken(api: Api) -> None:
     problem(api.http.get("/jobs/forgotten"), 404)  # no row of the job that was not submitted
     for known in ("mine", mine):
         assert "already" in problem(api.http.post("/jobs", params={"id": known}, json=RECIPE), 409)["detail"]
-    api.catalog.add_base("smollm2", "ba5e" * 16)
+    api.catalog.bases.add("smollm2", "ba5e" * 16)
     problem(api.http.post("/jobs", json=RECIPE | {"name": "smollm2"}), 409)
     assert list(api.jobs.submitted) == [mine]
 
@@ -131,7 +131,7 @@ def test_a_job_follows_ray(api: Api) -> None:
     running = api.http.get("/jobs/good").json()
     assert running["status"] == "running"
     assert running["started_at"] is not None
-    api.catalog.end_job(good, "succeeded", version=3)  # the driver, before Ray has seen it end
+    api.catalog.jobs.end(good, "succeeded", version=3)  # the driver, before Ray has seen it end
     ended = api.http.get("/jobs/good").json()
     assert (ended["status"], ended["version"]) == ("succeeded", 3)
     api.jobs.say(silent, "FAILED", "Job entrypoint command failed with exit code 137")
@@ -168,7 +168,7 @@ def test_a_look_at_running_jobs_does_not_wait_for_the_catalogs_writers(
     job = submit(api, "job-1")["id"]
     api.jobs.say(job, "RUNNING")
     assert api.http.get("/jobs").json()["items"][0]["status"] == "running"
-    monkeypatch.setattr(Catalog, "start_job", None)  # it is written once
+    monkeypatch.setattr("loray.catalog.jobs.Jobs.start", None)  # it is written once
     for path in ("/jobs", f"/jobs/{job}"):
         assert api.http.get(path).status_code == 200
 
@@ -183,7 +183,7 @@ def test_stopping(api: Api) -> None:
     assert api.http.get("/jobs/job-1").json()["status"] == "stopped"
     assert api.http.post("/jobs/job-1/stop").json()["status"] == "stopped"
     assert api.jobs.stopped == [job]
-    api.catalog.add_job("elsewhere", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    api.catalog.jobs.add("elsewhere", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     stopped = api.http.post("/jobs/elsewhere/stop").json()
     assert (stopped["status"], "does not know the job" in stopped["message"]) == ("stopped", True)
     problem(api.http.post("/jobs/none/stop"), 404)
@@ -195,7 +195,7 @@ def test_logs(api: Api) -> None:
     assert (whole.text, whole.headers["content-type"]) == (f"log of {job}\n", "text/plain; charset=utf-8")
     followed = api.http.get("/jobs/job-1/logs", params={"follow": True})
     assert (followed.text, followed.headers["content-type"]) == ("a\nb\nc\n", "text/plain; charset=utf-8")
-    api.catalog.end_job(job, "succeeded", version=1)
+    api.catalog.jobs.end(job, "succeeded", version=1)
     api.jobs.jobs.clear()
     for follow in (False, True):
         gone = problem(api.http.get("/jobs/job-1/logs", params={"follow": follow}), 410)
@@ -232,7 +232,7 @@ def test_a_job_that_is_stopped_while_its_submission_waits(api: Api) -> None:
 
 def test_a_submission_may_wait_as_long_as_it_does(api: Api) -> None:
     late = submit(api, "late")["id"]
-    engine = api.catalog._engine
+    engine = api.catalog._db.engine
     with writing(engine) as c:
         created = c.execute(sa.select(jobs.c.created_at)).scalar_one() - timedelta(seconds=AGENT_S)
         c.execute(jobs.update().values(created_at=created))
@@ -246,19 +246,19 @@ def test_jobs_that_are_lost(api: Api) -> None:
         api.jobs.name = name
         submit(api, job)
     api.jobs.name = "ours"
-    api.catalog.add_job("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
-    api.catalog.start_job("by-hand")
-    engine = api.catalog._engine
-    ids = {job.id.partition(".")[0]: job.id for job in api.catalog.jobs().jobs}
+    api.catalog.jobs.add("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    api.catalog.jobs.start("by-hand")
+    engine = api.catalog._db.engine
+    ids = {job.id.partition(".")[0]: job.id for job in api.catalog.jobs.page().items}
     with writing(engine) as c:
         c.execute(jobs.update().where(jobs.c.id == "by-hand").values(actor="local"))
         hour_ago = datetime.now(UTC) - timedelta(hours=1)
         c.execute(jobs.update().where(jobs.c.id != ids["fresh"]).values(created_at=hour_ago))
         c.execute(clusters.insert(), [{"id": "gone", "seen_at": hour_ago}, {"id": "there", "seen_at": hour_ago}])
-    api.catalog.note_cluster("there")
+    api.catalog.jobs.record_cluster("there")
     api.jobs.jobs.clear()
     api.services.watch_jobs()
-    found = {job.id.partition(".")[0]: job.status for job in api.catalog.jobs().jobs}
+    found = {job.id.partition(".")[0]: job.status for job in api.catalog.jobs.page().items}
     other = "failed" if engine.dialect.name == "sqlite" else "pending"  # of a catalog on this machine's disk
     assert found == {"ours": "failed", "theirs": "failed", "other": other, "fresh": "pending", "by-hand": "running"}
 
@@ -295,8 +295,8 @@ def principal(**fields: Any) -> Principal:
 def deployment(api: Api) -> Api:
     """A deployment with LORAY_DATA, in which acme is a tenant."""
     api.replace_services(data=DATA)
-    if "acme" not in {tenant.name for tenant in api.catalog.tenants()}:
-        api.catalog.create_tenant("acme")
+    if "acme" not in {tenant.name for tenant in api.catalog.tenants.all()}:
+        api.catalog.tenants.create("acme")
     return api
 
 
@@ -332,12 +332,12 @@ def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
     job = response.json()
     assert job["recipe"]["data"]["train"] == MINE
     submission = deployment.jobs.submitted[job["id"]]
-    assert json.loads(deployment.jobs.uploaded[job["id"]]["recipe.json"])["data"]["train"] == MINE
+    assert json.loads(deployment.jobs.uploaded[job["id"]]["loray-input.json"])["data"]["train"] == MINE
     assert submission.runtime_env["env_vars"]["LORAY_DATA"] == DATA
 
 
 def test_an_id_that_another_tenant_has_chosen_is_free(deployment: Api) -> None:
-    deployment.catalog.create_tenant("beta")
+    deployment.catalog.tenants.create("beta")
     asked = {tenant: principal(tenant=tenant, key_id=tenant, actor=tenant) for tenant in ("acme", "beta")}
     jobs: dict[str, Any] = {}
     for tenant, who in asked.items():

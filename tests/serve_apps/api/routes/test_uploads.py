@@ -60,7 +60,7 @@ def test_there_and_back(
     folder = peft_folder(base, method)
     id = send(client, folder)
     assert {f.name: f.nbytes for f in client.upload(id).files} == {p.name: p.stat().st_size for p in folder.iterdir()}
-    assert api.catalog.adapters() == ()
+    assert tuple(api.catalog.snapshot().models()) == ()
     version = client.register("tone", upload=id, aliases=["prod"], base=base.name, description="mine", licence="MIT")
     assert (version.label, version.aliases, version.manifest.description) == ("tone@1", ("prod",), "mine")
     assert staged(api) == []
@@ -170,7 +170,7 @@ def test_what_is_refused_has_no_name(api: Api, client: CatalogClient, base: Base
     id = send(client, folder)
     with pytest.raises(DataError, match=r"^the upload/adapter_model\.safetensors is damaged.*its header describes"):
         client.register("tone", upload=id, base=base.name)
-    assert api.catalog.adapters() == ()
+    assert tuple(api.catalog.snapshot().models()) == ()
     assert [key for key in api.services.store.objects.list() if not key.startswith("uploads/")] == []
     with pytest.raises(AdapterNotFound):
         client.adapter("tone")

@@ -14,7 +14,7 @@ from tests.fixtures.routed import Replica
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_BACKOFF_S", 0.0)
     monkeypatch.setattr(listener, "_LOST_S", 0.01)
-    monkeypatch.setattr(router, "_placed", {})
+    monkeypatch.setattr(router, "own", router.OwnRequests())
 
 
 @pytest.fixture
@@ -22,5 +22,4 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     for name in ("_decisions", "_suspects", "_replicas"):
         monkeypatch.setattr(router, name, {})
     monkeypatch.setattr(router, "reports", RoutingReports())
-    monkeypatch.setattr(router, "_unanswered", router.UnansweredPrompts())
     return [Replica("one"), Replica("two")]

@@ -19,7 +19,7 @@ from loray.encryption import client_context
 from loray.errors import BaseStarting, ContextLengthExceeded, EngineError, Overloaded, ReplicaUnavailable, RequestError
 from loray.policy.routing import Held, RoutingReports
 from loray.schemas.status import AutoscalingStatus, ReplicaStatus
-from loray.spec import GenerateRequest, SamplingParams
+from loray.spec import GenerateRequest, SamplingParams, ServeSpec
 from serve_apps.channel.connection import Connections
 from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import engines as module
@@ -30,6 +30,7 @@ from tests.fixtures.channel import NODE, Out, until
 from tests.fixtures.handles import LAST, REQUEST, Handle, Response, engines_of, raised_by, tokens
 
 FULL = Overloaded("full", 3.0)
+FROM_ZERO = {"min_replicas": 0, "max_replicas": 2}
 
 
 async def collect(handle: Handle, **spec: Any) -> list[int]:
@@ -173,7 +174,7 @@ async def test_a_base_without_replicas_is_waited_for_longer(
     monkeypatch.setattr(module, "_NO_REPLICA_S", 0.01)
     monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(running)})
     with pytest.raises(EngineError) as raised:
-        await collect(Handle(["wait"]), cold_start_timeout_s=0.02)
+        await collect(Handle(["wait"]), autoscaling=FROM_ZERO, cold_start_timeout_s=0.02)
     failure = failure_of(raised.value)
     if running:
         assert (failure.status, failure.error.code) == (503, "engine_unavailable")
@@ -186,7 +187,7 @@ async def test_the_last_replica_stops_while_a_request_is_sent_to_it(monkeypatch:
     """It waits as one that has come later, and a start that fails is remembered until a replica runs."""
     monkeypatch.setattr(module, "_NO_REPLICA_S", 0.3)  # long enough for the replica to stop before
     monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(("r1",))})
-    async with engines_of(Handle(["wait"]), cold_start_timeout_s=0.05) as engines:
+    async with engines_of(Handle(["wait"]), autoscaling=FROM_ZERO, cold_start_timeout_s=0.05) as engines:
         task = asyncio.create_task(tokens(engines))
         while not engines._reading:
             await asyncio.sleep(0)
@@ -208,7 +209,7 @@ async def test_a_replica_is_wanted_while_a_request_waits_for_its_start(monkeypat
     async def last_decision() -> AutoscalingStatus:
         return AutoscalingStatus(target=0, reason="no request", time=1.0)
 
-    async with engines_of(Handle(["wait"]), cold_start_timeout_s=60) as engines:
+    async with engines_of(Handle(["wait"]), autoscaling=FROM_ZERO, cold_start_timeout_s=60) as engines:
         monkeypatch.setattr(engines, "_replicas", SimpleNamespace(autoscaling=last_decision))
         wanted = [await engines.autoscaling()]
         task = asyncio.create_task(tokens(engines))
@@ -236,7 +237,7 @@ async def test_a_gateway_is_told_how_late_tokens_come_by_what_they_may_be() -> N
 
 def client_of(answers: Any) -> tuple[Handle, ServeEngineClient]:
     handle: Any = Handle(answers=answers)
-    return handle, ServeEngineClient(handle, "engine-tiny", NODE, "127.0.0.1")
+    return handle, ServeEngineClient(handle, ServeSpec(base="tiny"), NODE, "127.0.0.1")
 
 
 async def test_a_gateway_of_a_cluster_with_tls_takes_nobody_without(

@@ -35,10 +35,10 @@ class Deployment:
         self.death: Exception = ActorDiedError()
 
     @asynccontextmanager
-    async def gateway(self, open_records: Callable[[], Catalog] | None = None) -> AsyncIterator[ServeEngineClient]:
+    async def gateway(self, open_catalog: Callable[[], Catalog] | None = None) -> AsyncIterator[ServeEngineClient]:
         replicas = Replicas(self)
         async with engines_of(replicas) as engines:
-            engines._quarantine = SharedQuarantine(open_records or (lambda: Catalog(self.url)), clock=lambda: self.now)
+            engines._quarantine = SharedQuarantine(open_catalog or (lambda: Catalog(self.url)), clock=lambda: self.now)
             yield engines
 
     @asynccontextmanager
@@ -57,7 +57,7 @@ class Replicas(Handle):
     def remote(self, request, fit, gateway, stream):  # type: ignore[no-untyped-def]
         dies = self._deployment.kills and request.adapter is not None and request.adapter.digest == BAD.digest
         self._deployment.num_deaths += dies
-        router._placed[request.request_id] = f"replica#{self._deployment.num_deaths}"
+        router.own.accepted(request.request_id, f"replica#{self._deployment.num_deaths}")
         self.scripts.append([self._deployment.death] if dies else [LAST])
         return super().remote(request, fit, gateway, stream)
 
@@ -133,14 +133,14 @@ async def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
         deployment.now += 2 * FIRST_S
         deployment.kills = False
         other = Catalog(deployment.url)
-        due = other.quarantined()[BAD.digest].refused_until
+        due = other.quarantine.all()[BAD.digest].refused_until
         assert due is not None
-        assert other.try_again(BAD.digest, due, due.fromtimestamp(deployment.now + TRIAL_S, due.tzinfo))
+        assert other.quarantine.try_again(BAD.digest, due, due.fromtimestamp(deployment.now + TRIAL_S, due.tzinfo))
         assert await refused(first) == TRIAL_S  # another gateway tries it
         deployment.now += TRIAL_S  # which had no answer
         assert await ask(second, BAD) == [2]
         await asyncio.gather(*second._quarantine._behind)
-        assert other.quarantined() == {}
+        assert other.quarantine.all() == {}
         assert await ask(first, BAD) == [2]
         other.close()
 
@@ -151,21 +151,27 @@ async def test_a_release_is_for_all_gateways(deployment: Deployment) -> None:
         await refused(second)
         deployment.kills = False
         released = Catalog(deployment.url)
-        released.clear_quarantine(BAD.digest)
+        released.quarantine.clear(BAD.digest)
         released.close()
         assert [await ask(gateway, BAD) for gateway in (first, second)] == [[2], [2]]
 
 
-async def test_only_requests_for_adapters_without_a_token_ask_the_catalog(deployment: Deployment) -> None:
+async def test_only_requests_for_adapters_without_a_token_ask_the_catalog(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = 0
 
-    class Counting(Catalog):
-        def quarantined(self):  # type: ignore[no-untyped-def]
-            nonlocal reads
-            reads += 1
-            return super().quarantined()
+    def count() -> None:
+        nonlocal reads
+        reads += 1
 
-    async with deployment.gateway(lambda: Counting(deployment.url)) as engines:
+    def counting() -> Catalog:
+        catalog = Catalog(deployment.url)
+        read = catalog.quarantine.all
+        monkeypatch.setattr(catalog.quarantine, "all", lambda: (count(), read())[1])
+        return catalog
+
+    async with deployment.gateway(counting) as engines:
         await ask(engines, None)
         assert reads == 0
         for name in ("1", "2", "3"):

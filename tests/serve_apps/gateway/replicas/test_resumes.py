@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
 from loray.errors import EngineError, Overloaded, ReplicaUnavailable
-from loray.spec import GenerateRequest, TokenDelta, TokenLogprobs
+from loray.spec import GenerateRequest, ServeSpec, TokenDelta, TokenLogprobs
 from serve_apps.channel.frames import ChannelAddress, pack
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
@@ -44,7 +44,7 @@ class Scripted(Handle):
     def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> Any:
         if not self.scripts:
             self.scripts.append([out(i) for i in range(len(request.output_ids), len(IDS))])
-        router._placed[request.request_id] = f"r{len(self.requests)}"
+        router.own.accepted(request.request_id, f"r{len(self.requests)}")
         return super().remote(request, fit, gateway, stream)
 
 
@@ -103,7 +103,7 @@ async def test_a_request_that_kills_replicas_at_one_token_kills_no_third() -> No
 
 async def test_a_router_that_does_not_know_yet_costs_no_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next attempt comes to the dead replica again, or to one whose engine has stopped."""
-    monkeypatch.setattr(router, "replica_of", lambda request_id: "dead")
+    monkeypatch.setattr(router.own, "replica_of", lambda request_id: "dead")
     stopped = raised_by(ReplicaUnavailable("the engine has stopped", "another"))
     handle = Scripted([out(0), ActorDiedError()], [ActorDiedError()], [stopped])
     assert await ids(handle) == IDS
@@ -181,7 +181,7 @@ def live(base: BaseModel) -> Iterator[LiveHandle]:
 
 @pytest.fixture(scope="module")
 def client(base: BaseModel, live: LiveHandle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    engines = Closed(cast(Any, live), "engine-tiny", NODE, "127.0.0.1")
+    engines = Closed(cast(Any, live), ServeSpec(base=base.name), NODE, "127.0.0.1")
     with TestClient(gateway_app(base, sqlite_catalog(tmp_path_factory.mktemp("catalog")), engines)) as client:
         yield client
 

@@ -16,8 +16,7 @@ from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import (
     ROUTER_CLASS,
     AdapterRouter,
-    QueueLengths,
-    UnansweredPrompts,
+    OwnRequests,
     decisions,
     is_held,
     suspect,
@@ -149,14 +148,14 @@ async def test_who_has_an_adapter_is_known_by_reports(pair: list[Replica]) -> No
 @pytest.mark.parametrize(("at_once", "num_long"), [(1, 0), (20, 0), (20, 2)])
 async def test_an_adapter_in_high_demand_overflows(pair: list[Replica], at_once: int, num_long: int) -> None:
     """Also if none of the requests has been sent when the last one gets its replica, and if Serve has forgotten the
-    lengths of the queues, be they empty or not.
+    lengths of the queues, whether other gateways have requests there or not.
     """
     pair[0].report(DIGESTS[0])
+    pair[1].report()
     async with routing(pair) as router:
         routed: list[str] = []
         for replica in pair:
-            replica.queue_len = num_long
-            router.on_new_queue_len_info(replica.replica_id, num_long)
+            module.reports.loaded(str(replica.replica_id.unique_id), num_long, time.monotonic())
             router.replica_queue_len_cache.invalidate_key(replica.replica_id)
         while len(routed) < 20:
             routed += await asyncio.gather(*(route(router, pending(DIGESTS[0])) for _ in range(at_once)))
@@ -164,16 +163,15 @@ async def test_an_adapter_in_high_demand_overflows(pair: list[Replica], at_once:
         assert decisions("engine")["overflow"] >= 1
 
 
-async def test_a_request_that_is_cancelled_after_its_choice_was_not_sent(pair: list[Replica]) -> None:
+async def test_a_request_that_has_ended_is_nowhere_though_a_router_chooses_for_it(pair: list[Replica]) -> None:
     async with routing(pair) as router:
         request = pending(None)
-        task = asyncio.ensure_future(router._choose_replica_for_request(request))
-        request.future.add_done_callback(lambda _: task.cancel())
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert router._lengths.of("one") + router._lengths.of("two") == 0
-        first = await route(router, pending(None))
-        assert router._lengths.of(first) == 1
+        name = await route(router, request)
+        assert module.own.num(name) == 1
+        module.own.end(request.args[0].request_id)
+        await router.choose_replicas(pair, request)
+        router.on_request_routed(request, pair[0].replica_id, None)
+        assert module.own.num("one") + module.own.num("two") == 0
 
 
 async def test_a_replica_that_does_not_report_is_asked_whether_it_answers(pair: list[Replica]) -> None:
@@ -189,46 +187,28 @@ async def first_choice(router: AdapterRouter, replicas: list[Replica]) -> str:
     return str(first.replica_id.unique_id)
 
 
-async def five_are_sent(router: AdapterRouter, replica: Replica) -> None:
-    """And Serve forgets the length of the queue, as it does after ten seconds."""
-    await asyncio.sleep(0)
-    for _ in range(5):
-        router.on_send_request(replica.replica_id)
-    router.replica_queue_len_cache.invalidate_key(replica.replica_id)
-
-
 async def test_a_load_is_known_for_longer_than_serve_remembers_it(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
     async with routing(pair) as router:
-        pair[0].queue_len = 5
-        router.on_new_queue_len_info(pair[1].replica_id, 0)
-        await five_are_sent(router, pair[0])
-        router.replica_queue_len_cache.invalidate_key(pair[1].replica_id)
+        sent = [pending(DIGESTS[0]) for _ in range(5)]
+        for request in sent:
+            module.own.accepted(request.args[0].request_id, "one")
+        for replica in pair:
+            router.replica_queue_len_cache.invalidate_key(replica.replica_id)
         assert await first_choice(router, pair) == "two"
-        for _ in range(5):
-            router.decrement_queue_len_cache(pair[0].replica_id)
+        for request in sent:
+            module.own.end(request.args[0].request_id)
         assert await first_choice(router, pair) == "one"
 
 
-async def test_a_broadcast_does_not_hide_requests_under_way(pair: list[Replica]) -> None:
-    """`/status` is a broadcast. If Serve has forgotten the length of a queue, it counts the broadcast from 0."""
+async def test_requests_of_other_gateways_count(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
+    pair[1].report()
     async with routing(pair) as router:
-        await five_are_sent(router, pair[0])
-        router.on_send_request(pair[0].replica_id)
-        router.decrement_queue_len_cache(pair[0].replica_id)
-        assert router.replica_queue_len_cache.get(pair[0].replica_id) == 0
+        module.reports.loaded("one", 9, time.monotonic())
+        pair[0].report(DIGESTS[0], DIGESTS[1])
         assert await first_choice(router, pair) == "two"
-
-
-async def test_requests_that_never_arrived_are_forgotten(pair: list[Replica]) -> None:
-    """Serve reports that a request is sent, but not that it was cancelled before the replica accepted it."""
-    pair[0].report(DIGESTS[0])
-    async with routing(pair) as router:
-        await five_are_sent(router, pair[0])
-        assert await first_choice(router, pair) == "two"
-        assert router._probing is not None
-        await asyncio.wait_for(router._probing, timeout=10)
+        module.reports.loaded("one", 0, time.monotonic())
         assert await first_choice(router, pair) == "one"
 
 
@@ -245,154 +225,37 @@ async def test_a_request_does_not_wait_for_a_long_prompt_of_this_gateway(pair: l
         long = with_prompt(5000)
         assert await route(router, long) == "one"
         assert await route(router, with_prompt(10)) == "two"
-        module.answered(long.args[0].request_id)
+        module.own.answered(long.args[0].request_id)
         assert await route(router, with_prompt(10)) == "one"
 
 
-async def test_a_request_that_is_refused_or_cancelled_has_no_prompt_on_a_replica(pair: list[Replica]) -> None:
+async def test_a_request_that_is_refused_is_on_one_replica_alone(pair: list[Replica]) -> None:
     pair[1].report()
     pair[0].report(DIGESTS[0])
     async with routing(pair) as router:
         long = with_prompt(5000)
         for is_retry in (False, True):  # Serve chooses again where the replica has refused
             await router._choose_replica_for_request(long, is_retry=is_retry)
-            assert sum(module._unanswered.of(r) for r in ("one", "two")) == 5000
-        router.update_replicas([])
-        again = asyncio.create_task(router._choose_replica_for_request(long, is_retry=True))
-        await asyncio.sleep(0)
-        assert not any(module._unanswered.of(r) for r in ("one", "two"))
-        again.cancel()
-        await asyncio.gather(again, return_exceptions=True)
-        assert not any(module._unanswered.of(r) for r in ("one", "two"))
+            assert sum(module.own.tokens(r) for r in ("one", "two")) == 5000
+            assert sum(module.own.num(r) for r in ("one", "two")) == 1
+        module.own.end(long.args[0].request_id)
+        assert not any(module.own.tokens(r) or module.own.num(r) for r in ("one", "two"))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def test_what_nobody_has_ended_is_forgotten(clock: Clock) -> None:
-    prompts = UnansweredPrompts(clock)
-    prompts.sent("a", "one", 7)
-    prompts.sent("a", "two", 7)  # again, elsewhere
-    assert [prompts.of("one"), prompts.of("two")] == [0, 7]
-    clock.now = 299.0
-    prompts.sent("b", "two", 1)
-    assert prompts.of("two") == 8
-    clock.now = 301.0
-    prompts.sent("c", "one", 2)
-    assert [prompts.of("one"), prompts.of("two")] == [2, 1]
-    prompts.answered("never sent")
-    for name in "bc":
-        prompts.answered(name)
-    assert [prompts.of("one"), prompts.of("two")] == [0, 0]
-
-
-@pytest.fixture
-def lengths(clock: Clock) -> QueueLengths:
-    return QueueLengths(clock)
-
-
-def send(lengths: QueueLengths, request: str) -> None:
-    lengths.chosen(request, "a")
-    lengths.leaves(request)
-    lengths.sent("a")
-
-
-def answer(lengths: QueueLengths, request: str, length: int) -> None:
-    lengths.heard("a", length)
-    lengths.accepted(request, "a")
-
-
-def test_a_request_counts_from_its_choice_to_its_end_once(lengths: QueueLengths) -> None:
-    lengths.chosen("r", "a")
-    assert (lengths.of("a"), lengths.known("a")) == (1, 0)
-    lengths.leaves("r")
-    lengths.sent("a")
-    assert (lengths.of("a"), lengths.known("a")) == (1, 1)
-    answer(lengths, "r", 1)
-    assert lengths.of("a") == 1
-    lengths.ended("a")
-    lengths.ended("a")
-    assert (lengths.of("a"), lengths.of("b")) == (0, 0)
-
-
-def test_what_is_sent_meanwhile_is_not_in_the_length_that_the_replica_said(lengths: QueueLengths) -> None:
-    for request in "rst":
-        send(lengths, request)
-    answer(lengths, "r", 1)
-    assert lengths.of("a") == 3
-    answer(lengths, "s", 2)
-    answer(lengths, "t", 3)
-    assert lengths.of("a") == 3
-    send(lengths, "u")
-    answer(lengths, "u", 9)  # others send too
-    assert lengths.of("a") == 9
-
-
-def test_a_request_that_is_not_sent_or_not_answered_is_forgotten(lengths: QueueLengths, clock: Clock) -> None:
-    """And does not count for a later one, however soon these follow each other."""
-    lengths.chosen("cancelled", "a")
-    lengths.withdrawn("cancelled")
-    send(lengths, "lost")
-    for number in range(10):
-        clock.now += 0.3
-        send(lengths, f"r{number}")
-        answer(lengths, f"r{number}", 1)
-        lengths.ended("a")
-    assert lengths.of("a") == 0
-
-
-def test_a_refused_request_counts_no_more_and_others_do(lengths: QueueLengths) -> None:
-    for request in "rs":
-        send(lengths, request)
-    lengths.heard("a", 5)
-    lengths.refused("r")
-    assert lengths.of("a") == 6
-    lengths.chosen("r", "b")
-    lengths.leaves("r")
-    assert (lengths.of("a"), lengths.of("b")) == (6, 0)
-    answer(lengths, "s", 6)
-    assert lengths.of("a") == 6
-
-
-def test_a_request_that_is_sent_again_is_the_last_again(lengths: QueueLengths, clock: Clock) -> None:
-    """Otherwise those behind it stay as long as it does."""
-    send(lengths, "r")
-    clock.now = 0.2
-    send(lengths, "lost")
-    clock.now = 0.9
-    lengths.heard("a", 0)
-    lengths.refused("r")
-    send(lengths, "r")
-    clock.now = 1.5
-    lengths.heard("a", 0)
-    assert lengths.of("a") == 1
-
-
-def test_a_probe_adds_what_is_under_way(lengths: QueueLengths, clock: Clock) -> None:
-    for request in "rstu":
-        send(lengths, request)
-    lengths.probed("a", 1)
-    assert lengths.of("a") == 5
-    answer(lengths, "r", 2)
-    assert lengths.of("a") == 5
-    clock.now = 2.0
-    lengths.probed("a", 1)
-    assert lengths.of("a") == 1
-
-
-def test_replicas_that_are_gone_are_forgotten(lengths: QueueLengths) -> None:
-    send(lengths, "r")
-    lengths.chosen("s", "a")
-    lengths.retain({"b"})
-    assert lengths.of("a") == 1
-    lengths.leaves("s")
-    assert lengths.of("a") == 0
+def test_a_request_counts_from_its_choice_to_its_end_once() -> None:
+    own = OwnRequests()
+    own.begin("r")
+    own.place("r", "one", 7)
+    assert (own.num("one"), own.tokens("one"), own.replica_of("r")) == (1, 7, None)
+    own.accepted("r", "two")  # which Serve has chosen instead
+    assert (own.num("one"), own.tokens("one")) == (0, 0)
+    assert (own.num("two"), own.tokens("two"), own.replica_of("r")) == (1, 7, "two")
+    own.answered("r")
+    assert (own.num("two"), own.tokens("two")) == (1, 0)
+    own.accepted("r", "two")  # told late
+    assert own.tokens("two") == 0
+    own.place("other", "two", 3)  # which has not begun
+    own.answered("other")
+    for _ in range(2):
+        own.end("r")
+    assert (own.num("two"), own.tokens("two"), own.replica_of("r")) == (0, 0, None)

@@ -56,6 +56,8 @@ static inline Vec scale2(Vec p, Vec n) {
     typedef int32_t Integers __attribute__((vector_size(16)));
     return p * (Vec)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
+static inline Vec lower(Vec two) { return (Vec)((Bits)two << 16); }
+static inline Vec upper(Vec two) { return (Vec)((Bits)two & 0xffff0000); }
 static inline Vec where(uint32_t bits, Vec x, Vec other) {
     return (Bits{bits, bits, bits, bits} & Bits{1, 2, 4, 8}) != 0 ? x : other;
 }

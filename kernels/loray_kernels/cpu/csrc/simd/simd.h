@@ -90,6 +90,11 @@ static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // p · 2ⁿ for whole n
 static inline Vec scale2(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
+// The two bf16 of each lane, widened.
+static inline Vec lower(Vec two) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(two), 16)); }
+static inline Vec upper(Vec two) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(two), _mm512_set1_epi32(int(0xffff0000))));
+}
 // x where a bit is set, in order from the lowest, and `other` elsewhere
 static inline Vec where(uint32_t bits, Vec x, Vec other) { return _mm512_mask_blend_ps(__mmask16(bits), other, x); }
 
@@ -130,6 +135,8 @@ static inline Vec scale2(Vec p, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
+static inline Vec lower(Vec two) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(two), 16)); }
+static inline Vec upper(Vec two) { return _mm256_and_ps(two, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000)))); }
 static inline Vec where(uint32_t bits, Vec x, Vec other) {
     const __m256i one = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i is_set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), one), one);

@@ -49,19 +49,20 @@ struct KeyBlock {
 };
 
 // Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
-// block; other scores are set to −∞. `add(weights, sums, num)` adds the weighted values of `num` rows to their sums.
-template <class P, class Add>
+// block; other scores are set to −∞. `score(queries, num)` computes the scores of `num` rows; `add(weights, sums, num)`
+// adds their weighted values to their sums.
+template <class P, class Score, class Add>
 static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
-                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale, Add add) {
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale, Score score, Add add) {
     constexpr int NV = KEYS / W;
     float iota[W];
     for (int i = 0; i < W; i++) iota[i] = float(i);
     const Vec lane = load(iota), hidden = set1(-__builtin_inff());
-    const i64 units = d / P::PER_UNIT, width = padded(num_keys);
+    const i64 units = d / P::PER_UNIT;
     for (i64 first = 0; first < rows; first += QUERIES) {
         const i64 num = min_(QUERIES, rows - first);
         if (limit + (first + num - 1) / group <= 0) continue;
-        product<P>(queries + first * units, units, w.keys, KEYS, units, w.scores, KEYS, num, width, false);
+        score(queries + first * units, num);
         for (i64 q = 0; q < num; q++) {
             const i64 r = first + q, visible = limit + r / group;
             Vec s[NV];
@@ -91,15 +92,22 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
     }
 }
 
-// The same with packed values.
+// Scores of packed keys.
 template <class P>
-static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
-                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
-    const i64 units = padded(num_keys) / P::PER_UNIT;
-    attend<P>(w, queries, part, lanes, rows, num_keys, group, limit, d, scale,
-              [&](const typename P::Unit* weights, float* sums, i64 num) {
-                  product<P>(weights, KEYS / P::PER_UNIT, w.values, d, units, sums, d, num, d, true);
-              });
+static inline auto packed_keys(const KeyBlock<P>& w, i64 num_keys, i64 d) {
+    return [=](const typename P::Unit* queries, i64 num) {
+        const i64 units = d / P::PER_UNIT;
+        product<P>(queries, units, w.keys, KEYS, units, w.scores, KEYS, num, padded(num_keys), false);
+    };
+}
+
+// Sums of packed values.
+template <class P>
+static inline auto packed_values(const KeyBlock<P>& w, i64 num_keys, i64 d) {
+    return [=](const typename P::Unit* weights, float* sums, i64 num) {
+        const i64 units = padded(num_keys) / P::PER_UNIT;
+        product<P>(weights, KEYS / P::PER_UNIT, w.values, d, units, sums, d, num, d, true);
+    };
 }
 
 }  // namespace LORAY_NAMESPACE

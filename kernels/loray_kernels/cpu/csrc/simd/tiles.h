@@ -12,6 +12,8 @@ constexpr int KEYS = 64;               // keys of a block of the online softmax
 constexpr int QUERIES = 6;             // rows of a tile; with 4 (2) vectors of columns they fit the registers
 constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;
 
+constexpr i64 KEY_STEP = 16;           // elements of a key between two calls of Fetch::some
+
 // `num` keys rounded up to whole vectors: the part of a block that is computed.
 static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
 
@@ -50,9 +52,21 @@ struct Fetch {
 struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
-    // Calls of Fetch::some while so many keys of width d are packed.
-    static i64 pauses(i64 num, i64 d) { return padded(num) / W * ceil_div(d, 2 * W); }
+    // Calls of Fetch::some while so many values are packed.
+    static i64 pauses(i64) { return 0; }
     static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
+    // One side of a product is an element for all lanes, the other a vector of elements in the pool: the s-th of a unit.
+    using Factor = Vec;
+    static inline Vec factor(const float* a) { return set1(*a); }
+    template <int s>
+    static inline Vec in_pool(const float* b) {
+        return load(b);
+    }
+    template <int s>
+    static inline Vec in_pool(const bf16* b) {
+        return widened<s>(b);
+    }
+    static inline Vec multiply(Vec acc, Vec a, Vec b) { return fma_here(a, b, acc); }
 
     template <class T>
     static inline void pack_row(Unit* out, const T* x, i64 d) {
@@ -73,6 +87,13 @@ struct Singles {
             transpose(r);
             for (int n = 0; n < W; n++) store(out + (i + n) * KEYS + j, r[n]);
         }
+    }
+    // A vector of units of the pool: of one element, or of two, which go to neighbouring rows.
+    static inline void take(Unit* out, const float* from, const float*) { store(out, load(from)); }
+    static inline void take(Unit* out, const float* from, const bf16*) {
+        const Vec two = load(from);
+        store(out, lower(two));
+        store(out + KEYS, upper(two));
     }
     template <class T>
     static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch&) {
@@ -97,10 +118,17 @@ struct Singles {
 struct Pairs {
     static constexpr int PER_UNIT = 2;
     using Unit = uint32_t;
-    static i64 pauses(i64 num, i64 d) { return padded(num) / 16 * ceil_div(d, 32) + padded(num) / 2; }
+    static i64 pauses(i64 num) { return padded(num) / 2; }
     static inline Vec mac(Vec acc, const Unit* a, const Unit* b) {
         return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)_mm512_loadu_si512(b));
     }
+    using Factor = __m512bh;
+    static inline Factor factor(const Unit* a) { return (__m512bh)_mm512_set1_epi32(int(*a)); }
+    template <int s>
+    static inline Factor in_pool(const bf16* b) {
+        return (__m512bh)_mm512_loadu_si512(b);
+    }
+    static inline Vec multiply(Vec acc, Factor a, Factor b) { return _mm512_dpbf16_ps(acc, a, b); }
 
     static inline void pack_row(Unit* out, const bf16* x, i64 d) { memcpy(out, x, d * 2); }
 
@@ -120,6 +148,8 @@ struct Pairs {
                 fetch.some();
             }
     }
+
+    static inline void take(Unit* out, const float* from, const bf16*) { store((float*)out, load(from)); }
 
     static inline void pack_values(Unit* out, const bf16* const* v, i64 num, i64 d, Fetch& fetch) {
         alignas(64) static const uint16_t none[64] = {};
@@ -153,6 +183,22 @@ struct Pairs {
 };
 
 #endif
+
+// out[unit][key] of `num` keys that lie in a block of the pool: unit follows unit after `stride` keys. Keys that fill up
+// the last vector are what stands there. With a stride that is no multiple of W, single keys.
+template <class P, class T>
+static inline void take_keys(typename P::Unit* out, const float* from, i64 stride, i64 num, i64 d, Fetch& fetch) {
+    constexpr i64 PER_UNIT = 4 / sizeof(T);
+    for (i64 i = 0; i < d; i += PER_UNIT, from += stride, out += PER_UNIT / P::PER_UNIT * KEYS) {
+        if (i % KEY_STEP == 0) fetch.some();
+        i64 j = 0;
+        if (stride % W == 0)
+            for (; j < num; j += W) P::take(out + j, from + j, (const T*)nullptr);
+        for (; j < num; j++)
+            for (i64 e = 0; e < PER_UNIT; e++)
+                P::place(out + e / P::PER_UNIT * KEYS, j * P::PER_UNIT + e % P::PER_UNIT, ((const T*)(from + j))[e]);
+    }
+}
 
 // The packing of operands of type T.
 template <class T>
@@ -260,6 +306,41 @@ static inline void product_of(const float* a, i64 a_stride, const T* const* b, i
 // Its calls of Fetch::some.
 static i64 pauses_of(i64 rows, i64 num, i64 d) {
     return ceil_div(d, few_vectors(rows) * W) * ceil_div(num, STEPS);
+}
+
+// c[q][v · W + ·] = Σᵢ a[q][i] · b[v][i][·] for NQ rows and NV vectors of keys, where these are in the pool: unit follows
+// unit after `stride` keys. The sums are those of `product` with packed keys.
+template <class P, int NQ, int NV, class T>
+__attribute__((noinline)) static void tile_of_keys(const typename P::Unit* a, i64 a_stride, const float* const* b,
+                                                   i64 stride, i64 units, float* c, Fetch& fetch) {
+    constexpr i64 PARTS = 4 / i64(sizeof(T)) / P::PER_UNIT;
+    Vec acc[NQ][NV];
+    each<NQ * NV>([&](auto i) { acc[i / NV][i % NV] = zero(); });
+    for (i64 u = 0; u < units; fetch.some())
+        for (const i64 stop = min_(units, u + STEPS); u < stop; u++)
+            each<PARTS>([&](auto s) {
+                typename P::Factor factor[NQ];
+                each<NQ>([&](auto q) { factor[q] = P::factor(a + q * a_stride + u * PARTS + s); });
+                each<NV>([&](auto v) {
+                    const typename P::Factor keys = P::template in_pool<s>((const T*)(b[v] + u * stride));
+                    each<NQ>([&](auto q) { acc[q][v] = P::multiply(acc[q][v], factor[q], keys); });
+                });
+            });
+    each<NQ * NV>([&](auto i) { store(c + i / NV * KEYS + i % NV * W, acc[i / NV][i % NV]); });
+}
+
+// The same for up to NQ rows and any number of vectors.
+template <class P, class T, int NQ = QUERIES>
+static inline void product_of_keys(const typename P::Unit* a, i64 a_stride, const float* const* b, i64 num, i64 stride,
+                                   i64 units, float* c, i64 rows, Fetch& fetch) {
+    if (rows < NQ) {
+        if constexpr (NQ > 1) product_of_keys<P, T, NQ - 1>(a, a_stride, b, num, stride, units, c, rows, fetch);
+        return;
+    }
+    constexpr int NV = few_vectors(NQ);
+    i64 v = 0;
+    for (; v + NV <= num; v += NV) tile_of_keys<P, NQ, NV, T>(a, a_stride, b + v, stride, units, c + v * W, fetch);
+    for (; v < num; v++) tile_of_keys<P, NQ, 1, T>(a, a_stride, b + v, stride, units, c + v * W, fetch);
 }
 
 }  // namespace LORAY_NAMESPACE

@@ -106,12 +106,11 @@ struct Square<bf16> {
         }
     }
     static inline void put(float* out, i64 stride, const bf16* const* rows, i64 i) {
-        const Vec odd = _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000)));
         Vec r[W];
         pairs(r, rows, i);
         for (int n = 0; n < W; n++, out += 2 * stride) {
-            store(out, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r[n]), 16)));
-            store(out + stride, _mm256_and_ps(r[n], odd));
+            store(out, lower(r[n]));
+            store(out + stride, upper(r[n]));
         }
     }
 };
