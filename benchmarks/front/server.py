@@ -138,7 +138,7 @@ class FakeEngines:
     async def healthy(self) -> bool:
         return True
 
-    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+    async def stats(self) -> list[ReplicaStatus]:
         return []
 
     async def autoscaling(self) -> AutoscalingStatus | None:

@@ -67,10 +67,8 @@ class EngineClient(Protocol):
     def start_failed(self) -> bool:
         """Tell whether no replica runs because the last one that a request started was not ready in time."""
 
-    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
-        """Ask for the status of every replica that answers; with `layout` also what its pool's blocks hold by position,
-        or only those of replicas of these names.
-        """
+    async def stats(self) -> list[ReplicaStatus]:
+        """Ask for the status of every replica that answers."""
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         """Ask for the autoscaler's last decisions; None if there are none."""
@@ -318,9 +316,9 @@ class ServedBase:
     def _target(self, scaling: AutoscalingStatus | None) -> int:
         return self.spec.min_replicas if scaling is None else scaling.target
 
-    async def status(self, num_adapters: int, layout: bool | frozenset[str]) -> BaseReport:
+    async def status(self, num_adapters: int) -> BaseReport:
         """Ask the base's replicas. `num_adapters`: those of the base in the catalog."""
-        replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats(layout)]
+        replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats()]
         scaling = await self._scaling()
         target = self._target(scaling)
         status = BaseStatus(

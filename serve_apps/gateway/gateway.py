@@ -249,10 +249,10 @@ class Gateway:
         """Answer 200 while any base can be asked, with the number of the others, to all. Raises EngineError."""
         return Response(await self._health.found(), media_type="application/json")
 
-    async def status(self, layout: bool | frozenset[str] = False) -> Status:
-        """Ask all replicas. `layout`: as for `EngineClient.stats`."""
+    async def status(self) -> Status:
+        """Ask all replicas."""
         counts = self.directory.num_adapters_of
-        reports = await asyncio.gather(*(b.status(counts(b.base), layout) for b in self.bases.values()))
+        reports = await asyncio.gather(*(b.status(counts(b.base)) for b in self.bases.values()))
         found = [replica for report in reports for replica in report.replicas]
         fields = ("adapters_in_pool", "adapters_on_host", "adapters_loading")
         labels = await self.directory.labels({d for r in found for field in fields for d in getattr(r, field)})

@@ -238,15 +238,9 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @router.get("/status")
     @may("observe")
     @Answers((400, *_WITH_KEY), {_JSON: Status})
-    async def status(
-        layout: bool = False,
-        replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
-    ) -> Status:
-        """Tell what is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
-
-        With `layout=true` each engine also says what its pool's blocks hold by position, after its current step.
-        """
-        return await gateway.status(frozenset(replica) if layout and replica else layout)
+    async def status() -> Status:
+        """Tell what is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot."""
+        return await gateway.status()
 
     @router.get("/metrics")
     @may("observe")

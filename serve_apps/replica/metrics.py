@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -17,9 +15,8 @@ from prometheus_client.core import Metric as Family
 
 from loray.engine.memory.adapter_manager import Prefetched
 from loray.engine.metrics import Histogram as CountedHistogram
-from loray.errors import EngineError, LorayError
+from loray.errors import LorayError
 from loray.schemas.status import AdapterPlacement, ReplicaStatus
-from loray.spec import Stretch
 from loray.telemetry import METRICS
 from serve_apps.exposition import Labels, counter, gauge, histogram, labelled
 
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
     from loray.spec import GenerateRequest
     from loray.telemetry import HistogramCounts
 
-
-_LAYOUT_TIMEOUT_S = 1.0
 
 Source = Literal["cache", "store"]  # of an adapter's bytes
 
@@ -209,23 +204,13 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield histogram("request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()})
 
 
-async def replica_status(
-    engine: AsyncEngine, replica: str, started_at: float, layout: bool | frozenset[str]
-) -> ReplicaStatus:
-    """Describe the replica; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
-    the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
-    """
-    stretches: tuple[Stretch, ...] = ()
-    if layout if isinstance(layout, bool) else replica in layout:
-        with suppress(EngineError, TimeoutError):
-            async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
-                stretches = await engine.layout()
+def replica_status(engine: AsyncEngine, replica: str, started_at: float) -> ReplicaStatus:
+    """Describe the replica; adapters are named by digest. `started_at`: seconds since the epoch."""
     return ReplicaStatus(
         replica=replica,
         node=socket.gethostname(),
         pid=os.getpid(),
         uptime_s=time.time() - started_at,
-        layout=stretches,
         **dict(engine.stats()),
     )
 

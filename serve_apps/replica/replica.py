@@ -127,9 +127,9 @@ class EngineReplica:
             os._exit(1)  # the engine has logged why
         yield connection.name
 
-    async def stats(self, layout: bool | frozenset[str]) -> ReplicaStatus:
+    async def stats(self) -> ReplicaStatus:
         """Describe this replica, see `replica_status`."""
-        return await replica_status(self._stream, _replica_id(), self._started_at, layout)
+        return replica_status(self._stream, _replica_id(), self._started_at)
 
     def metrics(self) -> list[Family]:
         """Collect Prometheus families for the gateway's exposition, labelled with this replica."""

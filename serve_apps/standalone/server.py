@@ -116,10 +116,10 @@ class LocalEngineClient:
     def start_failed(self) -> bool:
         return False
 
-    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+    async def stats(self) -> list[ReplicaStatus]:
         if not await self.healthy():
             return []
-        return [await replica_status(self._stream, REPLICA, self._started_at, layout)]
+        return [replica_status(self._stream, REPLICA, self._started_at)]
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None

@@ -105,22 +105,6 @@ def test_an_idle_engine_holds_no_request(stream: AsyncEngine) -> None:
     go(test())
 
 
-def test_a_pools_blocks_by_position_are_told_between_steps(stream: AsyncEngine) -> None:
-    async def test() -> None:
-        (empty,) = await stream.layout()
-        async with aclosing(stream.generate(request("r", IDS, max_tokens=400))) as deltas:
-            await anext(deltas)
-            used, *rest = await stream.layout()
-        assert empty.holds == "free"
-        assert (used.holds, [stretch.holds for stretch in rest]) == ("kv", ["free"])
-        assert used.num_blocks + rest[0].num_blocks == empty.num_blocks
-        stream.stop()
-        with pytest.raises(EngineError):
-            await stream.layout()
-
-    go(test())
-
-
 def test_what_is_refused_is_refused_at_once_and_others_go_on(stream: AsyncEngine) -> None:
     async def test() -> None:
         first = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=40)))

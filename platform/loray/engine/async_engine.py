@@ -21,12 +21,11 @@ import torch
 
 from loray.engine.engine import Engine
 from loray.engine.memory.adapter_manager import Placement, Prefetch, Prefetched
-from loray.engine.memory.layout import layout
 from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import EngineError, EngineStopped, RankLost, RequestError
 from loray.priority import compute_in_background
-from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
 
@@ -104,11 +103,6 @@ class AsyncEngine:
     async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Ask `Engine.adapters`. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
-
-    async def layout(self) -> tuple[Stretch, ...]:
-        """Say what the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
-        pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
-        return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
 
     def prefetch(self, refs: Iterable[AdapterRef], timeout_s: float) -> Prefetched:
         """Load adapters, in their order, before requests come: into the pool as long as half of it stays free, and else

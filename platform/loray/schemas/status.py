@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import computed_field
 
 from loray.schemas.resources import Resource
-from loray.spec import EngineFigures, ServeSpec, Stretch
+from loray.spec import EngineFigures, ServeSpec
 
 
 class EngineStatus(EngineFigures):
@@ -24,11 +24,7 @@ class EngineStatus(EngineFigures):
 
 
 class ReplicaStatus(EngineStatus):
-    """A replica, with adapters by `name@version`, or by digest where the catalog does not know them any more.
-
-    layout  what the pool's blocks hold by position, from the first block to the last in at most 200 stretches; empty
-            where it was not asked for, or the engine did not say in time
-    """
+    """A replica, with adapters by `name@version`, or by digest where the catalog does not know them any more."""
 
     replica: str
     base: str = ""
@@ -38,7 +34,6 @@ class ReplicaStatus(EngineStatus):
     adapters_in_pool: tuple[str, ...] = ()
     adapters_on_host: tuple[str, ...] = ()
     adapters_loading: tuple[str, ...] = ()
-    layout: tuple[Stretch, ...] = ()
 
 
 class AdapterPlacement(Resource):

@@ -109,7 +109,7 @@ from loray.spec.methods import (
     VeraSpec,
 )
 from loray.spec.objectives import OBJECTIVES, REWARDS, DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
-from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, Stretch, engine_of, is_engine
+from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
 from loray.spec.training import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -245,7 +245,6 @@ __all__ = [
     "SftSpec",
     "Sha256",
     "StrategyName",
-    "Stretch",
     "Subject",
     "TagKey",
     "TagValue",

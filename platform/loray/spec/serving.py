@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -283,13 +283,6 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
         default = fields.get(name)
         fields[name] = {**default, **value} if isinstance(default, Mapping) and isinstance(value, Mapping) else value
     return ServeSpec.parse(fields, source=where)
-
-
-class Stretch(NamedTuple):
-    """Neighbouring blocks of the pool, and what they hold, or most of them: free, kv, cached, layered, flat or run."""
-
-    holds: str
-    num_blocks: int
 
 
 class EngineFigures(BaseModel):

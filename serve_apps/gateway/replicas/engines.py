@@ -517,8 +517,8 @@ class ServeEngineClient:
     def start_failed(self) -> bool:
         return self._start_failed and self.is_cold()
 
-    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
-        return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]
+    async def stats(self) -> list[ReplicaStatus]:
+        return [a for a in await self._replicas.ask("stats") if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:
         return await self._replicas.metrics()

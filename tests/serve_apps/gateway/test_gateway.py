@@ -15,7 +15,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
 from loray.spec import TokenDelta
-from tests.fixtures.gateway import CHAT, HELLO, REPLICA, ScriptedEngines, delta, error_of, events_of, register
+from tests.fixtures.gateway import CHAT, HELLO, ScriptedEngines, delta, error_of, events_of, register
 from tests.fixtures.tiny import byte_tokenizer
 
 
@@ -196,10 +196,6 @@ def test_health_and_status(client_of: Any, base: BaseModel) -> None:
         assert (served["base"], served["status"], served["num_replicas"], served["target"]) == (base.name, "ok", 1, 1)
         assert served["autoscaling"] is None
         assert status["replicas"][0]["adapters_in_pool"] == ["0" * 12]
-        engines.replicas = [REPLICA.model_copy(update={"replica": n, "layout": (("kv", 2),)}) for n in ("a", "b")]
-        for asked, holding in (("", []), ("?layout=true", ["a", "b"]), ("?layout=true&replica=b&replica=c", ["b"])):
-            replicas = client.get(f"/status{asked}").json()["replicas"]
-            assert [r["replica"] for r in replicas if r["layout"]] == holding
         engines.replicas = []
         assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
         assert [client.get("/ping").status_code, client.post("/ping").status_code] == [503, 503]

@@ -19,10 +19,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.request import TokenOutput
 from loray.errors import ContextLengthExceeded, EngineError
 from loray.schemas.status import AdapterPlacement
-from loray.spec import EngineFigures, Stretch
 from loray_kernels import KvLayout
-from serve_apps.replica import metrics
-from serve_apps.replica.metrics import ReplicaMetrics, replica_status
+from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica
 from tests.fixtures.engines import hold, request
 from tests.fixtures.peft_adapters import TestAdapter, make_adapter
@@ -185,31 +183,3 @@ def test_errors_have_the_name_of_their_class(error: Exception, kind: str) -> Non
     found = values(metrics.request_families())
     assert found["loray_request_errors_total", kind, "base"] == 1
     assert not [key for key in found if key[0] == "loray_request_success_total"]
-
-
-LAYOUT = (Stretch("kv", 2), Stretch("free", 10))
-
-
-class Stream:
-    def __init__(self, answer: object) -> None:
-        self._answer = answer
-
-    def stats(self) -> EngineFigures:
-        return EngineFigures(num_running=1)
-
-    async def layout(self) -> object:
-        if isinstance(self._answer, Exception):
-            raise self._answer
-        if self._answer is None:
-            await asyncio.Event().wait()
-        return self._answer
-
-
-@pytest.mark.parametrize("answer", [LAYOUT, EngineError("stopped"), None], ids=["in time", "stopped", "hangs"])
-def test_layouts(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
-    monkeypatch.setattr(metrics, "_LAYOUT_TIMEOUT_S", 0.01)
-    stream: Any = Stream(answer)
-    status = asyncio.run(replica_status(stream, "r1", 0.0, layout=frozenset({"r1"})))
-    assert (status.num_running, status.layout) == (1, LAYOUT if answer is LAYOUT else ())
-    for layout in (False, frozenset({"r2"})):
-        assert asyncio.run(replica_status(stream, "r1", 0.0, layout)).layout == ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -64,9 +63,3 @@ def test_a_damaged_adapter_fails_alone(
         answer(client, "damaged")
     assert e.value.code == "adapter_damaged"
     assert answer(client, "tiny")
-
-
-def test_a_pools_blocks_by_position_are_told_where_they_are_asked_for(server: Served) -> None:
-    (replica,) = httpx.get(f"{server.url}/status", params={"layout": True}, timeout=30).json()["replicas"]
-    assert sum(num_blocks for _, num_blocks in replica["layout"]) == sum(replica["blocks"].values())
-    assert [found["layout"] for found in status(server)["replicas"]] == [[]]

@@ -193,14 +193,6 @@ class BlockAllocator:
         layered, flat = len(self._open[BlockKind.LAYERED]), len(self._open[BlockKind.FLAT])
         return Occupancy(len(self._free), len(self._kv), layered, flat, sum(self._runs.values()))
 
-    def positions(self) -> dict[str, list[int]]:
-        """Return the blocks of each state but `free`."""
-        rows: dict[BlockKind, list[int]] = {BlockKind.LAYERED: [], BlockKind.FLAT: []}
-        for block, row_block in self._rows.items():
-            rows[row_block.kind].append(block)
-        runs = [block for first, n in self._runs.items() for block in range(first, first + n)]
-        return {"kv": list(self._kv), "layered": rows[BlockKind.LAYERED], "flat": rows[BlockKind.FLAT], "run": runs}
-
     # -- KV -----------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> list[int] | None:

@@ -73,10 +73,6 @@ class PrefixCache:
         """Blocks that `evict` could free."""
         return len(self._idle)
 
-    def idle_blocks(self) -> list[int]:
-        """Return the blocks that `evict` could free."""
-        return [node.block for node in self._idle]
-
     @property
     def least_value(self) -> float | None:
         """The value of the block that `evict` would free first; None if none is idle."""
