@@ -17,14 +17,13 @@ from loray.schemas.resources import example_of
 
 _of_access = ThreadPoolExecutor(8, thread_name_prefix="access")
 
-
 Responses = dict[int | str, dict[str, Any]]
 
 CREATED: Responses = {201: {"headers": {"Location": {"description": "its URL", "schema": {"type": "string"}}}}}
 
 
 class DescribedRoute(APIRoute):
-    """A route whose document has an example of its answer, of the examples of the model's fields."""
+    """A route whose answer has an example in the document, made of those of its model's fields."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
