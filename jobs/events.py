@@ -6,7 +6,8 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -290,40 +291,36 @@ def first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
 
-class EventTail:
-    """A thread that passes every event appended to a file to `emit`, until the `with` block ends.
+@contextmanager
+def following(path: Path, emit: Emit) -> Iterator[None]:
+    """Passes every event that is appended to a file to `emit`, in a thread, until the `with` block ends.
 
     Another process, `jobs.workers.reporting`, writes the file, which remains as the run's history.
     """
+    path.touch()
+    offset, done = path.stat().st_size, threading.Event()  # events of earlier drivers are not emitted again
 
-    def __init__(self, path: Path, emit: Emit) -> None:
-        self._path, self._emit = path, emit
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="loray-events", daemon=True)
-
-    def __enter__(self) -> EventTail:
-        self._path.touch()
-        self._offset = self._path.stat().st_size  # events of earlier drivers are not emitted again
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
+    def follow() -> None:
         partial = ""
-        with self._path.open(encoding="utf-8") as file:
-            file.seek(self._offset)
+        with path.open(encoding="utf-8") as file:
+            file.seek(offset)
             while True:
-                finished = self._done.is_set()  # read first: events written before it is set are still emitted
+                finished = done.is_set()  # read first: events written before it is set are still emitted
                 *lines, partial = (partial + file.read()).split("\n")
                 for line in lines:
                     if event := decode(line):
-                        self._emit(event)
+                        emit(event)
                 if finished:
                     return
-                self._done.wait(_POLL_S)
+                done.wait(_POLL_S)
+
+    thread = threading.Thread(target=follow, name="loray-events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class RunView:

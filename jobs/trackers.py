@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tensorboardX import SummaryWriter
 
@@ -21,9 +21,6 @@ from jobs.events import Emit, Event, figures
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.spec import TrackerName, TrainSpec
 from loray.telemetry import get_logger
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 log = get_logger(__name__)
 
@@ -58,38 +55,31 @@ def scalars(event: Event) -> tuple[dict[str, float], int]:
     return {tag: value for tag, value in found.items() if value is not None}, event["step"]
 
 
-class TensorBoardWriter:
-    """Writes event files to `folder` until the `with` block ends. Not thread-safe.
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Emit]:
+    """Yields what writes an event to files in `folder`, until the `with` block ends. Not thread-safe.
 
     Restarted workers repeat the steps after their checkpoint; TensorBoard drops the earlier values of those steps.
     """
+    writer: SummaryWriter | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writer: SummaryWriter | None = None
+    def write(event: Event) -> None:
+        nonlocal writer
+        if event["event"] == "start":
+            if writer is not None:
+                writer.close()
+            suffix, after = f".{event['pid']}", event["step"] + 1
+            writer = SummaryWriter(str(folder), purge_step=after, flush_secs=_FLUSH_S, filename_suffix=suffix)
+        elif writer is not None:
+            values, step = scalars(event)
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
 
-    def __enter__(self) -> TensorBoardWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, event: Event) -> None:
-        match event["event"]:
-            case "start":
-                if self._writer is not None:
-                    self._writer.close()
-                self._writer = SummaryWriter(
-                    str(self._folder),
-                    purge_step=event["step"] + 1,
-                    flush_secs=_FLUSH_S,
-                    filename_suffix=f".{event['pid']}",
-                )
-            case _ if self._writer is not None:
-                values, step = scalars(event)
-                for tag, value in values.items():
-                    self._writer.add_scalar(tag, value, step)
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 class TrackedRun(NamedTuple):
@@ -136,7 +126,7 @@ class Tracker(Protocol):
 def check_installed(names: Sequence[TrackerName]) -> None:
     """Raises SpecError with what to install where a tracker's library is missing."""
     for name in names:
-        if name in _OPENERS and find_spec(name) is None:
+        if name in _TRACKERS and find_spec(name) is None:
             raise SpecError(f"tracking: {name} is not installed on this machine: pip install 'loray[{name}]'")
 
 
@@ -175,7 +165,16 @@ class Trackers:
 @contextmanager
 def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Trackers]:
     """Opens the trackers that the recipe names. TrainingError where one cannot be reached."""
-    trackers = Trackers({name: _opened(name, run) for name in run.recipe.tracking if name in _OPENERS}, emit)
+    opened: dict[TrackerName, Tracker] = {}
+    for name in run.recipe.tracking:
+        try:
+            if name in _TRACKERS:
+                opened[name] = _TRACKERS[name](run)
+        except LorayError:
+            raise
+        except Exception as e:
+            raise TrainingError(f"tracking: {name} cannot be reached, or refuses: {e}") from e
+    trackers = Trackers(opened, emit)
     try:
         yield trackers
     except BaseException:
@@ -184,18 +183,26 @@ def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Tracke
     trackers.end(succeeded=True)
 
 
-def _opened(name: TrackerName, run: TrackedRun) -> Tracker:
-    try:
-        return _OPENERS[name](run)
-    except LorayError:
-        raise
-    except Exception as e:
-        raise TrainingError(f"tracking: {name} cannot be reached, or refuses: {e}") from e
-
-
 class _MlflowRun:
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self._id = client, run_id
+    """The run that has the tag `loray.run`, or a new one with the recipe as its parameters."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "loray")
+        experiment = self._client.get_experiment_by_name(name)
+        at = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        found = self._client.search_runs([at], f"tags.`loray.run` = '{run.at}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        self._id = self._client.create_run(at, run_name=run.at, tags=run.tags).info.run_id
+        parameters = [Param(key, value[:_LONGEST]) for key, value in run.parameters.items()]
+        for first in range(0, len(parameters), _MOST):
+            self._client.log_batch(self._id, params=parameters[first : first + _MOST])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -212,30 +219,23 @@ class _MlflowRun:
         self._client.set_terminated(self._id, "FINISHED" if succeeded else "FAILED")
 
 
-def _open_mlflow(run: TrackedRun) -> Tracker:
-    """Finds the run by the tag `loray.run`, or makes it with the recipe as its parameters."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Param
-
-    client = MlflowClient()
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "loray")
-    experiment = client.get_experiment_by_name(name)
-    at = client.create_experiment(name) if experiment is None else experiment.experiment_id
-    found = client.search_runs([at], f"tags.`loray.run` = '{run.at}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return _MlflowRun(client, run_id)
-    run_id = client.create_run(at, run_name=run.at, tags=run.tags).info.run_id
-    parameters = [Param(key, value[:_LONGEST]) for key, value in run.parameters.items()]
-    for first in range(0, len(parameters), _MOST):
-        client.log_batch(run_id, params=parameters[first : first + _MOST])
-    return _MlflowRun(client, run_id)
-
-
 class _WandbRun:
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    """The run whose id is made of `at`, with the recipe as its configuration."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "loray"),
+            id=re.sub(r"[^\w.-]", "-", run.at)[-128:],
+            name=run.at,
+            group=run.sweep or run.name,
+            config=run.parameters | run.tags,
+            resume="allow",
+            reinit="create_new",  # trials of a sweep may share a process
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})  # not as W&B's own step, which drops what a resumed run repeats
@@ -247,22 +247,4 @@ class _WandbRun:
         self._run.finish(exit_code=0 if succeeded else 1)
 
 
-def _open_wandb(run: TrackedRun) -> Tracker:
-    """Opens the run whose id is made of `at`, with the recipe as its configuration."""
-    import wandb
-
-    opened = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "loray"),
-        id=re.sub(r"[^\w.-]", "-", run.at)[-128:],
-        name=run.at,
-        group=run.sweep or run.name,
-        config=run.parameters | run.tags,
-        resume="allow",
-        reinit="create_new",  # trials of a sweep may share a process
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    opened.define_metric("*", step_metric="step")
-    return _WandbRun(opened)
-
-
-_OPENERS: Mapping[TrackerName, Callable[[TrackedRun], Tracker]] = {"mlflow": _open_mlflow, "wandb": _open_wandb}
+_TRACKERS: Mapping[TrackerName, Callable[[TrackedRun], Tracker]] = {"mlflow": _MlflowRun, "wandb": _WandbRun}

@@ -16,9 +16,9 @@ from ray.train.torch import TorchTrainer
 
 from jobs.controller import EventLog, Restarts, WholeGroupScaling, is_lost
 from jobs.driver.record import Interrupts
-from jobs.events import Emit, Event, EventTail, first_line
+from jobs.events import Emit, Event, first_line, following
 from jobs.runs.folders import SCORE, RunFolder
-from jobs.trackers import TensorBoardWriter
+from jobs.trackers import tensorboard
 from jobs.workers import measuring, worker
 from jobs.workers.placement import WholeGroups, worker_resources
 from jobs.workers.reporting import EventSender, start_sink
@@ -131,15 +131,15 @@ def fit(
     """
 
     def write_and_emit(event: Event) -> None:
-        board.write(event)
+        write(event)
         emit(event)
 
     has_board = "tensorboard" in work.spec.tracking
     run.repair()
     with (
         run.history() as (events, folder),
-        TensorBoardWriter(folder) as board,
-        EventTail(events, write_and_emit if has_board else emit),
+        tensorboard(folder) as write,
+        following(events, write_and_emit if has_board else emit),
     ):
         sink = start_sink(events)
         try:

@@ -20,6 +20,7 @@ MAX_TRIALS = 1000
 # Held-out losses of trials can be compared only where base and held-out rows are the same.
 _FIXED = ("name", "base", "data", "evaluation", "publish", "tracking")
 _DIGITS = 4  # of a drawn number
+_RANGES = ("uniform", "loguniform", "randint", "lograndint")
 
 Values = Mapping[str, str]  # field → value, as `--set FIELD=VALUE` takes it
 Draw = Callable[[random.Random], str]
@@ -49,12 +50,12 @@ def random_axis(text: str) -> Axis:
     match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", wanted)
     if match is None:
         if "(" in wanted:
-            raise SpecError(f"{wanted!r} is no range; write one as {', '.join(f'{name}(1,10)' for name in _DRAWS)}")
+            raise SpecError(f"{wanted!r} is no range; write one as {', '.join(f'{name}(1,10)' for name in _RANGES)}")
         choices = _values(wanted)
         return Axis(path, choices, lambda generator: generator.choice(choices))
     name, low, high = match.groups()
-    if name not in _DRAWS:
-        raise SpecError(f"there is no range {name!r}; there are {', '.join(_DRAWS)}")
+    if name not in _RANGES:
+        raise SpecError(f"there is no range {name!r}; there are {', '.join(_RANGES)}")
     try:
         bounds = float(low), float(high)
     except ValueError as e:
@@ -64,7 +65,7 @@ def random_axis(text: str) -> Axis:
         raise SpecError(f"{wanted!r}: the first number must be below the second" + (", and above 0" if is_log else ""))
     if is_whole and any(bound != int(bound) for bound in bounds):
         raise SpecError(f"{wanted!r} needs whole numbers")
-    return Axis(path, draw=lambda generator: _DRAWS[name](generator, *bounds))
+    return Axis(path, draw=lambda generator: _drawn(name, generator, *bounds))
 
 
 def points(grid: Sequence[Axis], ranges: Sequence[Axis], num_draws: int | None, *, seed: int) -> list[Values]:
@@ -118,24 +119,14 @@ def _values(text: str) -> tuple[str, ...]:
     return values
 
 
-def _number(value: float) -> str:
-    return f"{value:.{_DIGITS}g}"
-
-
-def _whole_between(generator: random.Random, low: float, high: float) -> str:
-    return str(generator.randrange(int(low), int(high)))
-
-
-def _log_between(generator: random.Random, low: float, high: float) -> float:
-    return math.exp(generator.uniform(math.log(low), math.log(high)))
-
-
-_DRAWS: Mapping[str, Callable[[random.Random, float, float], str]] = {
-    "uniform": lambda generator, low, high: _number(generator.uniform(low, high)),
-    "loguniform": lambda generator, low, high: _number(_log_between(generator, low, high)),
-    "randint": _whole_between,  # without the upper bound
-    "lograndint": lambda generator, low, high: str(min(int(high) - 1, int(_log_between(generator, low, high)))),
-}
+def _drawn(name: str, generator: random.Random, low: float, high: float) -> str:
+    if name == "randint":  # without the upper bound
+        return str(generator.randrange(int(low), int(high)))
+    if name.startswith("log"):
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    else:
+        value = generator.uniform(low, high)
+    return str(min(int(high) - 1, int(value))) if name == "lograndint" else f"{value:.{_DIGITS}g}"
 
 
 class Trial(Frozen):

@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event as ThreadingEvent
 from typing import Any, NamedTuple, cast
@@ -280,34 +281,32 @@ class Utilisation(NamedTuple):
         return attained / self.peak.compare(attained)
 
 
+@dataclass(frozen=True)
 class RayReporter:
     """Reports checkpoints through Ray; rank 0 sends other events to the driver directly.
 
     Ray accepts one report per health check, which would delay every step.
+
+    utilisation   None on every rank but 0
+    dtype_reason  why the recipe's dtype is what it is
     """
 
-    def __init__(
-        self,
-        events: EventSender,
-        uploads: CheckpointUploads,
-        gauges: TrainingGauges,
-        utilisation: Utilisation | None,
-        world: World,
-        device: torch.device,
-        dtype_reason: str,
-    ) -> None:
-        """`utilisation` is None on every rank but 0. `dtype_reason`: why the recipe's dtype is what it is."""
-        self._events, self._uploads, self._gauges, self._utilisation = events, uploads, gauges, utilisation
-        self._world, self._device, self._dtype_reason = world, device, dtype_reason
+    events: EventSender
+    uploads: CheckpointUploads
+    gauges: TrainingGauges
+    utilisation: Utilisation | None
+    world: World
+    device: torch.device
+    dtype_reason: str
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         event = cast("LoopEvent", metrics)
         if event["event"] == "checkpoint":
-            self._uploads.add(event["step"], event["eval_loss"], checkpoint)
-        elif self._utilisation is not None:
-            self._events.send(self._measured(event, self._utilisation))
+            self.uploads.add(event["step"], event["eval_loss"], checkpoint)
+        elif self.utilisation is not None:
+            self.events.send(self._measured(event, self.utilisation))
         if event["event"] == "step":
-            self._gauges.set(memory_bytes=peak_memory(self._device))
+            self.gauges.set(memory_bytes=peak_memory(self.device))
 
     def _measured(self, event: LoopEvent, utilisation: Utilisation) -> LoopEvent:
         """Adds MFU and memory to the event, which are also set as gauges."""
@@ -315,25 +314,25 @@ class RayReporter:
             case "start":
                 start: StartEvent = {
                     **event,
-                    "dtype_reason": self._dtype_reason,
+                    "dtype_reason": self.dtype_reason,
                     "flops_per_token": utilisation.flops_per_token,
                     "peak_flops": utilisation.peak.flops,
                     "peak_source": utilisation.peak.source,
                 }
                 return start
             case "step":
-                mfu = utilisation.mfu(event["tokens_per_s"], self._world.size)
+                mfu = utilisation.mfu(event["tokens_per_s"], self.world.size)
                 step: StepEvent = {
                     **event,
                     "mfu": mfu,
                     "peak_flops": utilisation.peak.flops,
-                    "memory_bytes": peak_memory(self._device),
+                    "memory_bytes": peak_memory(self.device),
                 }
                 values: Mapping[str, Any] = step
-                self._gauges.set(**{gauge: values[name] for name, gauge in _GAUGES.items()})
-                self._gauges.set_figures(step)
+                self.gauges.set(**{gauge: values[name] for name, gauge in _GAUGES.items()})
+                self.gauges.set_figures(step)
                 return step
             case "eval" if event["subject"] == "adapter":
-                self._gauges.set(eval_loss=event["eval_loss"])
-                self._gauges.set_figures(event, "eval_")
+                self.gauges.set(eval_loss=event["eval_loss"])
+                self.gauges.set_figures(event, "eval_")
         return event

@@ -6,12 +6,14 @@ import io
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
-from jobs.events import EventTail, RunView, decode, describe, duration, encode
+from jobs.events import RunView, decode, describe, duration, encode, figures, following
+from jobs.trackers import scalars
+from loray.spec import OBJECTIVES, SftSpec
 from tests.fixtures.events import FIGURES, START, step
 
 EVAL: dict[str, Any] = {"event": "eval", "step": 20, "subject": "adapter", "eval_loss": 1.5}
@@ -46,11 +48,24 @@ def test_events_for_people() -> None:
     assert "5 pairs, 60 tokens, 2 pairs held out; 1 pairs truncated" in describe(START | {"data": pairs})
 
 
+def test_metrics_are_those_of_the_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odds(SftSpec):
+        metrics = ("odds", "more/odds")
+        shown: ClassVar[dict[str, str]] = {"odds": "odds"}
+
+    monkeypatch.setitem(OBJECTIVES, "odds", Odds)
+    event = step(3) | {"odds": 2.5, "more/odds": None}
+    assert "loss 2.0000  odds 2.5000  lr" in describe(event)
+    assert scalars(event)[0].items() >= {"train/loss": 2.0, "train/odds": 2.5}.items()
+    assert "train/more/odds" not in scalars(event)[0]  # it was not finite
+    assert figures(event) == {"odds": 2.5, "more/odds": None}
+
+
 def test_a_tail_emits_every_new_event_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(encode(step(1)) + "\n")
     seen: list[dict[str, Any]] = []
-    with EventTail(path, seen.append), path.open("a") as file:
+    with following(path, seen.append), path.open("a") as file:
         whole = encode(step(2)) + "\n"
         file.write(whole[:9])
         file.flush()

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jobs import trackers
 from jobs.driver.prepare import prepare
-from jobs.trackers import TensorBoardWriter, TrackedRun, Trackers, check_installed, tracked
+from jobs.trackers import TrackedRun, Trackers, check_installed, tensorboard, tracked
 from loray.errors import SpecError, TrainingError
 from loray.settings import Settings
 from loray.spec import TrainSpec
@@ -180,14 +180,14 @@ def test_a_tracker_that_fails_later_is_left_out(caplog: pytest.LogCaptureFixture
 
 
 def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path) as board:
-        board.write(START | {"pid": 1})
+    with tensorboard(tmp_path) as write_event:
+        write_event(START | {"pid": 1})
         for number in (1, 2, 3):
-            board.write(step(number) | {"memory_bytes": 5})
-        board.write({"event": "worker_lost", "message": "rank 1"})
-        board.write(START | {"step": 2, "pid": 2})
-        board.write(step(3) | {"memory_bytes": 6, "loss": None})
-        board.write({"event": "eval", "step": 3, "subject": "adapter", "eval_loss": 1.5} | FIGURES)
+            write_event(step(number) | {"memory_bytes": 5})
+        write_event({"event": "worker_lost", "message": "rank 1"})
+        write_event(START | {"step": 2, "pid": 2})
+        write_event(step(3) | {"memory_bytes": 6, "loss": None})
+        write_event({"event": "eval", "step": 3, "subject": "adapter", "eval_loss": 1.5} | FIGURES)
     first, second = (read(path) for path in sorted(tmp_path.iterdir(), key=lambda p: p.suffix))
     assert [e.step for e in first if e.HasField("session_log")] == [1]
     assert [e.step for e in second if e.HasField("session_log")] == [3]

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from jobs.workers import reporting as gauges_module
 from jobs.workers.reporting import CheckpointUploads, Peak, RayReporter, TrainingGauges, Utilisation
 from loray.errors import TrainingError
-from loray.spec import TrainSpec
+from loray.spec import OBJECTIVES, TrainSpec
 from loray.telemetry import TRAINING_METRICS
 from loray.train.checkpoint import WRITTEN, RunState
 from loray.train.mesh import World
@@ -263,7 +263,7 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in table.values if "rewards" in name]  # without pairs
     first.report(step(8) | FIGURES | {"num_tokens": 128}, None)
     first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5} | FIGURES, None)
-    first._gauges.set(checkpoint_seconds=0.5)
+    first.gauges.set(checkpoint_seconds=0.5)
     assert sorted(table.values) == sorted(m.name for m in TRAINING_METRICS.values())
     assert (
         table.values["loray_train_rewards_accuracies"] == table.values["loray_train_eval_rewards_accuracies"] == 0.875
@@ -273,6 +273,11 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     second.report(step(9) | {"num_tokens": 128}, None)
     assert list(table.values) == ["loray_train_memory_bytes"]
     assert table.tags == {"name": "my-adapter", "run": "20260101-000000", "rank": "1"}
+
+
+def test_every_metric_of_an_objective_has_its_gauges() -> None:
+    for name in (name.replace("/", "_") for spec in OBJECTIVES.values() for name in spec.metrics):
+        assert {f"train_{name}", f"train_eval_{name}"} <= TRAINING_METRICS.keys()
 
 
 class Machine:
