@@ -46,7 +46,7 @@ from loray.errors import (
 )
 from loray.local.cluster import OBJECT_STORE_BYTES, current_cluster, dead_cluster
 from loray.local.processes import check_port, session_members
-from loray.local.s3 import current_local_s3, describe_store, has_local_s3
+from loray.local.s3 import describe_store, is_store_down
 from loray.local.serving import ServingAddress, raylets, serving_urls, standalone_servers
 from loray.locations import FileLocation, S3Location, http_url, parse_location
 from loray.machine import Machine, memory_left, serving_dtype
@@ -55,7 +55,7 @@ from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
 from loray.recipes.defaults import complete, size_of
 from loray.recipes.resolve import on_hardware
-from loray.settings import LOCAL_S3_FOLDER, Settings
+from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec, TrainSpec, format_size, read_mapping
 
 _SHM = Path("/dev/shm")
@@ -423,7 +423,7 @@ def store(s: Situation) -> CheckResult:
     location = parse_location(s.settings.store)
     if isinstance(location, FileLocation):
         return _writable(f"store {location.url}", location.folder, f"chown -R $USER {location.folder}")
-    if _is_down(s):
+    if is_store_down(s.settings):
         return ok(f"store {describe_store(s.settings)}")
     from loray.store.s3 import S3Store
 
@@ -436,7 +436,7 @@ def store(s: Situation) -> CheckResult:
 
 def clock(s: Situation) -> CheckResult:
     location = parse_location(s.settings.store)
-    ahead = None if _is_down(s) else _seconds_ahead(location)
+    ahead = None if is_store_down(s.settings) else _seconds_ahead(location)
     if ahead is None:
         return ok("the store's clock could not be compared")
     told = f"this machine's clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the store's"
@@ -444,11 +444,6 @@ def clock(s: Situation) -> CheckResult:
     if abs(ahead) >= _MOST_SKEW_S:
         return error(f"{told}: S3 refuses requests, and garbage is judged by its age", mend)
     return warning(told, mend) if abs(ahead) >= _SKEW_S else ok("the clocks of this machine and of the store agree")
-
-
-def _is_down(s: Situation) -> bool:
-    """Says whether the store is this home's own server, which `loray up` starts, and does not run."""
-    return has_local_s3(s.settings) and current_local_s3(s.settings.home / LOCAL_S3_FOLDER) is None
 
 
 def _seconds_ahead(location: FileLocation | S3Location) -> float | None:

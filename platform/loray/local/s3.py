@@ -248,6 +248,11 @@ def stop_home_store(settings: Settings) -> bool:
     return stop_local_s3(_folder(settings))
 
 
+def is_store_down(settings: Settings) -> bool:
+    """The store is this home's own server, which `loray up` starts, and does not run."""
+    return has_local_s3(settings) and current_local_s3(_folder(settings)) is None
+
+
 def describe_store(settings: Settings) -> str:
     """The store's URL without its options, with a remark if this home's server does not run."""
     location = parse_location(settings.store)
@@ -256,7 +261,7 @@ def describe_store(settings: Settings) -> str:
     place = replace(location, endpoint_url=None, region=None, credentials_file=None, kms_key_id=None).url
     if location.endpoint_url:
         place += f" at {location.endpoint_url}"
-    if has_local_s3(settings) and current_local_s3(_folder(settings)) is None:
+    if is_store_down(settings):
         place += " (its server is down; `loray up` starts it)"
     return place
 
