@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from jobs.driver.prepare import check_initial
@@ -27,7 +27,7 @@ from loray.train import objectives as loss_module
 from loray.train.checkpoint import ADAPTER, FolderReporter, Metrics, save_adapter
 from loray.train.data.rows import RowSource, load_data
 from loray.train.loop import HeldOut, train
-from loray.train.objectives import Loss, batch_loss
+from loray.train.objectives import batch_loss
 from tests.fixtures.adapters import ADAPTERS, in_peft, trained
 from tests.fixtures.adapters import recipe as adapter_recipe
 from tests.fixtures.tiny import byte_tokenizer
@@ -189,9 +189,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: Callable[[int], bool]) ->
     """Losses of those training micro-batches become nan."""
     calls = iter(range(1 << 20))
 
-    def poisoned(model: Any, batch: Any) -> Loss:
+    def poisoned(model: Any, batch: Any) -> Tensor:
         loss = batch_loss(model, batch)
-        return loss._replace(total=loss.total * math.nan) if model.training and bad_calls(next(calls)) else loss
+        return loss * math.nan if model.training and bad_calls(next(calls)) else loss
 
     monkeypatch.setattr(loss_module, "batch_loss", poisoned)
 

@@ -40,12 +40,12 @@ def test_flops_are_those_of_the_model(tiny_base: Callable[..., BaseModel], adapt
     length = 96
     row = pack_rows([(list(range(length)), [True] * length)])
     with FlopCounterMode(display=False) as counted:
-        loss = batch_loss(model, collate(row, ((0,),), packed=False))
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        batch = collate(row, ((0,),), packed=False)
+        batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
     by_operation = counted.get_flop_counts()["Global"]
     attention = sum(n for op, n in by_operation.items() if "attention" in str(op) or "bmm" in str(op))
     products = sum(by_operation.values()) - attention
-    share = loss.num_targets / length
+    share = batch.num_targets / length
     per_token = model_flops_per_token(base.config, adapter, {length: 1}, group_size=None, target_share=share)
     pairs = attention_pairs(length, None, base.config.num_heads)
     ours = per_token * length - 12 * base.config.head_dim * base.config.num_layers * pairs

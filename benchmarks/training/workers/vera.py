@@ -90,7 +90,7 @@ def _pefts(base: BaseModel, rank: int, *, in_bf16: bool) -> Step:
 
     def step(batch: TrainBatch) -> float:
         adam.zero_grad()
-        loss = batch_loss(model, batch).total / batch.num_targets
+        loss = batch_loss(model, batch) / batch.num_targets
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adam.step()

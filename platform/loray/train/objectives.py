@@ -66,13 +66,6 @@ def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Ten
     return losses_N
 
 
-class Loss(NamedTuple):
-    """`total` is an fp32 sum over `num_targets` labels. Divide it once, by the number of labels of the whole step."""
-
-    total: Tensor
-    num_targets: int
-
-
 class LabelledStates(NamedTuple):
     """Last hidden states of the N positions that `learned_BT` marks, their labels, and the output head."""
 
@@ -92,9 +85,9 @@ def labelled_states(model: Any, batch: TrainBatch) -> LabelledStates:
     return LabelledStates(hidden_BTD[learned_BT], head_VD, labels_BT[learned_BT], learned_BT)
 
 
-def batch_loss(model: Any, batch: TrainBatch) -> Loss:
-    """Sum the losses of a micro-batch."""
-    return Loss(cross_entropy(*labelled_states(model, batch)[:3]).sum(), batch.num_targets)
+def batch_loss(model: Any, batch: TrainBatch) -> Tensor:
+    """Sum the losses of a micro-batch, in fp32. Divide once, by the number of labels of the whole step."""
+    return cross_entropy(*labelled_states(model, batch)[:3]).sum()
 
 
 class Objective(nn.Module):
@@ -110,7 +103,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Compute the sum over the batch's labels, a scalar in fp32."""
-        return batch_loss(self.model, batch).total
+        return batch_loss(self.model, batch)
 
     def take(self) -> tuple[float, ...]:
         """Take the sums of `metrics` over all calls since the last time."""

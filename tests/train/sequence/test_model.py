@@ -92,8 +92,8 @@ def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def train_alone(base: BaseModel, whole: TrainBatch, name: str) -> Result:
     model = model_of(base, False, name)
-    total, num_targets = batch_loss(model, whole)
-    return Result(total.item() / num_targets, gradients_of(model, total / num_targets))
+    loss = batch_loss(model, whole) / whole.num_targets
+    return Result(loss.item(), gradients_of(model, loss))
 
 
 def train(
@@ -105,10 +105,10 @@ def train(
         counted = replace(group, traffic=SentBytes())
         sharded = shard(whole, counted)
         with sequence_parallel(sharded, keep_halos=mode == "halos kept"):
-            total, _ = batch_loss(model, sharded.local)
-        gradients = gradients_of(model, total / sharded.num_targets)  # outside the context, as a training loop has it
+            loss = batch_loss(model, sharded.local) / whole.num_targets
+        gradients = gradients_of(model, loss)  # outside the context, as a training loop has it
         sent = counted.traffic
-        results.append(Result(total.item() / sharded.num_targets, gradients, sent.forward_bytes, sent.backward_bytes))
+        results.append(Result(loss.item(), gradients, sent.forward_bytes, sent.backward_bytes))
     return results
 
 
@@ -194,7 +194,7 @@ def evaluate(group: SequenceGroup, base: BaseModel, whole: TrainBatch) -> tuple[
         loss = batch_loss(model, sharded.local)
         logits = model(**sharded.local.model_inputs(torch.device("cpu")), use_cache=False).logits
     assert model.config._attn_implementation == "s2_attn"
-    return float(loss.total), logits
+    return float(loss), logits
 
 
 @pytest.mark.parametrize("kind", ["full", "padded", "packed"])
@@ -203,7 +203,7 @@ def test_dense_evaluation(ranks: Ranks, tiny_base: BaseFactory, size: int, kind:
     base, whole = tiny_base(**HEADS["9/3"]), batch(kind, 40)
     model = model_of(base, False)
     with torch.no_grad(), dense(model):
-        loss = float(batch_loss(model, whole).total)
+        loss = float(batch_loss(model, whole))
         expected = model(**whole.model_inputs(torch.device("cpu"))).logits
     results = ranks(size, evaluate, base, whole)
     assert sum(total for total, _ in results) == pytest.approx(loss, rel=1e-5)

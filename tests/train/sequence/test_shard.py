@@ -26,17 +26,16 @@ def shards(lengths: list[int], size: int, *, packed: bool) -> list[ShardedBatch]
 def test_shards_side_by_side_are_the_batch(packed: bool, lengths: list[int], size: int) -> None:
     parts = shards(lengths, size, packed=packed)
     (whole,) = shards(lengths, 1, packed=packed)
-    num_tokens = whole.row_length
+    num_tokens = whole.document_ids_BN.shape[1]
     joined = [torch.cat(x, dim=1) for x in zip(*(part.local[:2] for part in parts), strict=True)]
     for got, expected in zip(joined, whole.local[:2], strict=True):
         assert got.shape[1] == padded_length(num_tokens, size)
         assert torch.equal(got[:, :num_tokens], expected)
     assert bool((joined[1][:, num_tokens:] == IGNORED).all())
     assert sum(part.local.num_tokens for part in parts) == whole.local.num_tokens == sum(lengths)
-    assert sum(part.local.num_targets for part in parts) == whole.num_targets
+    assert sum(part.local.num_targets for part in parts) == whole.local.num_targets
     assert all(int((part.local.labels_BT != IGNORED).sum()) == part.local.num_targets for part in parts)
-    assert {part.num_targets for part in parts} == {whole.num_targets}
-    assert {part.row_length for part in parts} == {padded_length(num_tokens, size)}
+    assert {part.document_ids_BN.shape[1] for part in parts} == {padded_length(num_tokens, size)}
 
 
 def test_rows_count_on() -> None:

@@ -26,7 +26,7 @@ from loray.train.checkpoint import FolderReporter
 from loray.train.data.rows import Dataset
 from loray.train.loop import train
 from loray.train.mesh import Mesh, World
-from loray.train.objectives import Loss, batch_loss
+from loray.train.objectives import batch_loss
 from loray.train.optimizer import OptimizerState
 from loray.train.strategies import ddp, zero
 from tests.fixtures.ranks import run_ranks
@@ -119,11 +119,11 @@ def _poison(bad: dict[int, float]) -> None:
     """Add that to the loss of training micro-batches by their number; an infinite one leaves gradients as they were."""
     calls = iter(range(1 << 20))
 
-    def poisoned(model: Any, batch: Any) -> Loss:
+    def poisoned(model: Any, batch: Any) -> Tensor:
         loss = batch_loss(model, batch)
         if not model.training or (value := bad.get(next(calls))) is None:
             return loss
-        return loss._replace(total=loss.total * value if math.isnan(value) else loss.total + value)
+        return loss * value if math.isnan(value) else loss + value
 
     loss_module.batch_loss = poisoned
 

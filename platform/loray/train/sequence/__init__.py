@@ -4,15 +4,15 @@
     sharded = shard(batch, group)                     # with the same whole batch on every rank of the group
     with sequence_parallel(sharded):
         loss = batch_loss(model, sharded.local)       # or model(**sharded.local.model_inputs(device))
-    (loss.total / num_targets).backward()
+    (loss / num_targets).backward()                   # labels of the whole step
 
 With S2-Attn a rank receives the keys and values of its halo from earlier ranks. With dense attention the ranks exchange
-tokens for heads. Models attend by `loray.train.hooks`, in evaluation inside
-`dense(model, group)`; `loray.planning.sequence` plans the exchange.
+tokens for heads. Models attend by `loray.train.hooks`, in evaluation inside `dense(model, group)`;
+`loray.planning.sequence` plans the exchange.
 
 - `sharded.local` is a `TrainBatch` of L positions per row. Labels are shifted over the whole row before it is cut,
   positions count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all
-  ranks, sequence and data parallel, are exact; `sharded.num_targets` is that of the whole batch.
+  ranks, sequence and data parallel, are exact.
 - A rank may hold no target, or padding alone. It must run forward and backward, too, since its neighbours wait for it.
   Every rank of a group makes the same calls in the same order.
 - The gradients of a rank include those of its keys and values on later ranks. Sum them over the ranks of the group, as

@@ -73,15 +73,11 @@ class ShardedBatch(NamedTuple):
     local            inputs and labels of this rank's L positions, with positions and without an attention mask.
                      num_targets counts its labels; num_tokens is an equal share of the whole batch's, with an exact sum
     group            the ranks that share the batch
-    row_length       N
-    num_targets      labels of the whole batch
     document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
     """
 
     local: TrainBatch
     group: SequenceGroup
-    row_length: int
-    num_targets: int
     document_ids_BN: Tensor
 
 
@@ -114,7 +110,7 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         num_tokens=batch.num_tokens * (group.rank + 1) // group.size - batch.num_tokens * group.rank // group.size,
         num_targets=int((labels_BL != IGNORED).sum()),
     )
-    return ShardedBatch(local, group, row_length, batch.num_targets, ids_BN)
+    return ShardedBatch(local, group, ids_BN)
 
 
 _STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
