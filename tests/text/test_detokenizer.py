@@ -45,12 +45,12 @@ def test_text_comes_in_whole_characters_up_to_a_stop_string(
     detokenizer, found = Detokenizer(tokenizer, SamplingParams(**params)), list[Any]()
     for token in tokenizer.encode(text, special=False):
         found.append(detokenizer.push((token,)))
-        if found[-1].stopped:
+        if found[-1].stop is not None:
             break
     else:
         found.append(detokenizer.push((), "length"))
     assert [piece.text for piece in found] == pieces
-    assert bool(found[-1].stopped) == ("END" in params.get("stop", ()))
+    assert (found[-1].stop is not None) == ("END" in params.get("stop", ()))
 
 
 def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(tokenizer: Tokenizer) -> None:

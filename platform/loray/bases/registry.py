@@ -204,7 +204,9 @@ def _add(
         )
     root = home / "bases"
     root.mkdir(parents=True, exist_ok=True)
-    _remove_stale(root)
+    for folder in root.glob(f"{_TEMPORARY}*"):  # of processes that died: adding a base takes less than a day
+        if time.time() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
     damaged = False
     if _read_record(root / name) is not None:
         existing = get_base(home, name)
@@ -290,13 +292,6 @@ def _is_name(name: str) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def _remove_stale(root: Path) -> None:
-    """Remove the temporary folders of processes that died. Adding a base takes less than a day."""
-    for folder in root.glob(f"{_TEMPORARY}*"):
-        if time.time() - folder.stat().st_mtime > _STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- checkpoints to copy ----------------------------------------------------------------------------------------------

@@ -29,10 +29,6 @@ class Text(NamedTuple):
     num_tokens: int
     stop: str | None = None
 
-    @property
-    def stopped(self) -> bool:
-        return self.stop is not None
-
 
 class Detokenizer:
     """A decoder that looks for stop strings. Text that may be the beginning of one, or part of a character, waits.
@@ -127,7 +123,9 @@ class RequestText:
         self._num_tokens += num_tokens
         calls: tuple[ToolCallDelta, ...] = ()
         if self._tools is not None:
-            text, calls = self._without_calls(self._tools, text, ended=reason is not None)
+            parts = [*self._tools.push(text), *(self._tools.finish() if reason is not None else ())]
+            text = "".join(part for part in parts if isinstance(part, str))
+            calls = tuple(part for part in parts if isinstance(part, ToolCallDelta))
             self._has_calls = self._has_calls or bool(calls)
             if self._has_calls and reason == "stop":
                 reason = "tool_calls"
@@ -148,14 +146,6 @@ class RequestText:
             prompt_logprobs,
             calls,
             stop_reason,
-        )
-
-    @staticmethod
-    def _without_calls(tools: ToolParser, text: str, *, ended: bool) -> tuple[str, tuple[ToolCallDelta, ...]]:
-        parts = [*tools.push(text), *(tools.finish() if ended else ())]
-        return (
-            "".join(part for part in parts if isinstance(part, str)),
-            tuple(part for part in parts if isinstance(part, ToolCallDelta)),
         )
 
     def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:

@@ -36,7 +36,7 @@ def calls_constraint(
 
     def symbol(marker: str) -> str:
         token = token_id(marker)
-        return _quoted(marker) if token is None else f"<[{token}]>"
+        return json.dumps(marker) if token is None else f"<[{token}]>"
 
     rules = _Rules(use, symbol)
     if form == "llama3_json":
@@ -60,7 +60,10 @@ class _Rules:
 
     def mistral_body(self, *, named: bool) -> str:
         if named:
-            return f"({self._named_calls()})"
+            arguments = self._symbol(MistralParser.ARGUMENTS)
+            for i, tool in enumerate(self._use.callable):
+                self._rules.append(f"f{i}: {json.dumps(tool.name)} {arguments} %json {self._schema(tool)}")
+            return f"({self._any()})"
         calls = self._calls(lambda t: f'{{"name": {json.dumps(t.name)}, "arguments": ', "}")
         more = "" if self._use.num_calls == 1 else f' (", " ({calls}))*'
         return f'" "? "[" ({calls}){more} "]"'
@@ -92,13 +95,7 @@ class _Rules:
     def _calls(self, before: Callable[[Tool], str], after: str) -> str:
         """One rule for each function, and the choice between them."""
         for i, tool in enumerate(self._use.callable):
-            self._rules.append(f"f{i}: {_quoted(before(tool))} %json {self._schema(tool)} {_quoted(after)}")
-        return self._any()
-
-    def _named_calls(self) -> str:
-        for i, tool in enumerate(self._use.callable):
-            arguments = self._symbol(MistralParser.ARGUMENTS)
-            self._rules.append(f"f{i}: {_quoted(tool.name)} {arguments} %json {self._schema(tool)}")
+            self._rules.append(f"f{i}: {json.dumps(before(tool))} %json {self._schema(tool)} {json.dumps(after)}")
         return self._any()
 
     def _any(self) -> str:
@@ -142,10 +139,6 @@ def _answer_schema(answer: Constraint) -> str:
     if answer.kind != "json_schema":
         raise RequestError("tools can be combined with a JSON schema for the answer, not with other grammars", "tools")
     return _schema(json.loads(answer.text), lenient=answer.lenient)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
 
 
 # -- tools as text ----------------------------------------------------------------------------------------------------
@@ -197,18 +190,16 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Message], form: Tool
 
 def _plain(message: Message, form: ToolParserName) -> dict[str, Any]:
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    written = [_written(c["name"], _arguments(c["arguments"]), form) for c in calls]
+    written = [_written(c["name"], c["arguments"], form) for c in calls]
     texts = [message["content"], *written] if message["content"] else written or [""]
     return {k: v for k, v in message.items() if k != "tool_calls"} | {"content": "\n".join(texts)}
 
 
-def _written(name: str, arguments: str, form: ToolParserName) -> str:
+def _written(name: str, arguments: Any, form: ToolParserName) -> str:
+    """A call. `arguments`: an object, or JSON as text."""
     before, key, after = _FORMS[form]
-    return f'{before}{{"name": {_json(name)}, "{key}": {arguments}}}{after}'
-
-
-def _arguments(value: Any) -> str:
-    return value if isinstance(value, str) else _json(value)
+    text = arguments if isinstance(arguments, str) else _json(arguments)
+    return f'{before}{{"name": {_json(name)}, "{key}": {text}}}{after}'
 
 
 def _json(value: Any) -> str:
