@@ -34,7 +34,7 @@ OPERATIONS = [
     *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
-TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/{model}")  # that could be wrong
+TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/status", "/{model}")  # that could be wrong
 CASES = [
     pytest.param(operation, mode, id=f"{mode.value} {operation}")
     for operation in OPERATIONS
