@@ -237,7 +237,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
     @router.get("/status")
     @may("observe")
-    @Answers((400, *_WITH_KEY), {_JSON: Status})
+    @Answers(_WITH_KEY, {_JSON: Status})
     async def status() -> Status:
         """Tell what is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot."""
         return await gateway.status()
