@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from loray.catalog import Catalog, VersionSummary
 from loray.catalog.adapters import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, SpecError
-from loray.spec import Evaluation
+from loray.spec import Evaluation, Principal
 from tests.fixtures.calls import at_once, refused
 from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
+
+if TYPE_CHECKING:
+    from sqlalchemy import QueuePool
 
 
 def test_versions_count_up(catalog: Catalog) -> None:
@@ -155,3 +159,12 @@ def test_snapshot_stays_and_counter_moves(catalog: Catalog, url: str) -> None:
     assert catalog.snapshot().resolve("tone").version == 2
     assert [entry.name for entry in before.models()] == ["tone"]
     assert {base: totals.num_adapters for base, totals in before.totals.items()} == {BASE: 1}
+
+
+def test_connections_close_with_the_last_part_that_has_them(catalog_url: str) -> None:
+    jobs = Catalog(catalog_url).view(Principal(actor="ann")).jobs  # catalog and view are gone, and the part goes on
+    pool = cast("QueuePool", jobs.db.engine.pool)
+    assert jobs.page(limit=1).items == ()
+    assert pool.checkedin() == 1
+    del jobs
+    assert pool.checkedin() == 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 from loray.catalog.adapters import Adapters, Bases, Evaluations, Tags
 from loray.catalog.aliases import Aliases, Canaries
 from loray.catalog.backup import Backup
-from loray.catalog.database import Database, open_database
+from loray.catalog.database import Connections, Database, open_database
 from loray.catalog.identity import Audit, Keys, Logins, Tenants
 from loray.catalog.jobs import Jobs
 from loray.catalog.quarantine import Quarantine
@@ -30,8 +29,6 @@ class Catalog:
     allows more than that.
     """
 
-    _root: Catalog | None = None  # of a view: whose end closes the connections
-
     def __init__(
         self,
         url: str,
@@ -41,11 +38,8 @@ class Catalog:
         gate_trusts_keys: bool = False,
         max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
     ) -> None:
-        principal = Principal(actor=actor)
-        engine = open_database(url)
-        self._use(Database(engine, principal, gate_tolerance, gate_trusts_keys, max_snapshot_bytes))
-        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
-        weakref.finalize(self, engine.dispose)
+        connections = Connections(open_database(url))
+        self._use(Database(connections, Principal(actor=actor), gate_tolerance, gate_trusts_keys, max_snapshot_bytes))
 
     def _use(self, db: Database) -> None:
         self._db = db
@@ -85,7 +79,6 @@ class Catalog:
         """
         view = object.__new__(type(self))
         view._use(replace(self._db, principal=principal))
-        view._root = self
         return view
 
     @property

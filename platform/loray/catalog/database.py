@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -50,19 +51,33 @@ _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, ProgrammingError, PoolTimeout)
 
 
+class Connections:
+    """An engine, whose connections close when no part of a catalog holds it any more: short-lived processes and tests
+    open many catalogs.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        weakref.finalize(self, engine.dispose)
+
+
 @dataclass(frozen=True)
 class Database:
-    """What each part of the catalog holds: the engine, the principal that asks, and the settings of the catalog.
+    """What each part of the catalog holds: the connections, the principal that asks, and the settings of the catalog.
 
     gate_tolerance, gate_trusts_keys  those of `aliases.failures`
     max_snapshot_bytes                what the names may take of each gateway's memory
     """
 
-    engine: sa.Engine
+    connections: Connections
     principal: Principal
     gate_tolerance: float
     gate_trusts_keys: bool
     max_snapshot_bytes: int
+
+    @property
+    def engine(self) -> sa.Engine:
+        return self.connections.engine
 
     @property
     def actor(self) -> str:
