@@ -40,7 +40,6 @@ PRIVATE = (
     Private("ray.serve", "Deployment._replica_config", None),
     Private("ray.serve.context", "_get_global_client"),
     Private("ray.serve._private.client", "ServeControllerClient._controller", None),
-    Private(_HANDLE, "DeploymentHandle._init", ("kwargs",)),
     Private(_HANDLE, "DeploymentBroadcastResponse._fetch_replica_results_async"),
     Private(_HANDLE, "DeploymentResponseGenerator._fetch_future_result_async"),
     Private(_HANDLE, "DeploymentResponseGenerator._replica_result_future", None),

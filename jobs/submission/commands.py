@@ -114,13 +114,13 @@ class Place(NamedTuple):
         open: outside the recipe's folder, or named by an absolute path of this machine. A server's job has no folder
         that relative paths could start at, and its absolute ones are those of the driver's machine.
         """
-        named, sources = _local(recipe.spec.data), _local(recipe.data())
+        named = _local(recipe.spec.data)
         if self.address is None and not self.is_here:
             for path in named:
                 if not Path(path).is_absolute():
                     raise DataError(f"data file {path!r} is a relative path; name an s3:// URL or an absolute path")
             return
-        for path, source in zip(named, sources, strict=True):
+        for path, source in zip(named, _local(recipe.data()), strict=True):
             if self.address is not None and not Path(source).is_relative_to(recipe.folder):
                 raise DataError(
                     f"{source} lies outside {recipe.folder}, which is all that is uploaded to {self.address}; "

@@ -62,6 +62,13 @@ def test_paths_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_recipe("lora_smollm2").data().train == str(tmp_path / "data" / "train.jsonl")
 
 
+@pytest.mark.parametrize("path", ["data\0.jsonl", "~nobody-of-this-name/data.jsonl"])
+def test_what_is_no_path_is_refused(tmp_path: Path, path: str) -> None:
+    recipe = write(tmp_path, data={"train": path})
+    with pytest.raises(DataError, match="is no path"):
+        recipe.data()
+
+
 def test_a_recipe_is_also_an_object_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(json.dumps(RECIPE))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from loray.bases.config import ModelConfig
-from loray.errors import SpecError
+from loray.errors import DataError, SpecError
 from loray.recipes.defaults import complete, named_method, size_of
 from loray.recipes.fields import merge
 from loray.recipes.sources import fixed_part
@@ -35,11 +35,16 @@ class Recipe(NamedTuple):
     folder: Path
 
     def data(self) -> DataSpec:
-        """Give the recipe's data absolute paths."""
+        """Give the recipe's data absolute paths. Raises DataError for what is no path."""
         return self.spec.data.with_paths(self._absolute)
 
     def _absolute(self, source: str) -> str:
-        return source if "://" in source else str((self.folder / Path(source).expanduser()).resolve())
+        if "://" in source:
+            return source
+        try:
+            return str((self.folder / Path(source).expanduser()).resolve())
+        except (ValueError, RuntimeError) as e:  # a null character, or the home of a user who is not here
+            raise DataError(f"data file {source!r} is no path: {e}") from e
 
 
 def shipped() -> list[str]:
