@@ -90,7 +90,7 @@ struct Attention {
 
     // Calls of Fetch::some in `add_keys`, about.
     i64 pauses(i64 rows, i64 num, i64 d) const {
-        const i64 keys = keys_in_place(rows) ? ceil_div(num, few_vectors(rows) * W) * ceil_div(d / PER_UNIT, STEPS)
+        const i64 keys = keys_in_place(rows) ? ceil_div(num, few_vectors(rows) * W) * ceil_div(d / PER_UNIT, UNITS)
                                              : ceil_div(num, layout.block_tokens) * ceil_div(d, KEY_STEP);
         return keys + (values_in_place(rows) ? pauses_of(rows, num, d) : P::pauses(num));
     }

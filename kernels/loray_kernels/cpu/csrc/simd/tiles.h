@@ -253,6 +253,7 @@ static inline void tile_columns(const typename P::Unit* a, i64 a_stride, const t
 constexpr int FEW = 3;  // rows that leave registers for twice as many vectors
 constexpr int few_vectors(i64 rows) { return W < 16 && rows <= FEW ? 2 * VECTORS : VECTORS; }
 constexpr i64 STEPS = 4;  // of a sum between two calls of Fetch::some
+constexpr i64 UNITS = 2;  // of keys; a unit of four vectors of keys takes two or four cache lines
 
 // The same for any number of rows and any multiple of W columns.
 template <class P>
@@ -317,7 +318,7 @@ __attribute__((noinline)) static void tile_of_keys(const typename P::Unit* a, i6
     Vec acc[NQ][NV];
     each<NQ * NV>([&](auto i) { acc[i / NV][i % NV] = zero(); });
     for (i64 u = 0; u < units; fetch.some())
-        for (const i64 stop = min_(units, u + STEPS); u < stop; u++)
+        for (const i64 stop = min_(units, u + UNITS); u < stop; u++)
             each<PARTS>([&](auto s) {
                 typename P::Factor factor[NQ];
                 each<NQ>([&](auto q) { factor[q] = P::factor(a + q * a_stride + u * PARTS + s); });
