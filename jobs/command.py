@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -104,7 +105,7 @@ def train(
     console.print(f"training {recipe.spec.name} as job {job}", highlight=False)
     view = RunView(console)
     resumed = f"loray train {shlex.join(source.arguments)} --resume"
-    published = watch(view, server, job, console, address, what="training", resumed=resumed)
+    published = watch(view, server, job, console, what="training", resumed=resumed)
     if as_json:
         click.echo(json.dumps(published | {"job_id": job}, indent=2))
     else:
@@ -143,9 +144,16 @@ def submit(work: Work, settings: Settings, address: str | None) -> tuple[RayJobS
         return server, server.submit(job)
 
 
-def watch(
-    view: RunView, server: _Jobs, job: str, console: Console, address: str | None, *, what: str, resumed: str
-) -> PublishedEvent:
+def _ways_back(server: _Jobs, job: str) -> tuple[str, str]:
+    """Names the commands that follow and stop a job. Ray's own: a job that has not begun is not in the catalog."""
+    if not isinstance(server, RayJobServer):
+        return f"loray jobs logs {job} --follow", f"loray jobs stop {job}"
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH")  # the local cluster's
+    ray = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray job" if token else "ray job"
+    return f"{ray} logs --address {server.address} --follow {job}", f"{ray} stop --address {server.address} {job}"
+
+
+def watch(view: RunView, server: _Jobs, job: str, console: Console, *, what: str, resumed: str) -> PublishedEvent:
     """Shows a job to its end, and returns what it published. Exits with 1 where that is nothing.
 
     Ctrl-C ends the command and not the job; `resumed` is the command with which one that was stopped goes on.
@@ -154,11 +162,11 @@ def watch(
         with view:
             asyncio.run(follow(server, job, view.feed))
     except KeyboardInterrupt:
-        where = "" if address is None else f"LORAY_ADDRESS={address} "
+        follow_it, stop_it = _ways_back(server, job)
         console.print(
             f"\nno longer following; {what} goes on as job {job}\n"
-            f"  follow  {where}loray jobs logs {job} --follow\n"
-            f"  stop    {where}loray jobs stop {job}\n"
+            f"  follow  {follow_it}\n"
+            f"  stop    {stop_it}\n"
             f"  resume  {resumed}   (once stopped, from the last checkpoint)",
             highlight=False,
             soft_wrap=True,

@@ -216,7 +216,7 @@ def sweep(
     console.print(f"sweep runs as job {job}", highlight=False)
     view = SweepView(console)
     resumed_by = f"loray sweep --resume {name}"
-    published = watch(view, server, job, console, address, what="the sweep", resumed=resumed_by)
+    published = watch(view, server, job, console, what="the sweep", resumed=resumed_by)
     if picture is not None:
         picture.write_text(
             draw(f"{name}: held-out loss", view.records, view.best, keep_best=view.keep_best), encoding="utf-8"

@@ -163,8 +163,8 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
             self._records.put(record.model_copy(update={"status": "stopped"}))
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """Ends a trial; not one that Tune starts again, of which it tells too."""
-        if trial.status != "RUNNING" or not trial.should_recover():
+        """Ends a trial; not one that Tune starts again, of which it tells too, after it has stopped it."""
+        if trial.status != "ERROR":
             error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
             record = self._records[trial.config["trial"]]
             self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))

@@ -96,6 +96,18 @@ def test_records_outlive_the_driver_and_stop_trials_of_the_next(tmp_path: Path) 
     assert (again[3].status, again[3].losses, changed[-1]) == ("running", ((12, 1.5),), again[3])
 
 
+@pytest.mark.parametrize(("told", "status"), [("ERROR", "running"), ("RUNNING", "failed"), ("PENDING", "failed")])
+def test_a_trial_whose_driver_dies_goes_on_while_tune_starts_it_again(tmp_path: Path, told: str, status: str) -> None:
+    """`told`: the trial's status when Tune tells its scheduler. One that it starts again it has stopped before."""
+    folder = RunFolder(fs.LocalFileSystem(), str(tmp_path / "sweep"))
+    Path(folder.path).mkdir()
+    records = TrialRecords(folder, plan_of(write(tmp_path).spec, 1), lambda _: None)
+    records.put(record(0, "running", 1.0))
+    trial = SimpleNamespace(config={"trial": 0}, status=told, get_pickled_error=lambda: None)
+    Halving(records, stops_early=True).on_trial_error(None, trial)
+    assert records[0].status == status
+
+
 def test_a_trial_that_is_not_among_the_best_third_falls_behind() -> None:
     others = [record(i, "stopped" if i else "running", *([1.0 + i] * 2)) for i in range(4)]  # at 10 and 20 of 90 steps
     for step, loss, expected in (
