@@ -61,6 +61,7 @@ from loray.text.templates import ChatTemplate
 T = TypeVar("T")
 
 _PAGE = 1000
+_MOST_SUMS = 100_000  # of usage, without a server
 
 
 class CatalogService:
@@ -376,8 +377,9 @@ class CatalogService:
     # -- usage --------------------------------------------------------------------------------------------------------
 
     def usage(self, group_by: Sequence[UsageGroup] = (), **wanted: Unpack[UsageFilter]) -> Iterator[UsageResource]:
-        """Sums over the requests of the own tenant; for administrators of all, or of `tenant`."""
-        return _all(lambda cursor: self.usage_page(group_by, _PAGE, int(cursor or 0), **wanted))
+        """Sums over the requests of the own tenant, as of one moment; for administrators of all, or of `tenant`."""
+        wanted["tenant"] = self._seen(wanted.get("tenant"))
+        return iter(self.catalog.usage.sums(group_by, limit=_MOST_SUMS, **wanted))
 
     def usage_page(
         self, group_by: Sequence[UsageGroup], limit: int, cursor: int = 0, **wanted: Unpack[UsageFilter]

@@ -355,3 +355,11 @@ def test_transfers_that_are_refused(catalog: Catalog, acme: Catalog) -> None:
     acme.jobs.add("job-1", name="tone", recipe=RECIPE.model_copy(update={"name": "tone"}))
     refused(ConflictError, "job-1 trains 'acme/tone'", catalog.adapters.transfer, "acme/tone", "beta", "tone-2")
     assert acme.adapters.resolve("tone").digest == digest(1)
+
+
+def test_an_administrator_is_told_of_the_adapter_that_was_shared(catalog: Catalog, acme: Catalog) -> None:
+    """Not of the own tenant's of the same bare name."""
+    admin = catalog.view(Principal(tenant="acme", actor="ada"))
+    shared = admin.adapters.share("default/tone", "public")
+    assert (shared.name, shared.tenant, shared.visibility) == ("tone", "default", "public")
+    assert acme.adapters.get("tone").visibility == "private"

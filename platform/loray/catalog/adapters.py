@@ -230,7 +230,8 @@ class Adapters:
                 detail = {"visibility": visibility, "shared_with": sorted(wanted)}
                 log(c, self.db.actor, "share", entry.name, tenant=entry.tenant, **detail)
                 count_change(c, adapter_id)
-            return load_entry(c, self.db.principal, entry.name)[1]
+            # qualified, since the own tenant may have an adapter of the bare name
+            return load_entry(c, self.db.principal, f"{entry.tenant}/{split_qualified(entry.name).name}")[1]
 
     def record_upload(self, digest: str) -> None:
         """The caller's tenant has brought the bytes of this digest, which it may register from now on."""

@@ -103,7 +103,7 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
         target = max(catalog.adapter(name).versions) if selector is None else find_version(catalog, name, selector)
         etag, create = _precondition(catalog, name, alias, expected)
         moved = catalog.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
-        tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, moved), as_json)
+        tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, name, moved), as_json)
 
 
 @adapters.command()
@@ -155,7 +155,7 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
     with open_catalog() as catalog:
         moved = catalog.rollback(name, alias)
-        tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, moved), as_json)
+        tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, name, moved), as_json)
 
 
 @adapters.command()
@@ -199,9 +199,9 @@ def release(model: str, as_json: bool) -> None:
     tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
 
 
-def _moved_json(catalog: CatalogClient | CatalogService, moved: AliasResource) -> dict[str, Any]:
-    """Returns the alias, and the version that it points at."""
-    return describe.version_json(catalog.version(moved.name, moved.version)) | moved.model_dump(mode="json")
+def _moved_json(catalog: CatalogClient | CatalogService, name: str, moved: AliasResource) -> dict[str, Any]:
+    """Returns the alias, and the version that it points at. `name`: as it was given, for it may be another tenant's."""
+    return describe.version_json(catalog.version(name, moved.version)) | moved.model_dump(mode="json")
 
 
 def _bounds(
