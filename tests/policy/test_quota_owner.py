@@ -224,6 +224,27 @@ def test_without_its_owner_a_gateway_goes_on_with_its_share() -> None:
     assert 0.9 * 30 * 11 <= len(all_.admitted) <= 30 * 11 + 1
 
 
+def test_without_its_owner_a_gateway_goes_on_with_its_requests_at_once() -> None:
+    all_ = Deployment(2, max_parallel_requests=10)
+    running = []
+    for step in range(40):
+        all_.now = step * _PERIOD_S
+        reservation = all_.ask(0)
+        running += [] if reservation is None else [reservation]
+        for gateway in (0, 1):
+            all_.exchange(gateway)
+    assert len(running) == 10
+    all_.ask(1)  # so that the owner wants what comes back for another gateway
+    for gateway in (0, 1, 0):
+        all_.exchange(gateway)
+    for reservation in running:
+        reservation.settle(1, all_.now)
+    for _ in range(3):
+        all_.send(0)
+        all_.fail()
+    assert all_.ask(0) is not None
+
+
 @given(st.data())
 def test_an_owner_that_is_lost_at_any_time_costs_at_most_the_limit_once_more(data: st.DataObject) -> None:
     limit, num_gateways = 30, 3

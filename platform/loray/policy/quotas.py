@@ -170,6 +170,7 @@ class QuotaLease:
         "_last_turn",
         "_mean_cost",
         "_mean_held_s",
+        "_moved",
         "_num_gateways",
         "_part",
         "_rate",
@@ -194,6 +195,7 @@ class QuotaLease:
         self.level, self.known = self._part, self.limit
         self.at, self.period = now, rule.period(now)
         self.spent = self.in_use = 0.0
+        self._moved = 0.0  # given back by the last report
         self.target: float | None = None
         self.epoch = ""  # of the owner whose answer it had last
         self.is_dirty = self.is_asked = False  # since the last report
@@ -310,8 +312,10 @@ class QuotaLease:
 
     def report(self) -> Report:
         """Return the report, and give back what is above the target. A debt is not told: the owner has `spent`."""
+        before = self.level
         if self.target is not None:
             self.level = min(self.level, self.target)
+        self._moved = before - self.level
         held = max(0.0, self.level)
         told = Report(self.rule, self.period, held, self.epoch, self.known, self.spent, self.is_asked, self.in_use)
         self.spent = 0.0
@@ -319,9 +323,13 @@ class QuotaLease:
         return told
 
     def unreport(self, told: Report) -> None:
-        """Take back a report that did not arrive. What it gave back is not used: the owner may know of it."""
+        """Take back a report that did not arrive, as far as one knows. The owner may know what it gave back, or may be
+        away for long: that is used again only where nothing comes back by itself.
+        """
         if told.period == self.period:
             self.spent += told.spent
+            if not self._rate:
+                self.level += self._moved
         self.is_asked |= told.is_asked
         self.is_dirty = True
 
