@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
+_MAX_WAITING = 8  # adapters that wait to be written; one more is not kept, as the engine must not wait for it
 _NODE_CACHE_BYTES = 16 << 30  # of disk
 _FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter
 _RANGE_BYTES = 4 << 20
@@ -66,13 +66,13 @@ class CacheWriter:
     def submit(self, label: str, write: Callable[[], None], held: ExitStack, memory: Recycled) -> None:
         """Schedule `write`. After it, `held` is closed and `memory` is prepared for the next load.
 
-        If too many adapters wait already, `write` is called at once.
+        If too many adapters wait already, the cache does not keep this one.
         """
-        if self._free_slots.acquire(blocking=False):
-            held.callback(self._free_slots.release)
-            self._last = self._thread.submit(self._run, label, write, held, memory)
-        else:
-            self._run(label, write, held, memory)
+        if not self._free_slots.acquire(blocking=False):
+            held.close()
+            return
+        held.callback(self._free_slots.release)
+        self._last = self._thread.submit(self._run, label, write, held, memory)
 
     def flush(self) -> None:
         """Wait until everything has been written."""
@@ -178,6 +178,13 @@ class _Stored:
         check_declared(entries, self.manifest, source=source)
         skip = -header_end(beginning, source=source) % 8  # so that the tensors are aligned
         whole = memory.empty(skip + num_bytes, torch.uint8)[skip:]
+        try:
+            tensors = {
+                name: whole[e.start : e.stop].view(getattr(torch, DTYPES[e.dtype])).view(e.shape)
+                for name, e in entries.items()
+            }
+        except RuntimeError as e:  # a tensor that does not begin at a multiple of its elements
+            raise IntegrityError(f"{source} is damaged: its header is not that of a safetensors file ({e})") from e
         data = whole.numpy().data
         data[: len(beginning)] = beginning
         starts = range(len(beginning), num_bytes, _RANGE_BYTES)
@@ -191,10 +198,6 @@ class _Stored:
             for read in reads:
                 read.cancel()
             wait(reads)  # so that none writes to memory that has been freed
-        tensors = {
-            name: whole[e.start : e.stop].view(getattr(torch, DTYPES[e.dtype])).view(e.shape)
-            for name, e in entries.items()
-        }
         return tensors, data, sha256.hexdigest()
 
     def read(self, name: str, start: int, stop: int) -> bytes:

@@ -19,7 +19,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed
 from loray.errors import BaseMismatch, IntegrityError
 from loray.files import file_sha256
-from loray.spec import AdapterManifest
+from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
@@ -138,6 +138,41 @@ def test_an_adapter_is_given_before_it_is_in_the_cache(world: World, monkeypatch
     given.set()
     world.loader.cache_writer.flush()
     assert same(open_packed(world.packed_file, verify=True), packed)
+
+
+def test_no_load_waits_while_too_many_wait_for_the_cache(
+    world: World, published: Callable[..., AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, given = AdapterStore.fetch, Event()
+
+    def held_back(self: AdapterStore, *args: Any, **options: Any) -> AdapterManifest:
+        assert given.wait(60)
+        return fetch(self, *args, **options)
+
+    monkeypatch.setattr(AdapterStore, "fetch", held_back)
+    monkeypatch.setattr(adapter_loading, "_MAX_WAITING", 1)
+    loader, other = AdapterLoader(world.base, world.settings), published("b", seed=1)
+    loader(world.ref, world.packer)
+    packed = loader(other, world.packer)
+    given.set()
+    loader.cache_writer.flush()
+    assert world.packed_file.exists()
+    assert not world.cached.with_name(other.digest).exists()
+    assert same(world.load(loader=loader, ref=other), packed)
+    assert world.cached.with_name(other.digest).exists()
+
+
+def test_a_header_whose_tensors_are_not_aligned(world: World) -> None:
+    weights = world.folder / "adapter_model.safetensors"
+    header = (
+        b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}'
+    )
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 6)
+    raw = json.loads((world.folder / "loray.json").read_text()) | {"nbytes": 6}
+    raw["files"][weights.name] = file_sha256(weights)
+    (world.folder / "loray.json").write_text(json.dumps(raw))
+    with pytest.raises(IntegrityError, match="its header is not that of a safetensors file"):
+        world.load(ref=replace(world.ref, digest=world.store.put(world.folder)))
 
 
 def test_a_cache_that_cannot_be_written_affects_no_request(

@@ -96,7 +96,7 @@ class StepTimeModel:
             self._exceptions[kind] = 0
         self._shortest = min(seconds, _RISE * self._shortest)
         if seconds * _OUTLIER < predicted:
-            self._sums = _no_sums()
+            self._sums[kind] = _no_sums()[kind]
         self._num_steps[kind] += 1
         self.largest = StepWork(*map(max, self.largest, work))
         self._sums[kind] = [
