@@ -110,29 +110,24 @@ struct Attention {
                 take_keys<P, T>(w.keys + j, at, layout.block_tokens, n, d, fetch);
             for (i64 i = 0; i < n; i++) values[j + i] = values_of(block, head) + (position + i) * width();
         });
-        const auto each = [&](auto score, auto add) {
+        const auto attended = [&](auto score, auto add) {
             attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add);
         };
-        const auto read_keys = [&](const typename P::Unit* of, i64 count) {
-            product_of_keys<P, T>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT, w.scores,
-                                  count, fetch);
+        const auto with_values = [&](auto add) {
+            if (!in_place) return attended(packed_keys(w, num, d), add);
+            const auto read_keys = [&](const typename P::Unit* of, i64 count) {
+                product_of_keys<P, T>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT,
+                                      w.scores, count, fetch);
+            };
+            attended(read_keys, add);
         };
         if constexpr (P::PER_UNIT == 1)
-            if (values_in_place(rows)) {
-                const auto read_values = [&](const float* weights, float* sums, i64 count) {
+            if (values_in_place(rows))
+                return with_values([&](const float* weights, float* sums, i64 count) {
                     product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
-                };
-                if (in_place)
-                    each(read_keys, read_values);
-                else
-                    each(packed_keys(w, num, d), read_values);
-                return;
-            }
+                });
         P::pack_values(w.values, values, num, d, fetch);
-        if (in_place)
-            each(read_keys, packed_values(w, num, d));
-        else
-            each(packed_keys(w, num, d), packed_values(w, num, d));
+        with_values(packed_values(w, num, d));
     }
 
     // Adds keys [key, key + num) of an item and their values to what is prefetched. All keys of a block of the pool share

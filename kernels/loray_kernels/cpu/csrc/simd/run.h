@@ -67,15 +67,4 @@ struct Run<bf16> {
 };
 #endif
 
-// The first or the second bf16 of W pairs.
-template <int n>
-static inline Vec widened(const bf16* from) {
-#if defined(WIDENED_PAIRS)
-    return Run<bf16>::part<n>(from);
-#else
-    const Vec two = load((const float*)from);
-    return n ? upper(two) : lower(two);
-#endif
-}
-
 }  // namespace LORAY_NAMESPACE

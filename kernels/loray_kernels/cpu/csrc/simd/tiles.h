@@ -64,7 +64,8 @@ struct Singles {
     }
     template <int s>
     static inline Vec in_pool(const bf16* b) {
-        return widened<s>(b);
+        const Vec two = load((const float*)b);
+        return s ? upper(two) : lower(two);
     }
     static inline Vec multiply(Vec acc, Vec a, Vec b) { return fma_here(a, b, acc); }
 
