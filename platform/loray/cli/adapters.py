@@ -103,7 +103,8 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
         target = max(catalog.adapter(name).versions) if selector is None else find_version(catalog, name, selector)
         etag, create = _precondition(catalog, name, alias, expected)
         moved = catalog.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
-        tell(f"{name}@{alias} is version {moved.version} now", _moved_json(catalog, name, moved), as_json)
+        shown = _moved_json(catalog, name, moved) if as_json else None
+    tell(f"{name}@{alias} is version {moved.version} now", shown, as_json)
 
 
 @adapters.command()
@@ -155,7 +156,8 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
     with open_catalog() as catalog:
         moved = catalog.rollback(name, alias)
-        tell(f"{name}@{alias} is version {moved.version} again", _moved_json(catalog, name, moved), as_json)
+        shown = _moved_json(catalog, name, moved) if as_json else None
+    tell(f"{name}@{alias} is version {moved.version} again", shown, as_json)
 
 
 @adapters.command()
