@@ -31,7 +31,7 @@ _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URL
 
 
 class Work(NamedTuple):
-    """What a job's driver does: `python -m MODULE ARGUMENTS`, with `text` as its standard input.
+    """A job's driver runs `python -m MODULE ARGUMENTS`, with `text` as its standard input.
 
     metadata  of the job, for people
     recipe    whose data the driver reads; None: it needs nothing of this machine

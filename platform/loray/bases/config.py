@@ -17,7 +17,7 @@ from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What a decoder layer has beside a plain one's.
+    """This says how a decoder layer differs from a plain one.
 
     qkv_bias         q, k and v have a bias
     qk_norm          RMSNorm on each query and key head

@@ -379,7 +379,7 @@ def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasReso
 
 
 def _overridden(no_gate: str | None, against: tuple[str, ...]) -> dict[str, Any]:
-    """What the audit log says of a gate that was overridden."""
+    """Say for the audit log that a gate was overridden, and against what."""
     return {"no_gate": no_gate, "against": against} if against else {}
 
 

@@ -52,8 +52,8 @@ _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, Program
 
 
 class Connections:
-    """An engine, whose connections close when no part of a catalog holds it any more: short-lived processes and tests
-    open many catalogs.
+    """This holds an engine, and closes its connections when no part of a catalog holds it any more: short-lived
+    processes and tests open many catalogs.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -63,7 +63,7 @@ class Connections:
 
 @dataclass(frozen=True)
 class Database:
-    """What each part of the catalog holds: the connections, the principal that asks, and the settings of the catalog.
+    """Each part of the catalog holds this: the connections, the principal that asks, and the settings of the catalog.
 
     gate_tolerance, gate_trusts_keys  those of `aliases.failures`
     max_snapshot_bytes                what the names may take of each gateway's memory

@@ -386,7 +386,7 @@ class CatalogClient(HttpClient):
 
 
 def _times(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked, with times as the API has them."""
+    """Write the times of what is asked as the API has them."""
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in wanted.items()}
 
 

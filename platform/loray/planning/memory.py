@@ -37,7 +37,7 @@ _FSDP_LAYERS = 3  # the current layer, the next one, and the flat buffer that th
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is in memory at some moments. `block` are the bytes of its largest tensor."""
+    """An item is in memory at some moments. `block` are the bytes of its largest tensor."""
 
     name: str
     nbytes: int

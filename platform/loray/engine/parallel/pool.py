@@ -155,7 +155,7 @@ class Channel:
 
 
 class _RankPool(Pool):
-    """It has as many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
+    """This pool has as many blocks as that of an engine of one rank, each with the KV heads of one of several ranks."""
 
     def __init__(
         self, spec: ServeSpec, config: ModelConfig, rank: int, page_writer: Callable[[Tensor], PageWriter]

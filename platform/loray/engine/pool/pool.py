@@ -117,7 +117,7 @@ def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
 
 
 class Allocation(NamedTuple):
-    """What the allocator gave for an adapter. `pair_block`: the first of the run for its pair; None: it has none, or
+    """The allocator gave this for an adapter. `pair_block`: the first of the run for its pair; None: it has none, or
     the pool has it already.
     """
 
