@@ -188,7 +188,8 @@ async def test_no_text_is_in_a_span(place: Place, deployed: Deployed) -> None:
     body = {
         "model": "tone",
         "messages": [{"role": "user", "content": SECRET}],
-        "max_tokens": 3,
+        "max_tokens": 24,  # one letter would be somewhere in a span
+        "ignore_eos": True,
         "stop": ["ostrich"],
         "user": "giraffe",
         "tools": [tool],
@@ -198,7 +199,8 @@ async def test_no_text_is_in_a_span(place: Place, deployed: Deployed) -> None:
     assert response.status_code == 200, response.text
     text = "".join(str(span.to_json()) for spans in deployed.spans.values() for span in spans)
     answer = json.loads(response.text)["choices"][0]["message"]["content"]
-    assert [word for word in (SECRET, "ostrich", "giraffe", "gazelle", answer) if word and word in text] == []
+    assert len(answer) > 8
+    assert [word for word in (SECRET, "ostrich", "giraffe", "gazelle", answer) if word in text] == []
     assert "chat tone" in deployed.spans
 
 
