@@ -13,10 +13,16 @@ METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in (Lo
 
 # By `peft_type`. DoRA and LongLoRA are LORA there, and are read as it is.
 METHODS_OF_PEFT: Mapping[str, Method] = {method.peft_type: method for method in reversed([*METHODS.values()])}
+_FP32_PARTS = tuple(f".{part}." for method in METHODS.values() for part in method.fp32_parts)
 
 
 def method_of(spec: AdapterSpec) -> Method:
     return METHODS[spec.method]
 
 
-__all__ = ["METHODS", "METHODS_OF_PEFT", "Method", "method_of"]
+def keeps_fp32(name: str) -> bool:
+    """True where the parameter of this name is one of its method's `fp32_parts`."""
+    return any(part in f"{name}." for part in _FP32_PARTS)
+
+
+__all__ = ["METHODS", "METHODS_OF_PEFT", "Method", "keeps_fp32", "method_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,25 +22,41 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
 )
 
 
+class SlowRates(NamedTuple):
+    """Learning rates, of rows and of pairs, below which a method hardly learns, and what a warning says of them."""
+
+    rates: tuple[float, float]
+    why: str
+
+
 class _AdapterSpec(Frozen):
     """Fields of all methods. `train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and
     published as well.
 
     usual_attention  while training, where a recipe does not say
     held_whole       what strategies that take parameters apart cannot hold; None: they can
+    trains_b         LoRA's B, which LoRA+ gives a learning rate of its own
+    slow_below       rates that are a warning; None: there are none
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
     held_whole: ClassVar[str | None] = None
+    trains_b: ClassVar[bool] = True
+    slow_below: ClassVar[SlowRates | None] = None
 
-    rank: int = Field(gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
 
 
-class LoraSpec(_AdapterSpec):
+class _RankedSpec(Frozen):
+    """Fields of methods with matrices."""
+
+    rank: int = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class LoraSpec(_AdapterSpec, _RankedSpec):
     """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
 
     method: Literal["lora"] = "lora"
@@ -71,8 +87,14 @@ class LongLoraSpec(LoraSpec):
     train_norms: bool = True
 
 
-class VeraSpec(_AdapterSpec):
+class VeraSpec(_AdapterSpec, _RankedSpec):
     """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
+
+    trains_b: ClassVar[bool] = False
+    slow_below: ClassVar[SlowRates | None] = SlowRates(
+        (1e-3, 5e-5),
+        "as for LoRA; VeRA's two vectors a module want about ten times that (the paper: 4e-3 to 2e-2)",
+    )
 
     method: Literal["vera"] = "vera"
     rank: int = Field(default=256, gt=0)
