@@ -45,6 +45,8 @@ def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS) -> in
         ("Qwen3ForCausalLM", {"method": "lora", "rank": 4, "target_modules": ["q_proj", "down_proj"]}, 0),
         ("LlamaForCausalLM", {"method": "lora", "rank": 4, "target_modules": ALL, "dropout": 0.1}, 0.01),
         ("LlamaForCausalLM", {"method": "vera", "rank": 8}, 0),
+        ("LlamaForCausalLM", {"method": "ia3"}, 0),
+        ("Qwen2ForCausalLM", {"method": "ia3", "target_modules": ALL}, 0),
         ("LlamaForCausalLM", LONG, 0.05),
         ("Qwen3ForCausalLM", LONG, 0.05),
     ],
@@ -70,7 +72,14 @@ def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: s
 
 
 @pytest.mark.parametrize(
-    "adapter", [{"method": "lora", "target_modules": ALL}, {"method": "dora"}, {"method": "vera"}, LONG]
+    "adapter",
+    [
+        {"method": "lora", "target_modules": ALL},
+        {"method": "dora"},
+        {"method": "vera"},
+        {"method": "ia3", "target_modules": ALL},
+        LONG,
+    ],
 )
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("tied", [False, True])

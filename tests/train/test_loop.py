@@ -69,6 +69,7 @@ def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel,
         ("dora", "bfloat16", "shuffled"),
         ("vera", "float32", "length_grouped"),
         ("longlora", "bfloat16", "shuffled"),
+        ("ia3", "bfloat16", "packed"),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(

@@ -1,4 +1,4 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA, IA³."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora"]
+Method = Literal["lora", "dora", "vera", "longlora", "ia3"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -103,4 +103,20 @@ class VeraSpec(_AdapterSpec, _RankedSpec):
     save_projection: bool = False
 
 
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
+class Ia3Spec(_AdapterSpec):
+    """IA³ (Liu et al., 2022): each output of a module is multiplied by a trained number; of down_proj, as in the paper,
+    each input, which is what the MLP computes between its matrices.
+    """
+
+    held_whole: ClassVar[str | None] = "IA³ trains fp32 vectors"
+    trains_b: ClassVar[bool] = False
+    slow_below: ClassVar[SlowRates | None] = SlowRates(
+        (2e-3, 2e-4),
+        "as for LoRA; IA³'s vectors, which begin at 1, want several times that (the paper: 3e-3)",
+    )
+
+    method: Literal["ia3"] = "ia3"
+    target_modules: tuple[LinearModule, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
+
+
+AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | Ia3Spec, Field(discriminator="method")]

@@ -41,6 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, dense, scaled": {"method": "lora", "rope_scaling": {"factor": 2, "original_context": 16}},
     "vera, dense": {"method": "vera"},
     "dora, dense": {"method": "dora"},
+    "ia3, dense": {"method": "ia3"},
     "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
@@ -159,6 +160,7 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         ("vera, dense", "3/1", 2, PLAIN),
         ("dora, dense", "8/8", 2, PLAIN),
         ("dora, dense", "3/1", 4, PLAIN),
+        ("ia3, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "9/3", 4, "exchanged again"),
     ],
