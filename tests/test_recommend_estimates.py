@@ -95,7 +95,7 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 def test_estimates_are_the_plans() -> None:
     found = {e.method: e for e in estimate_methods(Answers(2048, 10), shape(), A100)}
-    lora, dora, vera, longlora, ia3 = (found[m] for m in ("lora", "dora", "vera", "longlora", "ia3"))
+    lora, dora, vera, longlora, ia3, road = (found[m] for m in ("lora", "dora", "vera", "longlora", "ia3", "road"))
     run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
     assert list(found) == [*(method for method in METHODS if method != "longlora"), "longlora"]
@@ -108,8 +108,9 @@ def test_estimates_are_the_plans() -> None:
     assert vera.trained_parameters == 30 * (576 + 192 + 192 + 576 + 4 * 256)
     assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
     assert (ia3.trained_parameters, ia3.settings) == (30 * (192 + 192 + 1536), "k, v, down")
-    assert ia3.adapters_per_gib > 10 * lora.adapters_per_gib
-    assert ia3.throughput > lora.throughput
+    assert road.trained_parameters == 30 * (576 + 192 + 192 + 576)  # an angle and a scale of two outputs
+    assert ia3.adapters_per_gib > road.adapters_per_gib > 10 * lora.adapters_per_gib
+    assert ia3.throughput > road.throughput > lora.throughput
     assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
     assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
     assert 0 < lora.throughput < vera.throughput < 1

@@ -47,6 +47,7 @@ def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS) -> in
         ("LlamaForCausalLM", {"method": "vera", "rank": 8}, 0),
         ("LlamaForCausalLM", {"method": "ia3"}, 0),
         ("Qwen2ForCausalLM", {"method": "ia3", "target_modules": ALL}, 0),
+        ("LlamaForCausalLM", {"method": "road", "group_size": 32, "target_modules": ALL}, 0),
         ("LlamaForCausalLM", LONG, 0.05),
         ("Qwen3ForCausalLM", LONG, 0.05),
     ],
@@ -78,6 +79,7 @@ def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: s
         {"method": "dora"},
         {"method": "vera"},
         {"method": "ia3", "target_modules": ALL},
+        {"method": "road", "variant": "road_4", "group_size": 16},
         LONG,
     ],
 )

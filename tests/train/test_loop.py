@@ -70,6 +70,7 @@ def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel,
         ("vera", "float32", "length_grouped"),
         ("longlora", "bfloat16", "shuffled"),
         ("ia3", "bfloat16", "packed"),
+        ("road", "float32", "shuffled"),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
@@ -318,6 +319,8 @@ def test_at_the_default_rate_stage_two_beats_stage_one_on_its_own_rows(
         ("vera", {"projection_prng_key": 4}, r"random pair is another one \(projection_prng_key\)"),
         ("vera", {"rank": 8}, "its rank is 24"),
         ("vera", {"method": "lora"}, "its method is vera"),
+        ("road", {"group_size": 16}, "its group_size is 32"),
+        ("road of four", {"variant": "road_1"}, "its variant is road_4"),
     ],
 )
 def test_what_differs_is_named(

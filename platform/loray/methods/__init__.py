@@ -6,12 +6,13 @@ from loray.methods.base import Method
 from loray.methods.dora import Dora
 from loray.methods.ia3 import Ia3
 from loray.methods.lora import LongLora, Lora
+from loray.methods.road import Road
 from loray.methods.vera import Vera
 from loray.spec import AdapterSpec
 from loray.spec import Method as AdapterMethod
 
 METHODS: Mapping[AdapterMethod, Method] = {
-    method.name: method for method in (Lora(), Dora(), Vera(), LongLora(), Ia3())
+    method.name: method for method in (Lora(), Dora(), Vera(), LongLora(), Ia3(), Road())
 }
 
 # By `peft_type`. DoRA and LongLoRA are LORA there, and are read as it is.

@@ -1,4 +1,4 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA, IA³."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA, IA³, RoAd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pydantic import Field
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora", "ia3"]
+Method = Literal["lora", "dora", "vera", "longlora", "ia3", "road"]
+RoadVariant = Literal["road_1", "road_2", "road_4"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -119,4 +120,20 @@ class Ia3Spec(_AdapterSpec):
     target_modules: tuple[LinearModule, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
 
 
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | Ia3Spec, Field(discriminator="method")]
+class RoadSpec(_AdapterSpec):
+    """RoAd (Liao & Monz, 2024): pairs of a module's outputs are turned by a trained angle and scaled by a trained
+    number. `variant`: one of both for a pair, one for an output (road_2), or one for each of a pair's four products
+    (road_4). The two outputs of a pair are half of `group_size` apart.
+    """
+
+    held_whole: ClassVar[str | None] = "RoAd trains fp32 vectors"
+    trains_b: ClassVar[bool] = False
+
+    method: Literal["road"] = "road"
+    variant: RoadVariant = "road_1"
+    group_size: int = Field(default=64, ge=2, multiple_of=2)
+
+
+AdapterSpec = Annotated[
+    LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | Ia3Spec | RoadSpec, Field(discriminator="method")
+]

@@ -123,7 +123,7 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     assert got == served(other, requests, joins=5)
 
 
-@pytest.mark.parametrize("names", [("ia3", "dora", "r2")])
+@pytest.mark.parametrize("names", [("ia3", "dora", "r2"), ("road", "ia3", "r2")])
 def test_steps_with_scales_of_outputs_are_replayed_too(
     base: BaseModel,
     mixed: dict[str, TestAdapter],

@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vera, dense": {"method": "vera"},
     "dora, dense": {"method": "dora"},
     "ia3, dense": {"method": "ia3"},
+    "road, dense": {"method": "road", "adapter": {"group_size": 8}},
     "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
@@ -161,6 +162,7 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         ("dora, dense", "8/8", 2, PLAIN),
         ("dora, dense", "3/1", 4, PLAIN),
         ("ia3, dense", "8/2", 2, PLAIN),
+        ("road, dense", "3/1", 2, PLAIN),
         ("longlora, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "9/3", 4, "exchanged again"),
     ],
