@@ -110,7 +110,7 @@ def test_estimates_are_the_plans() -> None:
     assert (ia3.trained_parameters, ia3.settings) == (30 * (192 + 192 + 1536), "k, v, down")
     assert road.trained_parameters == 30 * (576 + 192 + 192 + 576)  # an angle and a scale of two outputs
     assert ia3.adapters_per_gib > road.adapters_per_gib > 10 * lora.adapters_per_gib
-    assert ia3.throughput > road.throughput > lora.throughput
+    assert min(ia3.throughput, road.throughput) > lora.throughput
     assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
     assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
     assert 0 < lora.throughput < vera.throughput < 1

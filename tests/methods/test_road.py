@@ -24,8 +24,7 @@ from loray.spec import LINEAR_MODULES
 from loray.spec.methods import RoadSpec, RoadVariant
 from loray.train.checkpoint import save_adapter
 from loray.train.objectives import batch_loss
-from tests.fixtures.adapters import IDS, BaseFactory, in_peft, logits, recipe, trained
-from tests.methods.test_attach import batch, trained_parts
+from tests.fixtures.adapters import IDS, BaseFactory, batch, in_peft, logits, recipe, trained, trained_parts
 
 VARIANTS: tuple[RoadVariant, ...] = ("road_1", "road_2", "road_4")
 
