@@ -61,7 +61,7 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"
     ranks = {module.rank for module in weights.modules.values()}
-    if ranks != {spec.rank}:
+    if ranks != {method.rank(spec)}:
         yield f"its rank is {', '.join(map(str, sorted(ranks)))}"
     else:
         yield from method.differences(spec, weights, base)

@@ -206,8 +206,6 @@ StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 # name, name@alias or name@version, of the tenant itself or as tenant/name
 _ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
 
-_LEAST_VERA_RATE, _LEAST_VERA_DPO_RATE = 1e-3, 5e-5
-
 
 class OptimizerSpec(Frozen):
     """AdamW. Embeddings and norms are never decayed.
@@ -375,8 +373,8 @@ class TrainSpec(Frozen):
                 yield f"parallel.sequence is {sequence}, which does not divide {name} ({number})"
         if self.min_workers is not None and self.min_workers > self.num_workers:
             yield f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})"
-        if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
-            yield "optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train"
+        if self.optimizer.loraplus_lr_ratio is not None and not self.adapter.trains_b:
+            yield f"optimizer.loraplus_lr_ratio is for LoRA's B, which {self.adapter.method} does not train"
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             yield "optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains"
         if self.parallel.strategy != "ddp":
@@ -410,12 +408,9 @@ class TrainSpec(Frozen):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about values that are valid but probably a mistake."""
-        rate = self.optimizer.learning_rate
-        if self.adapter.method == "vera" and rate < (_LEAST_VERA_DPO_RATE if self.is_paired else _LEAST_VERA_RATE):
-            return (
-                f"optimizer.learning_rate is {rate:g}, as for LoRA; VeRA's two vectors a module want about ten times "
-                "that (the paper: 4e-3 to 2e-2)",
-            )
+        rate, slow = self.optimizer.learning_rate, self.adapter.slow_below
+        if slow is not None and rate < slow.rates[self.is_paired]:
+            return (f"optimizer.learning_rate is {rate:g}, {slow.why}",)
         return ()
 
 
