@@ -157,7 +157,8 @@ def test_the_driver_says_why_in_one_line(
     write(tmp_path, base="missing")
     result = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 1
-    (line,) = result.stdout.splitlines()
+    *stages, line = result.stdout.splitlines()
+    assert stages == ["checking the recipe"]
     assert line.startswith("error: no base model 'missing'")
     write(tmp_path, name="never-trained")
     nothing = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml"), "--publish-checkpoint", "--events"])
