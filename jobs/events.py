@@ -278,7 +278,9 @@ def describe(event: Event) -> str:
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
         case "batch":
-            return f"batch: {event['rows']} rows at once, {event['accumulation']} times a step ({event['reason']})"
+            rows, times = event["rows"], event["accumulation"]
+            cut = f"{rows} rows at once, {times} times a step" if times > 1 else f"all {rows} rows of a step at once"
+            return f"batch: {cut} ({event['reason']})"
         case "warning":
             return f"warning: {event['message']}"
         case "worker_lost":
@@ -312,7 +314,8 @@ def describe(event: Event) -> str:
 def _sample(sample: Mapping[str, str]) -> str:
     """Writes a line for each part, however many it has."""
     width = max(map(len, sample))
-    return "\n".join(f"{name.ljust(width)}  {' ⏎ '.join(text.splitlines())}" for name, text in sample.items())
+    lines = {name: " ⏎ ".join(text.splitlines()) or "(nothing)" for name, text in sample.items()}
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items())
 
 
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:

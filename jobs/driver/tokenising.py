@@ -40,10 +40,11 @@ class RayTasks:
         self._spec, self._group, self._connect, self._stages = spec, group, connect, stages
 
     def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
-        self._stages(_STAGE, 0, num_tasks)
         if num_tasks == 1:
+            self._stages(_STAGE)
             run_here(tokenisation, cache, tasks, num_tasks)
             return
+        self._stages(_STAGE, 0, num_tasks)
         self._connect()
         log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
         takes = worker_resources(self._spec, self._group)

@@ -41,7 +41,8 @@ def test_events_for_people() -> None:
     assert "20 rows held out; 1" in describe(START | {"data": START["data"] | {"num_eval_rows": 20}})
     batch: Any = {"event": "batch", "rows": 4, "accumulation": 2, "reason": "the most that fit"}
     assert describe(batch) == "batch: 4 rows at once, 2 times a step (the most that fit)"
-    assert describe(SAMPLES) == "prompt    one ⏎ two\nexpected  2\nbase      \nadapter   2"
+    assert describe(batch | {"accumulation": 1}) == "batch: all 4 rows of a step at once (the most that fit)"
+    assert describe(SAMPLES) == "prompt    one ⏎ two\nexpected  2\nbase      (nothing)\nadapter   2"
 
 
 def test_metrics_are_those_of_the_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
