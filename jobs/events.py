@@ -278,8 +278,9 @@ def describe(event: Event) -> str:
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
         case "batch":
-            rows, times = event["rows"], event["accumulation"]
-            cut = f"{rows} rows at once, {times} times a step" if times > 1 else f"all {rows} rows of a step at once"
+            at_once, times = event["rows"], event["accumulation"]
+            is_cut = times > 1
+            cut = f"{at_once} rows at once, {times} times a step" if is_cut else f"all {at_once} rows of a step at once"
             return f"batch: {cut} ({event['reason']})"
         case "warning":
             return f"warning: {event['message']}"
