@@ -110,6 +110,7 @@ class RunShape:
     context          tokens of the context that the adapter is trained for
     quantization     of the base, None where it stays in `dtype`
     measured_length  tokens of the longest window or prompt that is measured before publishing; None: nothing is
+    is_cut_to_fit    `num_rows` are those of a step, which the plan cuts into micro-batches
     """
 
     model: ModelConfig
@@ -128,6 +129,7 @@ class RunShape:
     quantization: QuantizationSpec | None
     measured_length: int | None
     row_size: int = 1
+    is_cut_to_fit: bool = False
 
     @property
     def has_reference(self) -> bool:
@@ -219,13 +221,14 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
     resolved = resolve(spec, model)
     row_length, row_size = resolved.row_length, spec.objective.sequences_per_row
     check_token_budget(spec.batch, row_length * row_size)
+    is_cut_to_fit = spec.batch.accumulation == "auto"
     return RunShape(
         model=model,
         adapter=spec.adapter,
         dtype=dtype if spec.dtype == "auto" else spec.dtype,
         row_length=row_length,
         num_rows=spec.batch.rows or (spec.batch.tokens or 0) // (row_length * row_size),
-        accumulation=spec.batch.accumulation,
+        accumulation=1 if is_cut_to_fit else spec.batch.chosen_accumulation,
         group_size=resolved.group_size,
         usual_group=resolved.usual_group,
         context=resolved.context,
@@ -236,6 +239,7 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
         quantization=spec.quantization,
         measured_length=_measured_length(spec, resolved),
         row_size=row_size,
+        is_cut_to_fit=is_cut_to_fit,
     )
 
 

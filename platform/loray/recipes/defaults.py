@@ -54,7 +54,7 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "data.max_rows": Default("all of them; the first ones of every source"),
     "batch.rows": Default("of a worker at once; halve it and double `accumulation` where memory is short", 8),
     "batch.tokens": Default("instead of `rows`: a budget, padding included, where rows differ much in length"),
-    "batch.accumulation": Default("micro-batches of a step; a larger batch without more memory"),
+    "batch.accumulation": Default("micro-batches of a step: more rows in the same memory; auto: as few as fit it"),
     "batch.order": Default("shuffled; length_grouped pads less, packed not at all, concat joins texts"),
     "optimizer.learning_rate": Default("the update is scaled by alpha/rank; large bases want less", 1e-3, 2e-4),
     "optimizer.weight_decay": Default("an adapter is small: early stopping on held-out loss regularises better"),
@@ -129,9 +129,16 @@ def defaults_of(
 def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
     """Copy a recipe's `fields`, and give those that it leaves out their defaults.
 
-    A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
+    A field that is null is given. What is not as a recipe should be is left for its parser to refuse. `batch: auto`, or
+    `accumulation: auto` without rows, stands for as many rows in a step as by default, cut to fit.
     """
     filled = copy.deepcopy(dict(fields))
+    batch = {"accumulation": "auto"} if filled.get("batch") == "auto" else filled.get("batch")
+    is_cut_to_fit = False
+    if isinstance(batch, dict) and batch.get("accumulation") == "auto" and not {"rows", "tokens"} & {*batch}:
+        is_cut_to_fit = True
+        del batch["accumulation"]
+        fields, filled["batch"] = {**fields, "batch": dict(batch)}, batch
     method, objective = named_method(fields), _kind(fields, "objective", "type", FIRST_OBJECTIVE)
     known = next((name for name in OBJECTIVES if name == objective), None)
     defaults = {} if method is None or known is None else defaults_of(method, known)
@@ -139,7 +146,17 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
         value = default.on(size)
         if value is not None and not any(_has(fields, other) for other in alternatives(path)):
             _put(filled, path, value)
+    if is_cut_to_fit:
+        filled["batch"] = cut_to_fit(filled["batch"])
     return filled
+
+
+def cut_to_fit(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the micro-batches of a complete section `batch` to the plan, with as many rows in a step."""
+    rows, accumulation = batch.get("rows"), batch.get("accumulation", 1)
+    if isinstance(rows, int) and isinstance(accumulation, int):
+        return {**batch, "rows": rows * accumulation, "accumulation": "auto"}
+    return {**batch, "accumulation": "auto"}
 
 
 def named_method(fields: Mapping[str, Any]) -> Method | None:

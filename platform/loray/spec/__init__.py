@@ -79,6 +79,7 @@ from loray.spec.fields import (
     format_seconds,
     format_size,
     parse_size,
+    printable,
     read_mapping,
 )
 from loray.spec.generation import (
@@ -272,6 +273,7 @@ __all__ = [
     "is_engine",
     "meanings",
     "parse_size",
+    "printable",
     "qualified_name",
     "read_mapping",
     "retrieval_metric",

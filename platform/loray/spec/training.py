@@ -165,6 +165,8 @@ class BatchSpec(Frozen):
     """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is. A row of DPO is
     a pair: two sequences.
 
+    accumulation  micro-batches of a step. auto: `rows` are those that a worker takes in a step, in as few micro-batches
+                  as fit its memory
     order  shuffled, length_grouped: a document or a window of it is a row. packed: whole documents fill a row, each
            with positions and attention of its own. concat, of texts: they are joined by the end-of-sequence token and
            cut at the longest row, with one attention and running positions, as LongLoRA's paper does. None: concat
@@ -173,14 +175,22 @@ class BatchSpec(Frozen):
 
     rows: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)
-    accumulation: int = Field(default=1, gt=0)
+    accumulation: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     order: Literal["shuffled", "length_grouped", "packed", "concat"] | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.rows is None) == (self.tokens is None):
             raise ValueError("give exactly one of rows and tokens")
+        if self.accumulation == "auto" and self.rows is None:
+            raise ValueError("accumulation: auto cuts the rows of a step: give rows instead of tokens")
         return self
+
+    @property
+    def chosen_accumulation(self) -> int:
+        """The micro-batches of a step, of a recipe whose driver has chosen them."""
+        assert self.accumulation != "auto", "the driver chooses the micro-batches"
+        return self.accumulation
 
 
 _BLOCK, _OUTER_BLOCK = 64, 256  # bitsandbytes' numbers of elements with a common scale, and of such scales
@@ -351,7 +361,7 @@ class TrainSpec(Frozen):
     @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of all workers in one optimizer step. It does not depend on how many workers are left."""
-        return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
+        return self.batch.chosen_accumulation * (self.num_workers // self.parallel.sequence)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
