@@ -189,7 +189,6 @@ def _utilisation(
         data.length_counts,
         group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
-        has_reference=spec.is_paired,
     )
     if peak_tflops is not None:
         return Utilisation(per_token, Peak(peak_tflops * 1e12))

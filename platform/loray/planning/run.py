@@ -104,7 +104,8 @@ class RunShape:
 
     row_length       N of the longest row, in tokens, before padding
     num_rows         rows of a micro-batch
-    row_size         sequences of a row: two where it is a pair, which also goes through the reference
+    row_size         sequences of a row: two where it is a pair
+    has_reference    each row is compared with a reference, in a pass before the first step
     group_size       S2-Attn's G, None where attention is dense
     usual_group      G of LongLoRA's paper
     context          tokens of the context that the adapter is trained for
@@ -128,11 +129,7 @@ class RunShape:
     quantization: QuantizationSpec | None
     measured_length: int | None
     row_size: int = 1
-
-    @property
-    def has_reference(self) -> bool:
-        """True where a step has one more forward pass, of the base alone."""
-        return self.row_size > 1
+    has_reference: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -236,6 +233,7 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
         quantization=spec.quantization,
         measured_length=_measured_length(spec, resolved),
         row_size=row_size,
+        has_reference=spec.objective.has_reference,
     )
 
 

@@ -116,7 +116,7 @@ def defaults_of(
 ) -> dict[str, Default]:
     """List the defaults of all fields of a recipe of `method` with that objective, by field.
 
-    `is_continued`: it has an `init_adapter` (pairs have none), which changes a reason and no value.
+    `is_continued`: it has an `init_adapter`, which changes a reason and no value.
     """
     found = {**_EVERY_METHOD, **METHODS[method].defaults, **OBJECTIVES[objective].defaults}
     if OBJECTIVES[objective].sequences_per_row > 1:

@@ -19,7 +19,8 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/
 class _ObjectiveSpec(Frozen):
     """The section `objective` of a recipe. Its class says what data, planning and reports ask of an objective.
 
-    sequences_per_row  two where a row is a pair of answers, which also goes through the reference
+    sequences_per_row  two where a row is a pair of answers
+    has_reference      its loss compares with what the model says of a row before the first step
     metrics            names of further figures beside the loss, means over its terms: events, gauges and trackers have
                        them by these
     shown              those that a line for people has, and what they are called there
@@ -27,6 +28,7 @@ class _ObjectiveSpec(Frozen):
     """
 
     sequences_per_row: ClassVar[int] = 1
+    has_reference: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, Default]] = {}
@@ -40,7 +42,7 @@ class SftSpec(_ObjectiveSpec):
 
 class DpoSpec(_ObjectiveSpec):
     """Direct Preference Optimization (Rafailov et al., 2023) on pairs of a chosen and a rejected answer. The reference
-    is the base, with the adapter off. Fields have the names of TRL's DPOConfig.
+    is what training goes on from: `init_adapter`, or the base. Fields have the names of TRL's DPOConfig.
 
     loss_type        sigmoid: equation 7 of the paper; robust: its unbiased estimate where labels are noisy (Chowdhury
                      et al., 2024); ipo: a squared distance of mean log-ratios to 1/(2 beta) (Azar et al., 2023);
@@ -49,10 +51,11 @@ class DpoSpec(_ObjectiveSpec):
     """
 
     sequences_per_row: ClassVar[int] = 2
+    has_reference: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = REWARDS
     shown: ClassVar[Mapping[str, str]] = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     defaults: ClassVar[Mapping[str, Default]] = {
-        "objective.type": Default("pairs against the base, with the adapter off", "dpo"),
+        "objective.type": Default("pairs against what training goes on from, the base or `init_adapter`", "dpo"),
         "objective.beta": Default("the paper's; higher stays nearer to the base"),
         "objective.label_smoothing": Default("of robust: the share of pairs that are labelled the wrong way round"),
         "objective.loss_type": Default("the paper's; robust where labels are noisy, ipo where sigmoid overfits, hinge"),

@@ -394,18 +394,6 @@ class TrainSpec(Frozen):
             yield f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out"
         if self.batch.order in ("packed", "concat"):
             yield f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out"
-        if self.parallel.sequence > 1:
-            yield "DPO compares whole answers, which parallel.sequence splits: set it to 1"
-        if self.adapter.train_embeddings or self.adapter.train_norms:
-            yield (
-                "DPO's reference is the base with the adapter off, and trained embeddings and norms stay on: set "
-                "adapter.train_embeddings and adapter.train_norms to false"
-            )
-        if self.init_adapter is not None:
-            yield (
-                "DPO's reference is the base, and init_adapter starts elsewhere: merge that adapter into a base "
-                "(loray adapters pull --format), add it with loray base add, and train on it"
-            )
 
     @property
     def warnings(self) -> tuple[str, ...]:
