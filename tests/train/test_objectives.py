@@ -124,10 +124,9 @@ def test_a_batch_that_fills_up_a_step_counts_nothing(base: BaseModel, tmp_path: 
     data = make_data(tmp_path, spec)
     stream = BatchStream(data.train, spec.batch, max_length=48, seed=0, per_step=3, rank=1, size=2, paired=True)
     batch, filler = stream.next_step()
-    assert (batch.num_terms, filler.num_terms, filler.num_tokens) == (2, 0, 0)
-    model = build_model(base, spec)
-    objective = objective_of(model, spec)
-    loss = objective(filler)
+    objective = objective_of(build_model(base, spec), spec)
+    assert (objective.counts(batch), objective.counts(filler), filler.num_tokens) == ({"pairs": 2}, {"pairs": 0}, 0)
+    loss = objective(filler, {"pairs": 2})
     loss.backward()
     assert loss.item() == 0.0
     assert objective.take() == (0.0,) * 4 == objective.take()
@@ -158,10 +157,10 @@ def ours(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
         for name, parameter in parameters.items():
             parameter.copy_(drawn(name, parameter))
     data = make_data(folder, spec, num_pairs=NUM_PAIRS)
-    loss = objective(collate_pairs(data.train, tuple((i,) for i in range(NUM_PAIRS)))) / NUM_PAIRS
+    loss = objective(collate_pairs(data.train, tuple((i,) for i in range(NUM_PAIRS))), {"pairs": NUM_PAIRS})
     loss.backward()
-    rewards = tuple(s / NUM_PAIRS for s in objective.take())
-    return Result(float(loss.detach()), {n: p.grad for n, p in parameters.items() if p.grad is not None}, rewards)
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    return Result(float(loss.detach()), gradients, objective.take())
 
 
 def theirs(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:

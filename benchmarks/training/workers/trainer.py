@@ -76,7 +76,8 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
     def __init__(self, base: BaseModel, spec: TrainSpec, ids: Any) -> None:
         device, self._ids = torch.device("cpu"), ids
         model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
-        self._strategy = prepare(objective_of(model, spec), spec, Mesh.build(1, device).world, device, weights)
+        self._objective = objective_of(model, spec)
+        self._strategy = prepare(self._objective, spec, Mesh.build(1, device).world, device, weights)
         self.our_seconds: list[float] = []
         self.their_seconds: list[float] = []
         self.our_losses: list[float] = []
@@ -87,11 +88,11 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
         rows = [(row, np.ones(len(row), np.bool_)) for row in self._ids[state.global_step]]
         began = time.perf_counter()
         batch = collate(pack_rows(rows), tuple((i,) for i in range(len(rows))), packed=False)
-        loss = self._strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        loss = self._strategy.forward_backward(batch, totals=self._objective.counts(batch), last=True)
         self._strategy.step(_RATE)
         self._began = time.perf_counter()
         self.our_seconds.append(self._began - began)
-        self.our_losses.append(loss / batch.num_targets)
+        self.our_losses.append(loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.their_seconds.append(time.perf_counter() - self._began)

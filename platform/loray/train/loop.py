@@ -1,7 +1,8 @@
 """The training loop in plain Python: one process, or one of several over torch.distributed.
 
-A step: its batches → sum of losses over all targets or pairs → gradients, summed over micro-batches and ranks → clip →
-AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
+A step: its batches → counts of the loss's terms, summed over micro-batches and ranks → each micro-batch's part of the
+mean loss → gradients, summed likewise → clip → AdamW. The strategy distributes parameters, gradients and states over
+ranks. All ranks make the same reporter calls.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
@@ -33,6 +34,7 @@ from loray.train.data.batches import (
     BatchStream,
     Cursor,
     TokenizedRows,
+    TrainBatch,
     collate,
     collate_pairs,
     pair_lengths,
@@ -184,17 +186,17 @@ class _Run:
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
-        counts = sum(b.num_terms for b in batches), sum(b.num_tokens for b in batches)
-        num_terms, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
+        counts = [{"tokens": b.num_tokens, **self.objective.counts(b)} for b in batches]
+        totals = _totals(counts, self.mesh, self.device)
+        num_tokens = int(totals["tokens"])
         mine = 0.0
         for batch in batches:
             with self.mesh.part(batch) as part:
-                mine += self.strategy.forward_backward(part, divisor=num_terms, last=batch is batches[-1])
-        signals, sums = self.checkpoints.signals(), self.objective.take()
-        loss, overdue, written, *totals = self.world.sum(mine, *signals, *sums, device=self.device)
+                mine += self.strategy.forward_backward(part, totals=totals, last=batch is batches[-1])
+        signals, parts = self.checkpoints.signals(), self.objective.take()
+        loss, overdue, written, *means = self.world.sum(mine, *signals, *parts, device=self.device)
         self.checkpoints.take(written)
-        loss /= num_terms
-        metrics = {name: total / num_terms for name, total in zip(self.objective.metrics, totals, strict=True)}
+        metrics = dict(zip(self.objective.metrics, means, strict=True))
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
         result = self.strategy.step(lr)
         if result.skipped:
@@ -208,12 +210,12 @@ class _Run:
                 "epoch": self.stream.cursor.epoch,
                 "index": self.stream.cursor.done,
                 "skipped_steps": self.state.skipped_steps + result.skipped,
-                "num_tokens": self.state.num_tokens + int(num_tokens),
+                "num_tokens": self.state.num_tokens + num_tokens,
                 "eval_loss": None,
                 "eval_metrics": {},
             }
         )
-        return _Step(loss, lr, result, int(num_tokens), overdue > 0, metrics)
+        return _Step(loss, lr, result, num_tokens, overdue > 0, metrics)
 
     def _stop(self) -> None:
         """Save the parameters where their held-out loss is finite, and raise TrainingError. Skipped steps change
@@ -342,6 +344,15 @@ class _Run:
         self.good_steps_unsaved = 0
 
 
+def _totals(counts: Iterable[Mapping[str, float]], mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """Sum the counts of each kind over micro-batches and ranks. A sequence group's ranks count the same batches."""
+    summed: dict[str, float] = {}
+    for of_batch in counts:
+        summed = {kind: summed.get(kind, 0) + count for kind, count in of_batch.items()}
+    totals = mesh.world.sum(*summed.values(), device=device)
+    return {kind: total / mesh.sequence.size for kind, total in zip(summed, totals, strict=True)}
+
+
 # -- what makes a run give the same bits again ------------------------------------------------------------------------
 
 
@@ -376,9 +387,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
 
 class HeldOut(NamedTuple):
-    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
-    objective's further figures.
-    """
+    """`loss` is the mean, nan where a logit is not finite; `metrics` are the objective's further figures."""
 
     loss: float
     metrics: dict[str, float]
@@ -397,24 +406,28 @@ def held_out_loss(
     """
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
     batches = plan_evaluation(lengths, spec.batch)
-    total, num_terms = 0.0, 0
-    sums = [0.0] * len(objective.metrics)
-    compute.eval()
-    with dense(objective.model, mesh.sequence):
-        for first in range(0, len(batches), mesh.data_size):
-            mine = first + mesh.data_rank
+
+    def collated() -> Iterator[tuple[TrainBatch, bool]]:
+        """This rank's batches, and whether each counts."""
+        for mine in range(mesh.data_rank, len(batches) + mesh.data_rank, mesh.data_size):
             planned = batches[min(mine, len(batches) - 1)]
             whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
+            yield whole, mine < len(batches)
+
+    compute.eval()
+    with dense(objective.model, mesh.sequence):
+        counts = ({kind: n * counted for kind, n in objective.counts(b).items()} for b, counted in collated())
+        totals = _totals(counts, mesh, device)
+        figures = [0.0] * (1 + len(objective.metrics))
+        for whole, counted in collated():
             with mesh.part(whole) as part:
-                loss = float(compute(part))
+                loss = float(compute(part, totals))
             taken = objective.take()
-            if mine < len(batches):
-                total += loss
-                num_terms += part.num_terms
-                sums = [a + b for a, b in zip(sums, taken, strict=True)]
+            if counted:
+                figures = [a + b for a, b in zip(figures, (loss, *taken), strict=True)]
     compute.train()
-    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
-    return HeldOut(total / count, {name: s / count for name, s in zip(objective.metrics, sums, strict=True)})
+    loss, *means = mesh.world.sum(*figures, device=device)
+    return HeldOut(loss, dict(zip(objective.metrics, means, strict=True)))
 
 
 @contextmanager

@@ -93,21 +93,32 @@ def batch_loss(model: Any, batch: TrainBatch) -> Tensor:
 class Objective(nn.Module):
     """Cross-entropy of a batch's labels, as a module around the model: strategies gather parameters at a module's call.
 
-    metrics  names of further figures, means over the terms of the loss
+    A loss is a sum of means, each over terms of its own kind: labels here, pairs elsewhere. The loop sums the `counts`
+    of a step over micro-batches and ranks, and each micro-batch then computes its part of every mean.
+
+    metrics  names of further figures, which are means, too
     """
 
     def __init__(self, model: Any, spec: ObjectiveSpec) -> None:
         super().__init__()
         self.model = model
         self.metrics = spec.metrics
+        self._parts: list[Tensor] = []  # of the means `metrics`, of each call
 
-    def forward(self, batch: TrainBatch) -> Tensor:
-        """Compute the sum over the batch's labels, a scalar in fp32."""
-        return batch_loss(self.model, batch)
+    def counts(self, batch: TrainBatch) -> Mapping[str, float]:
+        """Count the batch's terms by their kinds, which are the same for every batch."""
+        return {"targets": batch.num_targets}
+
+    def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
+        """Compute the batch's part of the mean loss, a scalar in fp64. `totals` are the counts of all batches that the
+        mean is over.
+        """
+        return batch_loss(self.model, batch).double() / totals["targets"]
 
     def take(self) -> tuple[float, ...]:
-        """Take the sums of `metrics` over all calls since the last time."""
-        return ()
+        """Take the parts of `metrics` of all calls since the last time, summed."""
+        parts, self._parts = self._parts, []
+        return tuple(torch.stack(parts).sum(0).tolist()) if parts else (0.0,) * len(self.metrics)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """List the trained parameters by their names in the model."""
@@ -125,23 +136,19 @@ class PreferenceObjective(Objective):
         super().__init__(model, spec)
         self._spec = spec
         self._switch = AdapterSwitch(model)
-        self._sums: list[Tensor] = []
 
-    def forward(self, batch: TrainBatch) -> Tensor:
-        """Compute the sum over the batch's pairs, a scalar in fp32."""
+    def counts(self, batch: TrainBatch) -> Mapping[str, float]:
+        return {"pairs": batch.num_pairs or 0}
+
+    def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
         with torch.no_grad(), self._switch.off():
             reference_B, num_targets_B = log_probs(self.model, batch)
         policy_B, _ = log_probs(self.model, batch)
         has_labels_P = num_targets_B.chunk(2)[0] > 0  # a batch that fills up a step has none
         losses_P = pair_losses(policy_B - reference_B, num_targets_B, self._spec)
-        self._sums.append(reward_sums(policy_B.detach() - reference_B, has_labels_P, self._spec.beta))
-        return torch.where(has_labels_P, losses_P, 0.0).sum()
-
-    def take(self) -> tuple[float, ...]:
-        sums, self._sums = self._sums, []
-        if not sums:
-            return (0.0,) * len(self.metrics)
-        return tuple(torch.stack(sums).double().sum(0).tolist())
+        rewards = reward_sums(policy_B.detach() - reference_B, has_labels_P, self._spec.beta)
+        self._parts.append(rewards.double() / totals["pairs"])
+        return torch.where(has_labels_P, losses_P, 0.0).sum().double() / totals["pairs"]
 
 
 def log_probs(model: Any, batch: TrainBatch) -> tuple[Tensor, Tensor]:

@@ -242,11 +242,6 @@ class TrainBatch(NamedTuple):
     num_targets: int
     num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
 
-    @property
-    def num_terms(self) -> int:
-        """Terms of the loss, of which a step takes the mean: labels, or pairs."""
-        return self.num_targets if self.num_pairs is None else self.num_pairs
-
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
         inputs = {"input_ids": self.input_ids_BT.to(device)}
