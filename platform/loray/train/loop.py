@@ -51,6 +51,8 @@ from loray.train.strategies import prepare
 
 log = get_logger(__name__)
 
+_REFERENCE = "computing the reference of pairs"
+
 
 def train(
     spec: TrainSpec,
@@ -191,14 +193,15 @@ class _Run:
         # A step computes its rows forward, and backward in twice the time.
         num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
         steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
-        self._report({"event": "reference", "done": 0, "total": total, "eta_s": None})
-        compute, model = self.strategy.objective.eval(), self.model
-        for reference, attention in zip(self.references, (nullcontext(), dense(model, self.mesh.sequence)), strict=True):
+        self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
+        compute, attentions = self.strategy.objective.eval(), (nullcontext(), dense(self.model, self.mesh.sequence))
+        for reference, attention in zip(self.references, attentions, strict=True):
             with attention:
                 for num_pairs in reference.compute(compute):
                     done += num_pairs
                     eta_s = (time.perf_counter() - began) / done * (total - done + steps)
-                    self._report({"event": "reference", "done": done, "total": total, "eta_s": eta_s})
+                    told = {"stage": _REFERENCE, "done": done, "total": total, "eta_s": eta_s}
+                    self._report({"event": "progress", **told})
         compute.train()
 
     def _joined(self, batch: TrainBatch) -> TrainBatch:

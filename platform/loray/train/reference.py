@@ -100,7 +100,8 @@ class Reference:
         rows = np.array(_sequences(block))
         parts = [0.0] * len(rows) if ours is None else ours.tolist()
         log_probs = np.array(self._mesh.world.sum(*parts, device=self._device), np.float32)
-        new = np.flatnonzero(np.isnan(self._log_probs_R[rows]))[::-1]  # of a row that comes twice, the first is the last
+        # Of a row that comes twice, the first one is kept: written last.
+        new = np.flatnonzero(np.isnan(self._log_probs_R[rows]))[::-1]
         self._log_probs_R[rows[new]] = log_probs[new]
         return log_probs
 

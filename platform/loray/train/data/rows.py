@@ -50,8 +50,8 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache`: where the
-    tokens are, and what runs keep beside them.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache`: where
+    the tokens are, and what runs keep beside them.
     """
 
     train: RowSource
