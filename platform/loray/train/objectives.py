@@ -22,7 +22,7 @@ from loray.train.sequence import group_size, sum_over_group
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """−log softmax(h_n Wᵀ)[label_n] for each n, logits upcast to fp32; the head W is frozen.
+    """−log softmax(h_n Wᵀ)[label_n] for each n, logits upcast to fp32 (fp64 stays); the head W is frozen.
 
     The forward pass also computes the gradient for the hidden states, (softmax − onehot) W, from the logits of each
     chunk: two matrix products per chunk, where recomputation in the backward pass would take three.
@@ -30,14 +30,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
-        losses_N = hidden_ND.new_empty(len(labels_N), dtype=torch.float32)
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        losses_N = hidden_ND.new_empty(len(labels_N), dtype=wide)
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
         elements = LOSS_CHUNK_ON_CPU if hidden_ND.device.type == "cpu" else LOSS_CHUNK
         rows = max(1, elements // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             labels_C1 = labels_N[part, None]
-            logits_CV = (hidden_ND[part] @ weight_VD.T).float()
+            logits_CV = (hidden_ND[part] @ weight_VD.T).to(wide)
             normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
             losses_N[part] = (normaliser_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
             if grad_ND is not None:
@@ -51,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.float() * grads[0][:, None]).to(grad_ND.dtype), None, None, None
+        return (grad_ND * grads[0][:, None]).to(grad_ND.dtype), None, None, None
 
 
 def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
