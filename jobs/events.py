@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from loray.spec import OBJECTIVES, PERPLEXITY, Subject
+from loray.spec import FIGURES, OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
 _LOG_LINES = 20
@@ -263,8 +263,7 @@ def number(value: float | None) -> str:
 def figures(event: StepEvent | EvalEvent) -> dict[str, float | None]:
     """Returns the metrics of an event's objective, beside the loss."""
     values: Mapping[str, Any] = event
-    names = (name for spec in OBJECTIVES.values() for name in spec.metrics)
-    return {name: values[name] for name in names if name in values}
+    return {name: values[name] for name in FIGURES if name in values}
 
 
 def _shown(event: StepEvent | EvalEvent) -> str:
