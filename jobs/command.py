@@ -15,9 +15,10 @@ from typing import Protocol, cast
 import click
 from rich.console import Console
 
-from jobs.events import PublishedEvent, RunView, describe
+from jobs.events import PublishedEvent, describe
 from jobs.submission.commands import Place, Submission, Work, for_server
 from jobs.submission.server import RayJob, RayJobServer, RayStatus
+from jobs.view import RunView
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, explained, recipe_options
 from loray.client import CatalogClient

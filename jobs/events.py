@@ -1,25 +1,20 @@
-"""Events of a run: their fields, as lines of JSON and for people, and how a terminal shows them."""
+"""Events of a run: their fields, as lines of JSON and for people."""
 
 from __future__ import annotations
 
 import json
 import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
 from loray.spec import FIGURES, OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
-_LOG_LINES = 20
-_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
+_STAGE_S = 1.0  # from one event of a stage to the next
 
 
 class StartEvent(TypedDict):
@@ -104,6 +99,18 @@ class WorkerLostEvent(TypedDict):
     message: str
 
 
+class ProgressEvent(TypedDict):
+    """A stage before or after the steps, or between them: `done` of `total`. A total of 1 says that `done` is a share;
+    None: nobody knows how much there is. `eta_s`: until the run's last stage ends, where that can be told.
+    """
+
+    event: Literal["progress"]
+    stage: str
+    done: float
+    total: float | None
+    eta_s: NotRequired[float]
+
+
 class MeasureEvent(TypedDict):
     """The evaluation before publishing begins."""
 
@@ -163,11 +170,30 @@ class ErrorEvent(TypedDict):
     message: str
 
 
-LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent
+LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent | ProgressEvent
 Event = (
     LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | TrialEvent | SweepEvent | ErrorEvent
 )
 Emit = Callable[[Event], None]
+
+
+class Stages:
+    """Tells how far stages are, as events: the beginning of each, its end, and one a second between them."""
+
+    def __init__(self, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
+        self._emit, self._clock = emit, clock
+        self._stage, self._told_at = "", 0.0
+
+    def __call__(self, stage: str, done: float = 0, total: float | None = None, *, eta_s: float | None = None) -> None:
+        """`stage` is what goes on, as "tokenising"; the other arguments are those of the event."""
+        now = self._clock()
+        if stage == self._stage and done != total and now - self._told_at < _STAGE_S:
+            return
+        self._stage, self._told_at = stage, now
+        event: ProgressEvent = {"event": "progress", "stage": stage, "done": done, "total": total}
+        if eta_s is not None:
+            event["eta_s"] = eta_s
+        self._emit(event)
 
 
 def encode(event: Event) -> str:
@@ -206,12 +232,12 @@ def describe(event: Event) -> str:
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
             return (
-                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{_shown(event)}  "
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{shown(event)}  "
                 f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
                 f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
         case "eval":
-            loss = f"{number(event['eval_loss'])}{_shown(event)}"
+            loss = f"{number(event['eval_loss'])}{shown(event)}"
             return f"step {event['step']}  held-out loss {loss} ({event['subject']})"
         case "early_stop":
             return (
@@ -224,6 +250,8 @@ def describe(event: Event) -> str:
             return f"warning: {event['message']}"
         case "worker_lost":
             return f"a worker was lost ({event['message']}); going on from the last checkpoint"
+        case "progress":
+            return f"{event['stage']}{portion(event)}"
         case "measure":
             return f"measuring {' and '.join(event['tasks'])} of base and adapter before publishing"
         case "published":
@@ -266,10 +294,19 @@ def figures(event: StepEvent | EvalEvent) -> dict[str, float | None]:
     return {name: values[name] for name in FIGURES if name in values}
 
 
-def _shown(event: StepEvent | EvalEvent) -> str:
+def shown(event: StepEvent | EvalEvent) -> str:
+    """Writes those of them that a line for people has."""
     found = figures(event)
-    shown = {name: label for spec in OBJECTIVES.values() for name, label in spec.shown.items()}
-    return "".join(f"  {label} {number(found[name])}" for name, label in shown.items() if name in found)
+    labels = {name: label for spec in OBJECTIVES.values() for name, label in spec.shown.items()}
+    return "".join(f"  {label} {number(found[name])}" for name, label in labels.items() if name in found)
+
+
+def portion(event: ProgressEvent) -> str:
+    """Writes how far a stage is, after its name; nothing where nobody knows."""
+    done, total = event["done"], event["total"]
+    if total is None:
+        return ""
+    return f": {done:.0%}" if total == 1 else f": {done:,.0f} of {total:,.0f}"
 
 
 def speed(step: StepEvent) -> str:
@@ -320,68 +357,3 @@ def following(path: Path, emit: Emit) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-class RunView:
-    """Shows the lines of a job's log. Keeps the events `published` and `error`, and the last other lines in `log`."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("starting", total=None, figures="")
-        self._eval_loss: float | None = None
-        self.published: PublishedEvent | None = None
-        self.error: ErrorEvent | None = None
-        self.log: deque[str] = deque(maxlen=_LOG_LINES)
-
-    def __enter__(self) -> RunView:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def feed(self, line: str) -> None:
-        event = decode(line)
-        if event is None:
-            if line.strip():
-                self.log.append(line)
-            return
-        match event["event"]:
-            case "start":
-                self._progress.update(
-                    self._task, description="training", total=event["num_steps"], completed=event["step"]
-                )
-                self._print(event)
-            case "step":
-                self._step(event)
-            case "eval":
-                self._eval_loss = event["eval_loss"]
-                self._print(event)
-            case "warning" | "worker_lost" | "measure" | "early_stop":
-                self._print(event)
-            case "published":
-                self.published = event
-            case "error":
-                self.error = event
-
-    def _step(self, event: StepEvent) -> None:
-        held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
-        figures = f"loss {number(event['loss'])}{_shown(event)}{held_out}  {speed(event)}"
-        self._progress.update(self._task, completed=event["step"], figures=figures)
-        every = max(1, event["num_steps"] // _LINES_OF_STEPS)
-        if not self._console.is_terminal and event["step"] % every == 0:
-            self._print(event)
-
-    def _print(self, event: Event) -> None:
-        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

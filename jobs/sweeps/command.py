@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.command import submit, watch
-from jobs.events import RunView, SweepEvent, TrialEvent, decode, describe, number
+from jobs.events import SweepEvent, TrialEvent, decode, describe, number
 from jobs.submission.commands import Work
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, TrialRecord, label, ranked
+from jobs.view import RunView
 from loray.cli.output import table
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, recipe_options

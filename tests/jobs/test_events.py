@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from jobs.events import RunView, decode, describe, duration, encode, figures, following
+from jobs.events import Stages, decode, describe, duration, encode, figures, following
 from jobs.trackers import scalars
+from jobs.view import RunView
 from loray.spec import OBJECTIVES, SftSpec
 from tests.fixtures.events import FIGURES, START, step
 
@@ -59,6 +60,32 @@ def test_metrics_are_those_of_the_objectives(monkeypatch: pytest.MonkeyPatch) ->
     assert scalars(event)[0].items() >= {"train/loss": 2.0, "train/odds": 2.5}.items()
     assert "train/more/odds" not in scalars(event)[0]  # it was not finite
     assert figures(event) == {"odds": 2.5, "more/odds": None}
+
+
+def test_stages_tell_their_beginning_their_end_and_once_a_second() -> None:
+    told: list[Any] = []
+    now = 0.0
+    stages = Stages(told.append, lambda: now)
+    stages("reading the data")
+    for done in range(9):
+        now = done * 0.4
+        stages("tokenising", done, 8)
+    stages("loading the base", 0.5, 1, eta_s=12.0)
+    assert [describe(event) for event in told] == [
+        "reading the data",
+        "tokenising: 0 of 8",
+        "tokenising: 3 of 8",
+        "tokenising: 6 of 8",
+        "tokenising: 8 of 8",
+        "loading the base: 50%",
+    ]
+    assert told[-1] == decode(encode(told[-1])) == {
+        "event": "progress",
+        "stage": "loading the base",
+        "done": 0.5,
+        "total": 1,
+        "eta_s": 12.0,
+    }
 
 
 def test_a_tail_emits_every_new_event_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import copy
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -26,6 +26,7 @@ from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, TrainingError
 from loray.methods.attach import InitialAdapter, load_weights
+from loray.recipes.resolve import resolve
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
@@ -45,9 +46,12 @@ from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model, count_parameters, dense
 from loray.train.objectives import Objective, objective_of
 from loray.train.optimizer import StepResult, learning_rate
+from loray.train.reference import Reference
 from loray.train.strategies import prepare
 
 log = get_logger(__name__)
+
+_REFERENCE = "computing the reference of pairs"
 
 
 def train(
@@ -129,15 +133,7 @@ class _Run:
             saved = checkpoint.read_state(resume_from)
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
             self.state = saved.model_copy(update={"recipe": spec, "dtype_reason": dtype_reason})
-        self.model: Any = build_model(base, spec)
-        if initial is not None and resume_from is None:
-            load_weights(self.model, read_adapter(initial.folder, base.config))
-        self.model.train()
-        self.num_parameters = count_parameters(self.model)
         self.published_dtype = spec.publish.dtype or stored_dtype(base.path)
-        optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.chosen_dtype)
-        self.strategy = prepare(self.objective, spec, self.world, self.device, weights, optimizer_state)
         self.stream = BatchStream(
             data.train,
             spec.batch,
@@ -152,8 +148,64 @@ class _Run:
         )
         steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
+        self.references = self._references(steps, initial) if spec.objective.has_reference else None
+        is_missing = self.references is not None and any(reference.missing for reference in self.references)
+        if is_missing and resume_from is not None:  # what was kept has gone: the checkpoint's weights do not say it
+            self._build(None, initial)
+            self._compute_references()
+            del self.model, self.objective, self.strategy
+        self._build(resume_from, initial)
+        if is_missing and resume_from is None:
+            self._compute_references()
         self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
         self.good_steps_unsaved = 0
+
+    def _build(self, resume_from: Path | None, initial: InitialAdapter | None) -> None:
+        """Distribute the model as it is before the first step, or as the checkpoint `resume_from` has it."""
+        self.model: Any = build_model(self.base, self.spec)
+        if initial is not None and resume_from is None:
+            load_weights(self.model, read_adapter(initial.folder, self.base.config))
+        self.model.train()
+        self.num_parameters = count_parameters(self.model)
+        optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
+        self.objective, weights = objective_of(self.model, self.spec), BaseWeights(self.base, self.spec.chosen_dtype)
+        self.strategy = prepare(self.objective, self.spec, self.world, self.device, weights, optimizer_state)
+
+    # -- the reference --
+
+    def _references(self, num_steps: int, initial: InitialAdapter | None) -> tuple[Reference, Reference]:
+        """Read what is kept of training rows, which have the run's attention, and of held-out ones."""
+        spec, data, device = self.spec, self.data, self.device
+        fields = spec.model_dump(mode="json", include={"dtype", "quantization", "rope_scaling"})
+        model = [self.base.fingerprint, initial and initial.digest, fields]
+        trained = [*model, resolve(spec, self.base.config).group_size]
+        measured = plan_evaluation(pair_lengths(data.evaluation.lengths), spec.batch)
+        return (
+            Reference(data.train, self.stream.planned(num_steps), trained, data.cache, self.mesh, device),
+            Reference(data.evaluation, measured, [*model, None], data.cache, self.mesh, device),
+        )
+
+    def _compute_references(self) -> None:
+        """Compute what is missing with the model at hand, and report how far that is."""
+        assert self.references is not None
+        missing = [batch for reference in self.references for block in reference.missing for batch in block]
+        total, done, began = sum(map(len, missing)), 0, time.perf_counter()
+        # A step computes its rows forward, and backward in twice the time.
+        num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
+        steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
+        self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
+        compute, attentions = self.strategy.objective.eval(), (nullcontext(), dense(self.model, self.mesh.sequence))
+        for reference, attention in zip(self.references, attentions, strict=True):
+            with attention:
+                for num_pairs in reference.compute(compute):
+                    done += num_pairs
+                    eta_s = (time.perf_counter() - began) / done * (total - done + steps)
+                    told = {"stage": _REFERENCE, "done": done, "total": total, "eta_s": eta_s}
+                    self._report({"event": "progress", **told})
+        compute.train()
+
+    def _joined(self, batch: TrainBatch) -> TrainBatch:
+        return batch if self.references is None else self.references[0].joined(batch)
 
     # -- the run --
 
@@ -185,7 +237,7 @@ class _Run:
 
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
-        batches = self.stream.next_step()
+        batches = [self._joined(batch) for batch in self.stream.next_step()]
         counts = [{"tokens": b.num_tokens, **self.objective.counts(b)} for b in batches]
         totals = _totals(counts, self.mesh, self.device)
         num_tokens = int(totals["tokens"])
@@ -256,7 +308,10 @@ class _Run:
 
     def _held_out_loss(self) -> HeldOut:
         rows, compute = self.data.evaluation, self.strategy.objective
-        return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh)
+        reference = None if self.references is None else self.references[1]
+        return held_out_loss(
+            self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, reference=reference
+        )
 
     def _evaluate_baselines(self) -> None:
         """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
@@ -395,7 +450,14 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(
-    objective: Objective, compute: nn.Module, rows: TokenizedRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+    objective: Objective,
+    compute: nn.Module,
+    rows: TokenizedRows,
+    spec: TrainSpec,
+    *,
+    device: torch.device,
+    mesh: Mesh,
+    reference: Reference | None = None,
 ) -> HeldOut:
     """Measure the mean loss over all rows and ranks, with dense attention also where training uses S2-Attn.
 
@@ -412,7 +474,7 @@ def held_out_loss(
         for mine in range(mesh.data_rank, len(batches) + mesh.data_rank, mesh.data_size):
             planned = batches[min(mine, len(batches) - 1)]
             whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
-            yield whole, mine < len(batches)
+            yield whole if reference is None else reference.joined(whole), mine < len(batches)
 
     compute.eval()
     with dense(objective.model, mesh.sequence):

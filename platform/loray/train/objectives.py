@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loray.methods.attach import AdapterSwitch
 from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
 from loray.spec import DpoSpec, ObjectiveSpec, ObjectiveType, TrainSpec
 from loray.train.data.batches import IGNORED, TrainBatch
+from loray.train.sequence import group_size, sum_over_group
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -128,35 +128,37 @@ class Objective(nn.Module):
 class PreferenceObjective(Objective):
     """Direct Preference Optimization (Rafailov et al., NeurIPS 2023): a loss over pairs of answers to the same prompt.
 
-    The reference is the base: the same model with the adapter off, on the same rows, without gradients, in the same
-    step. `metrics` are TRL's.
+    The reference is the model before the first step: a batch has its log-probabilities, and for one that has none
+    those of the model are the result, (B,) (`loray.train.reference`). `metrics` are TRL's.
     """
 
     def __init__(self, model: Any, spec: DpoSpec) -> None:
         super().__init__(model, spec)
         self._spec = spec
-        self._switch = AdapterSwitch(model)
 
     def counts(self, batch: TrainBatch) -> Mapping[str, float]:
         return {"pairs": batch.num_pairs or 0}
 
     def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
-        with torch.no_grad(), self._switch.off():
-            reference_B, num_targets_B = log_probs(self.model, batch)
-        policy_B, _ = log_probs(self.model, batch)
+        policy_B, num_targets_B = log_probs(self.model, batch)
+        if batch.reference_B is None:
+            return policy_B
+        reference_B = batch.reference_B.to(policy_B)
+        divisor = totals["pairs"] * group_size()  # all ranks that share the rows have their whole loss
         has_labels_P = num_targets_B.chunk(2)[0] > 0  # a batch that fills up a step has none
         losses_P = pair_losses(policy_B - reference_B, num_targets_B, self._spec)
         rewards = reward_sums(policy_B.detach() - reference_B, has_labels_P, self._spec.beta)
-        self._parts.append(rewards.double() / totals["pairs"])
-        return torch.where(has_labels_P, losses_P, 0.0).sum().double() / totals["pairs"]
+        self._parts.append(rewards.double() / divisor)
+        return torch.where(has_labels_P, losses_P, 0.0).sum().double() / divisor
 
 
 def log_probs(model: Any, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each row's targets, in fp32, and count them; both (B,)."""
+    """Compute the log-probability of each whole row's targets, in fp32, and count them; both (B,)."""
     *states, learned_BT = labelled_states(model, batch)
     losses_N = cross_entropy(*states)
     losses_BT = losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)
-    return -losses_BT.sum(1), learned_BT.sum(1)
+    log_probs_B, num_targets_B = sum_over_group(-losses_BT.sum(1), learned_BT.sum(1))
+    return log_probs_B, num_targets_B
 
 
 def pair_losses(log_ratios_B: Tensor, num_targets_B: Tensor, spec: DpoSpec) -> Tensor:

@@ -8,8 +8,9 @@ Shapes: B rows, T positions; R rows and D documents of a plan. Padding is on the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, overload
@@ -232,6 +233,8 @@ class TrainBatch(NamedTuple):
     target. So no document of a packed row predicts the first token of the next.
     document_ids_BT counts the documents of a row from 0, −1 on padding; None where each row is one whole document.
     position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
+    rows: the data's rows that each row holds.
+    reference_B: of pairs, the log-probability of each answer before the first step; None: it is to be computed.
     """
 
     input_ids_BT: Tensor
@@ -241,6 +244,8 @@ class TrainBatch(NamedTuple):
     num_tokens: int
     num_targets: int
     num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
+    rows: MicroBatch = ()
+    reference_B: Tensor | None = None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
@@ -279,6 +284,7 @@ def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
         position_ids_BT if packed else None,
         num_tokens=sum(lengths),
         num_targets=int((labels_BT != IGNORED).sum()),
+        rows=batch,
     )
 
 
@@ -338,6 +344,14 @@ class BatchStream:
             self._plan = self._plan_of(epoch=self.cursor.epoch)
         self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
         return self._plan[self.cursor.done - 1]
+
+    def planned(self, num_steps: int) -> Iterator[MicroBatch]:
+        """Plan the micro-batches of all ranks from the first epoch on, up to the end of step `num_steps`."""
+        left, epoch = num_steps * self._per_step, 0
+        while left > 0:
+            plan = self._plan if epoch == self.cursor.epoch else self._plan_of(epoch=epoch)
+            yield from itertools.islice(plan, left)
+            left, epoch = left - len(plan), epoch + 1
 
     def num_steps(self, num_epochs: float) -> int:
         """Count the steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""

@@ -50,7 +50,8 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache`: where
+    the tokens are, and what runs keep beside them.
     """
 
     train: RowSource
@@ -58,6 +59,7 @@ class Dataset:
     max_length: int
     fingerprint: str
     report: DataReport
+    cache: FolderCache
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[SourceShare, ...] = ()
@@ -145,7 +147,7 @@ def load_data(
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
+    return Dataset(train, evaluation, max_length, fingerprint, report, cache, is_joined, paired, shares)
 
 
 def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:

@@ -109,6 +109,9 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         position_ids_BN[:, span].contiguous(),
         num_tokens=batch.num_tokens * (group.rank + 1) // group.size - batch.num_tokens * group.rank // group.size,
         num_targets=int((labels_BL != IGNORED).sum()),
+        num_pairs=batch.num_pairs,
+        rows=batch.rows,
+        reference_B=batch.reference_B,
     )
     return ShardedBatch(local, group, ids_BN)
 
@@ -161,6 +164,44 @@ _ACTIVE: ContextVar[ActiveShard | None] = ContextVar("loray_sequence_shard", def
 
 def active_shard() -> ActiveShard | None:
     return _ACTIVE.get()
+
+
+class _GroupSum(torch.autograd.Function):
+    """Σ of x over the ranks of a group. Each computes the same loss from it, of which a `size`-th is its own: the
+    gradient of the whole is that of all these parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup) -> Tensor:
+        ctx.size = group.size
+        total = x.clone()
+        dist.all_reduce(total, group=group.process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.size, None
+
+
+def sum_over_group(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Sum what the ranks have of whole rows: of those that share the batch of the current context.
+
+    All of them compute the same loss from the sums; each gives its share of it, `1 / group_size()`.
+    """
+    group = _group()
+    if group.size == 1:
+        return parts
+    return tuple(_GroupSum.apply(part, group) for part in parts)  # type: ignore[no-untyped-call]
+
+
+def group_size() -> int:
+    """Count the ranks that share the batch of the current context."""
+    return _group().size
+
+
+def _group() -> SequenceGroup:
+    active = _ACTIVE.get()
+    return SequenceGroup() if active is None else active.sharded.group
 
 
 @contextmanager
