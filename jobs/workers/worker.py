@@ -189,6 +189,7 @@ def _utilisation(
         data.length_counts,
         group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
+        extra_forwards=spec.objective.extra_forwards,
     )
     if peak_tflops is not None:
         return Utilisation(per_token, Peak(peak_tflops * 1e12))

@@ -76,8 +76,7 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
     def __init__(self, base: BaseModel, spec: TrainSpec, ids: Any) -> None:
         device, self._ids = torch.device("cpu"), ids
         model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
-        self._objective = objective_of(model, spec)
-        self._strategy = prepare(self._objective, spec, Mesh.build(1, device).world, device, weights)
+        self._strategy = prepare(objective_of(model, spec), spec, Mesh.build(1, device).world, device, weights)
         self.our_seconds: list[float] = []
         self.their_seconds: list[float] = []
         self.our_losses: list[float] = []
@@ -88,7 +87,7 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
         rows = [(row, np.ones(len(row), np.bool_)) for row in self._ids[state.global_step]]
         began = time.perf_counter()
         batch = collate(pack_rows(rows), tuple((i,) for i in range(len(rows))), packed=False)
-        loss = self._strategy.forward_backward(batch, totals=self._objective.counts(batch), last=True)
+        loss = self._strategy.forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
         self._strategy.step(_RATE)
         self._began = time.perf_counter()
         self.our_seconds.append(self._began - began)

@@ -66,11 +66,10 @@ def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     spec = on_this_machine(recipe_of(adapter, num_tokens))
     mesh = Mesh.build(1, torch.device("cpu"))
     model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
-    objective = objective_of(model, spec)
-    strategy = prepare(objective, spec, mesh.world, torch.device("cpu"), weights)
+    strategy = prepare(objective_of(model, spec), spec, mesh.world, torch.device("cpu"), weights)
 
     def step(batch: TrainBatch) -> float:
-        loss = strategy.forward_backward(batch, totals=objective.counts(batch), last=True)
+        loss = strategy.forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
         strategy.step(_RATE)
         return loss
 

@@ -107,7 +107,18 @@ from loray.spec.methods import (
     Method,
     VeraSpec,
 )
-from loray.spec.objectives import OBJECTIVES, REWARDS, DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
+from loray.spec.objectives import (
+    FIGURES,
+    OBJECTIVES,
+    REWARDS,
+    DpoSpec,
+    KtoSpec,
+    ObjectiveSpec,
+    ObjectiveType,
+    OrpoSpec,
+    SftSpec,
+    SimpoSpec,
+)
 from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
 from loray.spec.training import (
     EXACT_MATCH,
@@ -149,6 +160,7 @@ __all__ = [
     "DEFAULT_TENANT",
     "DTYPE_BYTES",
     "EXACT_MATCH",
+    "FIGURES",
     "KEY_START",
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
@@ -211,6 +223,7 @@ __all__ = [
     "JobStatus",
     "KeyAlias",
     "KeyChanges",
+    "KtoSpec",
     "Limits",
     "LogMoments",
     "LongLoraSpec",
@@ -222,6 +235,7 @@ __all__ = [
     "ObjectiveSpec",
     "ObjectiveType",
     "OptimizerSpec",
+    "OrpoSpec",
     "ParallelSpec",
     "Percent",
     "PerplexitySpec",
@@ -240,6 +254,7 @@ __all__ = [
     "ServeSpec",
     "SftSpec",
     "Sha256",
+    "SimpoSpec",
     "StrategyName",
     "Subject",
     "TagKey",

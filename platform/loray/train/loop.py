@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loray.adapters.peft_format import read_adapter
 from loray.bases.checkpoint import stored_dtype
@@ -44,7 +44,7 @@ from loray.train.data.batches import (
 from loray.train.data.rows import Dataset
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model, count_parameters, dense
-from loray.train.objectives import Objective, objective_of
+from loray.train.objectives import Objective, Score, objective_of
 from loray.train.optimizer import StepResult, learning_rate
 from loray.train.reference import Reference
 from loray.train.strategies import prepare
@@ -238,13 +238,17 @@ class _Run:
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
         batches = [self._joined(batch) for batch in self.stream.next_step()]
-        counts = [{"tokens": b.num_tokens, **self.objective.counts(b)} for b in batches]
+        score, learned = _score_with(self.strategy.objective, self.mesh), [*map(self.objective.learned, batches)]
+        counts = [
+            {"tokens": part.num_tokens, **self.objective.counts(whole, score)}
+            for whole, part in zip(batches, learned, strict=True)
+        ]
         totals = _totals(counts, self.mesh, self.device)
         num_tokens = int(totals["tokens"])
         mine = 0.0
-        for batch in batches:
+        for batch in learned:
             with self.mesh.part(batch) as part:
-                mine += self.strategy.forward_backward(part, totals=totals, last=batch is batches[-1])
+                mine += self.strategy.forward_backward(part, totals=totals, last=batch is learned[-1])
         signals, parts = self.checkpoints.signals(), self.objective.take()
         loss, overdue, written, *means = self.world.sum(mine, *signals, *parts, device=self.device)
         self.checkpoints.take(written)
@@ -408,6 +412,18 @@ def _totals(counts: Iterable[Mapping[str, float]], mesh: Mesh, device: torch.dev
     return {kind: total / mesh.sequence.size for kind, total in zip(summed, totals, strict=True)}
 
 
+def _score_with(compute: nn.Module, mesh: Mesh) -> Score:
+    """Make what computes the log-probabilities of a batch's rows by the model as it is."""
+
+    @torch.no_grad()
+    def score(batch: TrainBatch) -> Tensor:
+        with mesh.part(batch) as part:
+            log_probs_B: Tensor = compute(part, {})
+        return log_probs_B
+
+    return score
+
+
 # -- what makes a run give the same bits again ------------------------------------------------------------------------
 
 
@@ -477,12 +493,13 @@ def held_out_loss(
             yield whole if reference is None else reference.joined(whole), mine < len(batches)
 
     compute.eval()
+    score = _score_with(compute, mesh)
     with dense(objective.model, mesh.sequence):
-        counts = ({kind: n * counted for kind, n in objective.counts(b).items()} for b, counted in collated())
+        counts = ({kind: n * counted for kind, n in objective.counts(b, score).items()} for b, counted in collated())
         totals = _totals(counts, mesh, device)
         figures = [0.0] * (1 + len(objective.metrics))
         for whole, counted in collated():
-            with mesh.part(whole) as part:
+            with mesh.part(objective.learned(whole)) as part:
                 loss = float(compute(part, totals))
             taken = objective.take()
             if counted:

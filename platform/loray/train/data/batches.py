@@ -25,10 +25,12 @@ from loray.spec import BatchSpec
 
 
 class RowSource(Protocol):
-    """Rows of tokens."""
+    """Rows of tokens. `desirable`: of answers that are no pairs, which of them are, by rows of a plan."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def desirable(self) -> NDArray[np.bool_] | None: ...
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read the token ids of row i, and which of them are targets."""
@@ -42,6 +44,7 @@ class TokenizedRows:
     targets_N: NDArray[np.bool_]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    desirable: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -235,6 +238,8 @@ class TrainBatch(NamedTuple):
     position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
     rows: the data's rows that each row holds.
     reference_B: of pairs, the log-probability of each answer before the first step; None: it is to be computed.
+    following_BT: of pairs, the token after each, in prompts too, −100 where a row ends.
+    desirable_P: of answers that are no pairs: whether the first sequence of each row is desirable.
     """
 
     input_ids_BT: Tensor
@@ -246,6 +251,8 @@ class TrainBatch(NamedTuple):
     num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
     rows: MicroBatch = ()
     reference_B: Tensor | None = None
+    following_BT: Tensor | None = None
+    desirable_P: Tensor | None = None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
@@ -291,9 +298,13 @@ def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
 def collate_pairs(rows: RowSource, batch: MicroBatch) -> TrainBatch:
     """Make a batch of twice as many rows of the pairs of `batch`, each a row of a plan."""
     pairs = [pair for (pair,) in batch]
-    return collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)._replace(
-        num_pairs=len(pairs)
-    )
+    made = collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)
+    next_ids_BT = made.input_ids_BT.roll(-1, 1)
+    next_ids_BT[:, -1] = IGNORED
+    if made.document_ids_BT is not None:
+        next_ids_BT[made.document_ids_BT.roll(-1, 1) < 0] = IGNORED
+    desirable_P = None if rows.desirable is None else torch.from_numpy(rows.desirable[pairs])
+    return made._replace(num_pairs=len(pairs), following_BT=next_ids_BT, desirable_P=desirable_P)
 
 
 class BatchStream:
@@ -368,4 +379,7 @@ class BatchStream:
 def _without_labels(batch: TrainBatch) -> TrainBatch:
     num_pairs = None if batch.num_pairs is None else 0
     labels_BT = torch.full_like(batch.labels_BT, IGNORED)
-    return batch._replace(labels_BT=labels_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs)
+    following_BT = None if batch.following_BT is None else labels_BT
+    return batch._replace(
+        labels_BT=labels_BT, following_BT=following_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs
+    )
