@@ -112,8 +112,14 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         num_pairs=batch.num_pairs,
         rows=batch.rows,
         reference_B=batch.reference_B,
+        teacher_ids_BTK=_positions(batch.teacher_ids_BTK, padding, span),
+        teacher_log_probs_BTK=_positions(batch.teacher_log_probs_BTK, padding, span),
     )
     return ShardedBatch(local, group, ids_BN)
+
+
+def _positions(x_BTK: Tensor | None, padding: tuple[int, int], span: slice) -> Tensor | None:
+    return None if x_BTK is None else F.pad(x_BTK, (0, 0, *padding))[:, span].contiguous()
 
 
 _STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
