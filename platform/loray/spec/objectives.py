@@ -229,9 +229,7 @@ class DistillSpec(_ObjectiveSpec):
         "objective.url": Default("of a server with prompt_logprobs, as loray's and vLLM's are"),
         "objective.top_k": Default("as many as servers give; they hold nearly all of a teacher's probability"),
         "objective.divergence": Default("the usual one; reverse for a student that is much smaller"),
-        "objective.weight": Default(
-            "half the teacher, half the data; 1 where the data is only there to be asked about"
-        ),
+        "objective.weight": Default("half the teacher, half the data; 1 where only the teacher is to be learned"),
     }
 
     type: Literal["distill"] = "distill"

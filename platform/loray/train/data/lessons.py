@@ -140,10 +140,8 @@ def teach(
     """Ask about all rows that nobody has asked about, or about a rank's share of their blocks. Yields how far it is, as
     the fields of an event.
     """
-    parts = [
-        (each, rows, each.missing[rank::size])
-        for each, rows in zip(lessons, (data.train, data.evaluation), strict=True)
-    ]
+    sources = data.train, data.evaluation
+    parts = [(each, rows, each.missing[rank::size]) for each, rows in zip(lessons, sources, strict=True)]
     total, done = sum(each.num_rows(blocks) for each, _, blocks in parts), 0
     began = time.perf_counter()
     yield {"stage": ASKING, "done": 0, "total": total}
