@@ -42,10 +42,8 @@ def rows_in(folder: Path, spec: TrainSpec) -> Dataset:
     folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     letters = [chr(97 + i) for i in range(26)]
-    rows = [
-        {"prompt": "".join(letters[i : i + 5]), "completion": "".join(letters[i + 5 : i + 9 + i % 4])}
-        for i in range(14)
-    ]
+    spans = ((i, i + 5, i + 9 + i % 4) for i in range(14))
+    rows = [{"prompt": "".join(letters[a:b]), "completion": "".join(letters[b:c])} for a, b, c in spans]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = spec.data.model_copy(update={"train": str(path)})
     cache = FolderCache(folder / "tokens")
@@ -78,26 +76,23 @@ def test_a_batch_has_what_the_teacher_says_of_its_targets(
     theirs = AutoModelForCausalLM.from_pretrained(wise.path, dtype=torch.float32)
     stream = data.stream(spec)
     trained = pickle.loads(pickle.dumps(lessons[0]))
-    batches = [trained.joined(batch) for batch in stream.next_step()]
-    whole = collate(data.evaluation, ((0,), (1,)), packed=False)
-    for batch in (*batches, lessons[1].joined(whole)):
-        learned_BT = batch.labels_BT != IGNORED
-        assert batch.teacher_ids_BTK is not None
-        assert batch.teacher_log_probs_BTK is not None
-        assert not batch.teacher_log_probs_BTK[~learned_BT].any()
+    batches = [(trained.joined(batch), data.train) for batch in stream.next_step()]
+    held_out = collate(data.evaluation, ((0,), (1,)), packed=False)
+    for batch, rows in (*batches, (lessons[1].joined(held_out), data.evaluation)):
+        ids_BTK, log_probs_BTK = batch.teacher_ids_BTK, batch.teacher_log_probs_BTK
+        assert ids_BTK is not None
+        assert log_probs_BTK is not None
+        assert not log_probs_BTK[batch.labels_BT == IGNORED].any()
         for b, row in enumerate(batch.rows):
             at = 0
             for number in row:
-                ids, targets = (data.train if batch is not batches[-1] or len(batches) else data.evaluation).row(number)
-                if batch.rows == whole.rows and batch.input_ids_BT.equal(whole.input_ids_BT):
-                    ids, targets = data.evaluation.row(number)
+                ids, targets = rows.row(number)
                 with torch.no_grad():
                     logits_TV = theirs(torch.from_numpy(ids[None].astype(np.int64))).logits[0, :-1]
-                best = logits_TV.log_softmax(1).topk(K)
-                here = torch.from_numpy(targets[1:].copy())
+                best, learned_T = logits_TV.log_softmax(1).topk(K), torch.from_numpy(targets[1:].copy())
                 span = slice(at, at + len(ids) - 1)
-                assert batch.teacher_ids_BTK[b, span][here].long().equal(best.indices[here])
-                torch.testing.assert_close(batch.teacher_log_probs_BTK[b, span][here], best.values[here])
+                assert ids_BTK[b, span][learned_T].long().equal(best.indices[learned_T])
+                torch.testing.assert_close(log_probs_BTK[b, span][learned_T], best.values[learned_T])
                 at += len(ids)
 
 
@@ -191,7 +186,7 @@ def test_ranks_that_share_rows_learn_what_one_does(base: BaseModel, wise: BaseMo
 def test_what_cannot_be_distilled_is_said(base: BaseModel, tmp_path: Path) -> None:
     spec = distilled()
     data = rows_in(tmp_path, spec)
-    with pytest.raises(SpecError, match="objective.top_k is 320, and the base has 320 tokens"):
+    with pytest.raises(SpecError, match=r"objective\.top_k is 320, and the base has 320 tokens"):
         lessons_of(spec, data, [], base.config.vocab_size, base.config.vocab_size)
     lessons = lessons_of(spec, data, [], 1, base.config.vocab_size)
     with pytest.raises(DataError, match="tokens that the base does not have"):
