@@ -79,13 +79,17 @@ def test_stages_tell_their_beginning_their_end_and_once_a_second() -> None:
         "tokenising: 8 of 8",
         "loading the base: 50%",
     ]
-    assert told[-1] == decode(encode(told[-1])) == {
-        "event": "progress",
-        "stage": "loading the base",
-        "done": 0.5,
-        "total": 1,
-        "eta_s": 12.0,
-    }
+    assert (
+        told[-1]
+        == decode(encode(told[-1]))
+        == {
+            "event": "progress",
+            "stage": "loading the base",
+            "done": 0.5,
+            "total": 1,
+            "eta_s": 12.0,
+        }
+    )
 
 
 def test_a_tail_emits_every_new_event_once(tmp_path: Path) -> None:

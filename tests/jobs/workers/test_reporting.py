@@ -25,7 +25,7 @@ from jobs.workers import reporting as gauges_module
 from jobs.workers.reporting import CheckpointUploads, Peak, RayReporter, TrainingGauges, Utilisation
 from loray.errors import TrainingError
 from loray.spec import OBJECTIVES, TrainSpec
-from loray.telemetry import TRAINING_METRICS, figure_metrics
+from loray.telemetry import TRAINING_METRICS
 from loray.train.checkpoint import WRITTEN, RunState
 from loray.train.mesh import World
 from tests.fixtures.events import FIGURES, START, step
