@@ -316,13 +316,6 @@ def test_two_ranks_do_what_one_does_with_pairs(method: str, strategy: str, base:
     [
         ("lora", {"batch": {"rows": 2, "order": "packed"}}, "batch.order packed joins rows"),
         ("lora", {"data": {"train": "x", "format": "chat"}}, "data.format chat has no pairs"),
-        ("lora", {"init_adapter": "a@1"}, "DPO's reference is the base, and init_adapter starts elsewhere"),
-        (
-            "lora",
-            {"attention": {"type": "s2"}, "num_workers": 2, "parallel": {"sequence": 2}},
-            "DPO compares whole answers, which parallel.sequence splits: set it to 1",
-        ),
-        ("longlora", {}, "trained embeddings and norms stay on: set adapter.train_embeddings"),
         ("lora", {"objective": {"type": "sft"}, "data": {"train": "x", "format": "preference"}}, "is for pairs: set"),
         ("lora", {"objective": {"label_smoothing": 0.1}}, "loss_type robust and label_smoothing"),
         ("lora", {"objective": {"loss_type": "robust"}}, "loss_type robust and label_smoothing"),
