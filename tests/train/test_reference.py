@@ -15,8 +15,9 @@ from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.methods.attach import InitialAdapter
 from loray.spec import REWARDS, DataSource, TrainSpec
-from loray.train import checkpoint, reference
+from loray.train import checkpoint
 from loray.train.checkpoint import FolderReporter
+from loray.train.data import kept
 from loray.train.data.batches import TrainBatch
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache
@@ -126,7 +127,7 @@ def test_it_is_by_row_in_mixtures_and_epochs(base: BaseModel, tmp_path: Path, mo
 def test_another_run_and_one_that_was_killed_go_on_with_what_is_kept(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_AT_ONCE", 3)
+    monkeypatch.setattr(kept, "_AT_ONCE", 3)
     spec = paired(max_steps=12, checkpoint={"interval_steps": 6})  # 24 pairs and 8 held out, two at a time
     with pytest.raises(Killed):
         computed(spec, base, tmp_path, "killed", most=12)

@@ -111,6 +111,7 @@ from loray.spec.objectives import (
     FIGURES,
     OBJECTIVES,
     REWARDS,
+    DistillSpec,
     DpoSpec,
     KtoSpec,
     ObjectiveSpec,
@@ -118,6 +119,7 @@ from loray.spec.objectives import (
     OrpoSpec,
     SftSpec,
     SimpoSpec,
+    Teaching,
 )
 from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
 from loray.spec.training import (
@@ -206,6 +208,7 @@ __all__ = [
     "Default",
     "Delta",
     "Depth",
+    "DistillSpec",
     "DoraSpec",
     "DpoSpec",
     "Duration",
@@ -259,6 +262,7 @@ __all__ = [
     "Subject",
     "TagKey",
     "TagValue",
+    "Teaching",
     "Tenant",
     "TenantName",
     "TokenDelta",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from loray.spec.fields import Default, Frozen
 
-ObjectiveType = Literal["sft", "dpo", "orpo", "simpo", "kto"]
+ObjectiveType = Literal["sft", "dpo", "orpo", "simpo", "kto", "distill"]
 
 
 # By TRL's names, what answers are worth to the model: beta times a log-ratio to a reference, or a log-probability.
@@ -21,6 +21,14 @@ REWARDS: Mapping[str, str] = {
 }
 _NLL = {"nll_loss": "Mean cross-entropy a token of chosen answers"}
 _SHOWN = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+class Teaching(NamedTuple):
+    """A model of `url`, or without one a base of this machine, is asked for its `num_top` likeliest tokens."""
+
+    model: str
+    url: str | None
+    num_top: int
 
 
 class _ObjectiveSpec(Frozen):
@@ -45,6 +53,11 @@ class _ObjectiveSpec(Frozen):
     metrics: ClassVar[Mapping[str, str]] = {}
     shown: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, Default]] = {}
+
+    @property
+    def teaching(self) -> Teaching | None:
+        """Who is asked about the rows before the first step."""
+        return None
 
 
 class SftSpec(_ObjectiveSpec):
@@ -193,13 +206,52 @@ class KtoSpec(_ObjectiveSpec):
     undesirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
-AnyObjective = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec
+class DistillSpec(_ObjectiveSpec):
+    """Distillation (Hinton et al., 2015): learns what a teacher says of each target, beside the target itself. The
+    teacher is asked once for each row, before the first step; of a server's key see TEACHER_API_KEY.
+
+    teacher     with `url` a model that is served there, an adapter as name@alias too; else a base of this machine
+    url         of an OpenAI-compatible server whose completions have `prompt_logprobs`, such as http://127.0.0.1:8000/v1
+    top_k       the teacher's likeliest tokens; all others together are one more
+    divergence  forward: KL(teacher‖student), so that the student finds likely what the teacher does; reverse:
+                KL(student‖teacher), so that it finds nothing likely that the teacher does not (MiniLLM)
+    weight      of the divergence; the rest is that of the cross-entropy
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {
+        "divergence": "Mean divergence from the teacher a target token",
+        "cross_entropy": "Mean cross-entropy a target token",
+    }
+    shown: ClassVar[Mapping[str, str]] = {"divergence": "divergence"}
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "objective.type": Default("what a larger model, or an adapter, says of the same rows", "distill"),
+        "objective.teacher": Default("a model of `url`, or a base of this machine, with the base's tokenizer"),
+        "objective.url": Default("of a server with prompt_logprobs, as loray's and vLLM's are"),
+        "objective.top_k": Default("as many as servers give; they hold nearly all of a teacher's probability"),
+        "objective.divergence": Default("the usual one; reverse for a student that is much smaller"),
+        "objective.weight": Default("half the teacher, half the data; 1 where only the teacher is to be learned"),
+    }
+
+    type: Literal["distill"] = "distill"
+    teacher: str = Field(min_length=1, max_length=200)
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")
+    top_k: int = Field(default=20, ge=1, le=1024)
+    divergence: Literal["forward", "reverse"] = "forward"
+    weight: float = Field(default=0.5, gt=0, le=1)
+
+    @property
+    def teaching(self) -> Teaching:
+        return Teaching(self.teacher, self.url, self.top_k)
+
+
+AnyObjective = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | DistillSpec
 OBJECTIVES: Mapping[ObjectiveType, type[AnyObjective]] = {
     "sft": SftSpec,
     "dpo": DpoSpec,
     "orpo": OrpoSpec,
     "simpo": SimpoSpec,
     "kto": KtoSpec,
+    "distill": DistillSpec,
 }
 ObjectiveSpec = Annotated[AnyObjective, Field(discriminator="type")]
 # Of all objectives.

@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from loray.telemetry import get_logger
 from loray.train import checkpoint
 from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation
 from loray.train.data.batches import (
-    BatchStream,
     Cursor,
     TokenizedRows,
     TrainBatch,
@@ -41,6 +41,7 @@ from loray.train.data.batches import (
     pair_lengths,
     plan_evaluation,
 )
+from loray.train.data.lessons import Lessons, lessons_of, teach
 from loray.train.data.rows import Dataset
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model, count_parameters, dense
@@ -48,6 +49,7 @@ from loray.train.objectives import Objective, Score, objective_of
 from loray.train.optimizer import StepResult, learning_rate
 from loray.train.reference import Reference
 from loray.train.strategies import prepare
+from loray.train.teacher import BaseTeacher
 
 log = get_logger(__name__)
 
@@ -63,13 +65,15 @@ def train(
     workdir: Path,
     resume_from: Path | None = None,
     initial: InitialAdapter | None = None,
+    teacher: BaseModel | None = None,
     device: torch.device | None = None,
     dtype_reason: str | None = None,
     clock: Clock = time.monotonic,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
-    `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own.
+    `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own. `teacher`
+    is the base that a recipe of distillation names; a served teacher has been asked, and `data` has its lessons.
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
@@ -83,11 +87,18 @@ def train(
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
     with deterministic(spec.deterministic):
         device = device or torch.device("cpu")
-        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device, dtype_reason, clock)
+        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, teacher, device, dtype_reason, clock)
         try:
             return run.train()
         finally:
             run.checkpoints.close()
+
+
+class Known(Protocol):
+    """What was found out about rows before the first step: a reference, or a teacher's lessons."""
+
+    def joined(self, batch: TrainBatch) -> TrainBatch:
+        """Give a batch of these rows what is known of them."""
 
 
 class _Step(NamedTuple):
@@ -111,6 +122,7 @@ class _Run:
         workdir: Path,
         resume_from: Path | None,
         initial: InitialAdapter | None,
+        teacher: BaseModel | None,
         device: torch.device,
         dtype_reason: str | None,
         clock: Clock,
@@ -134,20 +146,11 @@ class _Run:
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
             self.state = saved.model_copy(update={"recipe": spec, "dtype_reason": dtype_reason})
         self.published_dtype = spec.publish.dtype or stored_dtype(base.path)
-        self.stream = BatchStream(
-            data.train,
-            spec.batch,
-            max_length=data.max_length,
-            seed=spec.seed,
-            cursor=Cursor(self.state.epoch, self.state.index),
-            per_step=spec.micro_batches_per_step,
-            rank=self.mesh.data_rank,
-            size=self.mesh.data_size,
-            shares=data.shares,
-            paired=data.is_paired,
-        )
-        steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
+        cursor = Cursor(self.state.epoch, self.state.index)
+        self.stream = data.stream(spec, cursor=cursor, rank=self.mesh.data_rank, size=self.mesh.data_size)
+        steps = self.stream.steps_of(spec)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
+        self.lessons = data.lessons if teacher is None else self._taught(teacher)
         self.references = self._references(steps, initial) if spec.objective.has_reference else None
         is_missing = self.references is not None and any(reference.missing for reference in self.references)
         if is_missing and resume_from is not None:  # what was kept has gone: the checkpoint's weights do not say it
@@ -171,7 +174,22 @@ class _Run:
         self.objective, weights = objective_of(self.model, self.spec), BaseWeights(self.base, self.spec.chosen_dtype)
         self.strategy = prepare(self.objective, self.spec, self.world, self.device, weights, optimizer_state)
 
-    # -- the reference --
+    # -- what is found out about the rows before the first step --
+
+    def _taught(self, teacher: BaseModel) -> tuple[Lessons, Lessons]:
+        """Ask a base about the rows that nobody has asked it about, each rank about its share of them."""
+        spec, teaching = self.spec, self.spec.objective.teaching
+        assert teaching is not None
+        named = [teacher.fingerprint, spec.chosen_dtype]
+        lessons = lessons_of(spec, self.data, named, teaching.num_top, self.base.config.vocab_size)
+        self.world.gather(None)  # all have seen what is missing before one adds to it
+        if any(part.missing for part in lessons):
+            asked = BaseTeacher(teacher, spec.chosen_dtype, self.device, teaching.num_top)
+            answers = partial(map, asked.top)
+            for told in teach(lessons, self.data, answers, rank=self.world.rank, size=self.world.size):
+                self._report({"event": "progress", **told})
+            self.world.gather(None)
+        return lessons
 
     def _references(self, num_steps: int, initial: InitialAdapter | None) -> tuple[Reference, Reference]:
         """Read what is kept of training rows, which have the run's attention, and of held-out ones."""
@@ -204,8 +222,10 @@ class _Run:
                     self._report({"event": "progress", **told})
         compute.train()
 
-    def _joined(self, batch: TrainBatch) -> TrainBatch:
-        return batch if self.references is None else self.references[0].joined(batch)
+    @property
+    def _known(self) -> tuple[Known, Known] | None:
+        """Of training rows and of held-out ones."""
+        return self.references or self.lessons
 
     # -- the run --
 
@@ -237,7 +257,9 @@ class _Run:
 
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
-        batches = [self._joined(batch) for batch in self.stream.next_step()]
+        batches = self.stream.next_step()
+        if self._known is not None:
+            batches = [self._known[0].joined(batch) for batch in batches]
         score, learned = _score_with(self.strategy.objective, self.mesh), [*map(self.objective.learned, batches)]
         counts = [
             {"tokens": part.num_tokens, **self.objective.counts(whole, score)}
@@ -312,10 +334,8 @@ class _Run:
 
     def _held_out_loss(self) -> HeldOut:
         rows, compute = self.data.evaluation, self.strategy.objective
-        reference = None if self.references is None else self.references[1]
-        return held_out_loss(
-            self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, reference=reference
-        )
+        known = None if self._known is None else self._known[1]
+        return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, known=known)
 
     def _evaluate_baselines(self) -> None:
         """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
@@ -473,14 +493,15 @@ def held_out_loss(
     *,
     device: torch.device,
     mesh: Mesh,
-    reference: Reference | None = None,
+    known: Known | None = None,
 ) -> HeldOut:
     """Measure the mean loss over all rows and ranks, with dense attention also where training uses S2-Attn.
 
     The model is in training mode afterwards.
 
     `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
-    rank without a batch repeats the last one, and does not count it.
+    rank without a batch repeats the last one, and does not count it. `known`: what the objective learns from beside the
+    rows.
     """
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
     batches = plan_evaluation(lengths, spec.batch)
@@ -490,7 +511,7 @@ def held_out_loss(
         for mine in range(mesh.data_rank, len(batches) + mesh.data_rank, mesh.data_size):
             planned = batches[min(mine, len(batches) - 1)]
             whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
-            yield whole if reference is None else reference.joined(whole), mine < len(batches)
+            yield whole if known is None else known.joined(whole), mine < len(batches)
 
     compute.eval()
     score = _score_with(compute, mesh)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
-from loray.spec import DpoSpec, KtoSpec, ObjectiveSpec, ObjectiveType, OrpoSpec, SimpoSpec, TrainSpec
+from loray.spec import DistillSpec, DpoSpec, KtoSpec, ObjectiveSpec, ObjectiveType, OrpoSpec, SimpoSpec, TrainSpec
 from loray.train.data.batches import IGNORED, TrainBatch
+from loray.train.divergence import divergence
 from loray.train.sequence import group_size, sum_over_group
 
 Score = Callable[[TrainBatch], Tensor]
@@ -269,6 +270,33 @@ class UnpairedObjective(Objective):
         return summed([losses_P], has_labels_P)[0] / (totals["rows"] * size)
 
 
+class DistillationObjective(Objective):
+    """Distillation: the divergence from a teacher's likeliest tokens, mixed with the cross-entropy of the labels
+    (`loray.train.divergence`).
+    """
+
+    def __init__(self, model: Any, spec: DistillSpec) -> None:
+        super().__init__(model, spec)
+        self._spec = spec
+
+    def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
+        hidden_ND, head_VD, labels_N, learned_BT = labelled_states(self.model, batch)
+        assert batch.teacher_ids_BTK is not None
+        assert batch.teacher_log_probs_BTK is not None
+        ids_NK, log_probs_NK = (
+            of_teacher.to(learned_BT.device)[learned_BT]
+            for of_teacher in (batch.teacher_ids_BTK, batch.teacher_log_probs_BTK)
+        )
+        spec = self._spec
+        is_reverse = spec.divergence == "reverse"
+        found = divergence(
+            hidden_ND, head_VD, labels_N, ids_NK, log_probs_NK, weight=spec.weight, is_reverse=is_reverse
+        )
+        loss, *parts = (values_N.sum().double() / totals["targets"] for values_N in found)
+        self._parts.append(torch.stack(parts))
+        return loss
+
+
 def _side(batch: TrainBatch, side: int) -> TrainBatch:
     """Take the first or the second sequences of a batch's rows."""
 
@@ -366,4 +394,5 @@ _OBJECTIVES: Mapping[ObjectiveType, Callable[[Any, Any], Objective]] = {
     "orpo": OddsRatioObjective,
     "simpo": MarginObjective,
     "kto": UnpairedObjective,
+    "distill": DistillationObjective,
 }

@@ -1,8 +1,7 @@
 """What the model says of rows before the first step: the reference that preferences are compared with.
 
-One pass computes the log-probability of each row that a run meets, by the run's own workers and strategy. It is kept
-beside the shards of tokens under a digest of all that it depends on: a resumed or repeated run reads it, and a run that
-was killed in the pass goes on with what is missing.
+One pass computes the log-probability of each row that a run meets, by the run's own workers and strategy, and keeps it
+in blocks (`loray.train.data.kept`).
 
 Rows are computed in the micro-batches that they are first trained in, whose shapes decide on last bits: before the
 first step the policy says the same, bit for bit.
@@ -10,9 +9,7 @@ first step the policy says the same, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
@@ -23,13 +20,10 @@ from torch import nn
 
 from loray.errors import TrainingError
 from loray.train.data.batches import MicroBatch, RowSource, TrainBatch, collate_pairs
+from loray.train.data.kept import Block, blocks_of, key_of, rows_of
 from loray.train.data.shards import FolderCache
 from loray.train.mesh import Mesh
 
-_FORM = 1  # of what is kept
-_AT_ONCE = 16  # micro-batches of a block, which is kept as a whole: a killed run loses no more
-
-Block = Sequence[MicroBatch]
 LogProbs = NDArray[np.float32]
 
 
@@ -53,8 +47,7 @@ class Reference:
     ) -> None:
         self._rows, self._named, self._cache, self._mesh, self._device = rows, named, cache, mesh, device
         self._log_probs_R: LogProbs = np.full(len(rows.lengths), np.nan, np.float32)
-        first = list(_first_met(planned, len(rows.lengths) // 2))
-        blocks: list[Block] = [first[start : start + _AT_ONCE] for start in range(0, len(first), _AT_ONCE)]
+        blocks = blocks_of(planned, len(rows.lengths) // 2)
         kept = [self._kept(block) if mesh.world.rank == 0 else None for block in blocks]
         are_kept = mesh.world.sum(*(float(found is not None) for found in kept), device=device) if blocks else []
         self.missing = [block for block, is_kept in zip(blocks, are_kept, strict=True) if not is_kept]
@@ -64,7 +57,7 @@ class Reference:
 
     def joined(self, batch: TrainBatch) -> TrainBatch:
         """Give a batch of these rows its reference."""
-        return batch._replace(reference_B=torch.from_numpy(self._log_probs_R[_rows_of(batch.rows)]))
+        return batch._replace(reference_B=torch.from_numpy(self._log_probs_R[rows_of(batch.rows)]))
 
     def compute(self, objective: nn.Module) -> Iterator[int]:
         """Compute what is missing with a strategy's `objective`, which gives the log-probabilities of a batch without a
@@ -112,30 +105,9 @@ class Reference:
         return None
 
     def _key(self, block: Block) -> str:
-        digest = hashlib.sha256(json.dumps([_FORM, self._named, [len(batch) for batch in block]]).encode())
-        for i in _sequences(block):
-            ids, targets = self._rows.row(i)
-            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + targets.tobytes())
-        return digest.hexdigest()
-
-
-def _first_met(planned: Iterable[MicroBatch], num_rows: int) -> Iterator[MicroBatch]:
-    """Yield the micro-batches with a row that none before them has."""
-    is_met, num_left = np.zeros(num_rows, np.bool_), num_rows
-    for batch in planned:
-        rows = list(set(_rows_of(batch)))
-        if num_new := int((~is_met[rows]).sum()):
-            is_met[rows] = True
-            num_left -= num_new
-            yield batch
-        if not num_left:
-            return
-
-
-def _rows_of(batch: MicroBatch) -> list[int]:
-    return [row for (row,) in batch]
+        return key_of(block, self._rows, _sequences(block), self._named)
 
 
 def _sequences(block: Block) -> list[int]:
     """Rows of tokens in the order of the batches' tensors."""
-    return [2 * row + side for batch in block for side in (0, 1) for row in _rows_of(batch)]
+    return [2 * row + side for batch in block for side in (0, 1) for row in rows_of(batch)]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loray.recipes.resolve import check_token_budget
-from loray.spec import BatchSpec
+from loray.spec import BatchSpec, TrainSpec
 
 
 class RowSource(Protocol):
@@ -262,7 +262,7 @@ class Cursor(NamedTuple):
     done: int = 0
 
 
-_START = Cursor()
+FIRST = Cursor()
 
 
 class TrainBatch(NamedTuple):
@@ -276,6 +276,7 @@ class TrainBatch(NamedTuple):
     reference_B: of pairs, the log-probability of each answer before the first step; None: it is to be computed.
     following_BT: of pairs, the token after each, in prompts too, −100 where a row ends.
     desirable_P: of answers that are no pairs: whether the first sequence of each row is desirable.
+    teacher_ids_BTK, teacher_log_probs_BTK: where there is a label, the K tokens that a teacher finds likeliest.
     """
 
     input_ids_BT: Tensor
@@ -289,6 +290,8 @@ class TrainBatch(NamedTuple):
     reference_B: Tensor | None = None
     following_BT: Tensor | None = None
     desirable_P: Tensor | None = None
+    teacher_ids_BTK: Tensor | None = None
+    teacher_log_probs_BTK: Tensor | None = None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
@@ -359,7 +362,7 @@ class BatchStream:
         max_length: int,
         seed: int,
         per_step: int,
-        cursor: Cursor = _START,
+        cursor: Cursor = FIRST,
         rank: int = 0,
         size: int = 1,
         shares: Sequence[SourceShare] = (),
@@ -399,6 +402,10 @@ class BatchStream:
             plan = self._plan if epoch == self.cursor.epoch else self._plan_of(epoch=epoch)
             yield from itertools.islice(plan, left)
             left, epoch = left - len(plan), epoch + 1
+
+    def steps_of(self, spec: TrainSpec) -> int:
+        """Count the steps of a run."""
+        return spec.max_steps or self.num_steps(spec.num_epochs or 1.0)
 
     def num_steps(self, num_epochs: float) -> int:
         """Count the steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""

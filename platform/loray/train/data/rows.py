@@ -19,10 +19,21 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
-from loray.spec import DataSpec, SftSpec
-from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, UnpairedRows, pack_rows, pair_lengths
+from loray.spec import DataSpec, SftSpec, TrainSpec
+from loray.train.data.batches import (
+    FIRST,
+    BatchStream,
+    Cursor,
+    RowSource,
+    SourceShare,
+    TokenizedRows,
+    UnpairedRows,
+    pack_rows,
+    pair_lengths,
+)
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
 from loray.train.data.known import open_known
+from loray.train.data.lessons import Lessons
 from loray.train.data.read import DataFormat, Formats, RowFile
 from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
@@ -51,7 +62,8 @@ class Dataset:
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
     pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache`: where
-    the tokens are, and what runs keep beside them.
+    the tokens are, and what runs keep beside them. `lessons`: what a served teacher has said of training rows, and of
+    held-out ones.
     """
 
     train: RowSource
@@ -63,6 +75,22 @@ class Dataset:
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[SourceShare, ...] = ()
+    lessons: tuple[Lessons, Lessons] | None = None
+
+    def stream(self, spec: TrainSpec, *, cursor: Cursor = FIRST, rank: int = 0, size: int = 1) -> BatchStream:
+        """Make the micro-batches of a run for one of `size` data ranks."""
+        return BatchStream(
+            self.train,
+            spec.batch,
+            max_length=self.max_length,
+            seed=spec.seed,
+            cursor=cursor,
+            per_step=spec.micro_batches_per_step,
+            rank=rank,
+            size=size,
+            shares=self.shares,
+            paired=self.is_paired,
+        )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
