@@ -65,7 +65,7 @@ def kept_data(folder: Path, spec: TrainSpec) -> Dataset:
     source = spec.data.model_copy(update={"train": str(path)})
     cache = FolderCache(folder / "tokens")
     options: dict[str, Any] = {"max_length": MAX_PAIR_LENGTH, "max_eval_rows": 8, "seed": spec.seed, "cache": cache}
-    return load_data(source, byte_tokenizer(), paired=True, **options)
+    return load_data(source, byte_tokenizer(), formats=spec.objective.formats, **options)
 
 
 def computed(spec: TrainSpec, base: BaseModel, folder: Path, name: str, **options: Any) -> Counting:
