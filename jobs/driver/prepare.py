@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.fit import WorkerHardware, Workload
+from jobs.driver.teaching import ServedTeacher
 from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -34,8 +36,13 @@ from loray.recipes.resolve import check_row_lengths, check_token_budget, continu
 from loray.settings import Settings
 from loray.spec import AdapterSpec, TrainSpec
 from loray.store import AdapterStore, open_store
+from loray.telemetry import get_logger
 from loray.train.data.corpus import Runner, run_here
+from loray.train.data.lessons import lessons_of, teach
 from loray.train.data.rows import Dataset, load_data
+from loray.train.data.tokenize import rules_of
+
+log = get_logger(__name__)
 
 
 def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
@@ -167,6 +174,7 @@ def prepare(
     )
     if is_planned:
         _check_plan(spec, base, data, workers)
+    data = _taught(spec, base, data, settings)
     return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
 
 
@@ -207,6 +215,33 @@ def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Worker
     for problem in make_plan(shape_of(spec, base.config), device).problems:
         if problem.severity == "refusal":
             raise SpecError(f"{problem.message}; {problem.remedy}")
+
+
+def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings) -> Dataset:
+    """Adds what a served teacher says of the rows, which it is asked where no run has. Workers ask a base themselves.
+
+    Raises SpecError where the teacher cannot be asked, or has another tokenizer.
+    """
+    teaching = spec.objective.teaching
+    if teaching is None:
+        return data
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    if teaching.url is None:
+        teacher_base = ensure_base(settings.home, teaching.model)
+        if rules_of(AutoTokenizer.from_pretrained(teacher_base.path)) != rules_of(tokenizer):
+            raise SpecError(
+                f"objective.teacher {teaching.model} has another tokenizer than {base.name}: distil from a base of the "
+                "same family, or name the url that it is served at"
+            )
+        return data
+    with ServedTeacher(teaching) as teacher:
+        named = teacher.name()
+        teacher.check(tokenizer)
+        lessons = lessons_of(spec, data, named, teaching.num_top, base.config.vocab_size)
+        if any(part.missing for part in lessons):
+            for told in teach(lessons, data, teacher.answers):
+                log.info("%s", told)
+    return replace(data, lessons=lessons)
 
 
 def _rows(

@@ -21,7 +21,7 @@ from loray.train.data.tokenize import prompt_ids
 
 KEY = "TEACHER_API_KEY"
 _AT_ONCE = 8  # requests: a server computes them in one batch
-_RETRY_S = 600.0  # of one request, while the server restarts or has no room
+_FIRST_RETRY_S, _RETRY_S = 5.0, 600.0  # of a request: the first ones; the others, while the server restarts
 # Digits, spaces, accents, scripts and signs: what tokenizers of one family differ in.
 _PROBE = "The price of 1,234.50 kg:  naïve café — Straße, Привет, 你好, こんにちは 🙂\n\tdef f(x): return x**2  # ½ €"
 
@@ -33,29 +33,27 @@ class ServedTeacher(LorayClient):
         assert teaching.url is not None
         url = teaching.url.rstrip("/").removesuffix("/v1")
         # Without a key of its own no other one is sent, such as LORAY_API_KEY.
-        super().__init__(url, api_key=key or os.environ.get(KEY) or "none", retry_s=_RETRY_S)
+        super().__init__(url, api_key=key or os.environ.get(KEY) or "none", retry_s=_FIRST_RETRY_S)
         self._teaching = teaching
 
     def name(self) -> list[object]:
         """Name what answers: another version under the same alias is another teacher. Raises SpecError."""
-        with_named = f"objective.teacher {self._teaching.model!r} of {self.base_url}"
+        label = f"objective.teacher {self._teaching.model!r} of {self.base_url}"
         try:
             found = self._request("GET", f"/v1/models/{self._teaching.model}").json()
         except NotFoundError as e:
-            raise SpecError(f"{with_named}: {e}; `curl {self.base_url}/v1/models` lists what is served") from e
+            raise SpecError(f"{label}: {e}; `curl {self.base_url}/v1/models` lists what is served") from e
         except (Unauthenticated, PermissionDenied) as e:
-            raise SpecError(f"{with_named}: {e}; set {KEY} to a key of that server where the driver runs") from e
+            raise SpecError(f"{label}: {e}; set {KEY} to a key of that server where the driver runs") from e
         except (LorayError, ValueError) as e:
-            raise SpecError(f"{with_named} does not answer: {e}") from e
+            raise SpecError(f"{label} does not answer: {e}") from e
         found = found if isinstance(found, dict) else {}
         return [self.base_url, self._teaching.model, *(found.get(field) for field in ("root", "parent", "digest"))]
 
     def check(self, tokenizer: Any) -> None:
         """Raise SpecError where the teacher cannot be asked, gives too few tokens, or has another tokenizer."""
-        label, ids = (
-            f"objective.teacher {self._teaching.model!r} of {self.base_url}",
-            prompt_ids(tokenizer, [_PROBE])[0],
-        )
+        label = f"objective.teacher {self._teaching.model!r} of {self.base_url}"
+        ids = prompt_ids(tokenizer, [_PROBE])[0]
         try:
             its_ids = [next(iter(token)) for token in self._prompt_logprobs(_PROBE, 0)]
         except _Lacking as e:
@@ -74,6 +72,7 @@ class ServedTeacher(LorayClient):
 
     def answers(self, rows: Iterable[NDArray[np.int32]]) -> Iterator[Top]:
         """Ask about rows, several at a time."""
+        self._retry_s = _RETRY_S
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="teacher") as pool:
             yield from pool.map(self.top, rows)
 
@@ -81,9 +80,7 @@ class ServedTeacher(LorayClient):
         """Ask about the tokens of one row after its first. Raises LorayError."""
         tokens = self._prompt_logprobs(ids.tolist(), self._teaching.num_top)
         if len(tokens) != len(ids) - 1:
-            raise DataError(
-                f"the teacher says {len(tokens)} of {len(ids) - 1} tokens of a row: is its context shorter?"
-            )
+            raise DataError(f"the teacher answers for {len(tokens)} of {len(ids) - 1} tokens of a row")
         found: Top = np.empty((len(tokens), self._teaching.num_top), TOP)
         for at, token in enumerate(tokens):
             best = sorted(token.items(), key=lambda item: -item[1])[: self._teaching.num_top]

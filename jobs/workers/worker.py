@@ -145,7 +145,9 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         reporter = RayReporter(events, uploads, gauges, utilisation, world, device, config["dtype_reason"])
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
-        initial = _initial(config, stack)
+        initial, teaching = _initial(config, stack), spec.objective.teaching
+        is_taught_here = teaching is not None and teaching.url is None
+        teacher = ensure_base(Path(config["home"]), teaching.model) if teaching and is_taught_here else None
         train(
             spec,
             base,
@@ -154,6 +156,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
             workdir=folder,
             resume_from=resume_from,
             initial=initial,
+            teacher=teacher,
             device=device,
             dtype_reason=config["dtype_reason"],
         )

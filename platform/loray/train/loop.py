@@ -85,6 +85,8 @@ def train(
     """
     if (spec.init_adapter is None) != (initial is None):
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
+    if (spec.objective.teaching is None) != (teacher is None and data.lessons is None):
+        raise SpecError("objective.teacher: a base, or what a served model says of the rows, goes with it")
     with deterministic(spec.deterministic):
         device = device or torch.device("cpu")
         run = _Run(spec, base, data, reporter, workdir, resume_from, initial, teacher, device, dtype_reason, clock)
