@@ -254,7 +254,7 @@ def _rows(
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
     max_eval_rows, joined = spec.evaluation.max_rows, _is_joined(spec)
-    kind = (joined, spec.is_long_context, spec.is_paired)
+    kind = (joined, spec.is_long_context, spec.objective.formats)
     key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
         with fetched(sources.paths, settings) as copies:
@@ -266,7 +266,7 @@ def _rows(
                 seed=spec.seed,
                 joined=joined,
                 whole_windows=spec.is_long_context,
-                paired=spec.is_paired,
+                formats=spec.objective.formats,
                 fetched=copies,
                 cache=open_tokens(settings),
                 run=run,
@@ -276,6 +276,6 @@ def _rows(
 
 def _is_joined(spec: TrainSpec) -> bool | None:
     """Says whether texts are joined; None where only the data says whether it is texts, which then are joined."""
-    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.is_paired:
+    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.objective.compares_answers:
         return None
     return spec.batch.order == "concat"

@@ -14,6 +14,7 @@ from loray.planning.compute import (
     exchange,
     exchanges,
     group_sizes,
+    model_flops_per_token,
     plan_traffic,
 )
 from loray.planning.memory import plan_memory
@@ -70,6 +71,30 @@ def test_pairs_are_two_rows_and_one_forward_pass_before_the_first_step() -> None
     assert shape_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "dpo"}), model).num_rows == 2
     with pytest.raises(SpecError, match=r"batch\.tokens is 2000"):
         shape_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
+
+
+def test_answers_without_pairs_take_one_more_forward_pass_and_orpo_needs_no_reference() -> None:
+    model = known("Llama-2-7b-hf")
+    data = {"train": "x", "max_length": 1024}
+    sft = shape_of(recipe(batch={"rows": 4}, data=data), model)
+    for kind in ("orpo", "simpo"):
+        pairs = shape_of(recipe(batch={"rows": 2}, data=data, objective={"type": kind}), model)
+        assert pairs == replace(sft, num_rows=2, row_size=2)
+    kto = shape_of(recipe(batch={"rows": 4}, data=data, objective={"type": "kto"}), model)
+    assert kto == replace(sft, extra_forwards=1, has_reference=True)
+    assert plan_memory(kto, A100).peak_bytes == plan_memory(sft, A100).peak_bytes
+    plain, single = count_flops(sft), count_flops(kto)
+    one = plain.forward - 2 * 4 * 1024 * 32000 * 4096  # the loss's gradient is made there too
+    assert (single.forward - plain.forward, single.backward) == (one, plain.backward)
+    assert single.reference == 2 * one  # of both sequences of a row
+    slower, time = (estimate_time(run, A100, plan_traffic(run)) for run in (kto, sft))
+    assert 1.3 < slower.step_s / time.step_s < 1.5
+    sharded = [plan_traffic(replace(run, num_workers=4, strategy="fsdp2")).gather_bytes for run in (kto, sft)]
+    assert sharded[0] == pytest.approx(1.5 * sharded[1])
+    assert shape_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "kto"}), model).num_rows == 2
+    options = {"group_size": None, "target_share": 1.0}
+    per_token = model_flops_per_token(model, kto.adapter, {1024: 4}, extra_forwards=1, **options)
+    assert per_token - model_flops_per_token(model, kto.adapter, {1024: 4}, **options) == one / (4 * 1024)
 
 
 def test_s2_attention_takes_about_a_quarter() -> None:

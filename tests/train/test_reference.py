@@ -65,7 +65,7 @@ def kept_data(folder: Path, spec: TrainSpec) -> Dataset:
     source = spec.data.model_copy(update={"train": str(path)})
     cache = FolderCache(folder / "tokens")
     options: dict[str, Any] = {"max_length": MAX_PAIR_LENGTH, "max_eval_rows": 8, "seed": spec.seed, "cache": cache}
-    return load_data(source, byte_tokenizer(), paired=True, **options)
+    return load_data(source, byte_tokenizer(), formats=spec.objective.formats, **options)
 
 
 def computed(spec: TrainSpec, base: BaseModel, folder: Path, name: str, **options: Any) -> Counting:
@@ -107,7 +107,7 @@ def test_it_is_by_row_in_mixtures_and_epochs(base: BaseModel, tmp_path: Path, mo
         path.write_text("".join(json.dumps(pair(i)) + "\n" for i in numbers))
     sources = tuple(DataSource(path=str(p), weight=w) for p, w in zip(paths, (2, 0.25), strict=True))
     source = spec.data.model_copy(update={"train": sources})
-    data = load_data(source, byte_tokenizer(), max_length=48, max_eval_rows=8, seed=0, paired=True)
+    data = load_data(source, byte_tokenizer(), max_length=48, max_eval_rows=8, seed=0, formats=spec.objective.formats)
     untrained = build_model(base, spec).eval()
     met, given = set[int](), Reference.joined
 

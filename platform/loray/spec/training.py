@@ -116,7 +116,7 @@ class DataSpec(Frozen):
     train: SourcePath | Mixture
     eval: SourcePath | Paths | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal["auto", "chat", "prompt_completion", "text", "preference"] = "auto"
+    format: Literal["auto", "chat", "prompt_completion", "text", "preference", "unpaired_preference"] = "auto"
     max_length: int | None = Field(
         default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
     )

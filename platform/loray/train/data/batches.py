@@ -58,14 +58,50 @@ class TokenizedRows:
         return TokenizedRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
 
-def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenizedRows:
+def pack_rows(rows: Sequence[tuple[Any, Any]], desirable: NDArray[np.bool_] | None = None) -> TokenizedRows:
     """Make TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
     targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
     targets_N[starts] = False
-    return TokenizedRows(ids_N, targets_N, starts, lengths)
+    return TokenizedRows(ids_N, targets_N, starts, lengths, desirable)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRows:
+    """Answers that are no pairs, as rows of two sequences: 2i is row i of `answers`, and 2i + 1 is its prompt with the
+    answer of the row before it; the first one has that of the last.
+
+    prompts  tokens of each row before its answer
+    lengths  of all sequences, which are cut off at the same length as those of `answers`
+    """
+
+    answers: RowSource
+    prompts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    desirable: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, answers: RowSource, num_targets: NDArray[np.int64], desirable: NDArray[np.bool_], max_length: int
+    ) -> UnpairedRows:
+        """`num_targets` are the last tokens of each row: its answer."""
+        prompts = answers.lengths - num_targets
+        unrelated = np.minimum(prompts + np.roll(num_targets, 1), max_length)
+        return cls(answers, prompts, np.stack([answers.lengths, unrelated], axis=1).ravel(), desirable)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        ids, targets = self.answers.row(i // 2)
+        if i % 2 == 0:
+            return ids, targets
+        before = (i // 2 - 1) % len(self.prompts)
+        prompt, answer = self.prompts[i // 2], self.answers.row(before)[0][self.prompts[before] :]
+        ids = np.concatenate([ids[:prompt], answer])[: self.lengths[i]]
+        return ids, np.arange(len(ids)) >= prompt
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------

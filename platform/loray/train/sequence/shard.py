@@ -101,7 +101,11 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
     else:
         ends_BN = torch.arange(padding[1]).expand(num_rows, -1)
         position_ids_BN = torch.cat([position_ids_BT, ends_BN], dim=1)
-    labels_BL = F.pad(batch.labels_BT, padding, value=IGNORED)[:, span].contiguous()
+    labels_BL, following_BL = (
+        None if tokens_BT is None else F.pad(tokens_BT, padding, value=IGNORED)[:, span].contiguous()
+        for tokens_BT in (batch.labels_BT, batch.following_BT)
+    )
+    assert labels_BL is not None
     local = TrainBatch(
         F.pad(batch.input_ids_BT, padding)[:, span].contiguous(),
         labels_BL,
@@ -112,6 +116,8 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         num_pairs=batch.num_pairs,
         rows=batch.rows,
         reference_B=batch.reference_B,
+        following_BT=following_BL,
+        desirable_P=batch.desirable_P,
         teacher_ids_BTK=_positions(batch.teacher_ids_BTK, padding, span),
         teacher_log_probs_BTK=_positions(batch.teacher_log_probs_BTK, padding, span),
     )
