@@ -214,9 +214,9 @@ class _Run:
         num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
         steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
         self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
-        compute, attentions = self.strategy.objective.eval(), (nullcontext(), dense(self.model, self.mesh.sequence))
-        for reference, attention in zip(self.references, attentions, strict=True):
-            with attention:
+        compute, trained = self.strategy.objective.eval(), self.references[0]
+        for reference in self.references:
+            with nullcontext() if reference is trained else dense(self.model, self.mesh.sequence):
                 for num_pairs in reference.compute(compute):
                     done += num_pairs
                     eta_s = (time.perf_counter() - began) / done * (total - done + steps)
