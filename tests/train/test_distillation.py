@@ -44,7 +44,8 @@ def rows_in(folder: Path, spec: TrainSpec) -> Dataset:
     letters = [chr(97 + i) for i in range(26)]
     spans = ((i, i + 5, i + 9 + i % 4) for i in range(14))
     rows = [{"prompt": "".join(letters[a:b]), "completion": "".join(letters[b:c])} for a, b, c in spans]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not path.exists():  # ranks share it
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = spec.data.model_copy(update={"train": str(path)})
     cache = FolderCache(folder / "tokens")
     joined = spec.batch.order == "concat"
@@ -177,6 +178,7 @@ def shared(size: int) -> TrainSpec:
 def test_ranks_that_share_rows_learn_what_one_does(base: BaseModel, wise: BaseModel, tmp_path: Path) -> None:
     spec = shared(1)
     _, alone = run(spec, base, tmp_path, data=rows_in(tmp_path / "alone", spec), teacher=wise)
+    rows_in(tmp_path, shared(2))
     run_ranks(_run_shared, 4, tmp_path, base, wise, tmp_path)
     ours = json.loads((tmp_path / "0.json").read_text())
     for mine, theirs in zip(ours, curve(alone), strict=True):
@@ -190,4 +192,5 @@ def test_what_cannot_be_distilled_is_said(base: BaseModel, tmp_path: Path) -> No
         lessons_of(spec, data, [], base.config.vocab_size, base.config.vocab_size)
     lessons = lessons_of(spec, data, [], 1, base.config.vocab_size)
     with pytest.raises(DataError, match="tokens that the base does not have"):
-        list(teach(lessons, data, lambda rows: (np.full((len(ids) - 1, 1), (999, -1.0), TOP) for ids in rows)))
+        strange = np.array((999, -1.0), TOP)
+        list(teach(lessons, data, lambda rows: (np.full((len(ids) - 1, 1), strange) for ids in rows)))
