@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
-from loray.spec import FIGURES, OBJECTIVES, PERPLEXITY, Subject
+from loray.spec import OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
 _STAGE_S = 1.0  # from one event of a stage to the next
@@ -291,7 +291,8 @@ def number(value: float | None) -> str:
 def figures(event: StepEvent | EvalEvent) -> dict[str, float | None]:
     """Returns the metrics of an event's objective, beside the loss."""
     values: Mapping[str, Any] = event
-    return {name: values[name] for name in FIGURES if name in values}
+    names = (name for spec in OBJECTIVES.values() for name in spec.metrics)
+    return {name: values[name] for name in names if name in values}
 
 
 def shown(event: StepEvent | EvalEvent) -> str:

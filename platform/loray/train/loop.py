@@ -11,7 +11,7 @@ import copy
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from math import isfinite
@@ -214,9 +214,10 @@ class _Run:
         num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
         steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
         self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
-        compute, trained = self.strategy.objective.eval(), self.references[0]
-        for reference in self.references:
-            with nullcontext() if reference is trained else dense(self.model, self.mesh.sequence):
+        compute = self.strategy.objective.eval()
+        attentions: list[AbstractContextManager[object]] = [nullcontext(), dense(self.model, self.mesh.sequence)]
+        for reference, attention in zip(self.references, attentions, strict=True):
+            with attention:
                 for num_pairs in reference.compute(compute):
                     done += num_pairs
                     eta_s = (time.perf_counter() - began) / done * (total - done + steps)

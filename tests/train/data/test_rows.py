@@ -271,6 +271,8 @@ def test_wrong_answers_are_numbered(tmp_path: Path, row: dict[str, Any], message
 class Lengths:
     """Rows without tokens."""
 
+    desirable = None
+
     def __init__(self, lengths: NDArray[np.int64]) -> None:
         self.lengths = lengths
 

@@ -227,7 +227,10 @@ class SourceRows(NamedTuple):
     desirable: NDArray[np.bool_]
 
     def select(self, indices: Indices) -> SourceRows:
-        return SourceRows(self.rows.select(indices), *(of_rows[indices] for of_rows in self[1:]))
+        rows, sources, truncated, num_targets, desirable = self
+        return SourceRows(
+            rows.select(indices), sources[indices], truncated[indices], num_targets[indices], desirable[indices]
+        )
 
 
 RowsOf = Callable[[Corpus, Indices, int], SourceRows]  # of (corpus, documents, max_length)
