@@ -81,6 +81,9 @@ def train(
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
         run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
         prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
+        report = prepared.data.report
+        if warning := report.cut.warning(report.max_length):
+            emit({"event": "warning", "message": warning})
         whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
         run = runs.resumable(name) if resume else None

@@ -13,13 +13,13 @@ from ray.train import Checkpoint, TrainingFailedError
 from transformers import AutoTokenizer
 
 from jobs.controller import is_lost
-from jobs.driver.data import fetched
 from jobs.driver.fit import build_measuring, cause
 from jobs.events import Emit, first_line
 from jobs.runs.folders import RunFolder
 from jobs.workers.measuring import Measurement, measure_here
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError, SpecError
+from loray.fetching import fetched
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings

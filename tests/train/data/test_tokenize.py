@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from loray.errors import DataError
+from loray.train.data.formats import chats
 from loray.train.data.tokenize import conversations
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training_data import END, TOKENIZER, jsonl, learned, load, whole
@@ -76,7 +77,7 @@ def test_every_answer_follows_the_tokens_of_the_servers_prompt(tmp_path: Path, t
 def test_a_completion_goes_on_in_its_prompt(tmp_path: Path) -> None:
     """Apart from it, it would begin with another space."""
     tokenizer = sentencepiece()
-    rows = load(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer).train
+    rows = load(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer, format="raw").train
     assert tokenizer.convert_ids_to_tokens(rows.row(0)[0].tolist()) == ["▁ab", ":", "▁ab", "</s>"]
     assert rows.row(0)[1].tolist() == [False, False, True, True]
 
@@ -148,7 +149,7 @@ def test_tools_in_a_table(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_said(record: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        conversations(record, byte_tokenizer())
+        conversations(*chats("chat", record), byte_tokenizer())
 
 
 @pytest.mark.parametrize(
