@@ -14,9 +14,9 @@ import pytest
 from loray.errors import DataError
 from loray.text.templates import ChatTemplate
 from loray.train.data.formats import FORMATS, chats
+from tests.fixtures.chats import CALLING, EXPECTED, OFFERED, TOOLS, with_template
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training_data import END, TOKENIZER, Counted, jsonl, learned, load, whole
-from tests.train.data.test_tokenize import CALLING, EXPECTED, OFFERED, TOOLS, with_template
 
 USER, ASSISTANT = ({"role": role, "content": f"{role[0]}?"} for role in ("user", "assistant"))
 SYSTEM = {"role": "system", "content": "Be brief."}

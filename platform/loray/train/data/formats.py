@@ -227,10 +227,10 @@ def detect(source: object, names: Sequence[str], spec: DataSpec, formats: Format
             )
         return spec.format
     if not fitting:
-        wanted = (f"{' and '.join(f'`{c}`' for c in FORMATS[n].columns)} ({n})" for n in FORMATS if n in formats)
+        read = (f"{' and '.join(f'`{c}`' for c in FORMATS[n].columns)} ({n})" for n in FORMATS if n in formats)
         others = [name for name, objective in OBJECTIVES.items() if fitting_formats(names, spec, objective.formats)]
         hint = f"; these are for objective.type {' or '.join(others)}" if others else _EXPECTED_COLUMNS
-        raise DataError(f"{has}; loray reads {', '.join(wanted)}{hint}")
+        raise DataError(f"{has}; loray reads {', '.join(read)}{hint}")
     if spec.format == "auto":
         return fitting[0]
     plain = [name for name in fitting if FORMATS[name].texts is not None or FORMATS[name].turns is None]

@@ -313,10 +313,14 @@ def _backend(tokenizer: Any) -> Any:
     return backend
 
 
+def rules_of(tokenizer: Any) -> dict[str, Any]:
+    """Lists the vocabulary and the rules that make tokens of a text."""
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {n: v for n, v in backend.items() if n not in ("truncation", "padding")}
+
+
 def _digest_of(tokenizer: Any) -> str:
     """Names all that decides on tokens: the vocabulary and its rules, special tokens, the template, the library."""
-    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {n: v for n, v in backend.items() if n not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    named = [rules, special, tokenizer.chat_template, tokenizers.__version__]
+    named = [rules_of(tokenizer), special, tokenizer.chat_template, tokenizers.__version__]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
