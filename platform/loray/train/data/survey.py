@@ -258,7 +258,7 @@ def _duplicates(
     firsts: NDArray[np.int64], counts: NDArray[np.int64], parts: list[FilePart], scans: list[_Scan]
 ) -> Iterator[Duplicate]:
     ends = np.cumsum([len(scan.hashes_R) for scan in scans])
-    for i in np.argsort(-counts, kind="stable")[:_MOST_SHOWN]:
+    for i in np.lexsort((firsts, -counts))[:_MOST_SHOWN]:  # of equal counts the first
         if counts[i] > 1:
             k = int(np.searchsorted(ends, firsts[i], side="right"))
             ((part, content),) = read_parts([parts[k]])
