@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loray.errors import DataError
+from loray.spec import DpoSpec
 from loray.text.templates import ChatTemplate
 from loray.train.data.formats import FORMATS, chats
 from tests.fixtures.chats import CALLING, EXPECTED, OFFERED, TOOLS, with_template
@@ -187,7 +188,7 @@ def test_the_prompt_of_a_pair_may_stand_before_its_answers(tmp_path: Path) -> No
         {"prompt": "2 + 2?"} | whole_answers,
         whole_answers,
     ]
-    data = load(jsonl(tmp_path, *records), options={"paired": True})
+    data = load(jsonl(tmp_path, *records), options={"formats": DpoSpec.formats})
     assert [whole(data.train, 2 * i) for i in range(4)] == [rendered(asked, yes)] * 4
     assert [learned(data.train, 2 * i + 1) for i in range(4)] == [f"5{END}"] * 4
 
