@@ -81,6 +81,8 @@ def test_duplicates_and_rows_of_both_splits(tmp_path: Path) -> None:
     held_out = jsonl(tmp_path, *rows(8)[4:], name="eval.jsonl")
     found = look(path, eval=held_out)
     assert (found.num_held_out, found.num_in_both) == (4, 2)
+    again = look((path, held_out, path), eval=path, eval_fraction=0)
+    assert (again.num_rows, again.num_duplicates, again.num_held_out, again.num_in_both) == (22, 14, 9, 9)
     same = jsonl(tmp_path, *(rows(1) * 20), name="same.jsonl")
     found = look(same, eval_fraction=0.25)  # as a run with this seed
     assert (found.num_held_out, found.num_in_both) == (5, 5)

@@ -166,8 +166,11 @@ def _scans(parts: list[FilePart], tokenisation: Tokenisation, total: int, progre
     """Scan the parts in their order."""
 
     def contents() -> Iterator[tuple[FilePart, Content]]:
-        for file in dict.fromkeys(part.file for part in parts):
-            yield from read_parts([part for part in parts if part.file == file])
+        start = 0
+        for i in range(1, len(parts) + 1):  # of one file, which may stand there twice
+            if i == len(parts) or parts[i].file != parts[start].file or parts[i].first <= parts[i - 1].first:
+                yield from read_parts(parts[start:i])
+                start = i
 
     each = len(parts)
     num_processes = len(os.sched_getaffinity(0))
