@@ -87,11 +87,11 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
         rows = [(row, np.ones(len(row), np.bool_)) for row in self._ids[state.global_step]]
         began = time.perf_counter()
         batch = collate(pack_rows(rows), tuple((i,) for i in range(len(rows))), packed=False)
-        loss = self._strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        loss = self._strategy.forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
         self._strategy.step(_RATE)
         self._began = time.perf_counter()
         self.our_seconds.append(self._began - began)
-        self.our_losses.append(loss / batch.num_targets)
+        self.our_losses.append(loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.their_seconds.append(time.perf_counter() - self._began)

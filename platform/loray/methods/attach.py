@@ -1,15 +1,12 @@
-"""Puts an adapter into a transformers model, loads weights into it, and turns it off."""
+"""Puts an adapter into a transformers model, and loads weights into it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loray.errors import UnsupportedError
@@ -78,29 +75,6 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     if weights.embedding is not None:
         weight_VD, token_ids = model.get_input_embeddings().weight, weights.embedding.token_ids
         weight_VD[slice(None) if token_ids is None else list(token_ids)] = weights.embedding.rows_VD.to(weight_VD)
-
-
-class AdapterSwitch:
-    """Turns the adapter that `attach` has put into a model off and on; trained norms and embeddings stay on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._lora: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._vera = [module for module in model.modules() if isinstance(module, VeraLinear)]
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Let the model compute as its base does inside the block. No parameter changes."""
-        self._set(is_off=True)
-        try:
-            yield
-        finally:
-            self._set(is_off=False)
-
-    def _set(self, *, is_off: bool) -> None:
-        for lora in self._lora:
-            lora._disable_adapters = is_off  # PEFT's own method also freezes parameters, which sharding would keep
-        for vera in self._vera:
-            vera.is_off = is_off
 
 
 def _train_extras(model: Any, spec: AdapterSpec) -> None:

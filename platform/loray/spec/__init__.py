@@ -79,6 +79,7 @@ from loray.spec.fields import (
     format_seconds,
     format_size,
     parse_size,
+    printable,
     read_mapping,
 )
 from loray.spec.generation import (
@@ -107,7 +108,20 @@ from loray.spec.methods import (
     Method,
     VeraSpec,
 )
-from loray.spec.objectives import OBJECTIVES, REWARDS, DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
+from loray.spec.objectives import (
+    FIGURES,
+    OBJECTIVES,
+    REWARDS,
+    DistillSpec,
+    DpoSpec,
+    KtoSpec,
+    ObjectiveSpec,
+    ObjectiveType,
+    OrpoSpec,
+    SftSpec,
+    SimpoSpec,
+    Teaching,
+)
 from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
 from loray.spec.training import (
     EXACT_MATCH,
@@ -149,6 +163,7 @@ __all__ = [
     "DEFAULT_TENANT",
     "DTYPE_BYTES",
     "EXACT_MATCH",
+    "FIGURES",
     "KEY_START",
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
@@ -194,6 +209,7 @@ __all__ = [
     "Default",
     "Delta",
     "Depth",
+    "DistillSpec",
     "DoraSpec",
     "DpoSpec",
     "Duration",
@@ -211,6 +227,7 @@ __all__ = [
     "JobStatus",
     "KeyAlias",
     "KeyChanges",
+    "KtoSpec",
     "Limits",
     "LogMoments",
     "LongLoraSpec",
@@ -222,6 +239,7 @@ __all__ = [
     "ObjectiveSpec",
     "ObjectiveType",
     "OptimizerSpec",
+    "OrpoSpec",
     "ParallelSpec",
     "Percent",
     "PerplexitySpec",
@@ -240,10 +258,12 @@ __all__ = [
     "ServeSpec",
     "SftSpec",
     "Sha256",
+    "SimpoSpec",
     "StrategyName",
     "Subject",
     "TagKey",
     "TagValue",
+    "Teaching",
     "Tenant",
     "TenantName",
     "TokenDelta",
@@ -272,6 +292,7 @@ __all__ = [
     "is_engine",
     "meanings",
     "parse_size",
+    "printable",
     "qualified_name",
     "read_mapping",
     "retrieval_metric",

@@ -289,7 +289,8 @@ class Reporter(Protocol):
     """Takes the events and checkpoints of a run."""
 
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
-        """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
+        """Every rank makes the same calls, but for those that tell how far a stage is. `metrics["event"]` is start,
+        step, eval, early_stop, progress or checkpoint.
 
         `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """

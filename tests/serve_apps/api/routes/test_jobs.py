@@ -325,6 +325,15 @@ def test_other_data_than_the_tenants_own_is_refused(deployment: Api) -> None:
     assert not deployment.jobs.submitted
 
 
+def test_a_tenants_job_asks_no_other_server(deployment: Api) -> None:
+    objective = {"type": "distill", "teacher": "big", "url": "http://169.254.169.254/v1"}
+    with deployment.by(principal()) as http:
+        detail = problem(http.post("/jobs", json=recipe(objective=objective)), 403)["detail"]
+        assert "objective.url: a tenant's job asks no other server" in detail
+        del objective["url"]
+        assert http.post("/jobs", json=recipe(objective=objective)).status_code == 201
+
+
 def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
     """The driver adds them when it opens the data: tests/jobs/driver/test_data.py."""
     with deployment.by(principal()) as http:
