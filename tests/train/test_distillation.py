@@ -190,6 +190,6 @@ def test_what_cannot_be_distilled_is_said(base: BaseModel, tmp_path: Path) -> No
     with pytest.raises(SpecError, match=r"objective\.top_k is 320, and the base has 320 tokens"):
         lessons_of(spec, data, [], base.config.vocab_size, base.config.vocab_size)
     lessons = lessons_of(spec, data, [], 1, base.config.vocab_size)
+    strange = np.array((999, -1.0), TOP)
     with pytest.raises(DataError, match="tokens that the base does not have"):
-        strange = np.array((999, -1.0), TOP)
         list(teach(lessons, data, lambda rows: (np.full((len(ids) - 1, 1), strange) for ids in rows)))
