@@ -14,6 +14,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from loray.spec import OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
+_FEW_ROWS = 20  # held out, below which one row more or less moves their loss visibly
 _STAGE_S = 1.0  # from one event of a stage to the next
 
 
@@ -89,6 +90,15 @@ class CheckpointEvent(TypedDict):
     path: NotRequired[str]
 
 
+class BatchEvent(TypedDict):
+    """The rows of a step are cut into so many micro-batches (`accumulation`), by what the workers' memory holds."""
+
+    event: Literal["batch"]
+    rows: int
+    accumulation: int
+    reason: str
+
+
 class WarningEvent(TypedDict):
     event: Literal["warning"]
     message: str
@@ -116,6 +126,13 @@ class MeasureEvent(TypedDict):
 
     event: Literal["measure"]
     tasks: list[str]
+
+
+class SamplesEvent(TypedDict):
+    """What base and adapter answer to a few held-out prompts: `prompt`, `expected` of the data, `base`, `adapter`."""
+
+    event: Literal["samples"]
+    samples: list[dict[str, str]]
 
 
 class PublishedEvent(TypedDict):
@@ -172,7 +189,16 @@ class ErrorEvent(TypedDict):
 
 LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent | ProgressEvent
 Event = (
-    LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | TrialEvent | SweepEvent | ErrorEvent
+    LoopEvent
+    | BatchEvent
+    | WarningEvent
+    | WorkerLostEvent
+    | MeasureEvent
+    | SamplesEvent
+    | PublishedEvent
+    | TrialEvent
+    | SweepEvent
+    | ErrorEvent
 )
 Emit = Callable[[Event], None]
 
@@ -194,6 +220,9 @@ class Stages:
         if eta_s is not None:
             event["eta_s"] = eta_s
         self._emit(event)
+
+
+SILENT = Stages(lambda event: None)
 
 
 def encode(event: Event) -> str:
@@ -222,10 +251,19 @@ def describe(event: Event) -> str:
                 f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
                 f"({event['trainable_share']:.2%})",
                 f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
+                data["rendering"],
                 f"{data['num_rows']:,} {rows}, {data['num_tokens']:,} tokens, {data['num_eval_rows']} {rows} held out",
             ]
+            if 0 < data["num_eval_rows"] < _FEW_ROWS:
+                parts[-1] += f" (fewer than {_FEW_ROWS}: their loss is noisy)"
             if data["num_truncated"] or data["num_without_targets"]:
                 parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
+            cut_rows, cut_tokens, length_99 = data["cut"]
+            if cut_rows:
+                parts.append(
+                    f"{cut_rows:.1%} of {rows} and {cut_tokens:.1%} of tokens beyond {data['max_length']:,} tokens, "
+                    f"{length_99:,} keep 99 % whole"
+                )
             reason = f" ({event['dtype_reason']})" if event.get("dtype_reason") else ""
             parts.append(f"on {event['device']} in {event['dtype']}{reason}")
             return "; ".join(parts)
@@ -246,6 +284,11 @@ def describe(event: Event) -> str:
             )
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
+        case "batch":
+            at_once, times = event["rows"], event["accumulation"]
+            is_cut = times > 1
+            cut = f"{at_once} rows at once, {times} times a step" if is_cut else f"all {at_once} rows of a step at once"
+            return f"batch: {cut} ({event['reason']})"
         case "warning":
             return f"warning: {event['message']}"
         case "worker_lost":
@@ -254,6 +297,8 @@ def describe(event: Event) -> str:
             return f"{event['stage']}{portion(event)}"
         case "measure":
             return f"measuring {' and '.join(event['tasks'])} of base and adapter before publishing"
+        case "samples":
+            return "\n\n".join(_sample(sample) for sample in event["samples"])
         case "published":
             aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
             line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
@@ -272,6 +317,13 @@ def describe(event: Event) -> str:
             return f"error: {event['message']}"
         case other:
             return str(other)
+
+
+def _sample(sample: Mapping[str, str]) -> str:
+    """Writes a line for each part, however many it has."""
+    width = max(map(len, sample))
+    lines = {name: " ⏎ ".join(text.splitlines()) or "(nothing)" for name, text in sample.items()}
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items())
 
 
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
@@ -302,6 +354,14 @@ def shown(event: StepEvent | EvalEvent) -> str:
     return "".join(f"  {label} {number(found[name])}" for name, label in labels.items() if name in found)
 
 
+def in_words(event: Event) -> str:
+    """Describes an event that another version may have written; one that cannot be described stays JSON."""
+    try:
+        return describe(event)
+    except (KeyError, TypeError, ValueError):
+        return encode(event)
+
+
 def portion(event: ProgressEvent) -> str:
     """Writes how far a stage is, after its name; nothing where nobody knows."""
     done, total = event["done"], event["total"]
@@ -326,6 +386,16 @@ def first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def appending(path: Path) -> Emit:
+    """Makes a function that appends an event to a file, in one write."""
+
+    def append(event: Event) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{encode(event)}\n")
+
+    return append
 
 
 @contextmanager

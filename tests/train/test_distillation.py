@@ -46,7 +46,7 @@ def rows_in(folder: Path, spec: TrainSpec) -> Dataset:
     rows = [{"prompt": "".join(letters[a:b]), "completion": "".join(letters[b:c])} for a, b, c in spans]
     if not path.exists():  # ranks share it
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = spec.data.model_copy(update={"train": str(path)})
+    source = spec.data.model_copy(update={"train": str(path), "format": "raw"})
     cache = FolderCache(folder / "tokens")
     joined = spec.batch.order == "concat"
     return load_data(

@@ -20,6 +20,7 @@ import ray
 from benchmarks.world import peak_bytes, reset_peak, resident_bytes
 from jobs.driver.prepare import prepare
 from jobs.driver.tokenising import RayTasks
+from jobs.events import SILENT
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.train.data.batches import BatchStream
@@ -44,7 +45,7 @@ def main() -> None:
     recipe = load_recipe(over=fields)
     settings = Settings.from_env({"LORAY_HOME": f"{folder}/home", "LORAY_LOG_LEVEL": "ERROR"})
     runner = WithoutTokenizer if "--random-ids" in sys.argv else RayTasks
-    prepared = prepare(recipe, settings, run=runner(recipe.spec, None, lambda: _connect(int(cpus))))
+    prepared = prepare(recipe, settings, run=runner(recipe.spec, None, lambda: _connect(int(cpus)), SILENT))
     prepared_s, driver_bytes = time.time() - float(started), peak_bytes()
     if ray.is_initialized():
         ray.shutdown()

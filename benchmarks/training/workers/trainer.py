@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from benchmarks.world import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recipes.resolve import resolve
-from loray.spec import LongLoraSpec, TrainSpec, VeraSpec
+from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
 from loray.train.data.batches import collate, pack_rows
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
@@ -140,6 +140,7 @@ def _peft(spec: TrainSpec) -> PeftConfig:
         return VeraConfig(r=adapter.rank, target_modules=_MODULES, projection_prng_key=0, save_projection=False)
     extra = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
     saved = extra if isinstance(adapter, LongLoraSpec) else None
+    assert isinstance(adapter, LoraSpec)
     return LoraConfig(r=adapter.rank, lora_alpha=int(2 * adapter.rank), target_modules=_MODULES, modules_to_save=saved)
 
 

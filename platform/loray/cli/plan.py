@@ -286,7 +286,9 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
     is_assumed = device_name is None and device.name == ASSUMED_GPU
     why = on_hardware(spec, hardware()).why if is_here and device_name is None else None
     is_timed = not device.is_host or Machine.here(home).rates is not None
-    to.print(_line(plan, why, is_timed=is_timed), highlight=False, soft_wrap=True)
+    cut = f"; {plan.run.num_rows} rows at once × {plan.run.accumulation} a step"
+    line = _line(plan, why, is_timed=is_timed) + (cut if spec.batch.accumulation == "auto" else "")
+    to.print(line, highlight=False, soft_wrap=True)
     for problem in plan.problems:
         text = f"{problem.message}; {problem.remedy}"
         if problem.severity == "refusal" and not is_assumed:

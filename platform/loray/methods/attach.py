@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loray.errors import UnsupportedError
-from loray.methods import method_of
+from loray.methods import keeps_fp32, method_of
 from loray.methods.base import ADAPTER
 from loray.methods.vera_module import VeraLinear
 from loray.methods.weights import AdapterWeights
@@ -31,8 +31,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
     default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
-    them. DoRA's magnitudes alone are fp32: they are the norms of the base's rows, of which training changes a small
-    part.
+    them. What multiplies outputs alone is fp32, as DoRA's magnitudes: training changes a small part of it.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
@@ -51,18 +50,13 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     _train_extras(model, spec)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
+            parameter.data = parameter.data.to(torch.float32 if keeps_fp32(name) else dtype)
 
 
 def peft_name(name: str) -> str:
     """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    stored = name.replace(f".{ADAPTER}.", ".")
-    return stored.removesuffix(".weight") if is_magnitude(name) else stored
-
-
-def is_magnitude(name: str) -> bool:
-    """True where a parameter of this name is a vector of DoRA's magnitudes."""
-    return ".lora_magnitude_vector." in name
+    stored = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+    return stored.removesuffix(".weight") if keeps_fp32(name) else stored
 
 
 @torch.no_grad()

@@ -112,6 +112,7 @@ class RunShape:
     context          tokens of the context that the adapter is trained for
     quantization     of the base, None where it stays in `dtype`
     measured_length  tokens of the longest window or prompt that is measured before publishing; None: nothing is
+    is_cut_to_fit    `num_rows` are those of a step, which the plan cuts into micro-batches
     """
 
     model: ModelConfig
@@ -132,6 +133,7 @@ class RunShape:
     row_size: int = 1
     extra_forwards: int = 0
     has_reference: bool = False
+    is_cut_to_fit: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -219,13 +221,14 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
     objective, row_length = spec.objective, resolved.row_length
     longest = row_length * objective.sequences_per_row
     check_token_budget(spec.batch, longest)
+    is_cut_to_fit = spec.batch.accumulation == "auto"
     return RunShape(
         model=model,
         adapter=spec.adapter,
         dtype=dtype if spec.dtype == "auto" else spec.dtype,
         row_length=row_length,
         num_rows=spec.batch.rows or (spec.batch.tokens or 0) // longest,
-        accumulation=spec.batch.accumulation,
+        accumulation=1 if is_cut_to_fit else spec.batch.chosen_accumulation,
         group_size=resolved.group_size,
         usual_group=resolved.usual_group,
         context=resolved.context,
@@ -238,6 +241,7 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
         row_size=objective.sequences_per_row - objective.extra_forwards,
         extra_forwards=objective.extra_forwards,
         has_reference=objective.has_reference,
+        is_cut_to_fit=is_cut_to_fit,
     )
 
 

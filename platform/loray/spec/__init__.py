@@ -79,6 +79,7 @@ from loray.spec.fields import (
     format_seconds,
     format_size,
     parse_size,
+    printable,
     read_mapping,
 )
 from loray.spec.generation import (
@@ -130,6 +131,7 @@ from loray.spec.training import (
     AttentionSpec,
     BatchSpec,
     CheckpointSpec,
+    ColumnNames,
     DataSource,
     DataSpec,
     Depth,
@@ -201,6 +203,7 @@ __all__ = [
     "CanaryOutcome",
     "CanaryState",
     "CheckpointSpec",
+    "ColumnNames",
     "Constraint",
     "DType",
     "DataSource",
@@ -291,6 +294,7 @@ __all__ = [
     "is_engine",
     "meanings",
     "parse_size",
+    "printable",
     "qualified_name",
     "read_mapping",
     "retrieval_metric",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -68,6 +68,7 @@ def train(
     teacher: BaseModel | None = None,
     device: torch.device | None = None,
     dtype_reason: str | None = None,
+    measured_tokens: int = 0,
     clock: Clock = time.monotonic,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
@@ -77,7 +78,8 @@ def train(
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
-    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state.
+    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state. `measured_tokens` are
+    those that go through models once the run has ended, which the time that is left counts.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -89,7 +91,20 @@ def train(
         raise SpecError("objective.teacher: a base, or what a served model says of the rows, goes with it")
     with deterministic(spec.deterministic):
         device = device or torch.device("cpu")
-        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, teacher, device, dtype_reason, clock)
+        run = _Run(
+            spec,
+            base,
+            data,
+            reporter,
+            workdir,
+            resume_from,
+            initial,
+            teacher,
+            device,
+            dtype_reason,
+            measured_tokens,
+            clock,
+        )
         try:
             return run.train()
         finally:
@@ -127,6 +142,7 @@ class _Run:
         teacher: BaseModel | None,
         device: torch.device,
         dtype_reason: str | None,
+        measured_tokens: int,
         clock: Clock,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
@@ -164,6 +180,9 @@ class _Run:
             self._compute_references()
         self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
         self.good_steps_unsaved = 0
+        interval = spec.evaluation.interval_steps or self.num_steps
+        rows = data.evaluation
+        self.left = TimeLeft(self.num_steps, interval if len(rows) else None, int(rows.lengths.sum()), measured_tokens)
 
     def _build(self, resume_from: Path | None, initial: InitialAdapter | None) -> None:
         """Distribute the model as it is before the first step, or as the checkpoint `resume_from` has it."""
@@ -236,14 +255,13 @@ class _Run:
         self._report_start()
         if not self.resumed and len(self.data.evaluation):
             self._evaluate_baselines()
-        started = ended = time.perf_counter()
-        first = self.state.step + 1
+        ended = time.perf_counter()
         while (step := self.state.step + 1) <= self.num_steps:
             done = self._step(step)
             before, ended = ended, time.perf_counter()
-            mean_s = (ended - started) / (step - first + 1)
             # From step to step, evaluations and checkpoints included.
-            self._report_step(done, seconds=ended - before, eta_s=(self.num_steps - step) * mean_s)
+            self.left.stepped(ended - before, done.num_tokens)
+            self._report_step(done, seconds=ended - before, eta_s=self.left.after(step))
             if self.skipped_here >= self.spec.max_nonfinite_steps:
                 self._stop()
             evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
@@ -336,9 +354,22 @@ class _Run:
     # -- evaluation --
 
     def _held_out_loss(self) -> HeldOut:
+        began = told_at = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told_at
+            if time.perf_counter() - told_at > _TOLD_S:
+                told_at = time.perf_counter()
+                stage = {"stage": "evaluating held-out rows", "done": done / total, "total": 1}
+                self._report({"event": "progress", **stage})
+
         rows, compute = self.data.evaluation, self.strategy.objective
         known = None if self._known is None else self._known[1]
-        return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, known=known)
+        found = held_out_loss(
+            self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, known=known, progress=tell
+        )
+        self.left.evaluated(time.perf_counter() - began)
+        return found
 
     def _evaluate_baselines(self) -> None:
         """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
@@ -426,6 +457,52 @@ class _Run:
         self.good_steps_unsaved = 0
 
 
+_TOLD_S = 1.0  # of an evaluation, until it is told how far it is, and from then to the next time
+
+
+class TimeLeft:
+    """Estimates the seconds until a run has ended, by what its steps and evaluations took so far.
+
+    num_steps        of the run
+    interval         steps from one evaluation to the next; None: nothing is evaluated
+    eval_tokens      of an evaluation
+    measured_tokens  that go through models after the last step
+    """
+
+    def __init__(self, num_steps: int, interval: int | None, eval_tokens: int, measured_tokens: int) -> None:
+        self.num_steps, self.interval = num_steps, interval
+        self.eval_tokens, self.measured_tokens = eval_tokens, measured_tokens
+        self._steps_s = self._evals_s = self._since_step_s = 0.0
+        self._num_steps = self._num_tokens = self._num_evals = 0
+
+    def stepped(self, seconds: float, num_tokens: int) -> None:
+        """A step has ended `seconds` after the one before, which the evaluations between them took too."""
+        self._steps_s += max(0.0, seconds - self._since_step_s)
+        self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
+        self._since_step_s = 0.0
+
+    def evaluated(self, seconds: float) -> None:
+        self._evals_s, self._num_evals = self._evals_s + seconds, self._num_evals + 1
+        if self._num_steps:  # what is measured before the first step is no part of its time
+            self._since_step_s += seconds
+
+    def after(self, step: int) -> float:
+        """The time that is left after a step, before what is evaluated then."""
+        step_s = self._steps_s / self._num_steps
+        if not self._num_evals:  # a pass forward is a third of a step
+            return (self.num_steps - step) * step_s + self.measured_tokens * self._steps_s / self._num_tokens / 3
+        eval_s = self._evals_s / self._num_evals
+        measuring_s = self.measured_tokens * eval_s / self.eval_tokens
+        return (self.num_steps - step) * step_s + self._num_evaluations(step) * eval_s + measuring_s
+
+    def _num_evaluations(self, step: int) -> int:
+        """Those due after this step and later ones; the last step is evaluated whatever the interval."""
+        if self.interval is None:
+            return 0
+        by_interval = self.num_steps // self.interval - (step - 1) // self.interval
+        return by_interval + (self.num_steps % self.interval > 0)
+
+
 def _totals(counts: Iterable[Mapping[str, float]], mesh: Mesh, device: torch.device) -> dict[str, float]:
     """Sum the counts of each kind over micro-batches and ranks. A sequence group's ranks count the same batches."""
     summed: dict[str, float] = {}
@@ -497,6 +574,7 @@ def held_out_loss(
     device: torch.device,
     mesh: Mesh,
     known: Known | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOut:
     """Measure the mean loss over all rows and ranks, with dense attention also where training uses S2-Attn.
 
@@ -504,7 +582,7 @@ def held_out_loss(
 
     `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
     rank without a batch repeats the last one, and does not count it. `known`: what the objective learns from beside the
-    rows.
+    rows. `progress` is told how many of all batches are done.
     """
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
     batches = plan_evaluation(lengths, spec.batch)
@@ -522,12 +600,13 @@ def held_out_loss(
         counts = ({kind: n * counted for kind, n in objective.counts(b, score).items()} for b, counted in collated())
         totals = _totals(counts, mesh, device)
         figures = [0.0] * (1 + len(objective.metrics))
-        for whole, counted in collated():
+        for number, (whole, counted) in enumerate(collated()):
             with mesh.part(objective.learned(whole)) as part:
                 loss = float(compute(part, totals))
             taken = objective.take()
             if counted:
                 figures = [a + b for a, b in zip(figures, (loss, *taken), strict=True)]
+            progress(min((number + 1) * mesh.data_size, len(batches)), len(batches))
     compute.train()
     loss, *means = mesh.world.sum(*figures, device=device)
     return HeldOut(loss, dict(zip(objective.metrics, means, strict=True)))
