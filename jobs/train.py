@@ -88,7 +88,9 @@ def train(
             begun, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned, stages=stages
         )
         report = prepared.data.report
-        if warning := report.cut.warning(report.max_length):
+        desirable = prepared.data.train.desirable
+        balance = None if desirable is None else recipe.spec.objective.warning(float(desirable.mean()))
+        for warning in filter(None, (report.cut.warning(report.max_length), balance)):
             emit({"event": "warning", "message": warning})
         whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         published = None if run is None else already_published(run, recipe)
