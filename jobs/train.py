@@ -87,10 +87,8 @@ def train(
         prepared = prepare(
             begun, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned, stages=stages
         )
-        report = prepared.data.report
-        desirable = prepared.data.train.desirable
-        balance = None if desirable is None else recipe.spec.objective.warning(float(desirable.mean()))
-        for warning in filter(None, (report.cut.warning(report.max_length), balance)):
+        for warning in prepared.warnings:
+            emit({"event": "warning", "message": warning})
             emit({"event": "warning", "message": warning})
         whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         published = None if run is None else already_published(run, recipe)
