@@ -123,6 +123,13 @@ class Prepared(NamedTuple):
     measured_tokens: int = 0
     batch_reason: str = ""
 
+    @property
+    def warnings(self) -> list[str]:
+        """What fits badly to the data."""
+        desirable = self.data.train.desirable
+        balance = None if desirable is None else self.spec.objective.warning(float(desirable.mean()))
+        return [warning for warning in (self.data.report.warning, balance) if warning is not None]
+
 
 def prepare(
     recipe: Recipe,

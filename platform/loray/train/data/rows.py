@@ -92,6 +92,11 @@ class DataReport:
     num_without_targets: int
     cut: Cut
 
+    @property
+    def warning(self) -> str | None:
+        """What to do about rows that are cut, if they are many."""
+        return self.cut.warning(self.max_length)
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
