@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.fit import WorkerHardware, Workload
+from jobs.driver.teaching import ServedTeacher
 from jobs.events import SILENT, Stages
 from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
@@ -35,8 +37,13 @@ from loray.recipes.resolve import check_row_lengths, check_token_budget, continu
 from loray.settings import Settings
 from loray.spec import AdapterSpec, TrainSpec, format_size
 from loray.store import AdapterStore, open_store
+from loray.telemetry import get_logger
 from loray.train.data.corpus import Runner, run_here
+from loray.train.data.lessons import lessons_of, teach
 from loray.train.data.rows import Dataset, load_data
+from loray.train.data.tokenize import rules_of
+
+log = get_logger(__name__)
 
 
 def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
@@ -62,7 +69,7 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"
     ranks = {module.rank for module in weights.modules.values()}
-    if ranks != {spec.rank}:
+    if ranks != {method.rank(spec)}:
         yield f"its rank is {', '.join(map(str, sorted(ranks)))}"
     else:
         yield from method.differences(spec, weights, base)
@@ -174,6 +181,7 @@ def prepare(
         trained_context=None if parent is None else parent.context,
     )
     spec, batch_reason = _planned(spec, base, data, workers, is_checked=is_planned)
+    data = _taught(spec, base, data, settings)
     initial = None if parent is None else parent.files
     return Prepared(spec, base, data, initial, dtype_reason, measured_tokens, batch_reason)
 
@@ -235,6 +243,33 @@ def _planned(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHar
     return _Cut(spec.model_copy(update={"batch": spec.batch.model_copy(update=chosen)}), why)
 
 
+def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings) -> Dataset:
+    """Adds what a served teacher says of the rows, which it is asked where no run has. Workers ask a base themselves.
+
+    Raises SpecError where the teacher cannot be asked, or has another tokenizer.
+    """
+    teaching = spec.objective.teaching
+    if teaching is None:
+        return data
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    if teaching.url is None:
+        teacher_base = ensure_base(settings.home, teaching.model)
+        if rules_of(AutoTokenizer.from_pretrained(teacher_base.path)) != rules_of(tokenizer):
+            raise SpecError(
+                f"objective.teacher {teaching.model} has another tokenizer than {base.name}: distil from a base of the "
+                "same family, or name the url that it is served at"
+            )
+        return data
+    with ServedTeacher(teaching) as teacher:
+        named = teacher.name()
+        teacher.check(tokenizer)
+        lessons = lessons_of(spec, data, named, teaching.num_top, base.config.vocab_size)
+        if any(part.missing for part in lessons):
+            for told in teach(lessons, data, teacher.answers):
+                log.info("%s", told)
+    return replace(data, lessons=lessons)
+
+
 def _rows(
     recipe: Recipe,
     base: BaseModel,
@@ -245,7 +280,7 @@ def _rows(
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
     max_eval_rows, joined = spec.evaluation.max_rows, _is_joined(spec)
-    kind = (joined, spec.is_long_context, spec.is_paired)
+    kind = (joined, spec.is_long_context, spec.objective.formats)
     key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
         with fetched(sources.paths, settings) as copies:
@@ -257,7 +292,7 @@ def _rows(
                 seed=spec.seed,
                 joined=joined,
                 whole_windows=spec.is_long_context,
-                paired=spec.is_paired,
+                formats=spec.objective.formats,
                 fetched=copies,
                 cache=open_tokens(settings),
                 run=run,
@@ -267,6 +302,6 @@ def _rows(
 
 def _is_joined(spec: TrainSpec) -> bool | None:
     """Says whether texts are joined; None where only the data says whether it is texts, which then are joined."""
-    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.is_paired:
+    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.objective.compares_answers:
         return None
     return spec.batch.order == "concat"

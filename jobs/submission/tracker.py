@@ -64,6 +64,11 @@ def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> 
     limit = limits_of(principal, settings).workers
     if limit is not None and spec.num_workers > limit:
         raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
+    if spec.objective.teaching is not None and spec.objective.teaching.url is not None:
+        raise PermissionDenied(
+            "objective.url: a tenant's job asks no other server; leave it out, and name a base of this deployment as "
+            "objective.teacher"
+        )
     for source in spec.data.paths:
         _check_source(source, principal.tenant, settings)
 

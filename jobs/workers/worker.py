@@ -149,7 +149,9 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World,
         reporter = RayReporter(events, uploads, gauges, utilisation, world, device, config["dtype_reason"])
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
-        initial = _initial(config, stack)
+        initial, teaching = _initial(config, stack), spec.objective.teaching
+        is_taught_here = teaching is not None and teaching.url is None
+        teacher = ensure_base(Path(config["home"]), teaching.model) if teaching and is_taught_here else None
         train(
             spec,
             base,
@@ -158,6 +160,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World,
             workdir=folder,
             resume_from=resume_from,
             initial=initial,
+            teacher=teacher,
             device=device,
             dtype_reason=config["dtype_reason"],
             measured_tokens=config["measured_tokens"],
@@ -194,7 +197,7 @@ def _utilisation(
         data.length_counts,
         group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
-        has_reference=spec.is_paired,
+        extra_forwards=spec.objective.extra_forwards,
     )
     if peak_tflops is not None:
         return Utilisation(per_token, Peak(peak_tflops * 1e12))

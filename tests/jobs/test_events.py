@@ -47,7 +47,7 @@ def test_events_for_people() -> None:
 
 def test_metrics_are_those_of_the_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     class Odds(SftSpec):
-        metrics = ("odds", "more/odds")
+        metrics: ClassVar[dict[str, str]] = {"odds": "Odds", "more/odds": "More of them"}
         shown: ClassVar[dict[str, str]] = {"odds": "odds"}
 
     monkeypatch.setitem(OBJECTIVES, "odds", Odds)

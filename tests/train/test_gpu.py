@@ -70,7 +70,7 @@ def steps(case: str, dtype: DType, base: BaseModel, folder: Path, device: str = 
         max_length=MAX_LENGTH,
         max_eval_rows=0,
         seed=spec.seed,
-        paired=spec.is_paired,
+        formats=spec.objective.formats,
     )
     reporter = FolderReporter(folder / f"{device}-{dtype}")
     train(spec, base, data, reporter=reporter, workdir=folder, device=torch.device(device))

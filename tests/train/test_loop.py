@@ -49,7 +49,7 @@ def loss_of(model: Any, rows: RowSource) -> float:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel, tmp_path: Path) -> None:
     """With other bases' draws the loss falls to 0.81 to 0.90 of the untrained one's, LongLoRA's below 0.6."""
-    optimizer = {"learning_rate": 1e-1 if method == "vera" else 2e-2, "warmup_steps": 2}
+    optimizer = {"learning_rate": 1e-1 if method in ("vera", "ia3") else 2e-2, "warmup_steps": 2}
     state, reporter = run(recipe(method, max_steps=60, optimizer=optimizer), base, tmp_path)
     start = reporter.events[0]
     assert (state.step, start["event"], start["num_steps"]) == (60, "start", 60)
@@ -69,6 +69,8 @@ def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel,
         ("dora", "bfloat16", "shuffled"),
         ("vera", "float32", "length_grouped"),
         ("longlora", "bfloat16", "shuffled"),
+        ("ia3", "bfloat16", "packed"),
+        ("road", "float32", "shuffled"),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
@@ -318,6 +320,8 @@ def test_at_the_default_rate_stage_two_beats_stage_one_on_its_own_rows(
         ("vera", {"projection_prng_key": 4}, r"random pair is another one \(projection_prng_key\)"),
         ("vera", {"rank": 8}, "its rank is 24"),
         ("vera", {"method": "lora"}, "its method is vera"),
+        ("road", {"group_size": 16}, "its group_size is 32"),
+        ("road of four", {"variant": "road_1"}, "its variant is road_4"),
     ],
 )
 def test_what_differs_is_named(

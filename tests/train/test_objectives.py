@@ -124,10 +124,10 @@ def test_a_batch_that_fills_up_a_step_counts_nothing(base: BaseModel, tmp_path: 
     data = make_data(tmp_path, spec)
     stream = BatchStream(data.train, spec.batch, max_length=48, seed=0, per_step=3, rank=1, size=2, paired=True)
     batch, filler = stream.next_step()
-    assert (batch.num_terms, filler.num_terms, filler.num_tokens) == (2, 0, 0)
-    model = build_model(base, spec)
-    objective = objective_of(model, spec)
-    loss = objective(filler)
+    objective = objective_of(build_model(base, spec), spec)
+    counts = [objective.counts(made, lambda made: objective(made, {})) for made in (batch, filler)]
+    assert (counts, filler.num_tokens) == ([{"pairs": 2}, {"pairs": 0}], 0)
+    loss = objective(filler._replace(reference_B=torch.zeros(4)), {"pairs": 2})
     loss.backward()
     assert loss.item() == 0.0
     assert objective.take() == (0.0,) * 4 == objective.take()
@@ -150,18 +150,19 @@ def drawn(name: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def ours(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
-    model = build_model(base, spec)
+    model = build_model(base, spec).double()
     objective = objective_of(model, spec)
     assert isinstance(objective, PreferenceObjective)
+    batch = collate_pairs(make_data(folder, spec, num_pairs=NUM_PAIRS).train, tuple((i,) for i in range(NUM_PAIRS)))
     parameters = objective.trained_parameters()
     with torch.no_grad():
+        batch = batch._replace(reference_B=objective(batch, {}))
         for name, parameter in parameters.items():
             parameter.copy_(drawn(name, parameter))
-    data = make_data(folder, spec, num_pairs=NUM_PAIRS)
-    loss = objective(collate_pairs(data.train, tuple((i,) for i in range(NUM_PAIRS)))) / NUM_PAIRS
+    loss = objective(batch, {"pairs": NUM_PAIRS})
     loss.backward()
-    rewards = tuple(s / NUM_PAIRS for s in objective.take())
-    return Result(float(loss.detach()), {n: p.grad for n, p in parameters.items() if p.grad is not None}, rewards)
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    return Result(float(loss.detach()), gradients, objective.take())
 
 
 def theirs(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
@@ -183,12 +184,13 @@ def theirs(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
         disable_tqdm=True,
     )
     trainer = trl.DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float64),
         args=arguments,
         train_dataset=Dataset.from_list([pair(i) for i in range(NUM_PAIRS)]),
         processing_class=byte_tokenizer(),
         peft_config=method_of(spec.adapter).peft_config(spec.adapter),
     )
+    trainer.model.double()  # PEFT makes its own in float32
     parameters = {_name_of(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -222,14 +224,14 @@ def test_loss_and_gradients_are_those_of_trl(
 ) -> None:
     spec = paired(method, objective, data={"train": "x", "eval_fraction": 0})
     mine, expected = ours(spec, base, tmp_path), theirs(spec, base, tmp_path)
-    assert mine.loss == pytest.approx(expected.loss, abs=1e-5)
-    assert mine.rewards == pytest.approx(expected.rewards, abs=1e-5)
+    assert mine.loss == pytest.approx(expected.loss, abs=1e-9)
+    assert mine.rewards == pytest.approx(expected.rewards, abs=1e-9)
     assert mine.gradients.keys() == expected.gradients.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in mine.gradients.values())
     errors = {name: gradient - expected.gradients[name] for name, gradient in mine.gradients.items()}
-    assert norm(errors) < 1e-5 * norm(expected.gradients)
+    assert norm(errors) < 1e-9 * norm(expected.gradients)
     for name, error in errors.items():
-        assert error.norm() < 1e-4 * expected.gradients[name].norm(), name
+        assert error.norm() < 1e-9 * expected.gradients[name].norm(), name
 
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:

@@ -84,7 +84,8 @@ class WithoutTokenizer(RayTasks):
             sizes = [int(len(line) / _BYTES_PER_TOKEN) for line in task.content.data.split(b"\n") if line]
             lengths, none = np.array(sizes, np.int32), np.zeros(len(sizes), np.int32)
             documents = np.arange(len(sizes), dtype=np.int32)
-            index = ShardIndex(lengths, documents, np.empty((0, 2), np.int32), none, True, len(sizes))
+            desirable = np.ones(len(sizes), np.bool_)
+            index = ShardIndex(lengths, documents, np.empty((0, 2), np.int32), none, True, len(sizes), desirable)
             cache.put(task.key, TokenShard(rng.integers(0, 49152, sum(sizes), np.uint16), index))
 
 

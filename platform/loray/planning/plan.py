@@ -265,7 +265,7 @@ def most_bytes(run: RunShape, device: Device) -> int:
 def _variants(run: RunShape) -> Iterator[RunShape]:
     strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
     sequences = [run.sequence]
-    while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
+    while run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
         sequences.append(2 * sequences[-1])
     for sequence, strategy, num_rows, checkpointing in itertools.product(
         sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})

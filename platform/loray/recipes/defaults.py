@@ -30,7 +30,9 @@ GROUPS = (
 _EVERY_METHOD: Mapping[str, Default] = {
     "name": Default("what requests call it; each publication is its next version"),
     "base": Default("loray makes it from a package, and it trains on two cores"),
-    "objective.type": Default("learns completions; dpo learns which of two answers is better", FIRST_OBJECTIVE),
+    "objective.type": Default(
+        "learns completions; dpo, orpo, simpo which of two is better, kto which are good", FIRST_OBJECTIVE
+    ),
     "adapter.method": Default("the first to try: it has the fewest surprises", FIRST_METHOD),
     "adapter.dropout": Default("adapters have few parameters; raise it where the held-out loss rises while loss falls"),
     "adapter.target_modules": Default("attention alone; the MLP's three more than double adapter and time"),
@@ -116,10 +118,10 @@ def defaults_of(
 ) -> dict[str, Default]:
     """List the defaults of all fields of a recipe of `method` with that objective, by field.
 
-    `is_continued`: it has an `init_adapter` (pairs have none), which changes a reason and no value.
+    `is_continued`: it has an `init_adapter`, which changes a reason and no value.
     """
     found = {**_EVERY_METHOD, **METHODS[method].defaults, **OBJECTIVES[objective].defaults}
-    if OBJECTIVES[objective].sequences_per_row > 1:
+    if OBJECTIVES[objective].compares_answers:
         found["optimizer.learning_rate"] = METHODS[method].pair_rate
     elif is_continued:
         found["optimizer.learning_rate"] = found["optimizer.learning_rate"]._replace(why=_CONTINUED_RATE)

@@ -31,7 +31,8 @@ from tests.fixtures.training_data import Counted, jsonl, listed
 def shard(number: int, num_tokens: int = 100) -> TokenShard:
     tokens = np.arange(number, number + num_tokens, dtype=np.uint16)
     lengths, none = np.array([num_tokens], np.int32), np.zeros(1, np.int32)
-    return TokenShard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1))
+    desirable = np.ones(1, np.bool_)
+    return TokenShard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1, desirable))
 
 
 def in_bucket(s3_server: S3Server, copies: Path, max_bytes: int = 1 << 20) -> BucketCache:

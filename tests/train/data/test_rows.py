@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 
 from loray.errors import DataError
+from loray.spec import OBJECTIVES, ObjectiveType
 from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
 from loray.train.data.rows import Dataset
 from tests.fixtures.tiny import byte_tokenizer
@@ -124,8 +125,8 @@ def answer(text: str) -> list[dict[str, str]]:
 CHAT = {"prompt": TURNS, "chosen": answer("yes"), "rejected": answer("no"), "messages": TURNS[:2]}
 
 
-def load_pairs(train: Any, *, paired: bool = True, **fields: Any) -> Dataset:
-    return load(train, options={"paired": paired, "max_eval_rows": 4}, **fields)
+def load_pairs(train: Any, *, objective: ObjectiveType = "dpo", **fields: Any) -> Dataset:
+    return load(train, options={"formats": OBJECTIVES[objective].formats, "max_eval_rows": 4}, **fields)
 
 
 def test_texts_are_two_rows_of_which_the_answers_are_learned(tmp_path: Path) -> None:
@@ -211,15 +212,66 @@ def test_wrong_pairs_are_numbered(tmp_path: Path, row: dict[str, Any], message: 
 
 
 def test_pairs_and_objectives_belong_together(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="columns prompt, completion; DPO reads `prompt`, `chosen` and `rejected`"):
+    with pytest.raises(DataError, match=r"columns prompt, completion; .* reads `prompt`, `chosen`, `rejected`; .* sft"):
         load_pairs(jsonl(tmp_path, {"prompt": "a", "completion": "b"}))
-    with pytest.raises(DataError, match=r"columns prompt, .*; pairs are for objective: \{type: dpo\}"):
-        load_pairs(jsonl(tmp_path, TEXT), paired=False)
-    assert load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), paired=False).report.format == "chat"
+    with pytest.raises(DataError, match=r"columns prompt, .*; these are for objective\.type dpo or orpo or simpo"):
+        load_pairs(jsonl(tmp_path, TEXT), objective="sft")
+    chats = load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), objective="sft")
+    assert chats.report.format == "chat"
+
+
+# -- answers that are no pairs
+
+
+ANSWERS = [{"prompt": f"{i}:", "completion": "abcdefg"[: 2 + i], "label": i != 1} for i in range(4)]
+
+
+def test_an_answer_has_the_one_before_it_beside_it(tmp_path: Path) -> None:
+    data = load_pairs(jsonl(tmp_path, *ANSWERS), objective="kto")
+    end = "<|im_end|>"
+    rows = [whole(data.train, i) for i in range(8)]
+    assert rows[::2] == [f"0:ab{end}", f"1:abc{end}", f"2:abcd{end}", f"3:abcde{end}"]
+    assert rows[1::2] == [f"0:abcde{end}", f"1:ab{end}", f"2:abc{end}", f"3:abcd{end}"]
+    assert [learned(data.train, i) for i in (0, 1)] == [f"ab{end}", f"abcde{end}"]
+    assert data.train.lengths.tolist() == [5, 8, 6, 5, 7, 6, 8, 7]
+    assert (data.is_paired, data.lengths.tolist()) == (True, [16, 12, 14, 16])
+    report = data.report
+    assert (report.format, report.num_rows, report.num_tokens) == ("unpaired_preference", 4, 26)
+    assert data.length_counts == {5: 1, 6: 1, 7: 1, 8: 1}
+    batch = collate_pairs(data.train, ((1,), (3,)))
+    assert (batch.num_pairs, batch.desirable_P.tolist()) == (2, [False, True])
+
+
+def test_answers_are_cut_at_one_length_and_measured_among_themselves(tmp_path: Path) -> None:
+    without_room = {"prompt": "x" * 9, "completion": "y", "label": True}
+    data = load_pairs(jsonl(tmp_path, *ANSWERS, without_room), max_length=6, objective="kto")
+    assert (data.report.num_rows, data.report.num_without_targets, data.report.num_truncated) == (4, 1, 2)
+    assert data.train.lengths.tolist() == [5, 6, 6, 5, 6, 6, 6, 6]
+    assert whole(data.train, 1) == "0:abcd"
+    assert max(data.train.lengths) == 6
+    held_out = load_pairs(jsonl(tmp_path, *ANSWERS, *ANSWERS), eval_fraction=0.25, objective="kto")
+    assert (len(held_out.evaluation), held_out.evaluation.desirable.shape) == (4, (2,))
+    assert [len(held_out.evaluation.row(i)[0]) for i in range(4)] == held_out.evaluation.lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 1}, "`label` must be true, where the answer is desirable, or false, not 1"),
+        ({"label": None}, "`label` must be true"),
+        ({"completion": None}, "`completion` must be a string"),
+    ],
+)
+def test_wrong_answers_are_numbered(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        load_pairs(jsonl(tmp_path, ANSWERS[0], ANSWERS[1] | row), objective="kto")
+    assert f" 2: {message}" in str(error.value)
 
 
 class Lengths:
     """Rows without tokens."""
+
+    desirable = None
 
     def __init__(self, lengths: NDArray[np.int64]) -> None:
         self.lengths = lengths

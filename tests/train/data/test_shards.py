@@ -175,7 +175,7 @@ def test_equal_parts_are_one_shard(tmp_path: Path, source: str) -> None:
 
 def test_an_index_keeps_what_it_holds() -> None:
     arrays = [np.array(a, np.int32) for a in ([3, 5], [0, 0], [[1, 2], [2, 3], [0, 4]], [2, 1])]
-    index = ShardIndex(*arrays, is_text=False, num_documents=1)
+    index = ShardIndex(*arrays, is_text=False, num_documents=1, desirable_E=np.array([True, False]))
     again = ShardIndex.from_bytes(index.to_bytes())
     assert again.mask().tolist() == [False, True, True, True, True, True, True, False]
     for mine, theirs in zip(index, again, strict=True):

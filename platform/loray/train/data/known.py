@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loray.recipes.sources import SourceFiles
+from loray.spec import SftSpec
 from loray.train.data import read
-from loray.train.data.read import CutFile, DataFormat, FilePart, Head, RowFile, cut, read_head, rows_of
+from loray.train.data.read import CutFile, DataFormat, FilePart, Formats, Head, RowFile, cut, read_head, rows_of
 from loray.train.data.shards import FolderCache
 
 _FORM = 1  # of what is kept
@@ -24,17 +25,17 @@ _SETTLED_S = 2.0  # the coarsest resolution of a file system's times, FAT's
 
 
 def open_known(
-    source: SourceFiles, format: DataFormat | Literal["auto"], cache: FolderCache, *, paired: bool = False
+    source: SourceFiles, format: DataFormat | Literal["auto"], cache: FolderCache, formats: Formats = SftSpec.formats
 ) -> RowFile:
     """Open the rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
     if source.remote is None:
-        return rows_of(source, read_head(source), format, paired=paired)
+        return rows_of(source, read_head(source), format, formats)
     key = _key("head", source.remote.state)
     if (kept := _kept(cache, key)) is None:
         kept = read_head(source)
         cache.keep(key, json.dumps(kept).encode())
     kind, names = kept
-    return rows_of(source, Head(kind, tuple(names)), format, paired=paired)
+    return rows_of(source, Head(kind, tuple(names)), format, formats)
 
 
 def cut_known(file: RowFile, max_rows: int | None, cache: FolderCache) -> CutFile:

@@ -24,23 +24,22 @@ import pyarrow.parquet as papq
 
 from loray.errors import DataError
 from loray.recipes.sources import ARROW, SourceFiles
+from loray.spec import OBJECTIVES, SftSpec
 
 FileKind = Literal["jsonl", "parquet", "arrow"]
-DataFormat = Literal["chat", "prompt_completion", "text", "preference"]
+DataFormat = Literal["chat", "prompt_completion", "text", "preference", "unpaired_preference"]
 
 _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "chat": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
+Formats = frozenset[str]
 _TOOLS = "tools"  # of chats, where the file has that column
 _WITH_CHATS: tuple[DataFormat, ...] = ("chat", "preference")
 READ_COLUMNS = frozenset({column for columns in _COLUMNS.values() for column in columns} | {_TOOLS})
-_EXPECTED = {
-    False: "loray reads `messages` (chat), `prompt` and `completion`, or `text`",
-    True: "DPO reads `prompt`, `chosen` and `rejected`, all texts or all lists of messages",
-}
 
 
 class Head(NamedTuple):
@@ -75,11 +74,11 @@ def read_head(source: SourceFiles) -> Head:
 
 
 def rows_of(
-    source: SourceFiles, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
+    source: SourceFiles, head: Head, format: DataFormat | Literal["auto"] = "auto", formats: Formats = SftSpec.formats
 ) -> RowFile:
-    """Find the rows of the source that begins with `head`. `paired`: they must be pairs. Raises DataError."""
+    """Find the rows of the source that begins with `head`: of one of `formats`. Raises DataError."""
     kind, names = head
-    found = detect(source, names, format, paired=paired)
+    found = detect(source, names, format, formats)
     tools = (_TOOLS,) if found in _WITH_CHATS and _TOOLS in names else ()
     return RowFile(source, found, kind, _COLUMNS[found] + tools)
 
@@ -114,17 +113,16 @@ def read_text(name: str, path: Path) -> str:
 
 
 def detect(
-    source: SourceFiles, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool
+    source: SourceFiles, names: Sequence[str], format: DataFormat | Literal["auto"], formats: Formats
 ) -> DataFormat:
-    """Choose the format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are
-    read where `paired` says so, and only there.
+    """Choose the format for the columns `names`, of `formats`. If several fit: chat before prompt/completion before
+    text.
     """
     known: list[DataFormat] = [f for f, columns in _COLUMNS.items() if set(columns) <= set(names)]
-    fitting = [f for f in known if (f == "preference") == paired]
+    fitting = [f for f in known if f in formats]
     if format == "auto":
         if not fitting:
-            hint = "; pairs are for objective: {type: dpo}" if known and not paired else ""
-            raise DataError(f"{source} has columns {', '.join(names) or '(none)'}; {_EXPECTED[paired]}{hint}")
+            raise DataError(f"{source} has columns {', '.join(names) or '(none)'}; {_expected(known, formats)}")
         return fitting[0]
     if format not in fitting:
         wanted = " and ".join(f"`{n}`" for n in _COLUMNS[format])
@@ -135,11 +133,23 @@ def detect(
     return format
 
 
+def _expected(known: Sequence[DataFormat], formats: Formats) -> str:
+    """Say what columns rows of `formats` have, and which objectives learn from the `known` ones."""
+    wanted = (", ".join(f"`{name}`" for name in columns) for f, columns in _COLUMNS.items() if f in formats)
+    others = [name for name, spec in OBJECTIVES.items() if spec.formats & set(known)]
+    hint = f"; these are for objective.type {' or '.join(others)}" if others else ""
+    return f"this objective reads {', or '.join(wanted)}{hint}"
+
+
 def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
     """Say what is wrong with one row; None: nothing. What a chat holds is checked where it is tokenised."""
     if format == "chat" or (format == "preference" and all(isinstance(record.get(n), list) for n in _COLUMNS[format])):
         return None
     for name in _COLUMNS[format]:
+        if name == "label":
+            if not isinstance(record.get(name), bool):
+                return f"`label` must be true, where the answer is desirable, or false, not {record.get(name)!r}"
+            continue
         if not isinstance(text := record.get(name), str):
             others = ", or all three lists of messages" if format == "preference" else ""
             return f"`{name}` must be a string{others}, not {type(text).__name__}"

@@ -204,7 +204,7 @@ def _list(given: Any, name: str) -> list[Any]:
 
 # -- examples ---------------------------------------------------------------------------------------------------------
 
-_FORM = 1  # of shards: another one where the same content gives other tokens, or is written in another way
+_FORM = 2  # of shards: another one where the same content gives other tokens, or is written in another way
 _TEXTS_AT_ONCE = 256  # documents per call of the tokenizer
 _ANSWERS = ("chosen", "rejected")
 _Records = Sequence[tuple[int, dict[str, Any]]]
@@ -253,6 +253,7 @@ class Tokenisation:
             num_runs_E=np.array([len(of_example) for of_example in runs], np.int32),
             is_text=content.format == "text",
             num_documents=len(records),
+            desirable_E=np.array([records[e.document][1].get("label", True) for e in found], np.bool_),
         )
         return TokenShard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
 
@@ -262,7 +263,7 @@ class Tokenisation:
             match format:
                 case "text":
                     yield from self._texts(batch, start)
-                case "prompt_completion":
+                case "prompt_completion" | "unpaired_preference":
                     yield from self._prompts(batch, start)
                 case "chat":
                     yield from self._chats(batch, start)
@@ -374,10 +375,14 @@ def _backend(tokenizer: Any) -> Any:
     return backend
 
 
+def rules_of(tokenizer: Any) -> dict[str, Any]:
+    """Lists the vocabulary and the rules that make tokens of a text."""
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {n: v for n, v in backend.items() if n not in ("truncation", "padding")}
+
+
 def _digest_of(tokenizer: Any) -> str:
     """Names all that decides on tokens: the vocabulary and its rules, special tokens, the template, the library."""
-    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {n: v for n, v in backend.items() if n not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    named = [rules, special, tokenizer.chat_template, tokenizers.__version__]
+    named = [rules_of(tokenizer), special, tokenizer.chat_template, tokenizers.__version__]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
