@@ -251,12 +251,19 @@ def describe(event: Event) -> str:
                 f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
                 f"({event['trainable_share']:.2%})",
                 f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
+                data["rendering"],
                 f"{data['num_rows']:,} {rows}, {data['num_tokens']:,} tokens, {data['num_eval_rows']} {rows} held out",
             ]
             if 0 < data["num_eval_rows"] < _FEW_ROWS:
                 parts[-1] += f" (fewer than {_FEW_ROWS}: their loss is noisy)"
             if data["num_truncated"] or data["num_without_targets"]:
                 parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
+            cut_rows, cut_tokens, length_99 = data["cut"]
+            if cut_rows:
+                parts.append(
+                    f"{cut_rows:.1%} of {rows} and {cut_tokens:.1%} of tokens beyond {data['max_length']:,} tokens, "
+                    f"{length_99:,} keep 99 % whole"
+                )
             reason = f" ({event['dtype_reason']})" if event.get("dtype_reason") else ""
             parts.append(f"on {event['device']} in {event['dtype']}{reason}")
             return "; ".join(parts)

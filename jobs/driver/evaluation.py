@@ -14,7 +14,6 @@ from ray.train import Checkpoint, TrainingFailedError
 from transformers import AutoTokenizer
 
 from jobs.controller import is_lost
-from jobs.driver.data import fetched
 from jobs.driver.fit import build_measuring, cause
 from jobs.events import Emit, appending, first_line
 from jobs.runs.folders import RunFolder
@@ -22,6 +21,7 @@ from jobs.workers.measuring import Findings, Measurement, measure_here
 from jobs.workers.reporting import start_sink
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError, SpecError
+from loray.fetching import fetched
 from loray.planning.memory import num_shards
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve

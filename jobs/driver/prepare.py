@@ -13,7 +13,6 @@ import ray
 from ray import ObjectRef
 from transformers import AutoTokenizer
 
-from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.fit import WorkerHardware, Workload
 from jobs.driver.teaching import ServedTeacher
@@ -27,6 +26,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.fetching import fetched
 from loray.methods import method_of
 from loray.methods.weights import AdapterWeights
 from loray.planning.devices import device_on
@@ -283,7 +283,7 @@ def _rows(
     kind = (joined, spec.is_long_context, spec.objective.formats)
     key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
-        with fetched(sources.paths, settings) as copies:
+        with fetched(sources.paths, settings, sources.columns) as copies:
             known[key] = load_data(
                 sources,
                 AutoTokenizer.from_pretrained(base.path),

@@ -57,7 +57,7 @@ def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> 
     """Raises PermissionDenied for more workers, or other data, than the caller may have.
 
     A tenant names its own data: s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
-    options of LORAY_DATA (`jobs.driver.data`), which are in no recipe, and with the cluster's credentials.
+    options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's credentials.
     """
     if principal.is_admin:
         return

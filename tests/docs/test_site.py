@@ -30,7 +30,7 @@ def made() -> dict[str, str]:
 def test_the_reference_has_everything(made: dict[str, str]) -> None:
     commands = made["reference/cli.md"]
     assert all(f"\n## loray {name}\n" in commands for name in (*cli.list_commands(click.Context(cli)), "adapters push"))
-    assert "| `--data` | `FILE\\|URL` |  | JSONL or Parquet to train on;" in commands
+    assert "| `--data` | `FILE\\|URL` |  | Rows to train on (see `loray data show`);" in commands
     assert "\n## POST /v1/chat/completions\n" in made["reference/openai-api.md"]
     assert "\n## PUT /api/v1/adapters/{name}/aliases/{alias}\n" in made["reference/catalog-api.md"]
     assert (

@@ -308,7 +308,7 @@ def steps(base: BaseModel, folder: Path) -> dict[str, Any]:
 
 def _steps(fields: Mapping[str, Any], base: BaseModel, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    data = {"train": str(folder / "data.jsonl"), "eval_fraction": 0.2, "max_length": 64}
+    data = {"train": str(folder / "data.jsonl"), "eval_fraction": 0.2, "max_length": 64, "format": "raw"}
     spec = _recipe({"data": data} | dict(fields))
     rows = [_pair(i) if spec.is_paired else {"text": _progression(i)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -24,9 +24,10 @@ def test_events_are_encoded_and_decoded(tmp_path: Path) -> None:
 
 def test_events_for_people() -> None:
     assert describe(START) == (
-        "25 of 1,000 parameters trained (2.50%); 20 steps; 5 rows, 60 tokens, 2 rows held out (fewer than 20: their "
-        "loss is noisy); "
-        "1 rows truncated, 0 dropped; on cpu in float32 (this CPU has no bfloat16 products)"
+        "25 of 1,000 parameters trained (2.50%); 20 steps; chat rows through the base's chat template; "
+        "5 rows, 60 tokens, 2 rows held out (fewer than 20: their loss is noisy); 1 rows truncated, 0 dropped; "
+        "20.0% of rows and 6.2% of tokens beyond 16 tokens, 20 keep 99 % whole; "
+        "on cpu in float32 (this CPU has no bfloat16 products)"
     )
     assert "loss 2.0000  lr 1.00e-03  grad norm 0.5000  1,234 tokens/s  MFU 31.2%  ETA 1:01" in describe(step(3))
     assert "loss not finite" in describe(step(3, float("inf")))

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from loray.bases.config import ModelConfig
 from loray.methods import METHODS
-from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType
+from loray.spec import OBJECTIVES, BaseSize, ColumnNames, Default, Method, ObjectiveType
 
 BASE_SIZES: tuple[BaseSize, ...] = get_args(BaseSize)
 FIRST_METHOD: Method = "lora"
@@ -48,10 +48,13 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "rope_scaling.factor": Default("trained for so many times the original context"),
     "rope_scaling.original_context": Default("the base's own window"),
     "init_adapter": Default("a published adapter to go on from, as NAME@VERSION; its RoPE is taken over"),
-    "data.train": Default("files, folders or globs with `messages`, `prompt` and `completion`, or `text`"),
+    "data.train": Default("files, folders or globs of chats, prompts with completions, or texts"),
     "data.eval": Default("without it, a part of `train` is held out"),
     "data.eval_fraction": Default("enough rows to tell checkpoints apart, few to lose"),
-    "data.format": Default("the columns say it"),
+    "data.format": Default("the columns say it, and rows go through the base's chat template; raw: as they stand"),
+    "data.columns": Default("the names that rows have; or yours, as {prompt: question, completion: answer}"),
+    **{f"data.columns.{name}": Default(f"what your files call `{name}`") for name in ColumnNames.model_fields},
+    "data.system": Default("rows have their own, or the template's; requests have to bring the same"),
     "data.max_length": Default("of one row, in tokens: LongLoRA's context, else 1024 or the base's shorter window"),
     "data.max_rows": Default("all of them; the first ones of every source"),
     "batch.rows": Default("of a worker at once; halve it and double `accumulation` where memory is short", 8),

@@ -45,7 +45,7 @@ class _ObjectiveSpec(Frozen):
     defaults           of a recipe's fields, with their reasons, where they are not those of every recipe
     """
 
-    formats: ClassVar[frozenset[str]] = frozenset({"chat", "prompt_completion", "text"})
+    formats: ClassVar[frozenset[str]] = frozenset({"chat", "sharegpt", "prompt_completion", "alpaca", "text"})
     compares_answers: ClassVar[bool] = False
     sequences_per_row: ClassVar[int] = 1
     extra_forwards: ClassVar[int] = 0

@@ -107,16 +107,62 @@ Paths = Annotated[tuple[SourcePath, ...], Field(min_length=1)]
 Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
 
 
+class ColumnNames(Frozen):
+    """What the columns of files are called, where it is not as here: `{prompt: question, completion: answer}`.
+
+    A file that has no column of such a name is read by the name here.
+    """
+
+    messages: str | None = None
+    conversations: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    text: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    system: str | None = None
+    tools: str | None = None
+
+    def of(self, name: str) -> str:
+        """The files' name of a column."""
+        named: str | None = getattr(self, name, None)
+        return name if named is None else named
+
+
 class DataSpec(Frozen):
-    """JSONL, Parquet or saved data sets with columns `messages` (chat), `prompt` and `completion`, or `text`, and for
-    pairs `prompt`, `chosen` and `rejected` (preference); `auto` looks which. `train` and `eval` are one source (see
-    DataSource) or several.
+    """JSONL, JSON arrays, CSV, TSV, Parquet or saved data sets. `train` and `eval` are one source (see DataSource) or
+    several.
+
+    format   of the rows, by their columns: chat (`messages`), sharegpt (`conversations`), prompt_completion (`prompt`,
+             `completion`), alpaca (`instruction`, `input`, `output`), text (`text`), and of pairs preference (`prompt`,
+             `chosen`, `rejected`), and of answers without pairs unpaired_preference (`prompt`, `completion`, `label`).
+             All but texts go through the base's chat template, as requests do. auto: the columns
+             say it, and without a template strings are learned as they stand. raw: the same, also on a base that has a
+             template
+    columns  other names of these columns
+    system   the system prompt of rows that have none
     """
 
     train: SourcePath | Mixture
     eval: SourcePath | Paths | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal["auto", "chat", "prompt_completion", "text", "preference", "unpaired_preference"] = "auto"
+    format: Literal[
+        "auto",
+        "raw",
+        "chat",
+        "sharegpt",
+        "prompt_completion",
+        "alpaca",
+        "text",
+        "preference",
+        "unpaired_preference",
+    ] = "auto"
+    columns: ColumnNames | None = None
+    system: str | None = Field(default=None, min_length=1)
     max_length: int | None = Field(
         default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
     )
@@ -396,7 +442,7 @@ class TrainSpec(Frozen):
 
     def _mistakes_of_rows(self) -> Iterator[str]:
         objective, given = self.objective, self.data.format
-        if given not in ("auto", *objective.formats):
+        if given not in ("auto", "raw", *objective.formats):
             others = " or ".join(name for name, spec in OBJECTIVES.items() if given in spec.formats)
             yield f"data.format {given} is for objective.type {others}, and this is {objective.type}: change either"
         if objective.compares_answers and self.batch.order in ("packed", "concat"):

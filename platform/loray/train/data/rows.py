@@ -32,20 +32,57 @@ from loray.train.data.batches import (
     pair_lengths,
 )
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
+from loray.train.data.formats import FORMATS, DataFormat, Formats
 from loray.train.data.known import open_known
 from loray.train.data.lessons import Lessons
-from loray.train.data.read import DataFormat, Formats, RowFile
+from loray.train.data.read import RowFile
 from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
+
+_MANY_CUT = 0.05  # of the rows: more are warned of
+
+
+class Cut(NamedTuple):
+    """What rows lose at `max_length`: the share of the rows that are longer, the share of all tokens beyond it, and the
+    length that keeps 99 % of the rows whole, in tokens.
+    """
+
+    rows: float
+    tokens: float
+    length_99: int
+
+    @classmethod
+    def of(cls, lengths_RS: NDArray[np.integer], max_length: int) -> Cut:
+        """Row r has S sequences, one or two of a pair. One that is cut cuts the row."""
+        if not lengths_RS.size:
+            return cls(0.0, 0.0, 0)
+        longest_R = lengths_RS.max(1)
+        beyond = np.maximum(lengths_RS - max_length, 0).sum()
+        length_99 = int(np.quantile(longest_R, 0.99, method="higher"))
+        return cls(float((longest_R > max_length).mean()), float(beyond / max(1, lengths_RS.sum())), length_99)
+
+    def warning(self, max_length: int) -> str | None:
+        """What to do about rows that are cut, if they are many."""
+        if self.rows <= _MANY_CUT:
+            return None
+        return (
+            f"{self.rows:.0%} of the rows are longer than {max_length:,} tokens and lose their ends, {self.tokens:.0%} "
+            f"of all tokens; data.max_length={self.length_99} keeps 99 % of the rows whole"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """Statistics of the data. A row of preferences is a pair. Tokens are those of the training rows; targets are tokens
     with a label.
+
+    rendering  how rows become tokens, and why
+    cut        of all rows, before those without a target are left out
     """
 
     format: DataFormat
+    rendering: str
+    max_length: int
     num_documents: int
     num_rows: int
     num_eval_rows: int
@@ -53,6 +90,7 @@ class DataReport:
     num_targets: int
     num_truncated: int
     num_without_targets: int
+    cut: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +178,14 @@ def load_data(
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
-    tokenisation = Tokenisation(tokenizer, joined=is_joined)
+    tokenisation = Tokenisation(tokenizer, joined=is_joined, raw=spec.format == "raw", system=spec.system)
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
     trained, held_out = split(train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed, rows_of)
 
-    paired, single = (any(file.format == kind for file in files) for kind in ("preference", "unpaired_preference"))
+    paired = any(FORMATS[file.format].is_pair for file in files)
+    single = any(FORMATS[file.format].is_desirable is not None for file in files)
     each = 2 if paired else 1  # sequences of a row
     usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
     for sources, rows in ((spec.train_sources, usable), (spec.eval_sources, measured)):
@@ -164,6 +203,8 @@ def load_data(
     train: RowSource = trained.rows.select(kept)
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
+        rendering=tokenisation.rendering([file.format for file in files]),
+        max_length=max_length,
         num_documents=train_corpus.num_documents,
         num_rows=len(usable),
         num_eval_rows=len(measured),
@@ -171,6 +212,7 @@ def load_data(
         num_targets=int(trained.num_targets[kept].sum()),
         num_truncated=int(trained.truncated[kept].reshape(-1, each).any(1).sum()),
         num_without_targets=len(trained.rows) // each - len(usable),
+        cut=Cut.of(trained.whole_lengths.reshape(-1, each), max_length),
     )
     # A copy, of these rows alone.
     evaluation = pack_rows([held_out.rows.row(int(i)) for i in _sequences(measured, each)])
@@ -202,7 +244,7 @@ def _open(
     path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: FolderCache, formats: Formats
 ) -> tuple[RowFile, ...]:
     """The files of one source."""
-    return tuple(open_known(file, spec.format, cache, formats) for file in find_files(path, fetched.get(path)))
+    return tuple(open_known(file, spec, cache, formats) for file in find_files(path, fetched.get(path)))
 
 
 def _digest(digests: Sequence[str]) -> str:
@@ -216,21 +258,36 @@ SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 
 
 class SourceRows(NamedTuple):
-    """Rows to train on or to hold out; of each its source, whether it was truncated, its number of targets, and false
-    where it says that it is not desirable.
+    """Rows to train on or to hold out; of each its source, its length before it was truncated, its number of targets,
+    and false where it says that it is not desirable.
     """
 
     rows: StreamRows
     sources: NDArray[np.integer]
-    truncated: NDArray[np.bool_]
+    whole_lengths: Indices
     num_targets: Indices
     desirable: NDArray[np.bool_]
 
+    @property
+    def truncated(self) -> NDArray[np.bool_]:
+        """True for rows that were."""
+        return self.whole_lengths > self.rows.lengths
+
     def select(self, indices: Indices) -> SourceRows:
-        rows, sources, truncated, num_targets, desirable = self
+        rows, sources, whole_lengths, num_targets, desirable = self
         return SourceRows(
-            rows.select(indices), sources[indices], truncated[indices], num_targets[indices], desirable[indices]
+            rows.select(indices), sources[indices], whole_lengths[indices], num_targets[indices], desirable[indices]
         )
+
+
+def num_held_out(num_units: int, fraction: float) -> int:
+    """How many of two units or more are held out."""
+    return min(max(1, round(num_units * fraction)), num_units - 1)
+
+
+def held_out_documents(num_documents: int, count: int, seed: int) -> Indices:
+    """Draw the documents that are held out, in their order: the same ones for the same seed."""
+    return np.sort(np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)[:count])
 
 
 RowsOf = Callable[[Corpus, Indices, int], SourceRows]  # of (corpus, documents, max_length)
@@ -249,13 +306,13 @@ def split(
     text, whose last rows are held out.
     """
 
-    def num_held_out(num_units: int) -> int:
+    def some_held_out(num_units: int) -> int:
         if num_units < 2:
             raise DataError(
                 f"{files[0][0].source} has a single row, so nothing can be held out of it; "
                 "give data.eval, or set data.eval_fraction to 0"
             )
-        return min(max(1, round(num_units * fraction)), num_units - 1)
+        return num_held_out(num_units, fraction)
 
     documents = np.arange(train.num_documents)
     if evaluation is not None:
@@ -266,10 +323,9 @@ def split(
     if len(documents) == 1 and train.is_text_E[0]:
         whole = rows_of(train, documents, max_length)
         numbers = np.arange(len(whole.rows))
-        count = num_held_out(len(numbers))
+        count = some_held_out(len(numbers))
         return whole.select(numbers[:-count]), whole.select(numbers[-count:])
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(documents))
-    chosen = np.sort(order[: num_held_out(len(documents))])
+    chosen = held_out_documents(len(documents), some_held_out(len(documents)), seed)
     trained = np.setdiff1d(documents, chosen)
     return rows_of(train, trained, max_length), rows_of(train, chosen, max_length)
 
@@ -286,7 +342,7 @@ def windows(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
     return SourceRows(
         StreamRows.of(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
-        ~is_text_R & (left_R > max_length),
+        np.where(is_text_R, lengths_R, left_R),
         np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
         corpus.desirable_E[example_R],
     )
@@ -297,7 +353,7 @@ def joined_texts(corpus: Corpus, documents: Indices, max_length: int) -> SourceR
     bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
     streams = [documents[slice(*np.searchsorted(documents, (a, b)))] for a, b in pairwise(bounds)]
     rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-    return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1, np.ones(len(rows), np.bool_))
+    return SourceRows(rows, sources, rows.lengths, rows.lengths - 1, np.ones(len(rows), np.bool_))
 
 
 def check_texts(files: Iterable[RowFile]) -> None:
