@@ -35,7 +35,7 @@ class _AdapterSpec(Frozen):
 
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
+    target_modules: tuple[LinearModule, ...] = Field(default=LINEAR_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
 
@@ -67,6 +67,7 @@ class LongLoraSpec(LoraSpec):
     method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
     rank: int = Field(default=8, gt=0)
     alpha: float = Field(default=16, gt=0)
+    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = True
     train_norms: bool = True
 
