@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from loray.methods.attach import InitialAdapter, load_weights
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation
+from loray.train.checkpoint import Checkpoints, Clock, Leaving, Reporter, RunState, evaluation
 from loray.train.data.batches import (
     BatchStream,
     Cursor,
@@ -60,6 +61,7 @@ def train(
     device: torch.device | None = None,
     dtype_reason: str | None = None,
     clock: Clock = time.monotonic,
+    leaving: Leaving = frozenset,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
@@ -67,7 +69,8 @@ def train(
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
-    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state.
+    the next is due, and one is whenever rank 0 hears from `leaving` of a further machine that will be taken away.
+    `dtype_reason`, why the recipe's dtype is what it is, is kept in the state.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -77,7 +80,7 @@ def train(
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
     with deterministic(spec.deterministic):
         device = device or torch.device("cpu")
-        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device, dtype_reason, clock)
+        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device, dtype_reason, clock, leaving)
         try:
             return run.train()
         finally:
@@ -89,7 +92,7 @@ class _Step(NamedTuple):
     lr: float
     result: StepResult
     num_tokens: int
-    is_overdue: bool  # the next checkpoint, by the clock
+    is_overdue: bool  # the next checkpoint, by the clock or since a machine will be taken away
     metrics: dict[str, float]
 
 
@@ -108,11 +111,12 @@ class _Run:
         device: torch.device,
         dtype_reason: str | None,
         clock: Clock,
+        leaving: Leaving,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
         self.mesh = Mesh.build(spec.parallel.sequence, self.device)
         self.world = self.mesh.world
-        self.checkpoints = Checkpoints(spec.checkpoint, reporter, workdir, self.world, self.device, clock)
+        self.checkpoints = Checkpoints(spec.checkpoint, reporter, workdir, self.world, self.device, clock, leaving)
         self.resumed = resume_from is not None
         if resume_from is None:
             self.state = RunState(
@@ -147,6 +151,7 @@ class _Run:
             size=self.mesh.data_size,
             shares=data.shares,
             paired=data.is_paired,
+            share_out=partial(self.world.share_out, device=self.device),
         )
         steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
 from loray.train.data.known import open_known
 from loray.train.data.read import DataFormat, RowFile
-from loray.train.data.shards import FolderCache
+from loray.train.data.shards import FolderCache, let_go
 from loray.train.data.tokenize import Tokenisation
+
+_COUNTED_AT_ONCE = 1 << 22  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,10 @@ class Dataset:
     @property
     def length_counts(self) -> dict[int, int]:
         """Numbers of training sequences, by their numbers of tokens."""
-        counts = np.bincount(self.train.lengths)
+        lengths, counts = self.train.lengths, np.zeros(self.max_length + 1, np.int64)
+        for first in range(0, len(lengths), _COUNTED_AT_ONCE):
+            counts += np.bincount(lengths[first : first + _COUNTED_AT_ONCE], minlength=len(counts))
+            self.train.let_go()
         return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
 
@@ -145,7 +151,7 @@ def load_data(
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
+    return Dataset(train.kept(), evaluation, max_length, fingerprint, report, is_joined, paired, shares)
 
 
 def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:
@@ -282,6 +288,7 @@ class StreamRows:
     begins_P   where a piece begins in `tokens`
     ends_P     where it ends in the stream
     is_text    every token is a target
+    columns    keys of `starts` and `lengths` in the cache of tokens, where they are kept
     """
 
     tokens: ShardTokens
@@ -291,6 +298,24 @@ class StreamRows:
     starts: Indices
     lengths: Indices
     is_text: bool
+    columns: tuple[str, str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        if self.columns is not None:
+            del fields["starts"], fields["lengths"]
+        return _stream_rows, (fields,)
+
+    def kept(self) -> StreamRows:
+        """Keep the columns beside the shards, from where every process maps them: pickled rows have their names."""
+        cache = self.tokens.cache
+        columns = cache.put_column(self.starts), cache.put_column(self.lengths)
+        starts, lengths = map(cache.column, columns)
+        return replace(self, starts=starts, lengths=lengths, columns=columns)
+
+    def let_go(self) -> None:
+        for column in (self.starts, self.lengths):
+            let_go(column)
 
     @classmethod
     def of(cls, tokens: ShardTokens, starts: Indices, lengths: Indices) -> StreamRows:
@@ -323,7 +348,15 @@ class StreamRows:
 
     def select(self, indices: Indices) -> StreamRows:
         """Select rows, without a copy of the tokens."""
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices])
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], columns=None)
+
+
+def _stream_rows(fields: Mapping[str, Any]) -> StreamRows:
+    """Make rows, and map their columns where they are kept."""
+    if (columns := fields["columns"]) is None:
+        return StreamRows(**fields)
+    starts, lengths = (fields["tokens"].cache.column(key) for key in columns)
+    return StreamRows(**fields, starts=starts, lengths=lengths)
 
 
 def join(
