@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from benchmarks.world import on_this_machine
-from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, LinearModule, LoraSpec, TrainSpec, VeraSpec
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, LoraSpec, TrainSpec, VeraSpec
 
 System = Literal["loray", "peft"]
-MODULES: dict[str, tuple[LinearModule, ...]] = {
+MODULES: dict[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
     "attention": ATTENTION_MODULES,
     "linear": LINEAR_MODULES,
