@@ -306,15 +306,15 @@ class LongPlan(Sequence[MicroBatch]):
         rows_D = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
         strips = zip(begins.tolist(), sizes.tolist(), strict=True)
         lengths_D = np.concatenate([self._lengths(*strip) for strip in strips])
-        self._rows.let_go()
         rng = np.random.default_rng([*self._seed, k + 1])
         drawn = rng.permutation(len(rows_D))
         longest = int(lengths_D.max(initial=0))
         return _arranged(rows_D[drawn], lengths_D[drawn], self._spec, self._max_length, longest, rng)
 
     def _lengths(self, begin: int, size: int) -> Indices:
-        found = self._rows.lengths[self._each * begin : self._each * (begin + size)]
-        return pair_lengths(found) if self._each == 2 else np.array(found)
+        found = np.array(self._rows.lengths[self._each * begin : self._each * (begin + size)])
+        self._rows.let_go()
+        return pair_lengths(found) if self._each == 2 else found
 
 
 def _block_of(k: int) -> slice:
@@ -370,16 +370,16 @@ class TrainBatch(NamedTuple):
 
 def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
     """Make the tensors of a micro-batch."""
-    lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
+    read = [[rows.row(document) for document in row] for row in batch]
+    lengths = [sum(len(ids) for ids, _ in row) for row in read]
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORED, dtype=torch.long)
     document_ids_BT = torch.full(shape, -1)
     position_ids_BT = torch.zeros(shape, dtype=torch.long)
-    for b, row in enumerate(batch):
+    for b, row in enumerate(read):
         at = 0
-        for number, document in enumerate(row):
-            ids, targets = rows.row(document)
+        for number, (ids, targets) in enumerate(row):
             here = torch.from_numpy(ids.astype(np.int64))
             end = at + len(ids)
             input_ids_BT[b, at:end] = here

@@ -276,6 +276,7 @@ def check_texts(files: Iterable[RowFile]) -> None:
 # -- joined texts -----------------------------------------------------------------------------------------------------
 
 _BEGINNING = -1  # the start of the piece that is no document
+_HELD = 1 << 20  # rows whose columns stay in memory: a read maps megabytes around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +330,8 @@ class StreamRows:
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read the token ids of row i, and which of them are targets: never the first."""
         at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
+        if len(self.starts) > _HELD:
+            self.let_go()
         num_tokens, piece = stop - at, int(np.searchsorted(self.ends_P, at, side="right"))
         ids, targets = [], []
         while at < stop:
