@@ -50,7 +50,11 @@ def with_gpu(gpu: Gpu, node: Hardware = HARDWARE) -> Hardware:
     ("found", "fields", "message"),
     [
         (TINY_NODE, {}, None),
-        (TINY_NODE, ATTENTION | {"batch": {"rows": 512}}, r"where this-machine has .*; gradient_checkpointing: true would"),
+        (
+            TINY_NODE,
+            ATTENTION | {"batch": {"rows": 512}},
+            r"this-machine has .*; gradient_checkpointing: true would",
+        ),
         (with_gpu(replace(H100, memory_bytes=1 << 30), TINY_NODE), ON_GPU, r"where h100-80gb has 1\.0"),
         (with_gpu(replace(H100, name="a new one")), ON_GPU, None),
         (with_gpu(Gpu("a new one", 1 << 30, (9, 0))), ON_GPU, r"where a new one has 1\.0"),
