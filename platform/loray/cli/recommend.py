@@ -58,7 +58,7 @@ def _show(found: Recommendation) -> None:
 
 
 def _score(quote: Quote) -> str:
-    return f"{quote.score:g}" if quote.spread is None else f"{quote.score:g} ± {quote.spread:g}"
+    return f"{quote.score:.1f}" if quote.spread is None else f"{quote.score:.1f} ± {quote.spread:.1f}"
 
 
 def _row(e: Estimate) -> tuple[str, ...]:
