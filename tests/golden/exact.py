@@ -29,6 +29,7 @@ from loray.publishing import Destination, import_folder, publish
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.recipes.resolve import resolve
 from loray.spec import (
+    ATTENTION_MODULES,
     AdapterManifest,
     Constraint,
     Evaluation,
@@ -284,17 +285,21 @@ def _answer(tokenizer: Tokenizer, request: GenerateRequest, deltas: Sequence[Tok
 
 # -- training steps ---------------------------------------------------------------------------------------------------
 
+_ATTENTION = {"target_modules": ATTENTION_MODULES}
 _RUNS: Mapping[str, dict[str, Any]] = {
-    "lora": {"adapter": {"method": "lora", "rank": 4}},
-    "dora": {"adapter": {"method": "dora", "rank": 4}, "batch": {"rows": 2, "accumulation": 2, "order": "packed"}},
-    "vera": {"adapter": {"method": "vera", "rank": 16}, "optimizer": {"learning_rate": 5e-2}},
+    "lora": {"adapter": {"method": "lora", "rank": 4, **_ATTENTION}},
+    "dora": {
+        "adapter": {"method": "dora", "rank": 4, **_ATTENTION},
+        "batch": {"rows": 2, "accumulation": 2, "order": "packed"},
+    },
+    "vera": {"adapter": {"method": "vera", "rank": 16, **_ATTENTION}, "optimizer": {"learning_rate": 5e-2}},
     "longlora": {
         "adapter": {"method": "longlora", "rank": 4},
         "rope_scaling": {"factor": 2, "original_context": 32},
         "attention": {"type": "s2", "group_size": 16},
     },
     "dpo": {
-        "adapter": {"method": "lora", "rank": 4},
+        "adapter": {"method": "lora", "rank": 4, **_ATTENTION},
         "objective": {"type": "dpo"},
         "optimizer": {"learning_rate": 1e-3},
     },

@@ -100,6 +100,7 @@ class LongLora(Lora):
     defaults: ClassVar[Mapping[str, Default]] = {
         **Lora.defaults,
         "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
+        "adapter.target_modules": Default("the paper's: attention, beside embeddings and norms"),
         "attention.type": Default("while training; evaluated and served dense", LongLoraSpec.usual_attention),
         "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
         "batch.rows": Default("a row fills the context", 1),

@@ -45,7 +45,7 @@ class _AdapterSpec(Frozen):
     trains_b: ClassVar[bool] = True
     slow_below: ClassVar[SlowRates | None] = None
 
-    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
+    target_modules: tuple[LinearModule, ...] = Field(default=LINEAR_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
 
@@ -84,6 +84,7 @@ class LongLoraSpec(LoraSpec):
     method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
     rank: int = Field(default=8, gt=0)
     alpha: float = Field(default=16, gt=0)
+    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = True
     train_norms: bool = True
 

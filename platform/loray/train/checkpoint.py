@@ -335,6 +335,7 @@ class FolderReporter:
 
 
 Clock = Callable[[], float]
+Leaving = Callable[[], frozenset[str]]  # machines of the run that will be taken away soon
 WRITTEN = "written-"  # before the step in the name of a checkpoint that is whole, and not reported yet
 _UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
 
@@ -342,7 +343,8 @@ _UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
 class Signals(NamedTuple):
     """Rank 0 tells the others these in a sum that they take anyway; the others add zeros.
 
-    overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier
+    overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier, or before it was known that a
+             machine will be taken away
     status   of the checkpoint that is being written
     """
 
@@ -371,18 +373,21 @@ class Checkpoints:
         world: World,
         device: torch.device,
         clock: Clock = time.monotonic,
+        leaving: Leaving = frozenset,
     ) -> None:
         minutes = spec.interval_minutes
         self._interval_s = float("inf") if minutes is None else 60 * minutes
         self._reporter, self._workdir, self._world, self._device = reporter, workdir, world, device
         self._clock, self._begun_at = clock, clock()
+        self._leaving, self._left = leaving, frozenset[str]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
 
     def signals(self) -> Signals:
         if self._world.rank:
             return Signals()
-        return Signals(float(self._clock() - self._begun_at >= self._interval_s), self._status())
+        is_due = self._clock() - self._begun_at >= self._interval_s or bool(self._leaving() - self._left)
+        return Signals(float(is_due), self._status())
 
     def take(self, status: float) -> None:
         """Report the checkpoint under way if it is written. `status` is the sum over ranks of the signal.
@@ -412,6 +417,8 @@ class Checkpoints:
         """Start to write `snapshot`, which only rank 0 has. The checkpoint before must be finished."""
         assert self._pending is None, "the checkpoint before is finished"
         self._begun_at = self._clock()
+        if not self._world.rank:
+            self._left |= self._leaving()
         metrics: dict[str, Any] = {"event": "checkpoint", "step": step, "eval_loss": eval_loss}
         written = None if snapshot is None else self._thread.submit(self._write, snapshot, step)
         self._pending = _Pending(metrics, written)
