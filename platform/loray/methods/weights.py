@@ -29,11 +29,15 @@ class ModuleKey(NamedTuple):
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in PEFT's files
 _CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
-Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
+Role = Literal["lora_a", "summed_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class PoolRows(NamedTuple):
-    """A matrix as rows of the pool. `scale` is LoRA's alpha/r; only lora_b has it."""
+    """A matrix as rows of the pool. `scale` is LoRA's alpha/r; only lora_b has it.
+
+    Of a summed_a, which stands in the place of a lora_a, only the shape (R, I) counts: row r sums the input's columns r,
+    r + R, r + 2 R, …
+    """
 
     role: Role
     tensor: Tensor
