@@ -93,10 +93,10 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 
 def test_estimates_are_the_plans() -> None:
-    lora, dora, vera, longlora = estimate_methods(Answers(2048, 10), shape(), A100)
+    lora, dora, vera, miss, longlora = estimate_methods(Answers(2048, 10), shape(), A100)
     run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
-    assert [e.method for e in (lora, dora, vera, longlora)] == ["lora", "dora", "vera", "longlora"]
+    assert [e.method for e in (lora, dora, vera, miss, longlora)] == ["lora", "dora", "vera", "miss", "longlora"]
     assert (lora.trained_parameters, lora.adapter_bytes) == (1_843_200, 3_686_400)
     assert dora.trained_parameters == lora.trained_parameters + 30 * (576 + 192 + 192 + 576)  # magnitudes
     assert dora.step_s is not None
@@ -104,6 +104,10 @@ def test_estimates_are_the_plans() -> None:
     assert dora.step_s > lora.step_s
     assert dora.adapters_per_gib < lora.adapters_per_gib
     assert vera.trained_parameters == 30 * (576 + 192 + 192 + 576 + 4 * 256)
+    assert miss.trained_parameters == 30 * 32 * (576 + 192 + 192 + 576)
+    assert miss.training_bytes is not None
+    assert miss.training_bytes < lora.training_bytes
+    assert miss.adapters_per_gib == pytest.approx(GIB / (2 * miss.trained_parameters), rel=0.05)
     assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
     assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
     assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
@@ -113,7 +117,7 @@ def test_estimates_are_the_plans() -> None:
 
 def test_a_context_beyond_the_window_is_longloras() -> None:
     found = {e.method: e for e in estimate_methods(Answers(32768, 5), shape("Llama-2-7b-hf"), A100)}
-    assert list(found) == ["lora", "dora", "vera", "longlora", "vera + longlora"]
+    assert list(found) == ["lora", "dora", "vera", "miss", "longlora", "vera + longlora"]
     for method in ("lora", "dora", "vera"):
         assert "4096" in str(found[method].problem)
         assert found[method].training_bytes is found[method].step_s is None

@@ -18,7 +18,7 @@ from loray.engine.memory.adapter_layout import AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.limits import pool_geometry
 from loray.errors import SpecError, UnsupportedError
-from loray.methods import method_of
+from loray.methods import METHODS, method_of
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
@@ -26,9 +26,7 @@ from loray.planning.run import RunShape, count_base, count_trained, shape_of
 from loray.spec import (
     DTYPE_BYTES,
     AdapterSpec,
-    DoraSpec,
     LongLoraSpec,
-    LoraSpec,
     RopeScaling,
     ServeSpec,
     TrainSpec,
@@ -133,7 +131,7 @@ class Estimate:
 
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
-    """Estimate LoRA, DoRA, VeRA and LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention
+    """Estimate all methods; for a context longer than the base's also VeRA with LongLoRA's attention
     and RoPE.
     """
     return [_estimate(name, recipe, model, device) for name, recipe in candidates(answers.context_length, model)]
@@ -192,9 +190,10 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
 
 def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
     """Yield (method, a recipe of it with default settings) for each estimated method."""
-    yield "lora", recipe_of(LoraSpec(), context_length)
-    yield "dora", recipe_of(DoraSpec(), context_length)
-    yield "vera", recipe_of(VeraSpec(), context_length)
+    for method in METHODS.values():
+        if method.name != "longlora":
+            adapter: Any = method.spec.model_validate({})
+            yield method.name, recipe_of(adapter, context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
     stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)

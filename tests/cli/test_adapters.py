@@ -285,7 +285,7 @@ def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str,
     assert (tmp_path / "lora" / WEIGHTS_FILE).stat().st_size > 1000
     assert read_adapter(tmp_path / "lora", base.config).pair is None
     again = loray("adapters", "convert", "tone-lora", "--to", "lora", "--name", "twice")
-    assert again.err == "error: the adapter is not VeRA; only VeRA adapters are converted to LoRA\n"
+    assert again.err == "error: the adapter's method is lora, which is stored as LoRA already\n"
 
 
 def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:

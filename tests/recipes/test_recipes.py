@@ -46,7 +46,14 @@ def base(settings: Settings) -> BaseModel:
 
 def test_every_shipped_recipe_is_valid_and_found_by_name() -> None:
     llama = [f"longlora_llama2_{size}.yaml" for size in ("13b_64k", "70b_32k", "7b_100k", "7b_32k")]
-    assert shipped() == ["dpo_smollm2.yaml", *llama, "longlora_smollm2.yaml", "lora_smollm2.yaml", "vera_smollm2.yaml"]
+    assert shipped() == [
+        "dpo_smollm2.yaml",
+        *llama,
+        "longlora_smollm2.yaml",
+        "lora_smollm2.yaml",
+        "miss_smollm2.yaml",
+        "vera_smollm2.yaml",
+    ]
     specs = {name: load_recipe(name).spec for name in shipped()}
     kinds = {name: "dpo" if spec.is_paired else spec.adapter.method for name, spec in specs.items()}
     assert all(name.startswith(kind) for name, kind in kinds.items())

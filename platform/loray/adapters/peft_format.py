@@ -203,7 +203,7 @@ def parse_adapter(
     def read(key: ModuleKey) -> ModuleWeights:
         path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
         rank, alpha = ranks.value(path, config["r"]), alphas.value(path, config.get("lora_alpha", 0.0))
-        return method.read(StoredModule(label, parts[key], config, rank, alpha))
+        return method.read(StoredModule(label, parts[key], config, rank, alpha, base.module_shape(key.module)[1]))
 
     modules = {key: read(key) for key in parts}
     drawn = method.pair_key(config, base, {key.module for key in parts}, pair_tensors, str(folder))

@@ -483,7 +483,7 @@ def convert(
     """Make MODEL something that other tools know.
 
     \b
-    lora    a VeRA adapter as a LoRA adapter that computes the same, published under --name
+    lora    a VeRA or MiSS adapter as a LoRA adapter that computes the same, published under --name
     merged  base and adapter as one checkpoint in --folder: RoPE scaling, norms and embeddings included
     gguf    GGUF-LoRA in --file, which llama.cpp loads beside the base's GGUF
     """

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from loray.methods.base import Method
 from loray.methods.dora import Dora
 from loray.methods.lora import LongLora, Lora
+from loray.methods.miss import Miss
 from loray.methods.vera import Vera
 from loray.spec import AdapterSpec
 from loray.spec import Method as AdapterMethod
 
-METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in (Lora(), Dora(), Vera(), LongLora())}
+_METHODS: tuple[Method, ...] = (Lora(), Dora(), Vera(), Miss(), LongLora())
+METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in _METHODS}
 
 # By `peft_type`. DoRA and LongLoRA are LORA there, and are read as it is.
 METHODS_OF_PEFT: Mapping[str, Method] = {method.peft_type: method for method in reversed([*METHODS.values()])}

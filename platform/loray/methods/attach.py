@@ -59,7 +59,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
 def peft_name(name: str) -> str:
     """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    stored = name.replace(f".{ADAPTER}.", ".")
+    stored = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
     return stored.removesuffix(".weight") if is_magnitude(name) else stored
 
 

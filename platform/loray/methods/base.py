@@ -50,6 +50,7 @@ class StoredModule:
 
     parts        its tensors by their names below the module's path, without ".weight"
     rank, alpha  of this module, as `config` says them; alpha 0 where the method has none
+    width        the module's inputs on the base that it is read for
     """
 
     label: str
@@ -57,6 +58,7 @@ class StoredModule:
     config: Mapping[str, Any]
     rank: float
     alpha: float
+    width: int
 
     def check(self, names: Iterable[str], ranked: str) -> None:
         """Raise UnsupportedError unless the parts have these names, and IntegrityError unless the first axis of the

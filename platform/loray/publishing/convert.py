@@ -1,4 +1,4 @@
-"""Conversions of published adapters: from VeRA to LoRA, into the base, to GGUF.
+"""Conversions of published adapters: from VeRA and MiSS to LoRA, into the base, to GGUF.
 
 Servers, which do not load torch, run this module as a process. It takes so many bytes at most beside the base's files,
 which it maps to merge them, and ends when its standard input does, that is with the server. What went wrong is one line
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> AdapterVersion:
-    """Publish the VeRA adapter `ref` as a LoRA adapter of VeRA's rank, in fp32.
+    """Publish the VeRA or MiSS adapter `ref` as a LoRA adapter of its rank, in fp32.
 
     It computes the same, so RoPE, context and evaluations are those of `ref`. Raises UnsupportedError where `ref` is
-    not VeRA.
+    of another method.
     """
-    from loray.adapters.convert import save_lora, vera_to_lora
+    from loray.adapters.convert import save_lora, to_lora
 
     with _opened(ref, base, to.store) as (manifest, weights), scratch_folder() as made:
-        save_lora(vera_to_lora(weights, base.config), made, base_name=base.name)
+        save_lora(to_lora(weights, base.config), made, base_name=base.name)
         if manifest.chat_template is not None:
             (made / AdapterManifest.TEMPLATE_FILE).write_bytes(manifest.chat_template.encode())
         details = ManifestDetails(

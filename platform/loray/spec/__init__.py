@@ -105,6 +105,7 @@ from loray.spec.methods import (
     LongLoraSpec,
     LoraSpec,
     Method,
+    MissSpec,
     VeraSpec,
 )
 from loray.spec.objectives import OBJECTIVES, REWARDS, DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
@@ -216,6 +217,7 @@ __all__ = [
     "LongLoraSpec",
     "LoraSpec",
     "Method",
+    "MissSpec",
     "Name",
     "NoGateReason",
     "NumBytes",

@@ -1,4 +1,4 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA, MiSS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora"]
+Method = Literal["lora", "dora", "vera", "miss", "longlora"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -28,10 +28,12 @@ class _AdapterSpec(Frozen):
 
     usual_attention  while training, where a recipe does not say
     held_whole       what strategies that take parameters apart cannot hold; None: they can
+    trains_b         LoRA's B, which LoRA+ gives a learning rate of its own
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
     held_whole: ClassVar[str | None] = None
+    trains_b: ClassVar[bool] = True
 
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -74,6 +76,8 @@ class LongLoraSpec(LoraSpec):
 class VeraSpec(_AdapterSpec):
     """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
 
+    trains_b: ClassVar[bool] = False
+
     method: Literal["vera"] = "vera"
     rank: int = Field(default=256, gt=0)
     d_initial: float = 0.1
@@ -81,4 +85,13 @@ class VeraSpec(_AdapterSpec):
     save_projection: bool = False
 
 
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
+class MissSpec(_AdapterSpec):
+    """MiSS (Kang & Yin, 2024): h = W x + Dᵀ s with s_r = Σₖ x_{r + k rank}: LoRA whose A sums columns of the input."""
+
+    trains_b: ClassVar[bool] = False
+
+    method: Literal["miss"] = "miss"
+    rank: int = Field(default=32, gt=0)
+
+
+AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | MissSpec | LongLoraSpec, Field(discriminator="method")]

@@ -375,8 +375,8 @@ class TrainSpec(Frozen):
                 yield f"parallel.sequence is {sequence}, which does not divide {name} ({number})"
         if self.min_workers is not None and self.min_workers > self.num_workers:
             yield f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})"
-        if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
-            yield "optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train"
+        if self.optimizer.loraplus_lr_ratio is not None and not self.adapter.trains_b:
+            yield f"optimizer.loraplus_lr_ratio is for LoRA's B, which {self.adapter.method} does not train"
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             yield "optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains"
         if self.parallel.strategy != "ddp":

@@ -356,7 +356,7 @@ def test_deepspeed_looks_for_gradients_that_are_not_finite_and_keeps_buffers(sta
 @pytest.mark.parametrize(
     ("method", "field", "message"),
     [
-        ("vera", {"loraplus_lr_ratio": 16}, "LoRA's B, which VeRA does not train"),
+        ("vera", {"loraplus_lr_ratio": 16}, "LoRA's B, which vera does not train"),
         ("lora", {"vera_d_lr_ratio": 2}, "VeRA's d, which no other method trains"),
     ],
 )
