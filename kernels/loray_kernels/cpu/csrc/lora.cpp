@@ -85,7 +85,8 @@ void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* ta
         Next after;
         if (i + threads < list.num) {  // probably this thread's next item
             const Item& next = list.items[i + threads];
-            after = {tables[next.table]->a->segments[0].offsets + next.first, min_(8, next.num)};
+            const i64* offsets = tables[next.table]->a->segments[0].offsets + next.first;
+            if (*offsets >= 0) after = {offsets, min_(8, next.num)};
         }
         shrink_rows(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
                     out.stride, after);
