@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.methods import method_of
 from loray.methods.base import ADAPTER
-from loray.methods.vera_module import VeraLinear
 from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterSpec
 
@@ -42,7 +41,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     Raises ValueError where `model` has an adapter already, and UnsupportedError where it lacks a target module.
     """
-    if hasattr(model, "peft_config") or any(isinstance(m, VeraLinear) for m in model.modules()):
+    if hasattr(model, "peft_config") or any(hasattr(m, "is_off") for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if missing := [m for m in spec.target_modules if m not in names]:
@@ -68,6 +67,13 @@ def is_magnitude(name: str) -> bool:
     return ".lora_magnitude_vector." in name
 
 
+def initial_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers, by name, from which a module's training began, and which a resumed run takes over: computed on
+    another machine they may differ.
+    """
+    return ((name, buffer) for name, buffer in model.named_buffers() if ".initial_" in name)
+
+
 @torch.no_grad()
 def load_weights(model: Any, weights: AdapterWeights) -> None:
     """Copy `weights` into `model`, to which `attach` has added an adapter of the same modules and ranks.
@@ -91,7 +97,7 @@ class AdapterSwitch:
 
     def __init__(self, model: nn.Module) -> None:
         self._lora: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._vera = [module for module in model.modules() if isinstance(module, VeraLinear)]
+        self._own: list[Any] = [module for module in model.modules() if hasattr(module, "is_off")]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -105,8 +111,8 @@ class AdapterSwitch:
     def _set(self, *, is_off: bool) -> None:
         for lora in self._lora:
             lora._disable_adapters = is_off  # PEFT's own method also freezes parameters, which sharding would keep
-        for vera in self._vera:
-            vera.is_off = is_off
+        for own in self._own:
+            own.is_off = is_off
 
 
 def _train_extras(model: Any, spec: AdapterSpec) -> None:

@@ -84,6 +84,7 @@ class Method(ABC):
     max_rank             of an adapter's file
     products_backward    products with A and B in a backward pass, for each in a forward pass
     keeps_embedding_rows PEFT can store the changed rows of an embedding alone
+    has_variants         PEFT has some that are not served, of which LoRA can be made
     """
 
     name: ClassVar[AdapterMethod]
@@ -95,6 +96,7 @@ class Method(ABC):
     max_rank: ClassVar[int] = 1 << 14
     products_backward: ClassVar[int] = 2
     keeps_embedding_rows: ClassVar[bool] = True
+    has_variants: ClassVar[bool] = False
 
     # -- what it costs --
 
@@ -113,6 +115,10 @@ class Method(ABC):
     def factors(self, spec: Any, model: ModelConfig) -> int:
         """Count the elements of A and B that a token is multiplied with in one layer."""
         return int(spec.rank) * sum(out + width for out, width in shapes(spec, model).values())
+
+    def frozen(self, spec: Any, model: ModelConfig) -> int:
+        """Count the elements of one layer that training keeps beside the base and does not train."""
+        return 0
 
     def pair_elements(self, spec: Any, model: ModelConfig) -> int:
         """Count the frozen elements that all modules share; 0 where there are none."""
@@ -159,6 +165,10 @@ class Method(ABC):
         stored and does not fit, with an error that begins with `label`.
         """
         return None
+
+    def published(self, spec: Any, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make what is published of `model`'s trained `tensors`, by PEFT's names."""
+        return tensors
 
     def stored_beside(self, spec: Any, model: Any) -> dict[str, Tensor]:
         """Return what the adapter's file has beside the trained parameters, by the names of the file."""

@@ -66,6 +66,7 @@ class Miss(Method):
         "optimizer.learning_rate": Default("below LoRA's: sums of I/rank inputs are large beside its A x", 2e-4, 2e-5),
     }
     pair_rate = Default("a fifth to a tenth of LoRA's, as without pairs", 1e-5, 5e-7)
+    has_variants = True
     keeps_embedding_rows = False  # MissConfig has no trainable_token_indices
 
     def matrices(self, spec: MissSpec, model: ModelConfig) -> Iterator[ServedMatrix]:

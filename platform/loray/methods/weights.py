@@ -35,8 +35,8 @@ Role = Literal["lora_a", "summed_a", "lora_b", "dora", "vera_d", "vera_b", "norm
 class PoolRows(NamedTuple):
     """A matrix as rows of the pool. `scale` is LoRA's alpha/r; only lora_b has it.
 
-    Of a summed_a, which stands in the place of a lora_a, only the shape (R, I) counts: row r sums the input's columns r,
-    r + R, r + 2 R, …
+    Of a summed_a, which stands in the place of a lora_a, only the shape (R, I) counts: row r sums the input's columns
+    r, r + R, r + 2 R, …
     """
 
     role: Role

@@ -98,6 +98,7 @@ def _weights(run: RunShape) -> Iterator[Item]:
     yield Item("base weights", _share(run.base_bytes - e * (trained.norms + rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
     yield Item("VeRA's pair", pair_bytes)
+    yield Item("initial A and B", e * run.model.num_layers * method_of(run.adapter).frozen(run.adapter, run.model))
     yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import math
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from loray.spec.fields import Frozen
 
 Method = Literal["lora", "dora", "vera", "miss", "longlora"]
+# PEFT's names of `init_lora_weights`, and `default` for its True
+Initialisation = Literal["default", "pissa", "pissa_niter_16", "olora"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -41,14 +44,38 @@ class _AdapterSpec(Frozen):
     train_embeddings: bool = False
     train_norms: bool = False
 
+    @property
+    def published(self) -> Self:
+        """The adapter as it is published and served, and as which a later run goes on from it."""
+        return self
+
 
 class LoraSpec(_AdapterSpec):
-    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
+    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead.
+
+    `init`: A random and B zero; or a part of W, its largest singular values (PiSSA; Meng et al., 2024; with `niter_16`
+    by a randomised decomposition, which takes seconds where the exact one takes minutes) or the first columns of its QR
+    decomposition (OLoRA; Büyükakyüz, 2024). Then W without that part is trained beside, and what is published is the
+    change, LoRA of twice the rank on the base as it is.
+    """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=16, gt=0)
     alpha: float = Field(default=32, gt=0)
     use_rslora: bool = False
+    init: Initialisation = "default"
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def published(self) -> Self:
+        if self.init == "default":
+            return self
+        alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)  # the scale stays
+        return self.model_copy(update={"rank": 2 * self.rank, "alpha": alpha, "init": "default"})
 
 
 class DoraSpec(LoraSpec):
@@ -59,6 +86,7 @@ class DoraSpec(LoraSpec):
     held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
+    init: Literal["default"] = "default"
 
 
 class LongLoraSpec(LoraSpec):

@@ -102,7 +102,7 @@ REAL_CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-256": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-256b": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-all": (VeraConfig(r=128, target_modules=ALL, save_projection=False), None),
-    "miss-32": (MissConfig(r=32, target_modules=ALL), None),
+    "miss-32": (MissConfig(r=32, target_modules=ATTENTION), None),
     "longlora": (LoraConfig(r=8, target_modules=ATTENTION, modules_to_save=["embed_tokens", *NORMS]), REAL_ROPE),
 }
 ALONE = [0, *(1 + list(REAL_CONFIGS).index(name) for name in ("lora-64", "vera-256", "longlora"))]  # one of each method
