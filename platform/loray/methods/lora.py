@@ -36,22 +36,22 @@ class Lora(Method):
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
         rank = spec.published.rank
         for module, (out, width) in shapes(spec, model).items():
-            if spec.init != "default" and spec.rank > min(out, width):
+            if spec.init is not None and spec.rank > min(out, width):
                 raise SpecError(
                     f"adapter.rank is {spec.rank}, and {module} ({out} × {width}) has no such part: take at most "
-                    f"{min(out, width)}, or adapter.init: default"
+                    f"{min(out, width)}, or leave out adapter.init"
                 )
             yield ServedMatrix(module, "lora_a", rank, width)
             yield ServedMatrix(module, "lora_b", rank, out)
 
     def trained(self, spec: LoraSpec, model: ModelConfig) -> Iterator[int]:
-        return super().trained(spec.model_copy(update={"init": "default"}), model)
+        return super().trained(spec.model_copy(update={"init": None}), model)
 
     def factors(self, spec: LoraSpec, model: ModelConfig) -> int:
         return super().factors(spec.published, model)
 
     def frozen(self, spec: LoraSpec, model: ModelConfig) -> int:
-        return 0 if spec.init == "default" else sum(self.trained(spec, model))
+        return 0 if spec.init is None else sum(self.trained(spec, model))
 
     def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
         """Count the input of every A, once for modules with the same input, and the input of every B.
@@ -78,7 +78,7 @@ class Lora(Method):
 
         from loray.methods.lora_module import inject_decomposed
 
-        if spec.init == "default":
+        if spec.init is None:
             inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
         else:
             inject_decomposed(model, spec)
@@ -86,7 +86,7 @@ class Lora(Method):
     def published(self, spec: LoraSpec, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from loray.methods.lora_module import published_pairs
 
-        return tensors if spec.init == "default" else published_pairs(model, tensors)
+        return tensors if spec.init is None else published_pairs(model, tensors)
 
     def peft_config(self, spec: LoraSpec, **options: Any) -> LoraConfig:
         from peft import LoraConfig

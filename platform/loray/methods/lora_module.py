@@ -47,7 +47,9 @@ class DecomposedLinear(nn.Module):
         out, width, rank = base_layer.out_features, base_layer.in_features, spec.rank
         self.base_layer = base_layer
         self.dropout = nn.Dropout(spec.dropout)
-        self.scale, self.init, self.is_off = spec.scale, spec.init, False
+        assert spec.init is not None
+        self.init: Initialisation = spec.init
+        self.scale, self.is_off = spec.scale, False
         self.lora_A = nn.Linear(width, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, out, bias=False, **like)
         nn.init.zeros_(self.lora_A.weight)

@@ -10,8 +10,7 @@ from pydantic import Field
 from loray.spec.fields import Frozen
 
 Method = Literal["lora", "dora", "vera", "miss", "longlora"]
-# PEFT's names of `init_lora_weights`, and `default` for its True
-Initialisation = Literal["default", "pissa", "pissa_niter_16", "olora"]
+Initialisation = Literal["pissa", "pissa_niter_16", "olora"]  # PEFT's names of `init_lora_weights`
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -53,17 +52,17 @@ class _AdapterSpec(Frozen):
 class LoraSpec(_AdapterSpec):
     """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead.
 
-    `init`: A random and B zero; or a part of W, its largest singular values (PiSSA; Meng et al., 2024; with `niter_16`
-    by a randomised decomposition, which takes seconds where the exact one takes minutes) or the first columns of its QR
-    decomposition (OLoRA; Büyükakyüz, 2024). Then W without that part is trained beside, and what is published is the
-    change, LoRA of twice the rank on the base as it is.
+    `init` null: A random and B zero; else a part of W, its largest singular values (PiSSA; Meng et al., 2024; with
+    `niter_16` by a randomised decomposition, which takes seconds where the exact takes minutes) or the first columns
+    of its QR decomposition (OLoRA; Büyükakyüz, 2024). Then W without that part is trained beside, and what is published
+    is the change, LoRA of twice the rank on the base as it is.
     """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=16, gt=0)
     alpha: float = Field(default=32, gt=0)
     use_rslora: bool = False
-    init: Initialisation = "default"
+    init: Initialisation | None = None
 
     @property
     def scale(self) -> float:
@@ -72,10 +71,10 @@ class LoraSpec(_AdapterSpec):
 
     @property
     def published(self) -> Self:
-        if self.init == "default":
+        if self.init is None:
             return self
         alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)  # the scale stays
-        return self.model_copy(update={"rank": 2 * self.rank, "alpha": alpha, "init": "default"})
+        return self.model_copy(update={"rank": 2 * self.rank, "alpha": alpha, "init": None})
 
 
 class DoraSpec(LoraSpec):
@@ -86,7 +85,7 @@ class DoraSpec(LoraSpec):
     held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
-    init: Literal["default"] = "default"
+    init: None = None
 
 
 class LongLoraSpec(LoraSpec):
