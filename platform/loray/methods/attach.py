@@ -33,8 +33,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
     default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
-    them. DoRA's magnitudes alone are fp32: they are the norms of the base's rows, of which training changes a small
-    part.
+    them.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
@@ -51,20 +50,14 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
         method_of(spec).inject(model, spec)
     _train_extras(model, spec)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
+            parameter.data = parameter.data.to(dtype)
 
 
 def peft_name(name: str) -> str:
-    """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    stored = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
-    return stored.removesuffix(".weight") if is_magnitude(name) else stored
-
-
-def is_magnitude(name: str) -> bool:
-    """True where a parameter of this name is a vector of DoRA's magnitudes."""
-    return ".lora_magnitude_vector." in name
+    """Name a parameter as PEFT's files do: without the adapter's name."""
+    return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
 
 
 def initial_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +76,9 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     inner = model.base_model
     parameters = {peft_name(name): parameter for name, parameter in inner.named_parameters()}
     for key, module in weights.modules.items():
-        for part, tensor in module.parts.items():
+        owner: Any = inner.get_submodule(key.path)
+        own = owner.own_parts(module.parts) if hasattr(owner, "own_parts") else module.parts
+        for part, tensor in own.items():
             parameters[f"{key.path}.{part}"].copy_(tensor)
     for path, norm in weights.norms.items():
         inner.get_submodule(path).weight.copy_(norm)

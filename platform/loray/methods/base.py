@@ -132,10 +132,6 @@ class Method(ABC):
         """Count the products of a forward pass that do not depend on its tokens."""
         return 0
 
-    def workspace(self, spec: Any, model: ModelConfig) -> int:
-        """Count the elements of the largest matrix that a module's pass makes beside its outputs; 0: it makes none."""
-        return 0
-
     # -- training --
 
     @abstractmethod

@@ -100,23 +100,26 @@ def decompose(weight_OI: Tensor, init: Initialisation, rank: int, scale: float) 
 
 
 def inject_decomposed(model: nn.Module, spec: LoraSpec) -> None:
-    """Put a DecomposedLinear into every target module of `model`, and freeze all other parameters.
+    """Put a DecomposedLinear into every target module of `model`, and freeze all other parameters."""
+    replace_linears(model, spec.target_modules, lambda module: DecomposedLinear(module, spec))
 
-    A weight that has no memory of its own yet is decomposed later, see `begin_all`.
+
+def replace_linears(model: nn.Module, modules: tuple[str, ...], make: Callable[[nn.Linear], Any]) -> None:
+    """Replace every target module by what `make` makes of it, and let that begin with the base's weight. Where the
+    weight has no memory of its own yet, it begins later, see `begin_all`.
     """
     model.requires_grad_(False)
-    for path, module in target_linears(model, spec.target_modules):
-        own = DecomposedLinear(module, spec)
-        weight_OI = dequantized(module)
+    for path, module in target_linears(model, modules):
+        own, weight_OI = make(module), dequantized(module)
         if weight_OI.untyped_storage().nbytes() >= weight_OI.nbytes:
             own.begin(weight_OI)
         replace_module(model, path, own)
 
 
 def begin_all(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Decompose the weights that `read` gives for the names of the modules' weights."""
+    """Let modules begin with the weights that `read` gives for the names of their weights."""
     for path, module in model.named_modules():
-        if isinstance(module, DecomposedLinear):
+        if hasattr(module, "begin"):
             module.begin(read(f"{path}.weight"))
 
 

@@ -29,12 +29,10 @@ class _AdapterSpec(Frozen):
     published as well.
 
     usual_attention  while training, where a recipe does not say
-    held_whole       what strategies that take parameters apart cannot hold; None: they can
     trains_b         LoRA's B, which LoRA+ gives a learning rate of its own
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
-    held_whole: ClassVar[str | None] = None
     trains_b: ClassVar[bool] = True
 
     rank: int = Field(gt=0)
@@ -79,10 +77,8 @@ class LoraSpec(_AdapterSpec):
 
 class DoraSpec(LoraSpec):
     """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
-    inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
+    inputs in fp32; the magnitudes m are trained beside A and B, and begin as the norms of W.
     """
-
-    held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
     init: None = None

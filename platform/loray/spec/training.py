@@ -379,11 +379,8 @@ class TrainSpec(Frozen):
             yield f"optimizer.loraplus_lr_ratio is for LoRA's B, which {self.adapter.method} does not train"
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             yield "optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains"
-        if self.parallel.strategy != "ddp":
-            if self.quantization is not None:
-                yield f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
-            if self.adapter.held_whole is not None:
-                yield f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp"
+        if self.parallel.strategy != "ddp" and self.quantization is not None:
+            yield f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
         if self.is_paired:
             yield from self._mistakes_of_pairs()
         elif self.data.format == "preference":

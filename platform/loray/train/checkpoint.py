@@ -140,14 +140,10 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
-    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`.
+    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`."""
+    from loray.methods.attach import initial_values  # it imports PEFT
 
-    DoRA's magnitudes, whose steps are smaller than those of 16 bits, stay fp32.
-    """
-    from loray.methods.attach import initial_values, is_magnitude  # it imports PEFT
-
-    masters = optimizer.masters.items()
-    trained = {name: master if is_magnitude(name) else master.to(getattr(torch, dtype)) for name, master in masters}
+    trained = {name: master.to(getattr(torch, dtype)) for name, master in optimizer.masters.items()}
     initial = {name: buffer.detach().to("cpu", copy=True) for name, buffer in initial_values(model)}
     files = adapter_files(model, state.recipe.adapter, trained)
     return Snapshot(files, optimizer._replace(initial=initial), state)

@@ -97,7 +97,7 @@ def num_updates(optimizer: torch.optim.Optimizer) -> int:
 
 
 def is_decayed(name: str) -> bool:
-    return not any(part in name for part in ("embed", "norm", "lora_magnitude_vector"))
+    return not any(part in name for part in ("embed", "norm", "lora_magnitude"))
 
 
 def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 LARGE: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 320}
 ADAPTERS: dict[str, dict[str, Any]] = METHODS | {
     "pissa": {"adapter": {"method": "lora", "rank": 4, "init": "pissa"}},
-    "extras": {"adapter": {"method": "vera", "rank": 4, "train_embeddings": True, "train_norms": True}}
+    "extras": {"adapter": {"method": "vera", "rank": 4, "train_embeddings": True, "train_norms": True}},
 }
 
 
@@ -76,6 +76,7 @@ class HostBytes(TorchDispatchMode):
         ("MistralForCausalLM", "vera", "bfloat16", True),
         ("Qwen3ForCausalLM", "miss", "bfloat16", True),
         ("LlamaForCausalLM", "pissa", "float32", False),
+        ("Qwen2ForCausalLM", "dora", "bfloat16", False),
     ],
 )
 def test_shards_are_those_of_the_model_as_it_was_loaded_whole(
