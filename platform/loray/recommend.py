@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
@@ -138,7 +140,7 @@ def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> li
 
 
 def recipe_of(
-    adapter: AdapterSpec,
+    adapter: BaseModel,
     context_length: int,
     *,
     rope_scaling: RopeScaling | None = None,
@@ -213,6 +215,7 @@ def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) 
             problem = "does not fit on one such device; see loray plan for several"
     except (SpecError, UnsupportedError) as e:
         problem = str(e)
+    rank = method_of(adapter).rank(adapter)
     modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
     extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
     per_gib = _per_gib(adapter, model)
@@ -220,7 +223,7 @@ def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) 
     left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
     return Estimate(
         method=name,
-        settings=f"r{adapter.rank} on {modules}{extras}",
+        settings=f"{f'r{rank} on ' if rank else ''}{modules}{extras}",
         problem=problem,
         trained_parameters=trained.total,
         adapter_bytes=trained.total * _BF16,

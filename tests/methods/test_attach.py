@@ -9,37 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loray.adapters.manifest import describe
 from loray.adapters.peft_format import CONFIG_FILE, read_adapter
 from loray.errors import BaseMismatch, UnsupportedError
-from loray.methods.attach import attach, peft_name
+from loray.methods.attach import attach
 from loray.methods.dora_module import DoraLinear
 from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
 from loray.train.checkpoint import save_adapter
-from loray.train.data.batches import TrainBatch
 from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
 from loray_kernels import RowOverrides, RowTables
 from loray_kernels.reference import ReferenceOps
-from tests.fixtures.adapters import IDS, BaseFactory, recipe, trained
+from tests.fixtures.adapters import IDS, BaseFactory, batch, recipe, trained, trained_parts
 
 SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
-
-
-def batch() -> TrainBatch:
-    labels = torch.roll(IDS, -1, dims=1)
-    labels[:, -1] = -100
-    return TrainBatch(IDS, labels, None, None, num_tokens=IDS.numel(), num_targets=IDS.numel() - 1)
-
-
-def trained_parts(model: Any) -> dict[str, Tensor]:
-    """By PEFT's names; of magnitudes ours are the changes."""
-    found = {peft_name(n).removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
-    return {n.replace("magnitude_change", "magnitude_vector.weight"): p for n, p in found.items()}
 
 
 def fill(model: Any) -> Any:

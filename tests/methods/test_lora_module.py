@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 from loray.adapters.manifest import describe
 from loray.adapters.peft_format import WEIGHTS_FILE, read_config
 from loray.bases.registry import BaseModel
-from loray.errors import SpecError
 from loray.methods import method_of
-from loray.methods.attach import AdapterSwitch, attach
+from loray.methods.attach import attach
 from loray.methods.lora_module import decompose
 from loray.planning.run import count_trained
 from loray.spec import DoraSpec, LoraSpec
@@ -90,9 +89,6 @@ def test_it_is_trained_and_published_as_by_peft(
     assert mine["r"] == peft["r"] == 8
     assert mine["lora_alpha"] == pytest.approx(peft["lora_alpha"])
     assert mine["init_lora_weights"] is True
-    with AdapterSwitch(ours).off():
-        assert torch.equal(logits(ours), plain)
-    assert not torch.equal(logits(ours), plain)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -136,8 +132,9 @@ def test_the_plan_counts_what_is_trained_and_what_is_published(tiny_base: BaseFa
     assert [m.rows for m in method_of(pissa).matrices(pissa, model)] == [8] * 10
     assert method_of(pissa).frozen(pissa, model) == sum(method_of(default).trained(default, model))
     assert spec_of("pissa", use_rslora=True).published.scale == pytest.approx(3)
-    with pytest.raises(SpecError, match=r"40, and v_proj \(32 × 64\) has no such part: take at most 32"):
-        list(method_of(pissa).matrices(spec_of("pissa", rank=40), model))
+    (problem,) = method_of(pissa).problems(spec_of("pissa", rank=40), model)
+    assert problem.startswith("adapter.rank is 40, and v_proj (32 × 64) has no such part: take at most 32, or leave")
+    assert not list(method_of(pissa).problems(pissa, model))
     with pytest.raises(ValueError, match="init"):
         DoraSpec.model_validate({"init": "pissa"})
 

@@ -1,19 +1,17 @@
-"""Puts an adapter into a transformers model, loads weights into it, and turns it off."""
+"""Puts an adapter into a transformers model, and loads weights into it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
-from loray.methods import method_of
+from loray.methods import keeps_fp32, method_of
 from loray.methods.base import ADAPTER
 from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterSpec
@@ -33,14 +31,14 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
     default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
-    them.
+    them. What multiplies outputs alone is fp32: training changes a small part of it.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
 
     Raises ValueError where `model` has an adapter already, and UnsupportedError where it lacks a target module.
     """
-    if hasattr(model, "peft_config") or any(hasattr(m, "is_off") for m in model.modules()):
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if missing := [m for m in spec.target_modules if m not in names]:
@@ -50,9 +48,9 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
         method_of(spec).inject(model, spec)
     _train_extras(model, spec)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(torch.float32 if keeps_fp32(name) else dtype)
 
 
 def peft_name(name: str) -> str:
@@ -85,29 +83,6 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     if weights.embedding is not None:
         weight_VD, token_ids = model.get_input_embeddings().weight, weights.embedding.token_ids
         weight_VD[slice(None) if token_ids is None else list(token_ids)] = weights.embedding.rows_VD.to(weight_VD)
-
-
-class AdapterSwitch:
-    """Turns the adapter that `attach` has put into a model off and on; trained norms and embeddings stay on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._lora: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._own: list[Any] = [module for module in model.modules() if hasattr(module, "is_off")]
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Let the model compute as its base does inside the block. No parameter changes."""
-        self._set(is_off=True)
-        try:
-            yield
-        finally:
-            self._set(is_off=False)
-
-    def _set(self, *, is_off: bool) -> None:
-        for lora in self._lora:
-            lora._disable_adapters = is_off  # PEFT's own method also freezes parameters, which sharding would keep
-        for own in self._own:
-            own.is_off = is_off
 
 
 def _train_extras(model: Any, spec: AdapterSpec) -> None:

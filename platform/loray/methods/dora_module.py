@@ -33,7 +33,7 @@ class DoraLinear(nn.Module):
         like: dict[str, Any] = {"dtype": dtype, "device": weight.device}
         self.base_layer = base_layer
         self.dropout = nn.Dropout(spec.dropout)
-        self.scale, self.is_off = spec.scale, False
+        self.scale = spec.scale
         # Drawn in fp32 and in the order in which PEFT does, so that A begins with the same numbers.
         self.lora_A = nn.Linear(base_layer.in_features, spec.rank, bias=False)
         self.lora_B = nn.Linear(spec.rank, base_layer.out_features, bias=False)
@@ -52,8 +52,6 @@ class DoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if self.is_off:
-            return y
         y = y + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
         bias, excess = self.base_layer.bias, self.excess_scale().to(y.dtype).float()
         plain = y.float() if bias is None else y.float() - bias.float()
@@ -67,7 +65,7 @@ class DoraLinear(nn.Module):
         return (self.initial_square_O.sqrt() + self.lora_magnitude_change.float()) / norm_O - 1
 
     @property
-    def reads(self) -> tuple[nn.Parameter, ...]:
+    def reads(self) -> tuple[Tensor, ...]:
         """The parameters of modules inside this one that it reads itself, which a strategy must gather for it."""
         return self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
-from loray.errors import IntegrityError, SpecError, shown
+from loray.errors import IntegrityError, shown
 from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
 from loray.methods.weights import MAGNITUDE, AdapterWeights, LoraWeights
 from loray.spec import Default, LongLoraSpec, LoraSpec
@@ -33,14 +33,17 @@ class Lora(Method):
     }
     pair_rate = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
 
-    def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
-        rank = spec.published.rank
+    def problems(self, spec: LoraSpec, model: ModelConfig) -> Iterator[str]:
         for module, (out, width) in shapes(spec, model).items():
             if spec.init is not None and spec.rank > min(out, width):
-                raise SpecError(
+                yield (
                     f"adapter.rank is {spec.rank}, and {module} ({out} × {width}) has no such part: take at most "
                     f"{min(out, width)}, or leave out adapter.init"
                 )
+
+    def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
+        rank = spec.published.rank
+        for module, (out, width) in shapes(spec, model).items():
             yield ServedMatrix(module, "lora_a", rank, width)
             yield ServedMatrix(module, "lora_b", rank, out)
 

@@ -49,7 +49,7 @@ class DecomposedLinear(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         assert spec.init is not None
         self.init: Initialisation = spec.init
-        self.scale, self.is_off = spec.scale, False
+        self.scale = spec.scale
         self.lora_A = nn.Linear(width, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, out, bias=False, **like)
         nn.init.zeros_(self.lora_A.weight)
@@ -67,8 +67,6 @@ class DecomposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if self.is_off:
-            return y
         x = self.dropout(x)
         change = self.lora_A(x)
         inner = change + F.linear(x, self.initial_a_RI)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
-from loray.errors import SpecError, UnsupportedError, shown
+from loray.errors import UnsupportedError, shown
 from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, shapes
 from loray.methods.weights import LoraWeights, PoolRows, SharedProjection
 from loray.spec import Default, MissSpec
@@ -55,6 +55,12 @@ class MissWeights:
         a_RI = (torch.arange(width) % self.rank == torch.arange(self.rank)[:, None]).float()
         return LoraWeights(a_RI, self.d_RO.T, scale=1.0)
 
+    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
+        return self.as_lora(pair, weight_OI.shape[1]).merged(weight_OI, None)
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        return bias_O
+
 
 class Miss(Method):
     name: ClassVar[AdapterMethod] = "miss"
@@ -63,16 +69,19 @@ class Miss(Method):
     peft_type = "MISS"
     defaults: ClassVar[Mapping[str, Default]] = {
         "adapter.rank": Default("as many parameters as LoRA of half of it has where modules are square"),
-        "optimizer.learning_rate": Default("below LoRA's: sums of I/rank inputs are large beside its A x", 2e-4, 2e-5),
+        "optimizer.learning_rate": Default("LoRA's on small bases; lower where a sum has more inputs", 1e-3, 2e-5),
     }
-    pair_rate = Default("a fifth to a tenth of LoRA's, as without pairs", 1e-5, 5e-7)
+    pair_rate = Default("LoRA's on small bases; lower where a sum has more inputs", 5e-5, 5e-7)
     has_variants = True
     keeps_embedding_rows = False  # MissConfig has no trainable_token_indices
 
-    def matrices(self, spec: MissSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
-        for module, (out, width) in shapes(spec, model).items():
+    def problems(self, spec: MissSpec, model: ModelConfig) -> Iterator[str]:
+        for module, (_, width) in shapes(spec, model).items():
             if spec.rank > width:
-                raise SpecError(f"adapter.rank is {spec.rank}, and {module} has {width} inputs to sum: take fewer")
+                yield f"adapter.rank is {spec.rank}, and {module} has {width} inputs to sum: take at most {width}"
+
+    def matrices(self, spec: MissSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
+        for module, (out, _) in shapes(spec, model).items():
             yield ServedMatrix(module, "lora_b", spec.rank, out)
 
     def factors(self, spec: MissSpec, model: ModelConfig) -> int:

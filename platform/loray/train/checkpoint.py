@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods import method_of
+from loray.methods import keeps_fp32, method_of
 from loray.spec import (
     LOSS,
     AdapterSpec,
@@ -143,7 +143,8 @@ def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DTyp
     """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`."""
     from loray.methods.attach import initial_values  # it imports PEFT
 
-    trained = {name: master.to(getattr(torch, dtype)) for name, master in optimizer.masters.items()}
+    masters = optimizer.masters.items()
+    trained = {name: master if keeps_fp32(name) else master.to(getattr(torch, dtype)) for name, master in masters}
     initial = {name: buffer.detach().to("cpu", copy=True) for name, buffer in initial_values(model)}
     files = adapter_files(model, state.recipe.adapter, trained)
     return Snapshot(files, optimizer._replace(initial=initial), state)
@@ -290,7 +291,8 @@ class Reporter(Protocol):
     """Takes the events and checkpoints of a run."""
 
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
-        """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
+        """Every rank makes the same calls, but for those that tell how far a stage is. `metrics["event"]` is start,
+        step, eval, early_stop, progress or checkpoint.
 
         `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """

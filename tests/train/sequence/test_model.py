@@ -41,6 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, dense, scaled": {"method": "lora", "rope_scaling": {"factor": 2, "original_context": 16}},
     "vera, dense": {"method": "vera"},
     "dora, dense": {"method": "dora"},
+    "ia3, dense": {"method": "ia3"},
+    "road, dense": {"method": "road", "adapter": {"group_size": 8}},
     "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
@@ -159,6 +161,8 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         ("vera, dense", "3/1", 2, PLAIN),
         ("dora, dense", "8/8", 2, PLAIN),
         ("dora, dense", "3/1", 4, PLAIN),
+        ("ia3, dense", "8/2", 2, PLAIN),
+        ("road, dense", "3/1", 2, PLAIN),
         ("longlora, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "9/3", 4, "exchanged again"),
     ],

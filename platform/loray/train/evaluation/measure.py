@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import exp, inf
 from pathlib import Path
@@ -30,7 +30,7 @@ from loray.spec import (
     retrieval_metric,
 )
 from loray.telemetry import Progress
-from loray.train.evaluation.documents import Documents, cut_windows
+from loray.train.evaluation.documents import Documents, cut_windows, stage_name
 from loray.train.evaluation.perplexity import KeptFigures, Measured, finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
@@ -122,10 +122,12 @@ def measure(
     kept: KeptFigures | None = None,
     mesh: Mesh = ALONE,
     trained_by: TrainSpec | None = None,
+    look: Callable[[Subject, Callable[[], Measured]], None] = lambda subject, model: None,
 ) -> tuple[Evaluation, ...]:
     """Measure perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose
     figures are all in `kept` (None: nothing is kept). The ranks of `mesh` measure together, as `load` shares a model
-    among the workers of the recipe `trained_by`; all make the same call and get the same figures.
+    among the workers of the recipe `trained_by`; all make the same call and get the same figures. `look` is shown each
+    model last, which is loaded where it is called.
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
     one, and EvaluationError where a value is not finite.
@@ -142,10 +144,9 @@ def measure(
         model = cache(partial(load, base, measured_model, dtype=dtype, device=device, mesh=mesh, trained_by=trained_by))
         take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
-        name = subject.replace("_", " ")
         if perplexity is not None and documents is not None:
             for context_length, windows_T in windows.items():
-                stage = f"{name}, perplexity at {context_length:,} tokens"
+                stage = stage_name(subject, PERPLEXITY, context_length)
                 loss = mean_loss(model, windows_T, partial(take, progress=partial(progress, stage)))
                 measured.append(
                     Evaluation(
@@ -161,11 +162,12 @@ def measure(
                 )
         for spec in retrieval:
             for context_length in spec.context_lengths:
-                stage = f"{name}, {spec.task} at {context_length:,} tokens"
+                stage = stage_name(subject, spec.task, context_length)
                 cells = retrieve(
                     model, tokenizer, spec, context_length, partial(take, progress=partial(progress, stage))
                 )
                 measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
+        look(subject, model)
         del model
     return tuple(measured)
 
