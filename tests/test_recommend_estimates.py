@@ -95,7 +95,8 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 def test_estimates_are_the_plans() -> None:
     found = {e.method: e for e in estimate_methods(Answers(2048, 10), shape(), A100)}
-    lora, dora, vera, longlora, ia3, road = (found[m] for m in ("lora", "dora", "vera", "longlora", "ia3", "road"))
+    names = ("lora", "dora", "vera", "miss", "longlora", "ia3", "road")
+    lora, dora, vera, miss, longlora, ia3, road = (found[m] for m in names)
     run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
     assert list(found) == [*(method for method in METHODS if method != "longlora"), "longlora"]
@@ -107,6 +108,10 @@ def test_estimates_are_the_plans() -> None:
     assert dora.step_s > lora.step_s
     assert dora.adapters_per_gib < lora.adapters_per_gib
     assert vera.trained_parameters == 30 * (outputs + 7 * 256)
+    assert miss.trained_parameters == 30 * 32 * outputs
+    assert miss.training_bytes is not None
+    assert miss.training_bytes < lora.training_bytes
+    assert miss.adapters_per_gib == pytest.approx(GIB / (2 * miss.trained_parameters), rel=0.05)
     assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
     assert (ia3.trained_parameters, ia3.settings) == (30 * (192 + 192 + 1536), "k, v, down")
     assert road.trained_parameters == 30 * outputs  # an angle and a scale of two outputs

@@ -196,7 +196,8 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
     """Yield (method, a recipe of it with default settings) for each estimated method."""
     for method in METHODS.values():
         if method.name != "longlora":
-            yield method.name, recipe_of(method.spec.model_validate({}), context_length)
+            adapter: Any = method.spec.model_validate({})
+            yield method.name, recipe_of(adapter, context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
     stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)

@@ -25,6 +25,7 @@ from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog
 from loray.files import file_sha256
+from loray.methods.dora_module import DoraLinear
 from loray.publishing import Destination, import_folder, publish
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.recipes.resolve import resolve
@@ -113,6 +114,9 @@ def _publish(method: str, base: BaseModel, folder: Path, store: AdapterStore, ca
         trained = [(name, p) for name, p in sorted(model.named_parameters()) if p.requires_grad]
         for number, (name, parameter) in enumerate(trained):
             _fill(name, parameter, _numbers(parameter.shape, number))
+        for module in model.modules():
+            if isinstance(module, DoraLinear):  # so that its magnitudes are 1 + numbers
+                module.initial_square_O.fill_(1)
     save_adapter(model, spec.adapter, folder)
     details = ManifestDetails(
         recipe=spec,
@@ -139,7 +143,7 @@ def _numbers(shape: Sequence[int], seed: int) -> Tensor:
 def _fill(name: str, parameter: Tensor, numbers: Tensor) -> None:
     if "embed_tokens" in name:
         parameter[:_CHANGED_ROWS] += numbers[:_CHANGED_ROWS]
-    elif "magnitude" in name or name.endswith("norm.weight"):
+    elif name.endswith("norm.weight"):
         parameter.copy_(1 + numbers)
     elif "lambda_d" in name:
         parameter.copy_(0.25 + numbers)

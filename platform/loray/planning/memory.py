@@ -99,6 +99,7 @@ def _weights(run: RunShape) -> Iterator[Item]:
     yield Item("base weights", _share(run.base_bytes - e * (trained.norms + rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
     yield Item("VeRA's pair", pair_bytes)
+    yield Item("initial A and B", e * run.model.num_layers * method_of(run.adapter).frozen(run.adapter, run.model))
     yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
 
 
@@ -159,9 +160,6 @@ def _activations(run: RunShape, device: Device) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
-    if elements := method_of(run.adapter).workspace(run.adapter, run.model):
-        largest = run.element_bytes * elements  # B A of a unit matrix, W + s B A, and what comes between
-        yield Item("W + s B A of a module", 4 * largest, ("backward",) if run.checkpointing else (), largest)
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)

@@ -140,13 +140,14 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
-    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`.
+    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`."""
+    from loray.methods.attach import initial_values  # it imports PEFT
 
-    What multiplies outputs, whose steps are smaller than those of 16 bits, stays fp32.
-    """
     masters = optimizer.masters.items()
     trained = {name: master if keeps_fp32(name) else master.to(getattr(torch, dtype)) for name, master in masters}
-    return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
+    initial = {name: buffer.detach().to("cpu", copy=True) for name, buffer in initial_values(model)}
+    files = adapter_files(model, state.recipe.adapter, trained)
+    return Snapshot(files, optimizer._replace(initial=initial), state)
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
@@ -237,12 +238,13 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     """
     from loray.methods.attach import peft_name, trained_norms  # they import PEFT
 
-    tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
+    method = method_of(spec)
+    published = method.published(spec, model, {peft_name(name): t for name, t in trained.items()})
+    tensors = {PREFIX + name: t for name, t in published.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
     modules_to_save = trained_norms(model)
     if token_ids is None and model.get_input_embeddings().weight.requires_grad:
         modules_to_save.append("embed_tokens")
-    method = method_of(spec)
     tensors |= method.stored_beside(spec, model)
     options: dict[str, Any] = {
         "modules_to_save": modules_to_save or None,
