@@ -12,7 +12,7 @@ from peft import IA3Config, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from jobs.driver.prepare import check_initial
-from loray.adapters.convert import merge_adapter, vera_to_lora, write_gguf
+from loray.adapters.convert import merge_adapter, to_lora, write_gguf
 from loray.adapters.manifest import describe
 from loray.adapters.peft_format import CONFIG_FILE, read_adapter
 from loray.errors import BaseMismatch, SpecError, UnsupportedError
@@ -82,7 +82,7 @@ def test_merged_it_computes_the_same_and_is_no_lora(tiny_base: BaseFactory, tmp_
     for same in (merged, in_peft(base, model, tmp_path / "adapter")):
         torch.testing.assert_close(logits(same), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(UnsupportedError):
-        vera_to_lora(weights, base.config)
+        to_lora(weights, base.config)
     with pytest.raises(UnsupportedError, match="IA³ multiplies outputs, which no LoRA does: take the adapter merged"):
         write_gguf(weights, base.config, tmp_path / "adapter.gguf")
 
