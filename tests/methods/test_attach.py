@@ -30,11 +30,12 @@ SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "
 
 def fill(model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
+    ours = {path: module for path, module in model.named_modules() if isinstance(module, DoraLinear)}
     with torch.no_grad():
         for name, p in sorted(trained_parts(model).items()):
             noise = torch.randn(p.shape, generator=generator)
-            module = model.get_submodule(name.partition(".lora_")[0])
-            if isinstance(module, DoraLinear) and "magnitude" in name:
+            module = ours.get(name.partition(".lora_")[0])
+            if module is not None and "magnitude" in name:
                 p.copy_(0.3 * noise.clamp(-1, 1) * module.initial_square_O.sqrt())
             else:
                 p.copy_(p * (1 + 0.3 * noise.clamp(-1, 1)) if "magnitude" in name else 0.15 * noise)
