@@ -103,9 +103,11 @@ from loray.spec.methods import (
     MODULES_BY_INPUT,
     AdapterSpec,
     DoraSpec,
+    Initialisation,
     LongLoraSpec,
     LoraSpec,
     Method,
+    MissSpec,
     VeraSpec,
 )
 from loray.spec.objectives import (
@@ -225,6 +227,7 @@ __all__ = [
     "Frozen",
     "GenerateRequest",
     "HashedKey",
+    "Initialisation",
     "JobId",
     "JobStatus",
     "KeyAlias",
@@ -235,6 +238,7 @@ __all__ = [
     "LongLoraSpec",
     "LoraSpec",
     "Method",
+    "MissSpec",
     "Name",
     "NoGateReason",
     "NumBytes",
