@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from loray.methods.alora import Alora
 from loray.methods.base import Method
 from loray.methods.dora import Dora
 from loray.methods.lora import LongLora, Lora
@@ -9,9 +10,11 @@ from loray.methods.vera import Vera
 from loray.spec import AdapterSpec
 from loray.spec import Method as AdapterMethod
 
-METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in (Lora(), Dora(), Vera(), LongLora())}
+METHODS: Mapping[AdapterMethod, Method] = {
+    method.name: method for method in (Lora(), Dora(), Vera(), LongLora(), Alora())
+}
 
-# By `peft_type`. DoRA and LongLoRA are LORA there, and are read as it is.
+# By `peft_type`. DoRA, LongLoRA and aLoRA are LORA there, and are read as it is.
 METHODS_OF_PEFT: Mapping[str, Method] = {method.peft_type: method for method in reversed([*METHODS.values()])}
 
 

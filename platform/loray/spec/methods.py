@@ -1,14 +1,14 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora"]
+Method = Literal["lora", "dora", "vera", "longlora", "alora"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -21,6 +21,8 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
     ("down_proj",),
 )
 
+InvocationTokens = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=256)]
+
 
 class _AdapterSpec(Frozen):
     """Fields of all methods. `train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and
@@ -28,16 +30,23 @@ class _AdapterSpec(Frozen):
 
     usual_attention  while training, where a recipe does not say
     held_whole       what strategies that take parameters apart cannot hold; None: they can
+    is_invoked       it is the base before an invocation
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
     held_whole: ClassVar[str | None] = None
+    is_invoked: ClassVar[bool] = False
 
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
+
+    @property
+    def invoked_by(self) -> tuple[int, ...] | None:
+        """The tokens from whose last occurrence in a row on the adapter is active; None: from the start."""
+        return None
 
 
 class LoraSpec(_AdapterSpec):
@@ -57,6 +66,33 @@ class DoraSpec(LoraSpec):
     held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+
+class AloraSpec(LoraSpec):
+    """aLoRA (Greenewald et al., 2025): LoRA that is active from the last occurrence of its invocation on. Before it the
+    model is the base, whose keys and values all such adapters share. `invocation` is a text, of which the base's
+    tokenizer makes `invocation_tokens`; None: what the base's chat template puts before an answer.
+    """
+
+    is_invoked: ClassVar[bool] = True
+
+    method: Literal["alora"] = "alora"  # type: ignore[assignment]
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=64, gt=0)
+    invocation: str | None = Field(default=None, min_length=1, max_length=4096)
+    invocation_tokens: InvocationTokens | None = None
+
+    @property
+    def invoked_by(self) -> tuple[int, ...] | None:
+        return self.invocation_tokens
+
+    @model_validator(mode="after")
+    def _leaves_the_base(self) -> Self:
+        if self.train_embeddings or self.train_norms:
+            raise ValueError(
+                "aLoRA leaves what is before its invocation to the base: train neither embeddings nor norms"
+            )
+        return self
 
 
 class LongLoraSpec(LoraSpec):
@@ -81,4 +117,4 @@ class VeraSpec(_AdapterSpec):
     save_projection: bool = False
 
 
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
+AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | AloraSpec, Field(discriminator="method")]

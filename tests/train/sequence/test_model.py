@@ -41,6 +41,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, dense, scaled": {"method": "lora", "rope_scaling": {"factor": 2, "original_context": 16}},
     "vera, dense": {"method": "vera"},
     "dora, dense": {"method": "dora"},
+    "alora, dense": {"method": "alora", "adapter": {"invocation_tokens": tokens()[0, 10:12].tolist()}},
+    "alora, not scaled": {
+        "method": "alora",
+        "adapter": {"invocation_tokens": tokens()[0, 10:12].tolist()},
+        "attention": {"type": "s2", "group_size": GROUP},
+    },
     "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
@@ -159,6 +165,8 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         ("vera, dense", "3/1", 2, PLAIN),
         ("dora, dense", "8/8", 2, PLAIN),
         ("dora, dense", "3/1", 4, PLAIN),
+        ("alora, dense", "8/2", 2, "exchanged again"),
+        ("alora, dense", "3/1", 4, PLAIN),
         ("longlora, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "9/3", 4, "exchanged again"),
     ],
@@ -172,6 +180,7 @@ def test_dense_attention(ranks: Ranks, tiny_base: BaseFactory, name: str, heads:
     [
         ("lora, not scaled", {}),
         ("vera, not scaled", {}),
+        ("alora, not scaled", {}),
         ("longlora, not scaled", {"rope_parameters": LLAMA3}),
         ("longlora, ntk", {"rope_parameters": LLAMA3}),
     ],

@@ -84,6 +84,7 @@ def load_data(
     joined: bool | None = False,
     whole_windows: bool = False,
     paired: bool = False,
+    invocation: Sequence[int] | None = None,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
     cache: FolderCache | None = None,
     run: Runner = run_here,
@@ -95,6 +96,7 @@ def load_data(
     joined         join texts and cut them at `max_length`, see `loray.train.data.rows`; None: where the data is texts
     whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
     paired         rows are preference pairs; one is left out where an answer is cut away, or where both are equal
+    invocation     learn what follows these tokens alone, see Tokenisation; texts are cut off at `max_length`
     fetched        copies on this machine of remote sources
     cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
     run            tokenises what the cache lacks
@@ -108,7 +110,7 @@ def load_data(
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
-    tokenisation = Tokenisation(tokenizer, joined=is_joined)
+    tokenisation = Tokenisation(tokenizer, joined=is_joined, invocation=invocation)
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows

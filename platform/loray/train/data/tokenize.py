@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from jinja2 import TemplateError
+from numpy.lib.stride_tricks import sliding_window_view
 
 from loray.errors import DataError
 from loray.train.data.read import BadRow, Content, DataFormat, FilePart, records_of
@@ -46,12 +47,13 @@ class _Turn(NamedTuple):
     start: int
 
 
-def conversations(record: Mapping[str, Any], tokenizer: Any) -> list[Conversation]:
+def conversations(record: Mapping[str, Any], tokenizer: Any, *, apart: bool = False) -> list[Conversation]:
     """Render what the model learns from one chat. Raises ValueError, which says what is wrong with it.
 
     To find the answers, the chat is rendered up to each assistant turn; the result must be a prefix of the whole. A
     template that changes earlier turns (Qwen3 drops their reasoning) has no such prefixes: then every assistant turn
-    becomes a conversation of its own, with the text that a server has at that point.
+    becomes a conversation of its own, with the text that a server has at that point. So it does where turns are to be
+    `apart`.
     """
     messages, tools = _messages(record.get("messages")), _tools(record.get("tools"))
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -64,7 +66,7 @@ def conversations(record: Mapping[str, Any], tokenizer: Any) -> list[Conversatio
     found = [template.turn(messages[: i + 1]) for i in turns]
     spans = [(turn.start, _end(turn, tokenizer.eos_token)) for turn in found]
     whole = template.render(messages[: turns[-1] + 1])
-    if all(whole.startswith(turn.text) for turn in found):
+    if not apart and all(whole.startswith(turn.text) for turn in found):
         return [Conversation(whole[: spans[-1][1]], tuple(spans))]
     return [Conversation(turn.text[: span[1]], (span,)) for turn, span in zip(found, spans, strict=True)]
 
@@ -221,12 +223,15 @@ class _Example(NamedTuple):
 class Tokenisation:
     """Makes shards of parts. Raises DataError for a tokenizer that cannot do it.
 
-    joined  texts are whole, without what the tokenizer puts before a text
+    joined      texts are whole, without what the tokenizer puts before a text
+    invocation  tokens from whose last occurrence in an example on it is learned, which every example must have; each
+                answer of a chat is then an example of its own, since a server invokes the adapter for each
     """
 
-    def __init__(self, tokenizer: Any, *, joined: bool) -> None:
+    def __init__(self, tokenizer: Any, *, joined: bool, invocation: Sequence[int] | None = None) -> None:
         check_tokenizer(tokenizer)
         self._tokenizer, self._joined = tokenizer, joined
+        self._invocation = None if invocation is None else np.asarray(invocation)
         self._dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
         self._digest = _digest_of(tokenizer)
         self.beginning: list[int] = prompt_ids(tokenizer, [""])[0] if joined else []
@@ -238,12 +243,16 @@ class Tokenisation:
     def key(self, part: FilePart) -> str:
         """Name the part's shard by all that its tokens depend on."""
         named = [_FORM, part.digest, part.file.format, part.file.format == "text" and self._joined, self._digest]
+        if self._invocation is not None:
+            named.append(self._invocation.tolist())
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def shard(self, content: Content) -> TokenShard:
         """Tokenise a part. Raises BadRow."""
         records = records_of(content)
         found = list(self._examples(content.format, records))
+        if self._invocation is not None:
+            found = [self._invoked(example, records) for example in found]
         runs = [example.runs or () for example in found]
         flat = [run for of_example in runs for run in of_example]
         index = ShardIndex(
@@ -251,10 +260,30 @@ class Tokenisation:
             documents_E=np.array([example.document for example in found], np.int32),
             runs_R2=np.array(flat, np.int32).reshape(-1, 2),
             num_runs_E=np.array([len(of_example) for of_example in runs], np.int32),
-            is_text=content.format == "text",
+            is_text=content.format == "text" and self._invocation is None,
             num_documents=len(records),
         )
         return TokenShard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
+
+    def _invoked(self, example: _Example, records: _Records) -> _Example:
+        """The example with the targets that the adapter has a part in: those after the first token of its invocation.
+        Raises BadRow where it has none.
+        """
+        wanted, ids = self._invocation, np.asarray(example.ids)
+        assert wanted is not None
+        starts = np.empty(0, np.int64)
+        if len(wanted) <= len(ids):
+            starts = np.flatnonzero((sliding_window_view(ids, len(wanted)) == wanted).all(1))
+        if not len(starts):
+            text = self._tokenizer.decode(wanted.tolist())
+            raise BadRow(
+                records[example.document][0],
+                f"the tokens {wanted.tolist()} of the invocation {text!r} are not in it, so the adapter would be off: "
+                "put the text into each prompt, or, where it has other tokens there, set adapter.invocation_tokens",
+            )
+        runs = [(0, len(ids))] if example.runs is None else example.runs
+        first = int(starts[-1]) + 1
+        return example._replace(runs=[(max(start, first), stop) for start, stop in runs if stop > first])
 
     def _examples(self, format: DataFormat, records: _Records) -> Iterator[_Example]:
         for start in range(0, len(records), _TEXTS_AT_ONCE):
@@ -290,7 +319,8 @@ class Tokenisation:
         found = list[tuple[int, Conversation]]()
         for document, (index, record) in enumerate(records, start=first):
             try:
-                found += [(document, conversation) for conversation in conversations(record, self._tokenizer)]
+                apart = self._invocation is not None
+                found += [(document, c) for c in conversations(record, self._tokenizer, apart=apart)]
             except ValueError as e:
                 raise BadRow(index, str(e)) from e
         yield from self._encoded(found)

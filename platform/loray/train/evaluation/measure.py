@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel
+from loray.errors import UnsupportedError
 from loray.files import file_sha256
 from loray.methods.attach import attach, load_weights
 from loray.planning.memory import num_shards
@@ -87,6 +88,11 @@ def load(
     `base`, either.
     """
     weights = None if measured.adapter is None else read_adapter(measured.adapter, base.config)
+    if weights is not None and weights.invocation_tokens is not None:
+        raise UnsupportedError(
+            "the adapter is active after its invocation alone (aLoRA), and these texts have none: compare held-out "
+            "losses, which training measures, or measure answers with `loray eval tasks`"
+        )
     if trained_by is not None and num_shards(trained_by) > 1 and mesh.world.size > 1:
         from loray.train.strategies.fsdp2 import shard  # takes a second, and what is whole does not need it
 

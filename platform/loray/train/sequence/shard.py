@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.errors import UnsupportedError
+from loray.methods.alora_module import WholeRows, part_of
 from loray.planning.sequence import padded_length
 from loray.spec import RopeType
 from loray.train.data.batches import IGNORED, TrainBatch
@@ -74,11 +75,13 @@ class ShardedBatch(NamedTuple):
                      num_targets counts its labels; num_tokens is an equal share of the whole batch's, with an exact sum
     group            the ranks that share the batch
     document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
+    whole            the tokens of whole rows with them, of which `local` is a part
     """
 
     local: TrainBatch
     group: SequenceGroup
     document_ids_BN: Tensor
+    whole: WholeRows
 
 
 def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
@@ -102,15 +105,16 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         ends_BN = torch.arange(padding[1]).expand(num_rows, -1)
         position_ids_BN = torch.cat([position_ids_BT, ends_BN], dim=1)
     labels_BL = F.pad(batch.labels_BT, padding, value=IGNORED)[:, span].contiguous()
+    input_ids_BN = F.pad(batch.input_ids_BT, padding)
     local = TrainBatch(
-        F.pad(batch.input_ids_BT, padding)[:, span].contiguous(),
+        input_ids_BN[:, span].contiguous(),
         labels_BL,
         None,
         position_ids_BN[:, span].contiguous(),
         num_tokens=batch.num_tokens * (group.rank + 1) // group.size - batch.num_tokens * group.rank // group.size,
         num_targets=int((labels_BL != IGNORED).sum()),
     )
-    return ShardedBatch(local, group, ids_BN)
+    return ShardedBatch(local, group, ids_BN, WholeRows(input_ids_BN, ids_BN, span))
 
 
 _STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
@@ -176,7 +180,8 @@ def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iter
     active = ActiveShard(sharded, keep_halos)
     token = _ACTIVE.set(active)
     try:
-        yield
+        with part_of(sharded.whole):
+            yield
     finally:
         _ACTIVE.reset(token)
     if sharded.group.size > 1 and not active.was_used:
