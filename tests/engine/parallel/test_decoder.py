@@ -53,6 +53,10 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
+    "alora": (
+        LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(9)[8][40:42]),
+        None,
+    ),
 }
 CPU = torch.device("cpu")
 
