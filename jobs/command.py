@@ -9,22 +9,25 @@ import shlex
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
 import click
 from rich.console import Console
 
-from jobs.events import PublishedEvent, RunView, describe
+from jobs.events import PublishedEvent, describe
 from jobs.submission.commands import Place, Submission, Work, for_server
 from jobs.submission.server import RayJob, RayJobServer, RayStatus
+from jobs.view import RunView
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, explained, recipe_options
 from loray.client import CatalogClient
 from loray.errors import ClusterError, JobNotFound, LorayError
+from loray.local.serving import serving_urls
 from loray.locations import http_url, is_this_machine
 from loray.settings import Settings
-from loray.spec import TrainSpec
+from loray.spec import DEFAULT_ALIAS, TrainSpec
 from loray.store import open_store
 from loray.telemetry import get_logger
 
@@ -32,6 +35,7 @@ log = get_logger(__name__)
 
 _RECONNECTIONS = 5  # without a new line in between
 _RECONNECT_S = 1.0
+_CONSOLE = "/api/v1/console"  # of a server
 
 
 class ApiJobServer:
@@ -72,6 +76,7 @@ class ApiJobServer:
 @click.option(
     "--resume", is_flag=True, help="Go on with the latest unpublished run of this recipe, from its last checkpoint."
 )
+@click.option("--watch", "is_watched", is_flag=True, help="Open the run's page in the console of the server that runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the published adapter as JSON; progress goes to stderr.")
 def train(
     source: RecipeSource,
@@ -80,6 +85,7 @@ def train(
     no_plan: bool,
     explain: bool,
     resume: bool,
+    is_watched: bool,
     as_json: bool,
 ) -> None:
     """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
@@ -96,20 +102,65 @@ def train(
         where = address or settings.url
         is_here = where is None or is_this_machine(where)
         check_plan(recipe.spec, settings.home, device_name=device_name, is_here=is_here, to=console)
-    if address is None and settings.url is not None:
-        api = ApiJobServer(settings.url)
-        server: _Jobs = api
-        job = api.submit(for_server(recipe, settings.url), resume=resume)
-    else:
-        server, job = submit(Work.training(recipe, resume=resume, no_plan=no_plan), settings, address)
+    with console.status("starting the job"):  # and a local cluster, where none runs
+        if address is None and settings.url is not None:
+            api = ApiJobServer(settings.url)
+            server: _Jobs = api
+            job = api.submit(for_server(recipe, settings.url), resume=resume)
+        else:
+            server, job = submit(Work.training(recipe, resume=resume, no_plan=no_plan), settings, address)
     console.print(f"training {recipe.spec.name} as job {job}", highlight=False)
-    view = RunView(console)
+
+    def open_page() -> None:  # the catalog knows the job from its first event on
+        _open_page(_console_url(settings, address), job, console)
+
+    view = RunView(console, open_page) if is_watched else RunView(console)
     resumed = f"loray train {shlex.join(source.arguments)} --resume"
     published = watch(view, server, job, console, what="training", resumed=resumed)
     if as_json:
         click.echo(json.dumps(published | {"job_id": job}, indent=2))
     else:
         console.print(describe(published), style="green", highlight=False, soft_wrap=True)
+        for line in what_next(published, _console_url(settings, address)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def what_next(published: PublishedEvent, console_url: str | None) -> list[str]:
+    """Lists what a person may do with a version, with the commands. `console_url` None: no server runs."""
+    label = published["label"]
+    lines = [f"  ask it      loray chat {label}" + ("" if console_url else "   (once `loray serve` runs)")]
+    if not published.get("refusal") and DEFAULT_ALIAS not in published["aliases"]:
+        lines.append(f"  promote it  loray adapters promote {label}   (to {DEFAULT_ALIAS})")
+    if console_url is not None:
+        name = published["name"].rpartition("/")[2]
+        lines.append(f"  look at it  {console_url}/adapters/{name}/versions/{published['version']}")
+    return lines
+
+
+def _console_url(settings: Settings, address: str | None) -> str | None:
+    """Finds the console that shows the jobs of LORAY_URL, of the cluster at `address` or of this home; None where no
+    server runs.
+    """
+    if address is None and settings.url is not None:
+        urls = [settings.url]
+    else:
+        try:
+            urls = serving_urls(replace(settings, address=address))
+        except ClusterError as e:
+            log.debug("no server is known: %s", e)
+            urls = []
+    return f"{urls[0].rstrip('/').removesuffix('/v1')}{_CONSOLE}" if urls else None
+
+
+def _open_page(console_url: str | None, job: str, console: Console) -> None:
+    """Opens the page of a job in a browser, or says how to come to one."""
+    if console_url is None:
+        told = f"no server runs whose console shows it; once `loray serve` runs, its page is {_CONSOLE}/jobs/{job}"
+    else:
+        told = page = f"{console_url}/jobs/{job}"
+        if click.launch(page) != 0:
+            told = f"no browser was found; open {page}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Jobs(Protocol):

@@ -1,25 +1,21 @@
-"""Events of a run: their fields, as lines of JSON and for people, and how a terminal shows them."""
+"""Events of a run: their fields, as lines of JSON and for people."""
 
 from __future__ import annotations
 
 import json
 import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
 from loray.spec import OBJECTIVES, PERPLEXITY, Subject
 
 _POLL_S = 0.2
-_LOG_LINES = 20
-_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
+_FEW_ROWS = 20  # held out, below which one row more or less moves their loss visibly
+_STAGE_S = 1.0  # from one event of a stage to the next
 
 
 class StartEvent(TypedDict):
@@ -94,6 +90,15 @@ class CheckpointEvent(TypedDict):
     path: NotRequired[str]
 
 
+class BatchEvent(TypedDict):
+    """The rows of a step are cut into so many micro-batches (`accumulation`), by what the workers' memory holds."""
+
+    event: Literal["batch"]
+    rows: int
+    accumulation: int
+    reason: str
+
+
 class WarningEvent(TypedDict):
     event: Literal["warning"]
     message: str
@@ -104,11 +109,30 @@ class WorkerLostEvent(TypedDict):
     message: str
 
 
+class ProgressEvent(TypedDict):
+    """A stage before or after the steps, or between them: `done` of `total`. A total of 1 says that `done` is a share;
+    None: nobody knows how much there is. `eta_s`: until the run's last stage ends, where that can be told.
+    """
+
+    event: Literal["progress"]
+    stage: str
+    done: float
+    total: float | None
+    eta_s: NotRequired[float]
+
+
 class MeasureEvent(TypedDict):
     """The evaluation before publishing begins."""
 
     event: Literal["measure"]
     tasks: list[str]
+
+
+class SamplesEvent(TypedDict):
+    """What base and adapter answer to a few held-out prompts: `prompt`, `expected` of the data, `base`, `adapter`."""
+
+    event: Literal["samples"]
+    samples: list[dict[str, str]]
 
 
 class PublishedEvent(TypedDict):
@@ -163,11 +187,42 @@ class ErrorEvent(TypedDict):
     message: str
 
 
-LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent
+LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent | ProgressEvent
 Event = (
-    LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | TrialEvent | SweepEvent | ErrorEvent
+    LoopEvent
+    | BatchEvent
+    | WarningEvent
+    | WorkerLostEvent
+    | MeasureEvent
+    | SamplesEvent
+    | PublishedEvent
+    | TrialEvent
+    | SweepEvent
+    | ErrorEvent
 )
 Emit = Callable[[Event], None]
+
+
+class Stages:
+    """Tells how far stages are, as events: the beginning of each, its end, and one a second between them."""
+
+    def __init__(self, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
+        self._emit, self._clock = emit, clock
+        self._stage, self._told_at = "", 0.0
+
+    def __call__(self, stage: str, done: float = 0, total: float | None = None, *, eta_s: float | None = None) -> None:
+        """`stage` is what goes on, as "tokenising"; the other arguments are those of the event."""
+        now = self._clock()
+        if stage == self._stage and done != total and now - self._told_at < _STAGE_S:
+            return
+        self._stage, self._told_at = stage, now
+        event: ProgressEvent = {"event": "progress", "stage": stage, "done": done, "total": total}
+        if eta_s is not None:
+            event["eta_s"] = eta_s
+        self._emit(event)
+
+
+SILENT = Stages(lambda event: None)
 
 
 def encode(event: Event) -> str:
@@ -196,22 +251,31 @@ def describe(event: Event) -> str:
                 f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
                 f"({event['trainable_share']:.2%})",
                 f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
+                data["rendering"],
                 f"{data['num_rows']:,} {rows}, {data['num_tokens']:,} tokens, {data['num_eval_rows']} {rows} held out",
             ]
+            if 0 < data["num_eval_rows"] < _FEW_ROWS:
+                parts[-1] += f" (fewer than {_FEW_ROWS}: their loss is noisy)"
             if data["num_truncated"] or data["num_without_targets"]:
                 parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
+            cut_rows, cut_tokens, length_99 = data["cut"]
+            if cut_rows:
+                parts.append(
+                    f"{cut_rows:.1%} of {rows} and {cut_tokens:.1%} of tokens beyond {data['max_length']:,} tokens, "
+                    f"{length_99:,} keep 99 % whole"
+                )
             reason = f" ({event['dtype_reason']})" if event.get("dtype_reason") else ""
             parts.append(f"on {event['device']} in {event['dtype']}{reason}")
             return "; ".join(parts)
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
             return (
-                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{_shown(event)}  "
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{shown(event)}  "
                 f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
                 f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
         case "eval":
-            loss = f"{number(event['eval_loss'])}{_shown(event)}"
+            loss = f"{number(event['eval_loss'])}{shown(event)}"
             return f"step {event['step']}  held-out loss {loss} ({event['subject']})"
         case "early_stop":
             return (
@@ -220,12 +284,21 @@ def describe(event: Event) -> str:
             )
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
+        case "batch":
+            at_once, times = event["rows"], event["accumulation"]
+            is_cut = times > 1
+            cut = f"{at_once} rows at once, {times} times a step" if is_cut else f"all {at_once} rows of a step at once"
+            return f"batch: {cut} ({event['reason']})"
         case "warning":
             return f"warning: {event['message']}"
         case "worker_lost":
             return f"a worker was lost ({event['message']}); going on from the last checkpoint"
+        case "progress":
+            return f"{event['stage']}{portion(event)}"
         case "measure":
             return f"measuring {' and '.join(event['tasks'])} of base and adapter before publishing"
+        case "samples":
+            return "\n\n".join(_sample(sample) for sample in event["samples"])
         case "published":
             aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
             line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
@@ -244,6 +317,13 @@ def describe(event: Event) -> str:
             return f"error: {event['message']}"
         case other:
             return str(other)
+
+
+def _sample(sample: Mapping[str, str]) -> str:
+    """Writes a line for each part, however many it has."""
+    width = max(map(len, sample))
+    lines = {name: " ⏎ ".join(text.splitlines()) or "(nothing)" for name, text in sample.items()}
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items())
 
 
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
@@ -267,10 +347,27 @@ def figures(event: StepEvent | EvalEvent) -> dict[str, float | None]:
     return {name: values[name] for name in names if name in values}
 
 
-def _shown(event: StepEvent | EvalEvent) -> str:
+def shown(event: StepEvent | EvalEvent) -> str:
+    """Writes those of them that a line for people has."""
     found = figures(event)
-    shown = {name: label for spec in OBJECTIVES.values() for name, label in spec.shown.items()}
-    return "".join(f"  {label} {number(found[name])}" for name, label in shown.items() if name in found)
+    labels = {name: label for spec in OBJECTIVES.values() for name, label in spec.shown.items()}
+    return "".join(f"  {label} {number(found[name])}" for name, label in labels.items() if name in found)
+
+
+def in_words(event: Event) -> str:
+    """Describes an event that another version may have written; one that cannot be described stays JSON."""
+    try:
+        return describe(event)
+    except (KeyError, TypeError, ValueError):
+        return encode(event)
+
+
+def portion(event: ProgressEvent) -> str:
+    """Writes how far a stage is, after its name; nothing where nobody knows."""
+    done, total = event["done"], event["total"]
+    if total is None:
+        return ""
+    return f": {done:.0%}" if total == 1 else f": {done:,.0f} of {total:,.0f}"
 
 
 def speed(step: StepEvent) -> str:
@@ -289,6 +386,16 @@ def first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def appending(path: Path) -> Emit:
+    """Makes a function that appends an event to a file, in one write."""
+
+    def append(event: Event) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{encode(event)}\n")
+
+    return append
 
 
 @contextmanager
@@ -321,68 +428,3 @@ def following(path: Path, emit: Emit) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-class RunView:
-    """Shows the lines of a job's log. Keeps the events `published` and `error`, and the last other lines in `log`."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("starting", total=None, figures="")
-        self._eval_loss: float | None = None
-        self.published: PublishedEvent | None = None
-        self.error: ErrorEvent | None = None
-        self.log: deque[str] = deque(maxlen=_LOG_LINES)
-
-    def __enter__(self) -> RunView:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def feed(self, line: str) -> None:
-        event = decode(line)
-        if event is None:
-            if line.strip():
-                self.log.append(line)
-            return
-        match event["event"]:
-            case "start":
-                self._progress.update(
-                    self._task, description="training", total=event["num_steps"], completed=event["step"]
-                )
-                self._print(event)
-            case "step":
-                self._step(event)
-            case "eval":
-                self._eval_loss = event["eval_loss"]
-                self._print(event)
-            case "warning" | "worker_lost" | "measure" | "early_stop":
-                self._print(event)
-            case "published":
-                self.published = event
-            case "error":
-                self.error = event
-
-    def _step(self, event: StepEvent) -> None:
-        held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
-        figures = f"loss {number(event['loss'])}{_shown(event)}{held_out}  {speed(event)}"
-        self._progress.update(self._task, completed=event["step"], figures=figures)
-        every = max(1, event["num_steps"] // _LINES_OF_STEPS)
-        if not self._console.is_terminal and event["step"] % every == 0:
-            self._print(event)
-
-    def _print(self, event: Event) -> None:
-        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

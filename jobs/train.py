@@ -16,17 +16,18 @@ from jobs.driver.prepare import prepare, share_workload
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.tokenising import RayTasks
-from jobs.events import Emit, Event, PublishedEvent, describe, encode
-from jobs.runs.folders import RunFolder, open_runs
+from jobs.events import Emit, Event, PublishedEvent, Stages, describe, encode
+from jobs.runs.folders import BATCH, RunFolder, open_runs
 from jobs.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.cli.recipes import RecipeSource, recipe_options
 from loray.errors import CatalogError, EvaluationError, StoreError, TrainingError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, qualified_name
+from loray.spec import DEFAULT_TENANT, BatchSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
+from loray.train.evaluation.documents import HeldOutPrompt, held_out_prompts
 
 
 @click.command()
@@ -77,24 +78,33 @@ def train(
     with recorded(catalog, recipe.spec) as job:
         catalog.adapters.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
+        stages, runs = Stages(emit), open_runs(settings)
+        run = runs.resumable(name) if resume else None
+        begun = recipe if run is None else _as_begun(recipe, run)
         connected = partial(connect, recipe.spec, settings, job.interrupts)
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
-        run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
-        prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
+        run_tasks = RayTasks(recipe.spec, settings.training_group, connected, stages)
+        prepared = prepare(
+            begun, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned, stages=stages
+        )
+        report = prepared.data.report
+        if warning := report.cut.warning(report.max_length):
+            emit({"event": "warning", "message": warning})
         whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
-        runs = open_runs(settings)
-        run = runs.resumable(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
             connect(prepared.spec, settings, job.interrupts)
             run = run or runs.new(name, job.job_id)
             tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
             with run.locked(job.job_id, job.interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
+                if prepared.batch_reason:
+                    run.write_model(BATCH, prepared.spec.batch)
                 result = fit(share_workload(prepared), run, settings, trackers.emit, on_interrupt=job.stop)
                 if result.return_value is not None:
                     hint = f", or publish it with {_how_to_publish(recipe, tenant)}" if result.checkpoint else ""
                     raise TrainingError(f"{result.return_value}{hint}")
-                published = _publish(result, run, recipe, settings, emit, tenant)
+                prompts = held_out_prompts(prepared.data.evaluation, prepared.spec.objective.sequences_per_row)
+                published = _publish(result, run, recipe, settings, emit, tenant, prompts)
                 trackers.tell(published)
         job.end("succeeded", version=published["version"])
     emit(published)
@@ -115,11 +125,28 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: st
     emit(published)
 
 
+def _as_begun(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Cuts the rows of a step as the run did that goes on, whatever fits now, if the recipe asks for as many."""
+    batch, saved = recipe.spec.batch, run.read_model(BatchSpec, BATCH)
+    if batch.accumulation != "auto" or saved is None or saved.rows is None:
+        return recipe
+    if saved.rows * saved.chosen_accumulation != batch.rows:
+        return recipe
+    cut = batch.model_copy(update={"rows": saved.rows, "accumulation": saved.accumulation})
+    return recipe._replace(spec=recipe.spec.model_copy(update={"batch": cut}))
+
+
 def _publish(
-    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str = DEFAULT_TENANT
+    result: Result,
+    run: RunFolder,
+    recipe: Recipe,
+    settings: Settings,
+    emit: Emit,
+    tenant: str = DEFAULT_TENANT,
+    prompts: tuple[HeldOutPrompt, ...] = (),
 ) -> PublishedEvent:
     try:
-        return publish_best(result, run, recipe, settings, emit, tenant=tenant)
+        return publish_best(result, run, recipe, settings, emit, tenant=tenant, prompts=prompts)
     except (CatalogError, EvaluationError, StoreError) as e:
         raise type(e)(f"{e}; training is complete: publish it later, with {_how_to_publish(recipe, tenant)}") from e
 

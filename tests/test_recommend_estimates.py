@@ -11,6 +11,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.presets import preset
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
+from loray.methods import METHODS
 from loray.methods.vera import VeraWeights
 from loray.methods.vera_module import draw_pair
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
@@ -93,10 +94,11 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 
 def test_estimates_are_the_plans() -> None:
-    lora, dora, vera, longlora = estimate_methods(Answers(2048, 10), shape(), A100)
+    found = {e.method: e for e in estimate_methods(Answers(2048, 10), shape(), A100)}
+    lora, dora, vera, longlora, ia3, road = (found[m] for m in ("lora", "dora", "vera", "longlora", "ia3", "road"))
     run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
-    assert [e.method for e in (lora, dora, vera, longlora)] == ["lora", "dora", "vera", "longlora"]
+    assert list(found) == [*(method for method in METHODS if method != "longlora"), "longlora"]
     assert (lora.trained_parameters, lora.adapter_bytes) == (1_843_200, 3_686_400)
     assert dora.trained_parameters == lora.trained_parameters + 30 * (576 + 192 + 192 + 576)  # magnitudes
     assert dora.step_s is not None
@@ -105,6 +107,10 @@ def test_estimates_are_the_plans() -> None:
     assert dora.adapters_per_gib < lora.adapters_per_gib
     assert vera.trained_parameters == 30 * (576 + 192 + 192 + 576 + 4 * 256)
     assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
+    assert (ia3.trained_parameters, ia3.settings) == (30 * (192 + 192 + 1536), "k, v, down")
+    assert road.trained_parameters == 30 * (576 + 192 + 192 + 576)  # an angle and a scale of two outputs
+    assert ia3.adapters_per_gib > road.adapters_per_gib > 10 * lora.adapters_per_gib
+    assert min(ia3.throughput, road.throughput) > lora.throughput
     assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
     assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
     assert 0 < lora.throughput < vera.throughput < 1
@@ -113,7 +119,7 @@ def test_estimates_are_the_plans() -> None:
 
 def test_a_context_beyond_the_window_is_longloras() -> None:
     found = {e.method: e for e in estimate_methods(Answers(32768, 5), shape("Llama-2-7b-hf"), A100)}
-    assert list(found) == ["lora", "dora", "vera", "longlora", "vera + longlora"]
+    assert list(found) == [*(method for method in METHODS if method != "longlora"), "longlora", "vera + longlora"]
     for method in ("lora", "dora", "vera"):
         assert "4096" in str(found[method].problem)
         assert found[method].training_bytes is found[method].step_s is None

@@ -45,20 +45,17 @@ class Recorded:
 
 
 class Loray(Recorded, AdapterRouter):
-    def initialize_state(self, **kwargs: Any) -> None:
-        self._at_choice: dict[int, dict[str, int]] = {}  # by id of the pending request
-        super().initialize_state(**kwargs)
-
-    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
-        pending = self._get_pending_request_matching_internal_request_id(request_metadata)
-        if pending is not None:
-            chosen = replica.replica_id
-            loads = {str(r.unique_id): self._lengths.of(str(r.unique_id)) + (r == chosen) for r in self._replicas}
-            self._at_choice[id(pending)] = loads
-        super()._fulfill_next_pending_request(replica, request_metadata)
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        chosen = await super().choose_replicas(candidate_replicas, pending_request)
+        if pending_request is not None:
+            views = (self._view(replica, time.monotonic()) for replica in candidate_replicas)
+            pending_request.loads = {view.id: view.load for view in views}
+        return chosen
 
     def _known_loads(self, pending: PendingRequest) -> dict[str, int]:
-        return self._at_choice.pop(id(pending), {})
+        return getattr(pending, "loads", {})
 
 
 class Default(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]

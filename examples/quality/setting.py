@@ -51,6 +51,7 @@ class Setting:
                     "train": str(Path(self.folder) / "train.jsonl"),
                     "eval": str(Path(self.folder) / "eval.jsonl"),
                     "max_length": 512,
+                    "format": "raw",  # questions are asked as they stand, too
                 },
                 "batch": {"tokens": self.batch_tokens, "order": "length_grouped"},
                 "optimizer": {"learning_rate": rate, "warmup_ratio": 0.1},

@@ -1,11 +1,12 @@
 """Evaluation before publishing: measures base, base under the adapter's RoPE, and adapter, as the recipe says.
 
 The gate reads the results. On a cluster workers as those of the run measure, which share what one alone cannot hold;
-without a cluster this process does.
+without a cluster this process does. Base and adapter also answer a few held-out prompts, for people to look at.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -13,19 +14,24 @@ from ray.train import Checkpoint, TrainingFailedError
 from transformers import AutoTokenizer
 
 from jobs.controller import is_lost
-from jobs.driver.data import fetched
 from jobs.driver.fit import build_measuring, cause
-from jobs.events import Emit, first_line
+from jobs.events import Emit, appending, first_line
 from jobs.runs.folders import RunFolder
-from jobs.workers.measuring import Measurement, measure_here
+from jobs.workers.measuring import Findings, Measurement, measure_here
+from jobs.workers.reporting import start_sink
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError, SpecError
+from loray.fetching import fetched
+from loray.planning.memory import num_shards
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
-from loray.train.evaluation.documents import Documents, cut_windows, read_documents
+from loray.spec import Evaluation, Frozen, PerplexitySpec, Subject, TrainSpec
+from loray.telemetry import get_logger
+from loray.train.evaluation.documents import Documents, HeldOutPrompt, read_documents, stage_tokens
 from loray_kernels.memory import is_out_of_memory
+
+log = get_logger(__name__)
 
 _EVALUATIONS = "evaluations.json"
 _MEASURE_LATER = (
@@ -41,17 +47,17 @@ class MeasuredCheckpoint(NamedTuple):
     problem: str | None = None
 
 
-def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> None:
-    """Raises SpecError or DataError if what the recipe asks for could not be measured after training.
+def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> int:
+    """Counts the tokens that go through models for what the recipe asks to be measured after training. Raises SpecError
+    or DataError where it could not be.
 
     Also refuses an alias that the gate could never grant to this run.
     """
     spec = recipe.spec
-    perplexity = spec.evaluation.perplexity
+    perplexity, documents, wanted = spec.evaluation.perplexity, None, spec.evaluation
     if perplexity is not None:
         documents = _documents(recipe, base, settings)
-        for length in _with_contexts(perplexity, spec, base).context_lengths:
-            cut_windows(documents, length, stride=perplexity.stride, max_windows=1)
+        wanted = wanted.model_copy(update={"perplexity": _with_contexts(perplexity, spec, base)})
     elif spec.rope_scaling is not None and spec.publish.aliases and spec.publish.no_gate is None:
         raise SpecError(
             "an alias of an adapter with a longer context is granted by its perplexity: set evaluation.perplexity, "
@@ -61,6 +67,8 @@ def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> Non
         from loray.train.evaluation.retrieval import make_prompt  # imports PEFT and models
 
         make_prompt(task.task, AutoTokenizer.from_pretrained(base.path), min(task.context_lengths), 0.0)
+    models: list[Subject] = ["base", "base_scaled", "adapter"] if spec.rope_scaling else ["base", "adapter"]
+    return sum(stage_tokens(models, wanted, documents).values())
 
 
 def measure_checkpoint(
@@ -70,19 +78,30 @@ def measure_checkpoint(
     base: BaseModel,
     run: RunFolder,
     settings: Settings,
-    emit: Emit = lambda event: None,
+    events: Path,
+    prompts: tuple[HeldOutPrompt, ...],
 ) -> MeasuredCheckpoint:
-    """Measures what `recipe.spec.evaluation` asks for, on workers of `recipe.spec`. Emits one event before it begins.
+    """Measures what `recipe.spec.evaluation` asks for, on workers of `recipe.spec`, and lets base and adapter answer
+    `prompts`. The file `events`, the run's, is told how far it is.
 
     The results are saved in the run's folder. Publishing the same checkpoint again reads them from there, so it
     publishes the same adapter. A measurement that was interrupted goes on with the windows that its machine has kept.
     """
-    spec, wanted, documents = recipe.spec, recipe.spec.evaluation, None
-    if wanted.perplexity is None and not wanted.retrieval:
+    spec, wanted, documents, emit = recipe.spec, recipe.spec.evaluation, None, appending(events)
+    if num_shards(spec) > 1:
+        prompts = ()  # no worker has a model whole
+    is_measured = wanted.perplexity is not None or bool(wanted.retrieval)
+    if not is_measured and not prompts:
         return MeasuredCheckpoint(())
     if wanted.perplexity is not None:
         wanted = wanted.model_copy(update={"perplexity": _with_contexts(wanted.perplexity, spec, base)})
         documents = _documents(recipe, base, settings)
+    rope = resolve(spec, base.config).rope
+    facts = base.fingerprint, settings.home, settings.log_level
+    measurement = Measurement(spec, wanted, checkpoint, documents, rope, *facts, prompts)
+    if not is_measured:
+        _show_samples(measurement, run, settings, events)
+        return MeasuredCheckpoint(())
     asked = {
         "step": step,
         "evaluation": wanted.model_dump(mode="json", include={"perplexity", "retrieval"}),
@@ -92,17 +111,35 @@ def measure_checkpoint(
     if saved is None or saved.asked != asked:
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
-        rope = resolve(spec, base.config).rope
-        facts = base.fingerprint, settings.home, settings.log_level
         try:
-            found = _measure(Measurement(spec, wanted, checkpoint, documents, rope, *facts), run, settings)
+            found = _measure(measurement, run, settings, events)
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
             return MeasuredCheckpoint((), f"not measured, out of memory: {first_line(e)}; {_MEASURE_LATER}")
-        saved = _Saved(asked=asked, evaluations=found)
+        if found.samples:
+            emit({"event": "samples", "samples": found.samples})
+        saved = _Saved(asked=asked, evaluations=found.evaluations)
         run.write_model(_EVALUATIONS, saved)
     return MeasuredCheckpoint(saved.evaluations)
+
+
+def _show_samples(measurement: Measurement, run: RunFolder, settings: Settings, events: Path) -> None:
+    """Tells what the models answer, or why they do not: no run fails for that. On a cluster that is this machine alone,
+    without GPUs, this process asks them: workers would take longer to start.
+    """
+    emit: Emit = appending(events)
+    is_alone = not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1
+    try:
+        if is_alone and not measurement.spec.use_gpu:
+            found = measure_here(measurement, emit)
+        else:
+            found = _measure(measurement, run, settings, events)
+        if found.samples:
+            emit({"event": "samples", "samples": found.samples})
+    except Exception as e:  # whatever a model raises
+        log.debug("held-out prompts are not answered", exc_info=True)
+        emit({"event": "warning", "message": f"no held-out prompt is answered: {first_line(e)}"})
 
 
 class _Saved(Frozen):
@@ -112,16 +149,19 @@ class _Saved(Frozen):
     evaluations: tuple[Evaluation, ...]
 
 
-def _measure(measurement: Measurement, run: RunFolder, settings: Settings) -> tuple[Evaluation, ...]:
+def _measure(measurement: Measurement, run: RunFolder, settings: Settings, events: Path) -> Findings:
     """Raises the worker's error: LorayError, or another one."""
     if not ray.is_initialized():
-        return measure_here(measurement)
+        return measure_here(measurement, appending(events))
+    sink = start_sink(events)
     try:
-        evaluations: tuple[Evaluation, ...] = build_measuring(measurement, run, settings).fit().return_value
+        found: Findings = build_measuring(measurement._replace(events=sink), run, settings).fit().return_value
     except TrainingFailedError as e:
         error = cause(e)
         raise EvaluationError(f"measuring failed: {first_line(error)}") if is_lost(error) else error from e
-    return evaluations
+    finally:
+        ray.kill(sink)
+    return found
 
 
 def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents:

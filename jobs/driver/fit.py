@@ -40,7 +40,8 @@ _RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cl
 class Workload(NamedTuple):
     """Holds what workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter
     that the run goes on from. `is_evaluated`: there are held-out rows. `dtype_reason`: why the recipe's dtype is what
-    it is.
+    it is. `measured_tokens`: that go through models before publishing. `batch_reason`: why a step's rows are cut as
+    they are; empty where the recipe says it.
     """
 
     spec: TrainSpec
@@ -49,6 +50,8 @@ class Workload(NamedTuple):
     is_evaluated: bool
     initial: ObjectRef | None
     dtype_reason: str
+    measured_tokens: int = 0
+    batch_reason: str = ""
 
 
 def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
@@ -64,6 +67,7 @@ def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: Acto
         data=work.data,
         initial=work.initial,
         dtype_reason=work.dtype_reason,
+        measured_tokens=work.measured_tokens,
     )
     checkpoints = CheckpointConfig(
         num_to_keep=spec.checkpoint.keep,
@@ -143,6 +147,7 @@ def fit(
     ):
         sink = start_sink(events)
         try:
+            _tell_start(work, EventSender(sink).send)
             return build_trainer(work, run, settings, sink).fit()
         except TrainingFailedError as e:
             error = cause(e)
@@ -155,6 +160,14 @@ def fit(
             raise
         finally:
             ray.kill(sink)
+
+
+def _tell_start(work: Workload, tell: Emit) -> None:
+    batch = work.spec.batch
+    if work.batch_reason and batch.rows is not None:
+        times = batch.chosen_accumulation
+        tell({"event": "batch", "rows": batch.rows, "accumulation": times, "reason": work.batch_reason})
+    tell({"event": "progress", "stage": "starting the workers", "done": 0, "total": None})
 
 
 def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None:

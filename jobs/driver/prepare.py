@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +14,10 @@ import ray
 from ray import ObjectRef
 from transformers import AutoTokenizer
 
-from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.fit import WorkerHardware, Workload
+from jobs.driver.teaching import ServedTeacher
+from jobs.events import SILENT, Stages
 from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -25,6 +27,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.fetching import fetched
 from loray.methods import method_of
 from loray.methods.weights import AdapterWeights
 from loray.planning.devices import device_on
@@ -33,10 +36,15 @@ from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
-from loray.spec import AdapterSpec, TrainSpec
+from loray.spec import AdapterSpec, TrainSpec, format_size
 from loray.store import AdapterStore, open_store
+from loray.telemetry import get_logger
 from loray.train.data.corpus import Runner, run_here
+from loray.train.data.lessons import lessons_of, teach
 from loray.train.data.rows import Dataset, load_data
+from loray.train.data.tokenize import rules_of
+
+log = get_logger(__name__)
 
 
 def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
@@ -62,7 +70,7 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"
     ranks = {module.rank for module in weights.modules.values()}
-    if ranks != {spec.rank}:
+    if ranks != {method.rank(spec)}:
         yield f"its rank is {', '.join(map(str, sorted(ranks)))}"
     else:
         yield from method.differences(spec, weights, base)
@@ -107,7 +115,8 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
 
 class Prepared(NamedTuple):
     """A run before it starts. `spec` is the recipe with every default that affects the result filled in, so that it
-    reproduces the run. `dtype_reason`: why its dtype is what it is.
+    reproduces the run. `dtype_reason`: why its dtype is what it is. `measured_tokens`: that go through models before
+    publishing. `batch_reason`: why a step's rows are cut as they are; empty where the recipe says it.
     """
 
     spec: TrainSpec
@@ -115,6 +124,8 @@ class Prepared(NamedTuple):
     data: Dataset
     initial: InitialFiles | None = None
     dtype_reason: str = ""
+    measured_tokens: int = 0
+    batch_reason: str = ""
 
 
 def prepare(
@@ -125,6 +136,7 @@ def prepare(
     datasets: MutableMapping[object, Dataset] | None = None,
     workers_of: Callable[[TrainSpec], WorkerHardware] = WorkerHardware.here,
     is_planned: bool = True,
+    stages: Stages = SILENT,
 ) -> Prepared:
     """Checks the recipe against this machine, reads the data, and plans the memory of its workers. Raises LorayError
     that says what to change.
@@ -132,13 +144,15 @@ def prepare(
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
     `run` tokenises what no earlier run has. `datasets` keeps what was read: a recipe with the same rows takes it from
     there. `workers_of` tells what a recipe's workers run on. Without `is_planned` a run starts that may not fit there.
+    `stages` is told what goes on.
     """
+    stages("checking the recipe")
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
     check_recipe(spec)
     _check_packages(spec)
-    base = ensure_base(settings.home, spec.base)
+    base = ensure_base(settings.home, spec.base, progress=lambda stage, share: stages(stage, share, 1))
     adapter = method_of(spec.adapter).tokenised(spec.adapter, partial(AutoTokenizer.from_pretrained, base.path))
     spec = spec.model_copy(update={"adapter": adapter})
     parent = None
@@ -150,7 +164,8 @@ def prepare(
     spec, dtype_reason = on_hardware(spec, workers.hardware)
     recipe = recipe._replace(spec=spec)
     max_length = resolve(spec, base.config).row_length
-    check_measurable(recipe, base, settings)
+    measured_tokens = check_measurable(recipe, base, settings)
+    stages("reading the data")
     data = _rows(recipe, base, max_length, settings, run, {} if datasets is None else datasets)
     if spec.early_stopping is not None and not len(data.evaluation):
         raise SpecError("early_stopping needs held-out rows: give data.eval, or a data.eval_fraction")
@@ -168,9 +183,10 @@ def prepare(
         are_texts=data.report.format == "text",
         trained_context=None if parent is None else parent.context,
     )
-    if is_planned:
-        _check_plan(spec, base, data, workers)
-    return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
+    spec, batch_reason = _planned(spec, base, data, workers, is_checked=is_planned)
+    data = _taught(spec, base, data, settings)
+    initial = None if parent is None else parent.files
+    return Prepared(spec, base, data, initial, dtype_reason, measured_tokens, batch_reason)
 
 
 def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workload:
@@ -178,7 +194,7 @@ def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workloa
     initial = None if prepared.initial is None else ray.put(prepared.initial)
     is_evaluated = len(prepared.data.evaluation) > 0
     held = data or ray.put(prepared.data)
-    return Workload(prepared.spec, prepared.base, held, is_evaluated, initial, prepared.dtype_reason)
+    return Workload(prepared.spec, prepared.base, held, is_evaluated, initial, *prepared[4:])
 
 
 def _check_packages(spec: TrainSpec) -> None:
@@ -195,21 +211,66 @@ def _check_packages(spec: TrainSpec) -> None:
         quantized.check_installed()
 
 
-def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHardware) -> None:
-    """Raises SpecError where the longest row does not fit the workers' devices, with what to change.
+class _Cut(NamedTuple):
+    """A recipe whose micro-batches are chosen, and why; empty where the recipe says them."""
+
+    spec: TrainSpec
+    why: str = ""
+
+
+def _planned(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHardware, *, is_checked: bool) -> _Cut:
+    """Cuts a step's rows to fit the workers' devices where the recipe leaves it to the plan. Raises SpecError where the
+    longest row does not fit, with what to change; not without `is_checked`.
 
     Without a GPU to be found where one is used, there is no plan.
     """
     device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True)
+    is_cut = spec.batch.accumulation == "auto"
     if device is None:
-        return
-    is_shorter = spec.batch.order in ("shuffled", "length_grouped") and spec.parallel.sequence == 1
+        batch = spec.batch.model_copy(update={"accumulation": 1})
+        why = "the workers' memory is not known"
+        return _Cut(spec.model_copy(update={"batch": batch}), why) if is_cut else _Cut(spec)
+    planned, is_shorter = spec, spec.batch.order in ("shuffled", "length_grouped") and spec.parallel.sequence == 1
     if is_shorter and spec.attention.type == "dense":
         longest = int(data.train.lengths.max(initial=2))
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": longest})})
-    for problem in make_plan(shape_of(spec, base.config), device).problems:
-        if problem.severity == "refusal":
+        planned = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": longest})})
+    plan = make_plan(shape_of(planned, base.config), device)
+    for problem in plan.problems:
+        if problem.severity == "refusal" and is_checked:
             raise SpecError(f"{problem.message}; {problem.remedy}")
+    if not is_cut:
+        return _Cut(spec)
+    chosen = {"rows": plan.run.num_rows, "accumulation": plan.run.accumulation}
+    taken, usable = format_size(plan.memory.peak_bytes), format_size(device.usable_bytes)
+    why = f"the most that fit {device.name}: {taken} of {usable}"
+    return _Cut(spec.model_copy(update={"batch": spec.batch.model_copy(update=chosen)}), why)
+
+
+def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings) -> Dataset:
+    """Adds what a served teacher says of the rows, which it is asked where no run has. Workers ask a base themselves.
+
+    Raises SpecError where the teacher cannot be asked, or has another tokenizer.
+    """
+    teaching = spec.objective.teaching
+    if teaching is None:
+        return data
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    if teaching.url is None:
+        teacher_base = ensure_base(settings.home, teaching.model)
+        if rules_of(AutoTokenizer.from_pretrained(teacher_base.path)) != rules_of(tokenizer):
+            raise SpecError(
+                f"objective.teacher {teaching.model} has another tokenizer than {base.name}: distil from a base of the "
+                "same family, or name the url that it is served at"
+            )
+        return data
+    with ServedTeacher(teaching) as teacher:
+        named = teacher.name()
+        teacher.check(tokenizer)
+        lessons = lessons_of(spec, data, named, teaching.num_top, base.config.vocab_size)
+        if any(part.missing for part in lessons):
+            for told in teach(lessons, data, teacher.answers):
+                log.info("%s", told)
+    return replace(data, lessons=lessons)
 
 
 def _rows(
@@ -222,10 +283,10 @@ def _rows(
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
     max_eval_rows, joined, invocation = spec.evaluation.max_rows, _is_joined(spec), spec.adapter.invoked_by
-    kind = (joined, spec.is_long_context, spec.is_paired, invocation)
+    kind = (joined, spec.is_long_context, spec.objective.formats, invocation)
     key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
-        with fetched(sources.paths, settings) as copies:
+        with fetched(sources.paths, settings, sources.columns) as copies:
             known[key] = load_data(
                 sources,
                 AutoTokenizer.from_pretrained(base.path),
@@ -234,7 +295,7 @@ def _rows(
                 seed=spec.seed,
                 joined=joined,
                 whole_windows=spec.is_long_context,
-                paired=spec.is_paired,
+                formats=spec.objective.formats,
                 invocation=invocation,
                 fetched=copies,
                 cache=open_tokens(settings),
@@ -245,6 +306,6 @@ def _rows(
 
 def _is_joined(spec: TrainSpec) -> bool | None:
     """Says whether texts are joined; None where only the data says whether it is texts, which then are joined."""
-    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.is_paired:
+    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.objective.compares_answers:
         return None
     return spec.batch.order == "concat"

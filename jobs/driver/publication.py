@@ -11,7 +11,7 @@ from typing import Any, cast
 from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
-from jobs.events import Emit, PublishedEvent
+from jobs.events import Emit, PublishedEvent, Stages, appending, following
 from jobs.runs.folders import PUBLISHED, RunFolder
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base
@@ -24,6 +24,7 @@ from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Frozen, Principal, TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
+from loray.train.evaluation.documents import HeldOutPrompt
 
 
 class _Publication(Frozen):
@@ -42,13 +43,15 @@ def publish_best(
     *,
     tenant: str = DEFAULT_TENANT,
     sweep: str | None = None,
+    prompts: tuple[HeldOutPrompt, ...] = (),
 ) -> PublishedEvent:
     """Publishes the run's best checkpoint for `tenant` with the recipe that it was trained with, and returns the event.
 
     The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
     checkpoint is published without them, and the event's `refusal` says why; its `unmeasured` says why the version has
     no evaluations, where the workers have too little memory for them. `sweep`: of which the run is the best
-    trial. Raises LorayError.
+    trial. `prompts` are answered by base and adapter. What happens goes into the run's history, and to `emit`. Raises
+    LorayError.
     """
     if result.checkpoint is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
@@ -58,7 +61,9 @@ def publish_best(
     spec = _to_publish(state.recipe, recipe.spec)
     base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
     on_workers = recipe._replace(spec=_on_workers_of(spec, recipe.spec))
-    measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, emit)
+    with run.history() as (events, _), following(events, emit):
+        measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, events, prompts)
+        Stages(appending(events))("publishing")
     resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"

@@ -12,6 +12,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayTaskError
 
+from jobs.events import Stages
 from jobs.workers.placement import worker_resources
 from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
@@ -23,22 +24,27 @@ from loray.train.data.tokenize import Tokenisation
 log = get_logger(__name__)
 
 _MOST_AT_ONCE = 64  # parts in the object store: half a gigabyte
+_STAGE = "tokenising"
 
 
 class RayTasks:
     """A Runner whose tasks take what a worker of the run takes, but for its GPU.
 
     A single part is tokenised here, which takes less time than a task needs to start. `connect` connects to Ray, if
-    that has not been done, and is called when there are more.
+    that has not been done, and is called when there are more. `stages` is told how many parts are done.
     """
 
-    def __init__(self, spec: TrainSpec, group: TrainingGroup | None, connect: Callable[[], None]) -> None:
-        self._spec, self._group, self._connect = spec, group, connect
+    def __init__(
+        self, spec: TrainSpec, group: TrainingGroup | None, connect: Callable[[], None], stages: Stages
+    ) -> None:
+        self._spec, self._group, self._connect, self._stages = spec, group, connect, stages
 
     def __call__(self, tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Task], num_tasks: int) -> None:
         if num_tasks == 1:
+            self._stages(_STAGE)
             run_here(tokenisation, cache, tasks, num_tasks)
             return
+        self._stages(_STAGE, 0, num_tasks)
         self._connect()
         log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
         takes = worker_resources(self._spec, self._group)
@@ -47,12 +53,20 @@ class RayTasks:
         shared = ray.put((tokenisation, cache))
         most = min(int(ray.cluster_resources().get("CPU", 1)) + 1, _MOST_AT_ONCE)
         running: deque[tuple[FilePart, ObjectRef]] = deque()
+        num_done = 0
+
+        def finish() -> None:
+            nonlocal num_done
+            _finish(*running.popleft())
+            num_done += 1
+            self._stages(_STAGE, num_done, num_tasks)
+
         for task in tasks:
             if len(running) == most:
-                _finish(*running.popleft())
+                finish()
             running.append((task.part, remote.remote([shared], task.key, task.content)))
         while running:
-            _finish(*running.popleft())
+            finish()
 
 
 def _finish(part: FilePart, reference: ObjectRef) -> None:

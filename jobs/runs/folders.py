@@ -49,6 +49,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the fi
 SCORE = "score"  # the metric by which Ray ranks checkpoints
 PREFIX = "step_"  # of their folders
 PUBLISHED = "published.json"
+BATCH = "batch.json"  # the micro-batches of a run, where they were cut to fit
 _EVENTS = "events.jsonl"
 _BOARD = "tensorboard"
 _JOB_ID = "job_id"

@@ -10,6 +10,7 @@ from typing import cast, get_args
 
 import click
 
+from jobs.events import decode, in_words
 from jobs.submission.server import HomeJobServer
 from jobs.submission.tracker import JobTracker
 from loray.catalog import Catalog
@@ -67,13 +68,12 @@ def ls(status: JobStatus | None, name: str | None, limit: int, as_json: bool) ->
 @click.argument("job")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
 def logs(job: str, follow: bool) -> None:
-    """Print what the driver of JOB and its workers wrote."""
+    """Print what the driver of JOB and its workers wrote: events as JSON, and on a terminal in words."""
+    is_terminal = console().is_terminal
     with _opened() as calls:
-        if follow:
-            for line in calls.follow(job):
-                click.echo(line)
-        else:
-            click.echo(calls.logs(job), nl=False)
+        for line in calls.follow(job) if follow else calls.logs(job).splitlines():
+            event = decode(line) if is_terminal else None
+            click.echo(line if event is None else in_words(event))
 
 
 @jobs.command()

@@ -24,7 +24,7 @@ from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
 
-_OF_TRACKERS = ("MLFLOW_", "WANDB_")
+_OF_SERVICES = ("MLFLOW_", "WANDB_", "TEACHER_API_KEY")
 _INPUT = "loray-input.json"
 # The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
@@ -97,8 +97,8 @@ class Place(NamedTuple):
         if address is not None and not is_this_machine(address):
             settings.check_reachable_from(address)
             return cls(settings, stage, settings.to_remote_env(), address)
-        # What the libraries of trackers read, too: on this machine, only its user sees a job's environment.
-        ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
+        # What other services ask for, too: on this machine, only its user sees a job's environment.
+        ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_SERVICES)}
         ours.pop("WANDB_SERVICE", None)  # of this process alone
         return cls(settings, stage, settings.to_env() | ours, is_here=True)
 

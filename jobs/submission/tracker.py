@@ -57,13 +57,18 @@ def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> 
     """Raises PermissionDenied for more workers, or other data, than the caller may have.
 
     A tenant names its own data: s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
-    options of LORAY_DATA (`jobs.driver.data`), which are in no recipe, and with the cluster's credentials.
+    options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's credentials.
     """
     if principal.is_admin:
         return
     limit = limits_of(principal, settings).workers
     if limit is not None and spec.num_workers > limit:
         raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
+    if spec.objective.teaching is not None and spec.objective.teaching.url is not None:
+        raise PermissionDenied(
+            "objective.url: a tenant's job asks no other server; leave it out, and name a base of this deployment as "
+            "objective.teacher"
+        )
     for source in spec.data.paths:
         _check_source(source, principal.tenant, settings)
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.command import submit, watch
-from jobs.events import RunView, SweepEvent, TrialEvent, decode, describe, number
+from jobs.events import SweepEvent, TrialEvent, decode, describe, number
 from jobs.submission.commands import Work
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, TrialRecord, label, ranked
+from jobs.view import RunView
 from loray.cli.output import table
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, recipe_options
@@ -143,9 +144,8 @@ class SweepView(RunView):
         self._trials[record.trial] = record
         ended = sum(known.has_ended for known in self._trials.values())
         figures = f"trial {record.trial}: held out {number(record.losses[-1][1])}" if record.losses else ""
-        self._progress.update(
-            self._task, description="trials", total=event["num_trials"], completed=ended, figures=figures
-        )
+        num_trials = event["num_trials"]
+        self._show("trials", ended, num_trials, f"{ended}/{num_trials}  {figures}", None)
         if record.has_ended:
             self._print(event)
 

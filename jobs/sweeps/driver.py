@@ -40,7 +40,7 @@ from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import recorded, reported
 from jobs.driver.tokenising import RayTasks
-from jobs.events import Emit, Event, PublishedEvent, TrialEvent, describe, encode, first_line
+from jobs.events import SILENT, Emit, Event, PublishedEvent, Stages, TrialEvent, describe, encode, first_line
 from jobs.runs.folders import RunFolder, Runs, open_runs
 from jobs.sweeps.command import draw
 from jobs.sweeps.spec import PLAN, SweepPlan, TrialRecord, best, record_file
@@ -56,6 +56,7 @@ from loray.telemetry import configure_logging
 from loray.train.data.batches import TokenizedRows
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset
+from loray.train.evaluation.documents import held_out_prompts
 
 PICTURE = "trials.svg"
 _RUNGS = (1 / 3, 1 / 9)  # parts of a trial's steps, the later one first
@@ -256,9 +257,10 @@ def sweep(
         catalog.adapters.check_name(plan.name, plan.recipe.publish.aliases)
         open_store(settings.store).check()
         connected = partial(connect, plan.recipe, settings, job.interrupts)
-        run = RayTasks(plan.recipe, settings.training_group, connected)
+        stages = Stages(emit)
+        run = RayTasks(plan.recipe, settings.training_group, connected, stages)
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
-        prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned)
+        prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
         whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
         for each in prepared:
             connect(each.spec, settings, job.interrupts)
@@ -320,10 +322,14 @@ class _Sweep:
         run = self.runs.make(self._run_of(chosen.trial))
         recipe = Recipe(self.plan.trials[chosen.trial].recipe, None, Path(self.plan.folder))
         sweep = f"{self.at}, trial {chosen.trial} of {len(self.plan.trials)}"
+        data, spec = self.prepared[chosen.trial].data, self.prepared[chosen.trial].spec
+        options: dict[str, Any] = {
+            "tenant": self.tenant,
+            "sweep": sweep,
+            "prompts": held_out_prompts(data.evaluation, spec.objective.sequences_per_row),
+        }
         with tracked(self._tracked(chosen.trial)) as trackers:
-            published = publish_best(
-                run.result(), run, recipe, self.settings, self.emit, tenant=self.tenant, sweep=sweep
-            )
+            published = publish_best(run.result(), run, recipe, self.settings, self.emit, **options)
             trackers.tell(published)
         return published
 
@@ -376,12 +382,13 @@ def _prepare(
     workers_of: Callable[[TrainSpec], WorkerHardware] = WorkerHardware.here,
     *,
     is_planned: bool = True,
+    stages: Stages = SILENT,
 ) -> list[Prepared]:
     """Checks all trials. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)
     recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
-    prepared = [prepare(r, settings, catalog, run, datasets, workers_of, is_planned) for r in recipes]
+    prepared = [prepare(r, settings, catalog, run, datasets, workers_of, is_planned, stages) for r in recipes]
     held_out = [data.evaluation for data in datasets.values()]
     if not len(held_out[0]):
         raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")

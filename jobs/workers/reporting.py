@@ -25,7 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.events import EvalEvent, Event, LoopEvent, StartEvent, StepEvent, encode, figures
 from jobs.runs.folders import PREFIX, metrics_of, name_of, step_of
 from loray.errors import IntegrityError, LorayError
-from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS, get_logger
+from loray.spec import FIGURES
+from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS, figure_metrics, get_logger
 from loray.train.checkpoint import WRITTEN, read_state
 from loray.train.mesh import World
 
@@ -211,7 +212,7 @@ class TrainingGauges:
         tags = dict(zip(TRAINING_LABELS, (name, run, str(rank)), strict=True))
         self._gauges = {
             key: Gauge(metric.name, metric.help, metric.labels).set_default_tags(tags)
-            for key, metric in TRAINING_METRICS.items()
+            for key, metric in {**TRAINING_METRICS, **figure_metrics(FIGURES)}.items()
         }
 
     def set(self, **values: float | None) -> None:

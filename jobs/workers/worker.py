@@ -76,6 +76,7 @@ class WorkerConfig(TypedDict):
     data         the Dataset in Ray's object store, whose tokens are in the cache
     initial      InitialFiles there, of the adapter that the run goes on from; None: it starts afresh
     dtype_reason why the recipe's dtype is what it is
+    measured_tokens that go through models before publishing: the time that is left counts them
     """
 
     recipe: dict[str, Any]
@@ -88,6 +89,7 @@ class WorkerConfig(TypedDict):
     data: ObjectRef
     initial: ObjectRef | None
     dtype_reason: str
+    measured_tokens: int
 
 
 def run(config: WorkerConfig) -> str | None:
@@ -100,17 +102,20 @@ def run(config: WorkerConfig) -> str | None:
     if not spec.use_gpu:
         compute_in_background()  # as an engine
     torch.set_num_threads(num_threads())
+    events = EventSender(config["events"])
+    world = World.current()
+    if world.rank == 0:
+        events.send({"event": "progress", "stage": "loading the base", "done": 0, "total": None})
     try:
         base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])
         problem = None
     except LorayError as e:
         base, problem = None, str(e)
-    world = World.current()
     problems = [p for p in world.gather(problem) if p is not None]  # so that no rank waits for one that has ended
     if base is None or problems:
         return problems[0]
     try:
-        _train(spec, base, config, world)
+        _train(spec, base, config, world, events)
     except (SpecError, TrainingError, UnsupportedError) as e:
         return str(e)  # every rank raises it
     except RuntimeError as e:
@@ -120,12 +125,11 @@ def run(config: WorkerConfig) -> str | None:
     return None
 
 
-def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
+def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World, events: EventSender) -> None:
     from loray.train.loop import deterministic, train  # takes seconds, which driver and controller spare themselves
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     data: Dataset = ray.get(config["data"])
-    events = EventSender(config["events"])
     nodes = world.gather(ray.get_runtime_context().get_node_id())
     warning = straddling_warning(nodes, spec.parallel.sequence)
     if world.rank == 0:
@@ -145,7 +149,9 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         reporter = RayReporter(events, uploads, gauges, utilisation, world, device, config["dtype_reason"])
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
-        initial = _initial(config, stack)
+        initial, teaching = _initial(config, stack), spec.objective.teaching
+        is_taught_here = teaching is not None and teaching.url is None
+        teacher = ensure_base(Path(config["home"]), teaching.model) if teaching and is_taught_here else None
         train(
             spec,
             base,
@@ -154,8 +160,10 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
             workdir=folder,
             resume_from=resume_from,
             initial=initial,
+            teacher=teacher,
             device=device,
             dtype_reason=config["dtype_reason"],
+            measured_tokens=config["measured_tokens"],
         )
 
 
@@ -189,7 +197,7 @@ def _utilisation(
         data.length_counts,
         group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
-        has_reference=spec.is_paired,
+        extra_forwards=spec.objective.extra_forwards,
     )
     if peak_tflops is not None:
         return Utilisation(per_token, Peak(peak_tflops * 1e12))

@@ -60,6 +60,7 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     ProjectionMatrix,
+    ScaleTable,
     StepInputs,
     VeraTable,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "ProjectionMatrix",
     "RowOverrides",
     "RowTables",
+    "ScaleTable",
     "StepDescriptors",
     "StepInputs",
     "StepVectors",

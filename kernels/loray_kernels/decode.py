@@ -27,12 +27,14 @@ _NONE = np.array([], dtype=np.int64)
 
 
 class Parts(IntFlag):
-    """The kinds of rows that the adapters of a step have. OWN: norms, embedding rows, a RoPE."""
+    """The kinds of rows that the adapters of a step have. SCALE: scales of outputs. OWN: norms, embedding rows, a
+    RoPE.
+    """
 
     NONE = 0
     LORA = 1
     VERA = 2
-    DORA = 4
+    SCALE = 4
     OWN = 8
 
 

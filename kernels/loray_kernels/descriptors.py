@@ -6,8 +6,9 @@ only. So the step's launches do not depend on which adapters it has, and can be 
 LoRA's rows and an adapter's vectors (what it brings beside them) have descriptors of their own. One of LoRA begins with
 where the block of each layer and input begins, see `descriptor_words`. One of vectors begins with a head, which has for
 each layer, and then for what is outside of layers, where a block begins, from the descriptor's start; then where a
-RoPE's numbers and a pair's words begin; 0: none. A block has an offset for each segment of each vector, or −1. The head
-of a token without a descriptor is zeros.
+RoPE's numbers and a pair's words begin; 0: none; then what its scales of outputs scale: the outputs without the base's
+bias (0, DoRA), with it (−1, IA³), or pairs of outputs that are so far apart (RoAd). A block has an offset for each
+segment of each vector, or −1. The head of a token without a descriptor is zeros.
 
 Shapes: S tokens of a step, L layers and one more for what is outside of them, W words of a block, h half of head_dim.
 """
@@ -48,7 +49,7 @@ class RowTables(Preparable):
 
 @dataclass(frozen=True, slots=True)
 class RowOverrides(Preparable):
-    """A row of the pool for each of the tokens `tokens_N` of the step: used instead of the base's, or DoRA's scale.
+    """A row of the pool for each of the tokens `tokens_N` of the step: used instead of the base's, or as scales.
 
     Captured steps name all tokens, and those without a row have the offset −1.
     """
@@ -226,7 +227,8 @@ class VectorShape:
         }
         for modules, shape in zip(INPUTS, inputs, strict=False):
             for module, own in zip(modules, shape.b, strict=True):
-                columns |= {(module, "dora"): own, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
+                columns |= {(module, "scale"): own, (module, "turn"): own}
+                columns |= {(module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
         starts = accumulate(map(len, columns.values()), initial=0)
         slots = {name: VectorEntry(word, own) for word, (name, own) in zip(starts, columns.items(), strict=False)}
         return cls(num_layers, slots, sum(map(len, columns.values())))
@@ -240,9 +242,13 @@ class VectorShape:
         return self.num_layers + 2
 
     @property
+    def scaling_word(self) -> int:
+        return self.num_layers + 3
+
+    @property
     def head(self) -> int:
         """Words of a head."""
-        return self.num_layers + 3
+        return self.num_layers + 4
 
 
 def vector_words(
@@ -252,11 +258,13 @@ def vector_words(
     flat: Offsets,
     rope_h1: npt.NDArray[np.float32] | None,
     pair: Pair | None,
+    scaling: int = 0,
 ) -> npt.NDArray[np.int64]:
     """A descriptor of vectors, as the module describes it. Layers of one group share a block.
 
     layer_group  the group of each layer; −1 for a layer without vectors
     rope_h1      inverse frequencies, and the factor of cos and sin
+    scaling      what the scales of outputs scale, the head's last word
     """
     blocks = [_vector_block(shape, own) if own else [] for own in (*groups, flat)]
     rope = [] if rope_h1 is None else rope_h1.view(np.int32).tolist()
@@ -264,7 +272,8 @@ def vector_words(
     firsts = accumulate(map(len, parts), initial=shape.head)
     starts = [first if part else 0 for first, part in zip(firsts, parts, strict=False)]
     of_layers = [starts[g] if g >= 0 else 0 for g in layer_group]
-    return np.array([*of_layers, *starts[len(groups) :], *(word for part in parts for word in part)], dtype=np.int64)
+    head = [*of_layers, *starts[len(groups) :], scaling]
+    return np.array([*head, *(word for part in parts for word in part)], dtype=np.int64)
 
 
 def _vector_block(shape: VectorShape, own: Offsets) -> list[int]:
@@ -286,7 +295,7 @@ class StepVectors:
 
     def __init__(self, shape: VectorShape, words: Tensor, starts_S: Tensor, items_S3: Tensor) -> None:
         self.shape, self.words, self.items_S3 = shape, words, items_S3
-        self._starts_S = starts_S
+        self.starts_S = starts_S
         device = words.device
         self.tokens_S = torch.arange(starts_S.shape[0], device=device)
         at_LS = words[starts_S + torch.arange(shape.num_layers + 1, device=device).unsqueeze(1)]
@@ -317,9 +326,9 @@ class StepVectors:
 
     def rope(self, inverse_h: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Inverse frequencies (S, h) and factors (S,): those of the token's descriptor, or the given ones."""
-        at_S = self.words[self._starts_S + self.shape.rope_word]
+        at_S = self.words[self.starts_S + self.shape.rope_word]
         numbers = torch.arange(inverse_h.shape[0] + 1, device=inverse_h.device)
-        bits_Sh1 = self.words[torch.where(at_S > 0, self._starts_S + at_S, 0).unsqueeze(1) + numbers]
+        bits_Sh1 = self.words[torch.where(at_S > 0, self.starts_S + at_S, 0).unsqueeze(1) + numbers]
         own_Sh1 = bits_Sh1.to(torch.int32).view(torch.float32)
         inverse_Sh = torch.where((at_S > 0).unsqueeze(1), own_Sh1[:, :-1], inverse_h)
         return inverse_Sh, torch.where(at_S > 0, own_Sh1[:, -1], factor)

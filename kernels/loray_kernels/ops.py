@@ -76,6 +76,21 @@ class VeraTable:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleTable:
+    """Scales of a module's outputs for some tokens, each with a row of scales less one.
+
+    leaves_bias  the base's bias is not scaled (DoRA); else it is (IA³)
+    turn         RoAd's: rows of the factors with which each output's partner is added; `distance_N` of each token says
+                 how far apart the two are, see `turn_rows`
+    """
+
+    own: RowOverrides
+    leaves_bias: bool = False
+    turn: RowTables | None = None
+    distance_N: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSegments(Preparable):
     """The tokens of one adapter are neighbours: adapter n has tokens start[n]:stop[n]."""
 
@@ -90,7 +105,7 @@ class LayerTables(Preparable):
     lora: Mapping[str, LoraTable]
     vera: Mapping[str, Sequence[VeraTable]]
     norms: Mapping[str, RowOverrides]
-    dora: Mapping[str, RowOverrides] = field(default_factory=dict)
+    scales: Mapping[str, Sequence[ScaleTable]] = field(default_factory=dict)
 
 
 TablesOf = Callable[[int], LayerTables]  # of a layer, by its number

@@ -227,8 +227,8 @@ class ReferenceOps:
         layer_offset: int,
     ) -> None:
         """Add what the descriptors have at `field`, which is layer × inputs + the input: LoRA's rows as `lora_shrink`
-        and `lora_expand` do, then VeRA's vectors as `vera_shrink` and `vera_expand`, then DoRA's scales as
-        `scale_rows`; of these the step's parts. `y_TO`, which is written, has the input's modules side by side.
+        and `lora_expand` do, then VeRA's vectors as `vera_shrink` and `vera_expand`, then scales as `scale_rows`
+        and `turn_rows`; of these the step's parts. `y_TO`, which is written, has the input's modules side by side.
         """
         shape, vectors = descriptors.table.inputs[field % len(INPUTS)], descriptors.vectors
         if Parts.LORA in descriptors.parts:
@@ -236,13 +236,19 @@ class ReferenceOps:
         if Parts.VERA in descriptors.parts:
             assert vectors is not None
             _add_vera(x_TI, y_TO, pool, shape, vectors, field, layer_offset)
-        if Parts.DORA in descriptors.parts:
+        if Parts.SCALE in descriptors.parts:
             assert vectors is not None
-            for module, layer, columns in vectors.modules(field, "dora"):
-                own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
-                plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
-                self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
-                y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
+            scaling_T = vectors.words[vectors.starts_S + vectors.shape.scaling_word]
+            for module, layer, columns in vectors.modules(field, "scale"):
+                own, bias = vectors.token_rows(layer, module, "scale"), None if bias_O is None else bias_O[columns]
+                turn, y_TM = vectors.token_rows(layer, module, "turn").rows, y_TO[:, columns]
+                plain_TM, whole_TM, turned_TM = (y_TM.clone() for _ in range(3))
+                self.scale_rows(plain_TM, bias, pool, own, layer_offset)
+                self.scale_rows(whole_TM, None, pool, own, layer_offset)
+                self.turn_rows(turned_TM, pool, own, turn, scaling_T.clamp(min=1), layer_offset)
+                scaling_T1 = scaling_T.unsqueeze(1)
+                scaled_TM = torch.where(scaling_T1 == 0, plain_TM, torch.where(scaling_T1 < 0, whole_TM, turned_TM))
+                y_TM.copy_(torch.where(_has_row(own), scaled_TM, y_TM))
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         """z = A[:, :I] x in fp32, (T, R); dense, for all adapters of the pair and all modules of the input."""
@@ -260,11 +266,26 @@ class ReferenceOps:
     def scale_rows(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
     ) -> None:
-        """DoRA: y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one. Writes `y_TO`."""
+        """y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one: DoRA's, and without a bias
+        IA³'s. Writes `y_TO`.
+        """
         y_NO = y_TO[own.tokens_N].float()
         plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
         rows_NO = gather_rows(pool, own.rows, layer_offset).float()
         y_TO[own.tokens_N] = (y_NO + rows_NO * plain_NO).to(y_TO.dtype)
+
+    def turn_rows(
+        self, y_TO: Tensor, pool: Tensor, own: RowOverrides, turn: RowTables, distance_N: Tensor, layer_offset: int
+    ) -> None:
+        """RoAd: y += row ⊙ y + turn ⊙ y′ for the tokens of `own`. In groups of 2 · distance outputs, y′ has in the
+        place of each the one that is `distance` away, its partner. Writes `y_TO`.
+        """
+        y_NO, distance_N1 = y_TO[own.tokens_N].float(), distance_N.unsqueeze(1)
+        columns_O = torch.arange(y_TO.shape[1], device=y_TO.device)
+        is_second = columns_O // distance_N1 % 2 == 1
+        partner_NO = (columns_O + torch.where(is_second, -distance_N1, distance_N1)).clamp(max=y_TO.shape[1] - 1)
+        rows_NO, turn_NO = (gather_rows(pool, rows, layer_offset).float() for rows in (own.rows, turn))
+        y_TO[own.tokens_N] = (y_NO + rows_NO * y_NO + turn_NO * y_NO.gather(1, partner_NO)).to(y_TO.dtype)
 
 
 def _has_row(own: RowOverrides) -> Tensor:

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.limits import pool_geometry
 from loray.errors import SpecError, UnsupportedError
-from loray.methods import method_of
+from loray.methods import METHODS, method_of
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
@@ -26,9 +28,7 @@ from loray.planning.run import RunShape, count_base, count_trained, shape_of
 from loray.spec import (
     DTYPE_BYTES,
     AdapterSpec,
-    DoraSpec,
     LongLoraSpec,
-    LoraSpec,
     RopeScaling,
     ServeSpec,
     TrainSpec,
@@ -133,14 +133,14 @@ class Estimate:
 
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
-    """Estimate LoRA, DoRA, VeRA and LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention
+    """Estimate all methods; for a context longer than the base's also VeRA with LongLoRA's attention
     and RoPE.
     """
     return [_estimate(name, recipe, model, device) for name, recipe in candidates(answers.context_length, model)]
 
 
 def recipe_of(
-    adapter: AdapterSpec,
+    adapter: BaseModel,
     context_length: int,
     *,
     rope_scaling: RopeScaling | None = None,
@@ -192,9 +192,9 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
 
 def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
     """Yield (method, a recipe of it with default settings) for each estimated method."""
-    yield "lora", recipe_of(LoraSpec(), context_length)
-    yield "dora", recipe_of(DoraSpec(), context_length)
-    yield "vera", recipe_of(VeraSpec(), context_length)
+    for method in METHODS.values():
+        if method.name != "longlora":
+            yield method.name, recipe_of(method.spec.model_validate({}), context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
     stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)
@@ -214,6 +214,7 @@ def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) 
             problem = "does not fit on one such device; see loray plan for several"
     except (SpecError, UnsupportedError) as e:
         problem = str(e)
+    rank = method_of(adapter).rank(adapter)
     modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
     extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
     per_gib = _per_gib(adapter, model)
@@ -221,7 +222,7 @@ def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) 
     left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
     return Estimate(
         method=name,
-        settings=f"r{adapter.rank} on {modules}{extras}",
+        settings=f"{f'r{rank} on ' if rank else ''}{modules}{extras}",
         problem=problem,
         trained_parameters=trained.total,
         adapter_bytes=trained.total * _BF16,

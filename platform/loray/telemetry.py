@@ -1,7 +1,7 @@
 """Loggers, progress callbacks, and every metric as data.
 
 Metrics follow Prometheus' conventions (base units, `_total`) and vLLM's names where vLLM has one. The gateway exposes
-`METRICS` at `/metrics`. Ray's nodes expose `TRAINING_METRICS`, with the prefix `ray_`.
+`METRICS` at `/metrics`. Ray's nodes expose `TRAINING_METRICS` and the objectives' figures, with the prefix `ray_`.
 """
 
 from __future__ import annotations
@@ -197,25 +197,14 @@ METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_
 # Rank 0 of a training run reports these; every rank reports its memory. `name` is the adapter's name, `run` the name of
 # the run's folder. All are gauges, since the totals of a resumed run continue from its checkpoint.
 TRAINING_LABELS = ("name", "run", "rank")
-_REWARDS = {
-    "rewards_chosen": "Mean reward of chosen answers, beta times the log-ratio to the base",
-    "rewards_rejected": "Mean reward of rejected answers",
-    "rewards_accuracies": "Share of pairs whose chosen answer has the higher reward",
-    "rewards_margins": "Mean reward of chosen answers minus that of rejected ones",
-}
 TRAINING_METRICS = _table(
     _gauge("train_step", "Optimizer steps of the run so far.", *TRAINING_LABELS),
     _gauge(
         "train_loss",
-        "Loss of the last step: mean cross-entropy a target token, or of DPO the mean over pairs.",
+        "Loss of the last step: the mean cross-entropy a target token, or the mean over pairs or rows.",
         *TRAINING_LABELS,
     ),
     _gauge("train_eval_loss", "Held-out loss of the adapter when it was last evaluated.", *TRAINING_LABELS),
-    *(_gauge(f"train_{name}", f"DPO, last step: {what}.", *TRAINING_LABELS) for name, what in _REWARDS.items()),
-    *(
-        _gauge(f"train_eval_{name}", f"DPO, held-out pairs when last evaluated: {what}.", *TRAINING_LABELS)
-        for name, what in _REWARDS.items()
-    ),
     _gauge("train_learning_rate", "Learning rate of the last step.", *TRAINING_LABELS),
     _gauge("train_grad_norm", "Global norm of the last step's gradient, before clipping.", *TRAINING_LABELS),
     _gauge("train_tokens_per_second", "Tokens of all workers over the time from step to step.", *TRAINING_LABELS),
@@ -233,6 +222,20 @@ TRAINING_METRICS = _table(
     ),
     _gauge("train_memory_bytes", "Most memory that the worker has had, on its GPU where it has one.", *TRAINING_LABELS),
 )
+
+
+def figure_metrics(figures: Mapping[str, str]) -> Mapping[str, Metric]:
+    """Make the gauges of an objective's figures, which are given by name with what they are: of the last step, and of
+    held-out rows.
+    """
+    by_gauge = {name.replace("/", "_"): what for name, what in figures.items()}
+    return _table(
+        *(_gauge(f"train_{name}", f"{what}; last step.", *TRAINING_LABELS) for name, what in by_gauge.items()),
+        *(
+            _gauge(f"train_eval_{name}", f"{what}; held-out rows, when last evaluated.", *TRAINING_LABELS)
+            for name, what in by_gauge.items()
+        ),
+    )
 
 
 def get_logger(name: str) -> logging.Logger:

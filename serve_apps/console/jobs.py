@@ -120,6 +120,8 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
         "job": job,
         "log": seen.log,
         "problem": seen.problem,
+        "stage": seen.stage,
+        "samples": seen.samples,
         "sweep": None if seen.trials is None else rank(seen.trials),
         "curve": seen.curve,
         "subjects": list(seen.lines),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from jobs.events import Event, decode, describe
+from jobs.events import Event, decode, in_words
 from jobs.runs.history import RunEvents
 from jobs.sweeps.history import SweepTrials, Trials
 from jobs.sweeps.spec import TrialRecord, best, label, ranked
@@ -167,9 +167,41 @@ def _step(step: int, event: dict[str, Any]) -> RunStep:
     )
 
 
+class Stage(NamedTuple):
+    """A stage of a run and how far it is. `share` None: nobody knows."""
+
+    text: str
+    share: float | None
+    eta_s: float | None
+
+
+class RunStages:
+    """Collects from events what goes on beside the steps, and what base and adapter have answered."""
+
+    def __init__(self) -> None:
+        self.stage: Stage | None = None
+        self.samples: Sequence[Mapping[str, str]] = ()
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event.get("event"):
+                case "progress":
+                    figures: Mapping[str, Any] = dict(event)
+                    done, total, eta_s = (figures.get(name) for name in ("done", "total", "eta_s"))
+                    share = None
+                    if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
+                        share = done / total
+                    self.stage = Stage(in_words(event), share, eta_s if isinstance(eta_s, int | float) else None)
+                case "step":
+                    self.stage = None
+                case "samples" if isinstance(found := dict(event).get("samples"), list):
+                    self.samples = [sample for sample in found if isinstance(sample, dict)]
+
+
 class Seen(NamedTuple):
     """`lines`: its losses, by what they are of. `steps`: some, evenly spread, and the last one. `log`: its last lines.
-    `problem`: why something is not there; may be empty. `trials`: of a sweep; None where the job is none.
+    `problem`: why something is not there; may be empty. `trials`: of a sweep; None where the job is none. `stage`: what
+    goes on beside the steps, None while they do. `samples`: as in their event.
     """
 
     lines: Mapping[str, Line]
@@ -177,6 +209,8 @@ class Seen(NamedTuple):
     log: str
     problem: str
     trials: Trials | None = None
+    stage: Stage | None = None
+    samples: Sequence[Mapping[str, str]] = ()
 
     @property
     def curve(self) -> Curve | None:
@@ -194,7 +228,8 @@ class JobHistory:
 
     def __init__(self, events: RunEvents, trials: SweepTrials) -> None:
         self._events, self._trials, self._lock = events, trials, Lock()
-        self._losses, self._progress, self._lines = Losses(), RunProgress(), deque[str](maxlen=LOG_LINES)
+        self._losses, self._progress, self._stages = Losses(), RunProgress(), RunStages()
+        self._lines = deque[str](maxlen=LOG_LINES)
         self._has_events = False
 
     def look(self, job: Job, tail: Callable[[str, int], str]) -> Seen:
@@ -209,16 +244,27 @@ class JobHistory:
             except (LogsGone, ClusterError) as e:
                 problem = problem or str(e)
         with self._lock:
-            lines = [_described(line) for line in log[-LOG_LINES:]] or list(self._lines)
+            lines = _described(log)[-LOG_LINES:] or list(self._lines)
             if not self._has_events:
                 self._take(log)
-            return Seen(self._losses.lines(), self._progress.steps(), "\n".join(lines), problem, trials)
+            stages = self._stages
+            stage = None if job.has_ended else stages.stage
+            return Seen(
+                self._losses.lines(),
+                self._progress.steps(),
+                "\n".join(lines),
+                problem,
+                trials,
+                stage,
+                stages.samples,
+            )
 
     def _take(self, lines: Sequence[str]) -> None:
         """Lines that are no events are passed over."""
         events = [event for line in lines if (event := decode(line)) is not None]
         self._losses.take(events)
         self._progress.take(events)
+        self._stages.take(events)
 
     def _read_events(self) -> str:
         """Read what is new, and return why it cannot be read; empty where it can."""
@@ -227,11 +273,11 @@ class JobHistory:
         except StoreError as e:
             return str(e)
         if found.is_anew:
-            self._losses, self._progress = Losses(), RunProgress()
+            self._losses, self._progress, self._stages = Losses(), RunProgress(), RunStages()
             self._lines.clear()
         self._has_events |= bool(found.lines)
         self._take(found.lines)
-        self._lines.extend(_described(line) for line in found.lines[-LOG_LINES:])
+        self._lines.extend(_described(found.lines[-LOG_LINES:]))
         return ""
 
     def _read_trials(self) -> Trials | None:
@@ -262,13 +308,18 @@ class Histories:
             return found
 
 
-def _described(line: str) -> str:
-    """Describe the event of a line; a line without one, and an event of another version, stay as they are."""
-    event = decode(line)
-    try:
-        return line if event is None else describe(event)
-    except (KeyError, TypeError, ValueError):
-        return line
+def _described(lines: Iterable[str]) -> list[str]:
+    """Describe the events of lines; a line without one, and an event of another version, stay as they are. Of how far a
+    stage is, the page tells the last alone.
+    """
+    found = []
+    for line in lines:
+        event = decode(line)
+        if event is None:
+            found.append(line)
+        elif event.get("event") != "progress":
+            found.append(in_words(event))
+    return found
 
 
 class RunRow(NamedTuple):

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.cli.chat import ChatAnswer, Talk, printable, side_by_side
+from loray.cli.chat import ChatAnswer, Talk, side_by_side
 from loray.cli.top import since
 from loray.client import LorayClient
 from loray.client.metrics import percentile
 from loray.schemas.openai import ChatFormat, Error, ErrorBody, Usage
 from loray.schemas.status import BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
-from loray.spec import ServeSpec
+from loray.spec import ServeSpec, printable
 from tests.cli.run import Loray
 from tests.fixtures.answers import delta, fmt
 

@@ -17,8 +17,8 @@ from loray import errors
 from loray.cli.main import cli
 from loray.recipes.defaults import METHODS, OBJECTIVES
 from loray.recipes.fields import fields_of
-from loray.spec import ServeSpec
-from loray.telemetry import METRICS, TRAINING_METRICS
+from loray.spec import FIGURES, ServeSpec
+from loray.telemetry import METRICS, TRAINING_METRICS, figure_metrics
 from tests.conftest import REPOSITORY
 
 
@@ -30,7 +30,7 @@ def made() -> dict[str, str]:
 def test_the_reference_has_everything(made: dict[str, str]) -> None:
     commands = made["reference/cli.md"]
     assert all(f"\n## loray {name}\n" in commands for name in (*cli.list_commands(click.Context(cli)), "adapters push"))
-    assert "| `--data` | `FILE\\|URL` |  | JSONL or Parquet to train on;" in commands
+    assert "| `--data` | `FILE\\|URL` |  | Rows to train on (see `loray data show`);" in commands
     assert "\n## POST /v1/chat/completions\n" in made["reference/openai-api.md"]
     assert "\n## PUT /api/v1/adapters/{name}/aliases/{alias}\n" in made["reference/catalog-api.md"]
     assert (
@@ -39,7 +39,7 @@ def test_the_reference_has_everything(made: dict[str, str]) -> None:
     fields = {path for method in METHODS for objective in OBJECTIVES for path in fields_of(method, objective)}
     assert not [path for path in fields if f"| `{path}` |" not in made["reference/recipes.md"]]
     assert not [name for name in ServeSpec.model_fields if f"| `{name}` |" not in made["reference/serve-spec.md"]]
-    for metric in (*METRICS.values(), *TRAINING_METRICS.values()):
+    for metric in (*METRICS.values(), *TRAINING_METRICS.values(), *figure_metrics(FIGURES).values()):
         assert f"| `{metric.name}` | {metric.kind} |" in made["reference/metrics.md"]
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, errors.LorayError):

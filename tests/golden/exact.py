@@ -308,13 +308,12 @@ def steps(base: BaseModel, folder: Path) -> dict[str, Any]:
 
 def _steps(fields: Mapping[str, Any], base: BaseModel, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
-    data = {"train": str(folder / "data.jsonl"), "eval_fraction": 0.2, "max_length": 64}
+    data = {"train": str(folder / "data.jsonl"), "eval_fraction": 0.2, "max_length": 64, "format": "raw"}
     spec = _recipe({"data": data} | dict(fields))
     rows = [_pair(i) if spec.is_paired else {"text": _progression(i)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    dataset = load_data(
-        spec.data, byte_tokenizer(), max_length=64, max_eval_rows=6, seed=spec.seed, paired=spec.is_paired
-    )
+    options: dict[str, Any] = {"max_length": 64, "max_eval_rows": 6, "seed": spec.seed}
+    dataset = load_data(spec.data, byte_tokenizer(), formats=spec.objective.formats, **options)
     reporter = FolderReporter(folder / "checkpoints")
     train(spec, base, dataset, reporter=reporter, workdir=folder)
     done = [event for event in reporter.events if event["event"] == "step"]

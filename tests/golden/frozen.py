@@ -35,8 +35,8 @@ from loray.errors import SettingsError
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import OBJECTIVES, AdapterManifest, FleetSpec, ServeSpec, TrainSpec, UsageEvent
-from loray.telemetry import METRICS, TRAINING_METRICS, Metric
+from loray.spec import FIGURES, AdapterManifest, FleetSpec, ServeSpec, TrainSpec, UsageEvent
+from loray.telemetry import METRICS, TRAINING_METRICS, Metric, figure_metrics
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as catalog_app
 from serve_apps.gateway.app import create_app as gateway_app
@@ -137,7 +137,8 @@ def _first_paragraph(text: str | None) -> str:
 
 def _metrics() -> str:
     """Metrics of serving, and then of training."""
-    return "".join(f"{_metric(m)}\n" for table in (METRICS, TRAINING_METRICS) for m in table.values())
+    tables = METRICS, TRAINING_METRICS, figure_metrics(FIGURES)
+    return "".join(f"{_metric(m)}\n" for table in tables for m in table.values())
 
 
 def _metric(metric: Metric) -> str:
@@ -247,7 +248,7 @@ def _events() -> str:
         (name,) = get_args(hints.pop("event"))
         found[name] = {field: _type(hint) for field, hint in sorted(hints.items())}
     for name in ("step", "eval"):
-        found[name] |= {metric: "float | None?" for spec in OBJECTIVES.values() for metric in spec.metrics}
+        found[name] |= dict.fromkeys(FIGURES, "float | None?")
     step: Any = {"event": "step", "step": 3, "loss": float("nan"), "lr": 1e-3, "rewards/margins": 0.5}
     used = UsageEvent(
         request_id="r-1",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from jobs import command
 from jobs import train as driver
-from jobs.events import decode
+from jobs.events import decode, encode
 from jobs.submission.commands import Submission
 from jobs.submission.server import RayJob
 from loray.catalog import Catalog
@@ -99,3 +100,72 @@ def test_a_store_that_does_not_answer_is_refused_at_submission(
         monkeypatch.setenv(name, value)
     outcome = CliRunner().invoke(command.train, [str(write(tmp_path).path)])
     assert isinstance(outcome.exception, StoreError)
+
+
+# -- what a person may do next ----------------------------------------------------------------------------------------
+
+PUBLISHED: Any = {"name": "tone", "label": "tone@3", "version": 3, "aliases": [], "refusal": None}
+
+
+def test_at_the_end_there_are_the_next_commands() -> None:
+    console = "http://127.0.0.1:8000/api/v1/console"
+    assert command.what_next(PUBLISHED, console) == [
+        "  ask it      loray chat tone@3",
+        "  promote it  loray adapters promote tone@3   (to prod)",
+        f"  look at it  {console}/adapters/tone/versions/3",
+    ]
+    assert command.what_next(PUBLISHED, None)[0] == "  ask it      loray chat tone@3   (once `loray serve` runs)"
+    for fields in ({"aliases": ["prod"]}, {"refusal": "its perplexity is too high"}):
+        assert "promote" not in "".join(command.what_next(PUBLISHED | fields, None))
+
+
+class Ended:
+    """A job server whose job has told one event and published."""
+
+    async def follow(self, job: str) -> AsyncIterator[str]:
+        event = {"event": "published", "digest": "0" * 64, "nbytes": 12, "step": 1, **PUBLISHED}
+        yield f"{encode({'event': 'progress', 'stage': 'reading the data', 'done': 0, 'total': None})}\n"
+        yield f"{encode(event)}\n"
+
+    def find(self, job: str) -> RayJob:
+        return RayJob("SUCCEEDED", "")
+
+
+@pytest.mark.parametrize(
+    ("urls", "launched", "said"),
+    [
+        (["http://here:1"], 0, "http://here:1/api/v1/console/jobs/job_1"),
+        (["http://here:1"], 1, "no browser was found; open http://here:1/api/v1/console/jobs/job_1"),
+        ([], 0, "once `loray serve` runs, its page is /api/v1/console/jobs/job_1"),
+    ],
+)
+def test_watching_opens_the_page_of_the_run(
+    urls: list[str], launched: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(command, "submit", lambda *_, **__: (Ended(), "job_1"))
+    monkeypatch.setattr(command, "serving_urls", lambda settings: urls)
+    monkeypatch.setattr(command.click, "launch", lambda url: opened.append(url) or launched)
+    outcome = CliRunner().invoke(command.train, [str(write(tmp_path).path), "--no-plan", "--watch"])
+    assert outcome.exit_code == 0, outcome.output
+    assert said in outcome.output
+    assert opened == [f"{url}/api/v1/console/jobs/job_1" for url in urls]
+    assert "published tone@3" in outcome.output
+    assert outcome.output.index("reading the data") > outcome.output.index(said)
+    opened.clear()
+    assert CliRunner().invoke(command.train, [str(write(tmp_path).path), "--no-plan"]).exit_code == 0
+    assert opened == []
+
+
+def test_the_console_is_that_of_the_server_that_takes_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def urls(settings: Settings) -> list[str]:
+        asked.append(settings.address)
+        raise ClusterError("no answer")
+
+    monkeypatch.setattr(command, "serving_urls", urls)
+    settings = Settings.from_env({"LORAY_URL": "http://server:9/v1/"})
+    assert command._console_url(settings, None) == "http://server:9/api/v1/console"
+    assert command._console_url(settings, "http://head:8265") is None
+    assert asked == ["http://head:8265"]

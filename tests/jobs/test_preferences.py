@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
     "base": BASE,
     "objective": {"type": "dpo", "beta": 0.2},
     "dtype": "float32",
-    "data": {"train": "pairs.jsonl", "eval_fraction": 0.25, "max_length": 48},
+    "data": {"train": "pairs.jsonl", "eval_fraction": 0.25, "max_length": 48, "format": "raw"},
     "evaluation": {"interval_steps": 8},
     "optimizer": {"learning_rate": 0.02},
     "max_steps": 16,

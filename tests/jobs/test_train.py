@@ -74,7 +74,11 @@ def test_a_submitted_job_trains_and_publishes(
 
 
 def test_the_command_follows_a_job_to_its_end(command_job: Trained) -> None:
-    assert "published submitted@1 (prod)" in command_job.output.splitlines()[-1]
+    assert "published submitted@1 (prod)" in command_job.output
+    assert "ask it      loray chat submitted@1" in command_job.output
+    stages = ["checking the recipe", "reading the data", "starting the workers", "loading the base", "publishing"]
+    assert [stage for stage in command_job.stages if stage in stages] == stages
+    assert all(stage in command_job.output for stage in stages)
 
 
 def test_a_published_run_has_nothing_left_to_do(ray_cluster: RayCluster, command_job: Trained) -> None:
@@ -153,7 +157,8 @@ def test_the_driver_says_why_in_one_line(
     write(tmp_path, base="missing")
     result = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 1
-    (line,) = result.stdout.splitlines()
+    *stages, line = result.stdout.splitlines()
+    assert stages == ["checking the recipe"]
     assert line.startswith("error: no base model 'missing'")
     write(tmp_path, name="never-trained")
     nothing = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml"), "--publish-checkpoint", "--events"])

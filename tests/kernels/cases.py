@@ -216,6 +216,28 @@ def test_rows_scale_outputs(ops: Ops, has_bias: bool, width: int, num_segments: 
     assert torch.equal(wide_TM[:, :8].double(), expected[:, :8])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "num_segments"), [(48, 1), (96, 2)])
+def test_pairs_of_outputs_are_turned(ops: Ops, width: int, num_segments: int, dtype: torch.dtype) -> None:
+    """Each token has a distance of its own, less and more than a vector's width, and the whole width in one case."""
+    generator = torch.Generator().manual_seed(10)
+    shelf, distances = Shelf(4096 * 40, dtype), [1, 3, 24, width // 2]
+    wide_TM = torch.randn(6, width + 8, generator=generator).to(dtype)  # columns of a wider result
+    rows_NO, turn_NO = (torch.randn(4, width, generator=generator).to(dtype) for _ in range(2))
+    tokens = torch.tensor([0, 2, 3, 5])
+    own = RowOverrides(tokens, shelf.put(rows_NO, num_segments, 64))
+    turn = shelf.put(turn_NO, num_segments, 64)
+    expected = wide_TM.double()
+    for n, (token, distance) in enumerate(zip(tokens.tolist(), distances, strict=True)):
+        y_O = expected[token, 8:].clone()
+        partners_O = y_O.view(-1, 2, distance).flip(1).flatten()
+        expected[token, 8:] = y_O + rows_NO[n].double() * y_O + turn_NO[n].double() * partners_O
+    ops.turn_rows(wide_TM[:, 8:], shelf.tensor, own, turn, torch.tensor(distances), 64)
+    close(wide_TM, expected, dtype)
+    assert torch.equal(wide_TM[:, :8].double(), expected[:, :8])
+    assert torch.equal(wide_TM[[1, 4]].double(), expected[[1, 4]])
+
+
 def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
     x_THd = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(7))
     angle_Th = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))

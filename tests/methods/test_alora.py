@@ -179,7 +179,7 @@ def make_data(folder: Path, spec: TrainSpec) -> Dataset:
     records = [{"prompt": letters[i : i + 8] + "<|im_start|>a", "completion": letters[i + 8]} for i in range(26)]
     path = jsonl(folder, *records)
     options: dict[str, Any] = {"max_eval_rows": 6, "invocation": spec.adapter.invoked_by}
-    return load(path, max_length=64, eval_fraction=0.2, options=options)
+    return load(path, max_length=64, eval_fraction=0.2, format="raw", options=options)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "packed"])

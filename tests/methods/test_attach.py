@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loray.adapters.manifest import describe
@@ -19,22 +18,11 @@ from loray.methods.attach import attach
 from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
 from loray.train.checkpoint import save_adapter
-from loray.train.data.batches import TrainBatch
 from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
-from tests.fixtures.adapters import IDS, BaseFactory, recipe, trained
+from tests.fixtures.adapters import IDS, BaseFactory, batch, recipe, trained, trained_parts
 
 SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
-
-
-def batch() -> TrainBatch:
-    labels = torch.roll(IDS, -1, dims=1)
-    labels[:, -1] = -100
-    return TrainBatch(IDS, labels, None, None, num_tokens=IDS.numel(), num_targets=IDS.numel() - 1)
-
-
-def trained_parts(model: Any) -> dict[str, Tensor]:
-    return {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def fill(model: Any) -> Any:

@@ -60,9 +60,18 @@ def test_a_layer_keeps_what_is_counted(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: str) -> None:
-    """Per token: what PEFT makes for the norms of a module does not depend on them, and is freed at once."""
-    spec = recipe(adapter={"method": "dora", "rank": 4, "target_modules": ALL}, dtype=dtype)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "dora", "rank": 4, "target_modules": ALL},
+        {"method": "ia3"},
+        {"method": "ia3", "target_modules": ALL},
+        {"method": "road", "group_size": 32, "target_modules": ALL},
+    ],
+)
+def test_what_is_scaled_is_kept(tiny_base: Callable[..., BaseModel], adapter: dict[str, Any], dtype: str) -> None:
+    """Per token: what PEFT makes of a module's factors, or for its norms, does not depend on them."""
+    spec = recipe(adapter=adapter, dtype=dtype)
     bases = [tiny_base(num_hidden_layers=n) for n in (2, 4)]
     short, long = ([kept_bytes(base, spec, n) for base in bases] for n in (TOKENS, 2 * TOKENS))
     counted = sum(part.nbytes for part in memory.saved_by_layer(shape_of(spec, bases[0].config)))
@@ -70,7 +79,15 @@ def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: s
 
 
 @pytest.mark.parametrize(
-    "adapter", [{"method": "lora", "target_modules": ALL}, {"method": "dora"}, {"method": "vera"}, LONG]
+    "adapter",
+    [
+        {"method": "lora", "target_modules": ALL},
+        {"method": "dora"},
+        {"method": "vera"},
+        {"method": "ia3", "target_modules": ALL},
+        {"method": "road", "variant": "road_4", "group_size": 16},
+        LONG,
+    ],
 )
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("tied", [False, True])

@@ -52,7 +52,7 @@ def test_frozen_weights_take_one_product_in_the_backward_pass() -> None:
     assert again.total == flops.total + again.recompute
 
 
-def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
+def test_pairs_are_two_rows_and_one_forward_pass_before_the_first_step() -> None:
     model = known("Llama-2-7b-hf")
     data = {"train": "x", "max_length": 1024}
     sft = shape_of(recipe(batch={"rows": 4}, data=data), model)
@@ -62,20 +62,39 @@ def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
     plain, paired = count_flops(sft), count_flops(dpo)
     assert (paired.forward, paired.backward) == (plain.forward, plain.backward)
     tokens = 4 * 1024
-    linears = 2 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert paired.reference == linears + 2 * tokens * 32000 * 4096 + plain.attention
-    assert paired.total == plain.total + paired.reference
-    slower = estimate_time(dpo, A100, plan_traffic(dpo)), estimate_time(sft, A100, plan_traffic(sft))
-    assert 1.3 < slower[0].step_s / slower[1].step_s < 1.5
-    sharded = replace(dpo, num_workers=4, strategy="fsdp2")
-    fewer = plan_traffic(replace(sft, num_workers=4, strategy="fsdp2")).gather_bytes
-    assert plan_traffic(sharded).gather_bytes == pytest.approx(1.5 * fewer)
+    assert paired.reference == paired.forward - 2 * tokens * 32000 * 4096  # the loss's gradient is made there too
+    assert (paired.total, plain.reference) == (plain.total, 0.0)
+    times = [estimate_time(run, A100, plan_traffic(run)) for run in (dpo, sft)]
+    assert times[0].step_s == times[1].step_s
+    assert 0.3 < times[0].reference_s / times[0].step_s < 0.5
+    assert times[1].reference_s == 0.0
     assert shape_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "dpo"}), model).num_rows == 2
     with pytest.raises(SpecError, match=r"batch\.tokens is 2000"):
         shape_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
+
+
+def test_answers_without_pairs_take_one_more_forward_pass_and_orpo_needs_no_reference() -> None:
+    model = known("Llama-2-7b-hf")
+    data = {"train": "x", "max_length": 1024}
+    sft = shape_of(recipe(batch={"rows": 4}, data=data), model)
+    for kind in ("orpo", "simpo"):
+        pairs = shape_of(recipe(batch={"rows": 2}, data=data, objective={"type": kind}), model)
+        assert pairs == replace(sft, num_rows=2, row_size=2)
+    kto = shape_of(recipe(batch={"rows": 4}, data=data, objective={"type": "kto"}), model)
+    assert kto == replace(sft, extra_forwards=1, has_reference=True)
+    assert plan_memory(kto, A100).peak_bytes == plan_memory(sft, A100).peak_bytes
+    plain, single = count_flops(sft), count_flops(kto)
+    one = plain.forward - 2 * 4 * 1024 * 32000 * 4096  # the loss's gradient is made there too
+    assert (single.forward - plain.forward, single.backward) == (one, plain.backward)
+    assert single.reference == 2 * one  # of both sequences of a row
+    slower, time = (estimate_time(run, A100, plan_traffic(run)) for run in (kto, sft))
+    assert 1.3 < slower.step_s / time.step_s < 1.5
+    sharded = [plan_traffic(replace(run, num_workers=4, strategy="fsdp2")).gather_bytes for run in (kto, sft)]
+    assert sharded[0] == pytest.approx(1.5 * sharded[1])
+    assert shape_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "kto"}), model).num_rows == 2
     options = {"group_size": None, "target_share": 1.0}
-    per_token = model_flops_per_token(model, dpo.adapter, {1024: 4}, has_reference=True, **options)
-    assert per_token - model_flops_per_token(model, dpo.adapter, {1024: 4}, **options) == paired.reference / tokens
+    per_token = model_flops_per_token(model, kto.adapter, {1024: 4}, extra_forwards=1, **options)
+    assert per_token - model_flops_per_token(model, kto.adapter, {1024: 4}, **options) == one / (4 * 1024)
 
 
 def test_s2_attention_takes_about_a_quarter() -> None:

@@ -125,3 +125,25 @@ def test_a_machine_measured_while_it_was_busy_has_no_share_above_one() -> None:
     assert device.flops == 1.25e11
     shares = device.matmul_share, device.attention_share, device.dense_attention_share
     assert shares == pytest.approx((0.72, 0.64, 1.0))
+
+
+def test_a_steps_rows_are_cut_to_the_fewest_micro_batches_that_fit() -> None:
+    batch = {"rows": 24, "accumulation": "auto"}
+    run = shape_of(recipe(batch=batch), llama())
+    whole = shape_of(recipe(batch={"rows": 24}), llama())
+    assert make_plan(run, A100.model_copy(update={"memory_bytes": 10**13})).run == whole
+    plan = make_plan(run, A100)
+    assert not plan.is_refused
+    rows, times = plan.run.num_rows, plan.run.accumulation
+    assert 1 < rows < 24
+    assert rows * times == 24
+    assert plan.run == shape_of(recipe(batch={"rows": rows, "accumulation": times}), llama())
+    larger = next(n for n in range(rows + 1, 25) if 24 % n == 0)
+    assert make_plan(shape_of(recipe(batch={"rows": larger, "accumulation": 24 // larger}), llama()), A100).is_refused
+    nothing = make_plan(run, A100.model_copy(update={"memory_bytes": 10**10}))
+    assert nothing.is_refused
+    assert (nothing.run.num_rows, nothing.run.accumulation) == (1, 24)
+    with pytest.raises(SpecError, match="accumulation: auto cuts the rows of a step: give rows instead of tokens"):
+        recipe(batch={"tokens": 4096, "accumulation": "auto"})
+    with pytest.raises(SpecError, match=r"batch\.accumulation"):
+        recipe(batch={"rows": 4, "accumulation": 0})

@@ -46,9 +46,13 @@ def base(settings: Settings) -> BaseModel:
 
 def test_every_shipped_recipe_is_valid_and_found_by_name() -> None:
     llama = [f"longlora_llama2_{size}.yaml" for size in ("13b_64k", "70b_32k", "7b_100k", "7b_32k")]
-    assert shipped() == ["dpo_smollm2.yaml", *llama, "longlora_smollm2.yaml", "lora_smollm2.yaml", "vera_smollm2.yaml"]
+    small = ("dpo", "ia3", "kto", "longlora", "lora", "orpo", "road", "simpo", "vera")
+    assert shipped() == sorted([*(f"{kind}_smollm2.yaml" for kind in small), *llama])
     specs = {name: load_recipe(name).spec for name in shipped()}
-    kinds = {name: "dpo" if spec.is_paired else spec.adapter.method for name, spec in specs.items()}
+    kinds = {
+        name: spec.objective.type if spec.objective.compares_answers else spec.adapter.method
+        for name, spec in specs.items()
+    }
     assert all(name.startswith(kind) for name, kind in kinds.items())
     assert load_recipe("vera_smollm2") == load_recipe("vera_smollm2.yaml")
 
@@ -163,7 +167,7 @@ def test_data_lies_in_the_stores_bucket_too(tmp_path: Path, settings: Settings, 
 def test_the_packaged_base_is_made_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, made = write_checkpoint(tmp_path / "checkpoint"), []
 
-    def build(name: str, *, home: Path) -> BaseModel:
+    def build(name: str, *, home: Path, progress: object) -> BaseModel:
         made.append(name)
         return add_base(str(checkpoint), home=home, name=name)
 
@@ -267,12 +271,13 @@ def test_a_name_and_data_are_enough(method: Method, size: Any) -> None:
 def test_an_objective_of_pairs_is_enough_too() -> None:
     for method in ("lora", "dora", "vera"):
         spec = load_recipe(over=little(method) | given(["adapter.method=" + method, "objective.type=dpo"])).spec
-        assert spec.is_paired
         assert (spec.objective.model_dump(), spec.batch.rows) == (DpoSpec().model_dump(), 4)
         assert (spec.optimizer.learning_rate, spec.warnings) == (5e-5 if method == "vera" else 5e-6, ())
-    ours = load_recipe("dpo_smollm2").spec
-    plain = parsed(LITTLE | {"objective": {"type": "dpo"}}, "small")
-    assert (ours.objective, ours.adapter, ours.optimizer) == (plain.objective, plain.adapter, plain.optimizer)
+    for kind in ("dpo", "orpo", "simpo", "kto"):
+        ours = load_recipe(f"{kind}_smollm2").spec
+        plain = parsed(LITTLE | {"objective": {"type": kind}}, "small")
+        assert (ours.objective, ours.adapter, ours.optimizer) == (plain.objective, plain.adapter, plain.optimizer)
+        assert ours.batch.rows == plain.batch.rows
     refused(SpecError, r"objective\.sft\.beta", load_recipe, over=LITTLE | given(["objective.beta=0.2"]))
 
 
@@ -330,6 +335,32 @@ def test_a_run_that_goes_on_from_an_adapter_has_the_rate_of_a_new_one_and_says_w
 )
 def test_what_is_given_stays(fields: dict[str, Any], path: str, value: object) -> None:
     assert complete(LITTLE | fields, "small").get(path) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"batch": "auto"}, 8),
+        ({"batch": {"accumulation": "auto", "order": "packed"}}, 8),
+        ({"batch": {"accumulation": "auto", "rows": 48}}, 48),
+        ({"batch": "auto", "objective": {"type": "dpo"}}, 4),
+        ({"batch": "auto", "adapter": {"method": "longlora"}}, 4),
+    ],
+)
+def test_a_batch_that_is_cut_to_fit_has_the_rows_of_the_default_step(fields: dict[str, Any], rows: int) -> None:
+    batch = parsed(LITTLE | fields, "small").batch
+    assert (batch.rows, batch.accumulation, batch.tokens) == (rows, "auto", None)
+    assert complete(complete(LITTLE | fields, "small"), "small") == complete(LITTLE | fields, "small")
+
+
+def test_a_batch_that_is_cut_to_fit_keeps_the_step_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, batch={"rows": 2, "accumulation": 6, "order": "packed"}).path
+    batch = load_recipe(str(path), over=given(["batch=auto"])).spec.batch
+    assert (batch.rows, batch.accumulation, batch.order) == (12, "auto", "packed")
+    batch = load_recipe(str(path), over=given(["batch.accumulation=auto"])).spec.batch
+    assert (batch.rows, batch.accumulation) == (2, "auto")
+    write(tmp_path, batch={"tokens": 100})
+    refused(SpecError, "give rows instead of tokens", load_recipe, str(path), over={"batch": "auto"})
 
 
 def test_completing_changes_neither_its_argument_nor_a_complete_recipe() -> None:
@@ -445,8 +476,8 @@ def test_a_recipe_as_yaml_is_the_same_recipe(tmp_path: Path, size: Any) -> None:
     words = {"publish": {"description": "null # it's 1", "aliases": ["prod"]}, "name": "2.0"}
     specs.append(parsed(little("vera", **words), size))
     specs.append(parsed(little("lora", init_adapter="tone@1"), size))
-    pairs = {"objective": {"type": "dpo", "loss_type": "ipo"}}
-    specs.append(parsed(little("vera", **pairs), size))
+    for objective in ({"type": "dpo", "loss_type": "ipo"}, {"type": "simpo", "cpo_alpha": 0.5}, {"type": "kto"}):
+        specs.append(parsed(little("vera", objective=objective), size))
     for spec in specs:
         text = to_yaml(spec, size)
         (tmp_path / "again.yaml").write_text(text)

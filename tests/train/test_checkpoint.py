@@ -16,7 +16,8 @@ from loray.adapters.peft_format import PREFIX, WEIGHTS_FILE
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods.attach import is_magnitude, peft_name
+from loray.methods import keeps_fp32
+from loray.methods.attach import peft_name
 from loray.spec import CheckpointSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot
@@ -217,7 +218,7 @@ def test_an_adapter_has_the_bases_dtype_unless_another_is_asked_for(
         for name, master in masters.items():
             key = PREFIX + peft_name(name)
             if key in stored.keys():  # noqa: SIM118 - it is no mapping
-                expected = master.to(FP32 if is_magnitude(name) else published)
+                expected = master.to(FP32 if keeps_fp32(name) else published)
                 assert stored.get_tensor(key).dtype == expected.dtype
                 assert torch.equal(stored.get_tensor(key), expected)
     exact = build_model(base, spec).eval()

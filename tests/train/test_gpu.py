@@ -65,12 +65,12 @@ def steps(case: str, dtype: DType, base: BaseModel, folder: Path, device: str = 
     rows = map(pair, range(NUM_ROWS)) if spec.is_paired else ({"text": text} for text in texts)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_data(
-        spec.data.model_copy(update={"train": str(path)}),
+        spec.data.model_copy(update={"train": str(path), "format": "raw"}),
         byte_tokenizer(),
         max_length=MAX_LENGTH,
         max_eval_rows=0,
         seed=spec.seed,
-        paired=spec.is_paired,
+        formats=spec.objective.formats,
     )
     reporter = FolderReporter(folder / f"{device}-{dtype}")
     train(spec, base, data, reporter=reporter, workdir=folder, device=torch.device(device))

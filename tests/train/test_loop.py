@@ -26,7 +26,7 @@ from loray.train import checkpoint, loop
 from loray.train import objectives as loss_module
 from loray.train.checkpoint import ADAPTER, FolderReporter, Metrics, save_adapter
 from loray.train.data.rows import RowSource, load_data
-from loray.train.loop import HeldOut, train
+from loray.train.loop import HeldOut, TimeLeft, train
 from loray.train.objectives import batch_loss
 from tests.fixtures.adapters import ADAPTERS, in_peft, trained
 from tests.fixtures.adapters import recipe as adapter_recipe
@@ -49,7 +49,7 @@ def loss_of(model: Any, rows: RowSource) -> float:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel, tmp_path: Path) -> None:
     """With other bases' draws the loss falls to 0.81 to 0.90 of the untrained one's, LongLoRA's below 0.6."""
-    optimizer = {"learning_rate": 1e-1 if method == "vera" else 2e-2, "warmup_steps": 2}
+    optimizer = {"learning_rate": 1e-1 if method in ("vera", "ia3") else 2e-2, "warmup_steps": 2}
     state, reporter = run(recipe(method, max_steps=60, optimizer=optimizer), base, tmp_path)
     start = reporter.events[0]
     assert (state.step, start["event"], start["num_steps"]) == (60, "start", 60)
@@ -69,6 +69,8 @@ def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel,
         ("dora", "bfloat16", "shuffled"),
         ("vera", "float32", "length_grouped"),
         ("longlora", "bfloat16", "shuffled"),
+        ("ia3", "bfloat16", "packed"),
+        ("road", "float32", "shuffled"),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
@@ -153,13 +155,14 @@ def test_epochs_give_the_number_of_steps(base: BaseModel, tmp_path: Path) -> Non
 
 
 def test_speed_is_wall_time_from_step_to_step(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 10))  # seconds: read at the start and after each step
+    clock = iter(range(0, 1000, 10))  # seconds: read at the start, after each step and while held-out rows are measured
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     _, reporter = run(recipe(max_steps=3), base, tmp_path)
     steps = [e for e in reporter.events if e["event"] == "step"]
     tokens = [steps[0]["num_tokens"], *(b["num_tokens"] - a["num_tokens"] for a, b in pairwise(steps))]
     assert [e["tokens_per_s"] for e in steps] == [n / 10 for n in tokens]
-    assert [e["eta_s"] for e in steps] == [20, 10, 0]
+    evaluation = 70  # of the base, in three batches; that of the adapter after the last step will take as long
+    assert [e["eta_s"] for e in steps] == [20 + evaluation, 10 + evaluation, evaluation]
 
 
 def test_a_deterministic_run_has_torchs_deterministic_algorithms_and_leaves_them_as_they_were(
@@ -317,6 +320,8 @@ def test_at_the_default_rate_stage_two_beats_stage_one_on_its_own_rows(
         ("vera", {"projection_prng_key": 4}, r"random pair is another one \(projection_prng_key\)"),
         ("vera", {"rank": 8}, "its rank is 24"),
         ("vera", {"method": "lora"}, "its method is vera"),
+        ("road", {"group_size": 16}, "its group_size is 32"),
+        ("road of four", {"variant": "road_1"}, "its variant is road_4"),
     ],
 )
 def test_what_differs_is_named(
@@ -330,3 +335,33 @@ def test_what_differs_is_named(
     other = adapter_recipe({"adapter": changed | fields})
     with pytest.raises(SpecError, match=f"init_adapter first@1 is another adapter .*{message}"):
         check_initial(other.adapter, weights, base.config, "first@1")
+
+
+def test_the_time_left_counts_evaluations_and_what_is_measured_after_the_run() -> None:
+    """Steps of 2 s, evaluations of 10 s for 100 tokens each 5 steps, and 300 tokens that are measured at the end."""
+    left = TimeLeft(12, 5, 100, 300)
+    left.evaluated(10.0)  # of the base, before the first step
+    left.stepped(2.0, 64)
+    assert left.after(1) == 11 * 2 + 3 * 10 + 30  # after steps 5, 10 and 12
+    for _ in range(2, 6):
+        left.stepped(2.0, 64)
+    assert left.after(5) == 7 * 2 + 3 * 10 + 30
+    left.evaluated(10.0)
+    left.stepped(12.0, 64)  # with the evaluation before it
+    assert left.after(6) == 6 * 2 + 2 * 10 + 30
+    for _ in range(7, 13):
+        left.stepped(2.0, 64)
+    assert left.after(12) == 10 + 30
+    blind = TimeLeft(4, None, 0, 96)
+    blind.stepped(3.0, 32)
+    assert blind.after(1) == 3 * 3 + 96 * (3 / 32) / 3
+
+
+def test_a_long_evaluation_tells_how_far_it_is(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_TOLD_S", 0.0)
+    _, reporter = run(recipe(max_steps=1), base, tmp_path)
+    told = [e for e in reporter.events if e["event"] == "progress"]
+    assert {e["stage"] for e in told} == {"evaluating held-out rows"}
+    assert [e["done"] / e["total"] for e in told] == [1 / 3, 2 / 3, 1.0] * 2

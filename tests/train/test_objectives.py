@@ -19,7 +19,7 @@ from loray.methods import method_of
 from loray.spec import REWARDS, TrainSpec
 from loray.train import checkpoint
 from loray.train import objectives as loss_module
-from loray.train.data.batches import BatchStream, collate_pairs
+from loray.train.data.batches import IGNORED, BatchStream, collate_pairs
 from loray.train.model import build_model
 from loray.train.objectives import PreferenceObjective, cross_entropy, log_probs, objective_of
 from tests.fixtures.tiny import byte_tokenizer
@@ -124,10 +124,10 @@ def test_a_batch_that_fills_up_a_step_counts_nothing(base: BaseModel, tmp_path: 
     data = make_data(tmp_path, spec)
     stream = BatchStream(data.train, spec.batch, max_length=48, seed=0, per_step=3, rank=1, size=2, paired=True)
     batch, filler = stream.next_step()
-    assert (batch.num_terms, filler.num_terms, filler.num_tokens) == (2, 0, 0)
-    model = build_model(base, spec)
-    objective = objective_of(model, spec)
-    loss = objective(filler)
+    objective = objective_of(build_model(base, spec), spec)
+    counts = [objective.counts(made, lambda made: objective(made, {})) for made in (batch, filler)]
+    assert (counts, filler.num_tokens) == ([{"pairs": 2}, {"pairs": 0}], 0)
+    loss = objective(filler._replace(reference_B=torch.zeros(4)), {"pairs": 2})
     loss.backward()
     assert loss.item() == 0.0
     assert objective.take() == (0.0,) * 4 == objective.take()
@@ -149,19 +149,20 @@ def drawn(name: str, like: torch.Tensor) -> torch.Tensor:
     return 0.2 * torch.randn(like.shape, generator=generator)
 
 
-def ours(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
-    model = build_model(base, spec)
+def ours(spec: TrainSpec, base: BaseModel, folder: Path, dtype: torch.dtype = torch.float32) -> Result:
+    model = build_model(base, spec).to(dtype)
     objective = objective_of(model, spec)
     assert isinstance(objective, PreferenceObjective)
+    batch = collate_pairs(make_data(folder, spec, num_pairs=NUM_PAIRS).train, tuple((i,) for i in range(NUM_PAIRS)))
     parameters = objective.trained_parameters()
     with torch.no_grad():
+        batch = batch._replace(reference_B=objective(batch, {}))
         for name, parameter in parameters.items():
             parameter.copy_(drawn(name, parameter))
-    data = make_data(folder, spec, num_pairs=NUM_PAIRS)
-    loss = objective(collate_pairs(data.train, tuple((i,) for i in range(NUM_PAIRS)))) / NUM_PAIRS
+    loss = objective(batch, {"pairs": NUM_PAIRS})
     loss.backward()
-    rewards = tuple(s / NUM_PAIRS for s in objective.take())
-    return Result(float(loss.detach()), {n: p.grad for n, p in parameters.items() if p.grad is not None}, rewards)
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    return Result(float(loss.detach()), gradients, objective.take())
 
 
 def theirs(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
@@ -230,6 +231,63 @@ def test_loss_and_gradients_are_those_of_trl(
     assert norm(errors) < 1e-5 * norm(expected.gradients)
     for name, error in errors.items():
         assert error.norm() < 1e-4 * expected.gradients[name].norm(), name
+
+
+def by_formulas(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
+    """TRL's losses in fp64, from the logits of two models: TRL itself takes log-probabilities in fp32."""
+    objective: Any = spec.objective
+    batch = collate_pairs(make_data(folder, spec, num_pairs=NUM_PAIRS).train, tuple((i,) for i in range(NUM_PAIRS)))
+    policy, reference = (build_model(base, spec).double() for _ in range(2))
+    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(drawn(name, parameter))
+    is_answer_BT = batch.labels_BT != IGNORED
+
+    def scores(model: Any) -> Tensor:
+        log_probs_BTV = model(**batch.model_inputs(torch.device("cpu")), use_cache=False).logits.log_softmax(-1)
+        found_BT = log_probs_BTV.gather(-1, batch.labels_BT.clamp(min=0)[..., None]).squeeze(-1)
+        return (found_BT * is_answer_BT).sum(1)
+
+    scores_B = scores(policy) - scores(reference).detach()
+    chosen_P, rejected_P = scores_B.chunk(2)
+    sizes_P = is_answer_BT.sum(1).chunk(2)
+    delta_P, beta, flipped = chosen_P - rejected_P, objective.beta, objective.label_smoothing
+    is_told_P, told_wrongly_P = torch.sigmoid(beta * delta_P), torch.sigmoid(-beta * delta_P)
+    losses_P = {
+        "sigmoid": -is_told_P.log(),
+        "hinge": (1 - beta * delta_P).clamp(min=0),
+        "ipo": (chosen_P / sizes_P[0] - rejected_P / sizes_P[1] - 1 / (2 * beta)) ** 2,
+        "robust": (-(1 - flipped) * is_told_P.log() + flipped * told_wrongly_P.log()) / (1 - 2 * flipped),
+    }[objective.loss_type]
+    losses_P.mean().backward()  # type: ignore[no-untyped-call]
+    rewards = [beta * chosen_P, beta * rejected_P, (delta_P > 0).double(), beta * delta_P]
+    means = tuple(float(reward_P.mean().detach()) for reward_P in rewards)
+    return Result(
+        float(losses_P.mean().detach()), {n: p.grad for n, p in parameters.items() if p.grad is not None}, means
+    )
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"beta": 0.1},
+        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "beta": 0.2},
+        {"loss_type": "hinge"},
+    ],
+    ids=["sigmoid", "robust", "ipo", "hinge"],
+)
+def test_loss_and_gradients_in_fp64_are_those_of_trls_formulas(
+    objective: dict[str, Any], base: BaseModel, tmp_path: Path
+) -> None:
+    spec = paired("lora", objective, data={"train": "x", "eval_fraction": 0})
+    mine, expected = ours(spec, base, tmp_path, torch.float64), by_formulas(spec, base, tmp_path)
+    assert mine.loss == pytest.approx(expected.loss, abs=1e-9)
+    assert mine.rewards == pytest.approx(expected.rewards, abs=1e-9)
+    assert mine.gradients.keys() == expected.gradients.keys()
+    for name, gradient in mine.gradients.items():
+        torch.testing.assert_close(gradient, expected.gradients[name], rtol=1e-9, atol=1e-9)
 
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:

@@ -29,7 +29,7 @@ class Given(nn.Module):
         super().__init__()
         self._named = parameters
 
-    def forward(self, gradients: dict[str, float]) -> Tensor:
+    def forward(self, gradients: dict[str, float], totals: dict[str, float]) -> Tensor:
         return torch.stack([(self._named[n].float() * g).sum() for n, g in gradients.items()]).sum()
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -45,7 +45,7 @@ def strategy(parameters: dict[str, nn.Parameter], state: OptimizerState | None =
 def step(ddp: DataParallel, gradient: float | dict[str, float], *, lr: float = 1e-2, times: int = 1) -> StepResult:
     batch: Any = gradient if isinstance(gradient, dict) else {"w": gradient}
     for i in range(times):
-        ddp.forward_backward(batch, divisor=1, last=i == times - 1)
+        ddp.forward_backward(batch, totals={}, last=i == times - 1)
     return ddp.step(lr)
 
 

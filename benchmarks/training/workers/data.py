@@ -20,6 +20,7 @@ import ray
 from benchmarks.world import peak_bytes, reset_peak, resident_bytes
 from jobs.driver.prepare import prepare
 from jobs.driver.tokenising import RayTasks
+from jobs.events import SILENT
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.train.data.batches import BatchStream
@@ -44,7 +45,7 @@ def main() -> None:
     recipe = load_recipe(over=fields)
     settings = Settings.from_env({"LORAY_HOME": f"{folder}/home", "LORAY_LOG_LEVEL": "ERROR"})
     runner = WithoutTokenizer if "--random-ids" in sys.argv else RayTasks
-    prepared = prepare(recipe, settings, run=runner(recipe.spec, None, lambda: _connect(int(cpus))))
+    prepared = prepare(recipe, settings, run=runner(recipe.spec, None, lambda: _connect(int(cpus)), SILENT))
     prepared_s, driver_bytes = time.time() - float(started), peak_bytes()
     if ray.is_initialized():
         ray.shutdown()
@@ -83,7 +84,8 @@ class WithoutTokenizer(RayTasks):
             sizes = [int(len(line) / _BYTES_PER_TOKEN) for line in task.content.data.split(b"\n") if line]
             lengths, none = np.array(sizes, np.int32), np.zeros(len(sizes), np.int32)
             documents = np.arange(len(sizes), dtype=np.int32)
-            index = ShardIndex(lengths, documents, np.empty((0, 2), np.int32), none, True, len(sizes))
+            desirable = np.ones(len(sizes), np.bool_)
+            index = ShardIndex(lengths, documents, np.empty((0, 2), np.int32), none, True, len(sizes), desirable)
             cache.put(task.key, TokenShard(rng.integers(0, 49152, sum(sizes), np.uint16), index))
 
 

@@ -53,7 +53,7 @@ def main(
     def step(batch: TrainBatch) -> float:
         began = time.perf_counter()
         with mesh.part(batch) as part:
-            strategy.forward_backward(part, divisor=batch.num_targets, last=True)
+            strategy.forward_backward(part, totals={"targets": batch.num_targets}, last=True)
         strategy.step(spec.optimizer.learning_rate)
         return time.perf_counter() - began
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from benchmarks.world import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recipes.resolve import resolve
-from loray.spec import LongLoraSpec, TrainSpec, VeraSpec
+from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
 from loray.train.data.batches import collate, pack_rows
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
@@ -87,11 +87,11 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
         rows = [(row, np.ones(len(row), np.bool_)) for row in self._ids[state.global_step]]
         began = time.perf_counter()
         batch = collate(pack_rows(rows), tuple((i,) for i in range(len(rows))), packed=False)
-        loss = self._strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        loss = self._strategy.forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
         self._strategy.step(_RATE)
         self._began = time.perf_counter()
         self.our_seconds.append(self._began - began)
-        self.our_losses.append(loss / batch.num_targets)
+        self.our_losses.append(loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.their_seconds.append(time.perf_counter() - self._began)
@@ -140,6 +140,7 @@ def _peft(spec: TrainSpec) -> PeftConfig:
         return VeraConfig(r=adapter.rank, target_modules=_MODULES, projection_prng_key=0, save_projection=False)
     extra = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
     saved = extra if isinstance(adapter, LongLoraSpec) else None
+    assert isinstance(adapter, LoraSpec)
     return LoraConfig(r=adapter.rank, lora_alpha=int(2 * adapter.rank), target_modules=_MODULES, modules_to_save=saved)
 
 

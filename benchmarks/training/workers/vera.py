@@ -69,9 +69,9 @@ def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     strategy = prepare(objective_of(model, spec), spec, mesh.world, torch.device("cpu"), weights)
 
     def step(batch: TrainBatch) -> float:
-        loss = strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        loss = strategy.forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
         strategy.step(_RATE)
-        return loss / batch.num_targets
+        return loss
 
     return step
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from docs.site.markdown import table
 from loray import errors
-from loray.telemetry import METRICS, TRAINING_METRICS, Metric
+from loray.spec import FIGURES
+from loray.telemetry import METRICS, TRAINING_METRICS, Metric, figure_metrics
 from serve_apps.api import problems
 from serve_apps.gateway.errors import failure_of
 
@@ -23,7 +24,7 @@ def metrics_page() -> str:
             _metrics(METRICS.values()),
             "## Of training\n",
             "Ray's nodes expose these, with the prefix `ray_`; all are gauges.\n",
-            _metrics(TRAINING_METRICS.values()),
+            _metrics([*TRAINING_METRICS.values(), *figure_metrics(FIGURES).values()]),
         ]
     )
 

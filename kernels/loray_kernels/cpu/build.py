@@ -128,6 +128,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
     "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _P, _P, _P, _I, _P, _N),
     "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
+    "turn_rows": (_P, _I, _I, _P, _P, _I, _P, _P, _P, _N),
     "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
     "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
 }

@@ -28,7 +28,7 @@ from loray_kernels.cpu.structs import (
     pack_segments,
     pack_step,
 )
-from loray_kernels.descriptors import RowOverrides, token_rows
+from loray_kernels.descriptors import RowOverrides, RowTables, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
@@ -376,6 +376,30 @@ class CpuOps(ReferenceOps):
             tokens_N.data_ptr(),
             tokens_N.shape[0],
             rows.address,
+            torch.get_num_threads(),
+        )
+
+    def turn_rows(
+        self, y_TO: Tensor, pool: Tensor, own: RowOverrides, turn: RowTables, distance_N: Tensor, layer_offset: int
+    ) -> None:
+        f = self._for(pool, y_TO)
+        if f is None or y_TO.stride(1) != 1:
+            super().turn_rows(y_TO, pool, own, turn, distance_N, layer_offset)
+            return
+        tokens_N, distance_N, width = own.tokens_N.contiguous(), distance_N.contiguous(), y_TO.shape[1]
+        rows, turns = pack_rows(own.rows), pack_rows(turn)
+        assert rows.widths == turns.widths == (width,)
+        assert rows.num == turns.num == tokens_N.shape[0] == distance_N.shape[0]
+        f.turn_rows(
+            y_TO.data_ptr(),
+            y_TO.stride(0),
+            width,
+            _address_at(pool, layer_offset),
+            tokens_N.data_ptr(),
+            tokens_N.shape[0],
+            rows.address,
+            turns.address,
+            distance_N.data_ptr(),
             torch.get_num_threads(),
         )
 

@@ -155,7 +155,7 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
         modules = [_Module(*place) for place in zip(widths, widths.values(), columns, strict=False)]
         words += _lora_group(tables, in_features, modules, kept)
         words += _vera_group(tables, in_features, modules, kept, pack_pair)
-        words += _dora_group(tables, modules, kept)
+        words += _scaled_group(tables, modules, kept)
     counts = {len(t.scale) for t in tables.lora.values()}
     assert len(counts) <= 1
     return CStruct(kept.words(words), kept, num=counts.pop() if counts else 0)
@@ -207,14 +207,19 @@ def _vera_group(
     return [len(spans), kept.words(words)]
 
 
-def _dora_group(tables: LayerTables, modules: list[_Module], kept: Kept) -> list[int]:
-    """The last words of a Group: the columns that DoRA scales, by module."""
+def _scaled_group(tables: LayerTables, modules: list[_Module], kept: Kept) -> list[int]:
+    """The last words of a Group: the columns that are scaled, by module."""
     words: list[int] = []
     for module, width, column in modules:
-        if (own := tables.dora.get(module)) is not None:
-            assert pack_rows(own.rows).widths == (width,)
-            words += (*_own_rows(own, kept), column, width)
-    return [len(words) // 5, kept.words(words)]
+        for table in tables.scales.get(module, ()):
+            assert pack_rows(table.own.rows).widths == (width,)
+            words += (*_own_rows(table.own, kept), column, width, table.leaves_bias)
+            if table.turn is None or table.distance_N is None:
+                words += (0, 0)
+            else:
+                assert pack_rows(table.turn).widths == (width,)
+                words += (kept.struct(pack_rows(table.turn)), kept.tensor(table.distance_N))
+    return [len(words) // 8, kept.words(words)]
 
 
 @prepare_once

@@ -38,8 +38,8 @@ from loray_kernels.memory import is_out_of_memory
 from loray_kernels.sampling import TokenSlots
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
-KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
+_ALL = Parts.LORA | Parts.VERA | Parts.SCALE | Parts.OWN
+KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.SCALE, Parts.LORA | Parts.OWN, _ALL)
 _MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequences; more are a copy of their own
 
 T = TypeVar("T")

@@ -342,8 +342,9 @@ class CudaOps(ReferenceOps):
             self._add_lora(x_TI, y_TO, layer, descriptors, field)
         if Parts.VERA in descriptors.parts:
             self._add_vera(x_TI, y_TO, pool, layer, descriptors, field)
-        if Parts.DORA in descriptors.parts:
-            rows_WS, tables = _vectors(descriptors, field)
+        if Parts.SCALE in descriptors.parts:
+            vectors, (rows_WS, tables) = descriptors.vectors, _vectors(descriptors, field)
+            assert vectors is not None
             self._launch(
                 f"scale_recorded_{SUFFIX[pool.dtype]}",
                 (y_TO.shape[0], tables.num_scale_tiles, 1),
@@ -356,6 +357,8 @@ class CudaOps(ReferenceOps):
                     rows_WS.data_ptr(),
                     rows_WS.shape[1],
                     tables.scale_tiles.data_ptr(),
+                    vectors.words[vectors.shape.scaling_word :].data_ptr(),
+                    vectors.starts_S.data_ptr(),
                 ),
             )
 

@@ -299,7 +299,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class VectorLaunch(NamedTuple):
-    """The tables of one input for launches of VeRA and DoRA by descriptor; see vera.cu and rows.cu."""
+    """The tables of one input for launches of VeRA and of scales by descriptor; see vera.cu and rows.cu."""
 
     words_M: Tensor
     tiles: Tensor
@@ -322,13 +322,14 @@ def pack_vectors(table: DescriptorTable, shape: VectorShape) -> list[VectorLaunc
                 for at, num in cut(width, VECTOR_TILE_COLUMNS):
                     tiles += (d, b + s, at, row + first + at, column + first + at, num)
             column += sum(width for _, width in segments)
-            dora, segments = shape.slots[module, "dora"]
+            (scale, segments), turn = shape.slots[module, "scale"], shape.slots[module, "turn"].word
             for s, (first, width) in enumerate(segments):
                 for at, num in cut(width, _SCALE_COLUMNS):
-                    scale_tiles += (dora + s, at, scale_column + first + at, num)
+                    scale_tiles += (scale + s, at, scale_column + first + at, num)
+                    scale_tiles += (scale, turn, segments[0][1], first + at)
             scale_column += sum(width for _, width in segments)
-        words_M, tiles_C6, scale_tiles_C4 = upload(table.words.device, words, tiles, scale_tiles)
-        launches.append(VectorLaunch(words_M, tiles_C6, len(tiles) // 6, scale_tiles_C4, len(scale_tiles) // 4))
+        words_M, tiles_C6, scale_tiles_C8 = upload(table.words.device, words, tiles, scale_tiles)
+        launches.append(VectorLaunch(words_M, tiles_C6, len(tiles) // 6, scale_tiles_C8, len(scale_tiles) // 8))
     return launches
 
 

@@ -119,19 +119,18 @@ def _merged(
     base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
 ) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
-    adapted = {f"model.{key.path}.weight": key for key in weights.modules}
+    adapted = {f"model.{key.path}": module for key, module in weights.modules.items()}
     for name, stored in read_tensors(base.path):
         tensor, kept = stored, dtype or stored.dtype
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
         if trained_on is not None and name.endswith(_LINEAR):
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
-        if name in adapted:
-            lora = weights.modules[adapted[name]].as_lora(weights.pair, tensor.shape[1])
-            merged_OI = tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())
-            if lora.magnitude_O is not None:
-                merged_OI *= lora.output_scale(tensor)[:, None]
-            yield name, merged_OI.to(kept)
+        path, _, kind = name.rpartition(".")
+        if path in adapted:
+            module = adapted[path]
+            merged = module.merged_bias(tensor) if kind == "bias" else module.merged(tensor, weights.pair)
+            yield name, merged.to(kept)
         elif name == _EMBEDDING and weights.embedding is not None:
             rows_VD, ids = tensor.to(kept, copy=True), weights.embedding.token_ids
             rows_VD[slice(None) if ids is None else list(ids)] = weights.embedding.rows_VD.to(kept)

@@ -103,7 +103,7 @@ def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS_OF_PEFT:
         raise UnsupportedError(
-            f"{folder}: peft_type {shown(kind)} is not supported; {' and '.join(sorted(METHODS_OF_PEFT))} are"
+            f"{folder}: peft_type {shown(kind)} is not supported; {', '.join(sorted(METHODS_OF_PEFT))} are"
         )
     for option, inert in _INERT.items():
         if config.get(option) not in inert and option in config:
@@ -202,7 +202,7 @@ def parse_adapter(
 
     def read(key: ModuleKey) -> ModuleWeights:
         path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
-        rank, alpha = ranks.value(path, config["r"]), alphas.value(path, config.get("lora_alpha", 0.0))
+        rank, alpha = ranks.value(path, config.get("r", 0)), alphas.value(path, config.get("lora_alpha", 0.0))
         return method.read(StoredModule(label, parts[key], config, rank, alpha))
 
     modules = {key: read(key) for key in parts}

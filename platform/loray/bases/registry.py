@@ -115,13 +115,15 @@ def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
     return list(found.values())
 
 
-def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> BaseModel:
+def ensure_base(
+    home: Path, name: str, *, fingerprint: str | None = None, progress: Progress | None = None
+) -> BaseModel:
     """Get the base called `name` on a node that may be new, and there make `smollm2` once for all processes.
 
     Raises BaseNotFound for any other missing base, whose source is not known, and BaseMismatch where the base has
     another `fingerprint`.
     """
-    base = _get_or_build(home, name)
+    base = _get_or_build(home, name, progress)
     if fingerprint not in (None, base.fingerprint):
         raise BaseMismatch(
             f"base {name!r} is another model on this machine ({base.fingerprint[:12]}) than the one that the run was "
@@ -130,7 +132,7 @@ def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> Bas
     return base
 
 
-def _get_or_build(home: Path, name: str) -> BaseModel:
+def _get_or_build(home: Path, name: str, progress: Progress | None) -> BaseModel:
     try:
         return get_base(home, name)
     except BaseNotFound:
@@ -142,7 +144,7 @@ def _get_or_build(home: Path, name: str) -> BaseModel:
             return get_base(home, name)
         except BaseNotFound:
             log.info("base model %s is not on this node; making it from its package", name)
-            return add_base(name, home=home)
+            return add_base(name, home=home, progress=progress)
 
 
 def base_names(home: Path) -> list[str]:

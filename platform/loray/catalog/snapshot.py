@@ -125,7 +125,8 @@ class CatalogSnapshot:
     def models(self, after: str | None = None, principal: Principal = OPERATOR) -> Iterator[AdapterEntry]:
         """All names of the caller, sorted; those after the name `after`."""
         lists = [self.names.get(who, ()) for who in ((ALL,) if principal.is_admin else (principal.tenant, PUBLIC))]
-        parts = (names if after is None else names[bisect_right(names, after) :] for names in lists)
+        begins = ((names, 0 if after is None else bisect_right(names, after)) for names in lists)
+        parts = (map(names.__getitem__, range(begin, len(names))) for names, begin in begins)  # a slice copies
         return (self.adapters[name] for name in merge(*parts))
 
     def _find(self, name: str, principal: Principal) -> AdapterEntry | None:

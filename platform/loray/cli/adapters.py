@@ -317,7 +317,7 @@ def push(
     tool_parser: ToolParserName | None,
     as_json: bool,
 ) -> None:
-    """Upload FOLDER, a LoRA or VeRA adapter saved by PEFT, to the server of LORAY_URL, and publish it there.
+    """Upload FOLDER, an adapter saved by PEFT, to the server of LORAY_URL, and publish it there.
 
     An upload that broke off is continued when the command is repeated. The server checks the folder as a whole.
     """
@@ -395,7 +395,7 @@ def import_(
     tool_parser: ToolParserName | None,
     as_json: bool,
 ) -> None:
-    """Publish FOLDER, a LoRA or VeRA adapter saved by PEFT (or one published by another loray).
+    """Publish FOLDER, an adapter saved by PEFT (or one published by another loray).
 
     Checked first: format, options, shapes against the base, file hashes. Only safetensors are read. A
     chat_template.jinja in FOLDER is published with it.

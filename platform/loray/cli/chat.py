@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from rich.text import Text
 from loray.cli.connect import complete_models, target, url_option
 from loray.client import LorayClient
 from loray.errors import EngineError, LorayError
-from loray.spec import format_seconds
+from loray.spec import format_seconds, printable
 
 _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends (as Ctrl-D does)"
 _REFRESH_S = 0.1
@@ -47,11 +46,6 @@ class ChatAnswer:
         after = self.total_s - self.ttft_s
         rate = f", {(self.num_tokens - 1) / after:,.1f} tokens/s" if self.num_tokens > 1 and after > 0 else ""
         return f"{self.num_tokens} tokens{rate}, first after {format_seconds(self.ttft_s)}"
-
-
-def printable(text: str) -> str:
-    """Takes out control characters, by which a text could change what a terminal shows; lines and tabs stay."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 @click.command()

@@ -37,9 +37,10 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
     "open": ("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
     "completion": ("loray.cli.shell:completion", "Print a shell's completion script."),
+    "data": ("loray.cli.data:data", "Look at training data as a model will see it."),
     "recipes": ("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
     "plan": ("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
-    "recommend": ("loray.cli.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."),
+    "recommend": ("loray.cli.recommend:command", "Compare adapter methods, and S-LoRA, for what you need."),
     "simulate": (
         "loray.cli.simulate:simulate",
         "Simulate replicas, routing and scaling under a trace, before they run.",

@@ -143,7 +143,7 @@ def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
 def _run(plan: Plan, spec: TrainSpec) -> Table:
     run = plan.run
     share = run.trained.total / run.base.total
-    rows = f"{run.num_rows} pairs × 2" if run.has_reference else f"{run.num_rows}"
+    rows = f"{run.num_rows} pairs × 2" if run.row_size > 1 else f"{run.num_rows}"
     attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
     if run.shared_dense is not None:
         attention += f", ulysses over {run.sequence} workers"
@@ -190,6 +190,13 @@ def _exchanges(rows: list[list[ExchangeVolume]]) -> Table:
     return table(columns, cells, right=columns)
 
 
+def _reference(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.run.has_reference:
+        return []
+    once = f"{format_seconds(plan.time.reference_s)} for a step's rows, once, before the first step"
+    return [("reference", f"{plan.flops.reference:.3g} FLOPs, {once}; kept for further runs")]
+
+
 def _step(plan: Plan) -> Table:
     flops, time, traffic, device = plan.flops, plan.time, plan.traffic, plan.device
     sent = [
@@ -202,8 +209,7 @@ def _step(plan: Plan) -> Table:
         [
             (
                 "FLOPs",
-                f"{flops.forward:.3g} forward, {flops.backward:.3g} backward, {flops.recompute:.3g} recomputed, "
-                f"{flops.reference:.3g} reference; "
+                f"{flops.forward:.3g} forward, {flops.backward:.3g} backward, {flops.recompute:.3g} recomputed; "
                 f"attention forward {flops.attention:.2g}, dense {flops.dense_attention:.2g}",
             ),
             ("sends", ", ".join(text for text, nbytes in sent if nbytes) or "nothing"),
@@ -213,6 +219,7 @@ def _step(plan: Plan) -> Table:
                 f"{format_seconds(time.attention_s)}, elementwise {format_seconds(time.memory_s)}, AdamW "
                 f"{format_seconds(time.optimizer_s)}, communication not hidden {format_seconds(time.communication_s)}",
             ),
+            *_reference(plan),
             ("tokens/s", f"{time.tokens_per_s:.0f} over all workers; MFU {time.mfu:.1%}"),
             (
                 "assumes",
@@ -279,7 +286,9 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
     is_assumed = device_name is None and device.name == ASSUMED_GPU
     why = on_hardware(spec, hardware()).why if is_here and device_name is None else None
     is_timed = not device.is_host or Machine.here(home).rates is not None
-    to.print(_line(plan, why, is_timed=is_timed), highlight=False, soft_wrap=True)
+    cut = f"; {plan.run.num_rows} rows at once × {plan.run.accumulation} a step"
+    line = _line(plan, why, is_timed=is_timed) + (cut if spec.batch.accumulation == "auto" else "")
+    to.print(line, highlight=False, soft_wrap=True)
     for problem in plan.problems:
         text = f"{problem.message}; {problem.remedy}"
         if problem.severity == "refusal" and not is_assumed:
@@ -302,9 +311,9 @@ def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool)
 def _line(plan: Plan, why: str | None, *, is_timed: bool) -> str:
     memory = f"{format_size(plan.memory.peak_bytes)} of {format_size(plan.device.usable_bytes)}"
     dtype = plan.run.dtype if why is None else f"{plan.run.dtype}: {why}"
-    step = (
-        f", about {format_seconds(plan.time.step_s)} a step ({plan.time.tokens_per_s:,.0f} tokens/s)"
-        if is_timed
-        else ""
-    )
+    step = ""
+    if is_timed:
+        step = f", about {format_seconds(plan.time.step_s)} a step ({plan.time.tokens_per_s:,.0f} tokens/s)"
+        if plan.run.has_reference:
+            step += f" after {format_seconds(plan.time.reference_s)} for its rows' reference"
     return f"plan: {memory} a worker on {plan.device.name}{step}, in {dtype}"

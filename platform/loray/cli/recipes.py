@@ -76,7 +76,7 @@ _OPTIONS = (
     click.option("--name", help="Of the adapter; needed without RECIPE."),
     click.option("--base", help="The base model to train on."),
     click.option("--method", type=click.Choice(list(METHODS))),
-    click.option("--data", metavar="FILE|URL", help="JSONL or Parquet to train on; needed without RECIPE."),
+    click.option("--data", metavar="FILE|URL", help="Rows to train on (see `loray data show`); needed without RECIPE."),
     click.option("--eval-data", metavar="FILE|URL", help="Held-out data; without it, a part of the data is held out."),
     click.option("--workers", type=click.IntRange(min=1), help="num_workers."),
     click.option(

@@ -41,7 +41,7 @@ def command(
     as_json: bool,
     with_estimates: bool,
 ) -> None:
-    """Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what is to be built.
+    """Compare adapter methods, and S-LoRA, for what is to be built.
 
     Two answers stand side by side: a score card that knows neither base nor machine, and an estimate for them.
     """

@@ -1,19 +1,16 @@
-"""Puts an adapter into a transformers model, loads weights into it, and turns it off."""
+"""Puts an adapter into a transformers model, and loads weights into it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loray.errors import UnsupportedError
-from loray.methods import method_of
+from loray.methods import keeps_fp32, method_of
 from loray.methods.base import ADAPTER
 from loray.methods.vera_module import VeraLinear
 from loray.methods.weights import AdapterWeights
@@ -34,8 +31,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
     default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
-    them. DoRA's magnitudes alone are fp32: they are the norms of the base's rows, of which training changes a small
-    part.
+    them. What multiplies outputs alone is fp32, as DoRA's magnitudes: training changes a small part of it.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
@@ -54,18 +50,13 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     _train_extras(model, spec)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
+            parameter.data = parameter.data.to(torch.float32 if keeps_fp32(name) else dtype)
 
 
 def peft_name(name: str) -> str:
     """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    stored = name.replace(f".{ADAPTER}.", ".")
-    return stored.removesuffix(".weight") if is_magnitude(name) else stored
-
-
-def is_magnitude(name: str) -> bool:
-    """True where a parameter of this name is a vector of DoRA's magnitudes."""
-    return ".lora_magnitude_vector." in name
+    stored = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+    return stored.removesuffix(".weight") if keeps_fp32(name) else stored
 
 
 @torch.no_grad()
@@ -84,29 +75,6 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     if weights.embedding is not None:
         weight_VD, token_ids = model.get_input_embeddings().weight, weights.embedding.token_ids
         weight_VD[slice(None) if token_ids is None else list(token_ids)] = weights.embedding.rows_VD.to(weight_VD)
-
-
-class AdapterSwitch:
-    """Turns the adapter that `attach` has put into a model off and on; trained norms and embeddings stay on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._lora: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._vera = [module for module in model.modules() if isinstance(module, VeraLinear)]
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Let the model compute as its base does inside the block. No parameter changes."""
-        self._set(is_off=True)
-        try:
-            yield
-        finally:
-            self._set(is_off=False)
-
-    def _set(self, *, is_off: bool) -> None:
-        for lora in self._lora:
-            lora._disable_adapters = is_off  # PEFT's own method also freezes parameters, which sharding would keep
-        for vera in self._vera:
-            vera.is_off = is_off
 
 
 def _train_extras(model: Any, spec: AdapterSpec) -> None:

@@ -58,13 +58,13 @@ class StoredModule:
     rank: float
     alpha: float
 
-    def check(self, names: Iterable[str], ranked: str) -> None:
+    def check(self, names: Iterable[str], ranked: str | None = None) -> None:
         """Raise UnsupportedError unless the parts have these names, and IntegrityError unless the first axis of the
         part `ranked` is as long as `config` says.
         """
         if set(self.parts) != set(names):
             raise UnsupportedError(f"{self.label} has {sorted(self.parts)}, not {' and '.join(sorted(names))}")
-        if (rank := self.parts[ranked].shape[0]) != self.rank:
+        if ranked is not None and (rank := self.parts[ranked].shape[0]) != self.rank:
             raise IntegrityError(
                 f"{self.label} has rank {rank}, adapter_config.json says {self.rank:g}; save the adapter again"
             )
@@ -79,7 +79,9 @@ class Method(ABC):
     peft_type            of `adapter_config.json`
     defaults             of a recipe's fields, with their reasons, where they are not those of every method
     pair_rate            the learning rate with pairs of answers
-    max_rank             of an adapter's file
+    max_rank             of an adapter's file; 0: the method has no rank
+    fp32_parts           tensors, by PEFT's names, that multiply outputs: a step changes them by less than 16 bits hold
+                         beside 1, so they are trained and published in fp32, and do not decay
     products_backward    products with A and B in a backward pass, for each in a forward pass
     keeps_embedding_rows PEFT can store the changed rows of an embedding alone
     """
@@ -91,8 +93,17 @@ class Method(ABC):
     defaults: ClassVar[Mapping[str, Default]]
     pair_rate: ClassVar[Default]
     max_rank: ClassVar[int] = 1 << 14
+    fp32_parts: ClassVar[tuple[str, ...]] = ()
     products_backward: ClassVar[int] = 2
     keeps_embedding_rows: ClassVar[bool] = True
+
+    def rank(self, spec: Any) -> int:
+        """Return the rank of the adapter's matrices; 0 for a method without."""
+        return int(spec.rank) if self.max_rank else 0
+
+    def problems(self, spec: Any, model: ModelConfig) -> Iterator[str]:
+        """Say why `spec` could not be trained on this base."""
+        yield from ()
 
     # -- what it costs --
 
@@ -110,7 +121,7 @@ class Method(ABC):
 
     def factors(self, spec: Any, model: ModelConfig) -> int:
         """Count the elements of A and B that a token is multiplied with in one layer."""
-        return int(spec.rank) * sum(out + width for out, width in shapes(spec, model).values())
+        return self.rank(spec) * sum(out + width for out, width in shapes(spec, model).values())
 
     def pair_elements(self, spec: Any, model: ModelConfig) -> int:
         """Count the frozen elements that all modules share; 0 where there are none."""
@@ -147,6 +158,8 @@ class Method(ABC):
     def check_config(self, config: Mapping[str, Any], *, source: str) -> None:
         """Raise IntegrityError where a number of `adapter_config.json` is none, or out of bounds."""
         rank = config.get("r")
+        if not self.max_rank:
+            return
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= self.max_rank:
             raise IntegrityError(f"{source}: r is {shown(rank)}, not a number from 1 to {self.max_rank:,}")
 

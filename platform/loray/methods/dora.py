@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from loray.bases.config import ModelConfig
 from loray.methods.base import ServedMatrix, shapes
 from loray.methods.lora import Lora
+from loray.methods.weights import MAGNITUDE
 from loray.spec import DoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
 
@@ -21,6 +22,7 @@ class Dora(Lora):
     name: ClassVar[AdapterMethod] = "dora"
     stored_as: ClassVar[AdapterMethod] = "dora"
     spec: ClassVar[type[BaseModel]] = DoraSpec
+    fp32_parts = (MAGNITUDE,)
 
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
         for matrix in super().matrices(spec, model):

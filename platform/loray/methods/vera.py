@@ -58,6 +58,12 @@ class VeraWeights:
         outer_OR = self.b_O.float()[:, None] * pair.b_OR[: self.b_O.shape[0]].float()
         return LoraWeights(inner_RI, outer_OR, scale=1.0)
 
+    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
+        return self.as_lora(pair, weight_OI.shape[1]).merged(weight_OI, None)
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        return bias_O
+
 
 class Vera(Method):
     """A x is computed once for the modules with the same input, unless dropout gives every module an input of its

@@ -90,8 +90,7 @@ class ProjectionBuffer:
 class VeraLinear(nn.Module):
     """A linear module with its VeRA vectors. In fp32 it is bit-equal to PEFT's; in bf16 the pair is bf16, too.
 
-    d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base, as one does that is
-    off.
+    d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base.
     """
 
     def __init__(
@@ -103,15 +102,12 @@ class VeraLinear(nn.Module):
         self.base_layer = base_layer
         self.shared = shared  # not an nn.Module, so that its tensors are in no state dict
         self.dropout = nn.Dropout(dropout)
-        self.is_off = False
         like: Any = {"dtype": dtype, "device": weight.device}
         self.vera_lambda_b = nn.Parameter(torch.zeros(base_layer.out_features, **like))
         self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base_layer(x)
-        if self.is_off:
-            return base
         b_OR = self.shared.like(x)[1]
         # With dropout every module has an input of its own.
         inner = self.shared.inner(self.dropout(x) if self.dropout.p else x)

@@ -29,15 +29,22 @@ class ModuleKey(NamedTuple):
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in PEFT's files
 _CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
-Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
+Role = Literal["lora_a", "lora_b", "dora", "scale", "turn", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class PoolRows(NamedTuple):
-    """A matrix as rows of the pool. `scale` is LoRA's alpha/r; only lora_b has it."""
+    """A matrix as rows of the pool.
+
+    role    dora and scale are scales of a module's outputs, the latter with the base's bias; turn is what the other
+            output of a pair adds, in factors of that
+    scale   of lora_b, LoRA's alpha/r; of turn, how many outputs apart the two of a pair are
+    module  whose outputs it is for, where that is another than the one that the weights are stored with
+    """
 
     role: Role
     tensor: Tensor
     scale: float = 1.0
+    module: str | None = None
 
 
 class ModuleWeights(Protocol):
@@ -57,7 +64,15 @@ class ModuleWeights(Protocol):
 
     def rows(self) -> Iterator[PoolRows]: ...
     def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
-        """Convert to what computes the same on a module of `width` inputs; LoRA stays as it is."""
+        """Convert to what computes the same on a module of `width` inputs; LoRA stays as it is. Raises UnsupportedError
+        where it is no sum of the base's outputs and others.
+        """
+
+    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
+        """Compute in fp32 the matrix of a module with the adapter in it."""
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        """Compute its bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,15 @@ class LoraWeights:
 
     def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
         return self
+
+    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
+        merged_OI = weight_OI.float() + self.scale * (self.b_OR.float() @ self.a_RI.float())
+        if self.magnitude_O is not None:
+            merged_OI *= self.output_scale(weight_OI)[:, None]
+        return merged_OI
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        return bias_O
 
     def output_scale(self, weight_OI: Tensor) -> Tensor:
         """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:

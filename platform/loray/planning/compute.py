@@ -116,7 +116,7 @@ def plan_traffic(run: RunShape) -> TrafficPlan:
             gradient_bytes = share * (4 + e) * trained
         case _:
             gradient_bytes = share * 4 * trained
-    gather_bytes = int((2 + run.has_reference) * share * weights * run.accumulation)
+    gather_bytes = int((2 + run.extra_forwards) * share * weights * run.accumulation)
     return TrafficPlan(mine, halo_bytes, _dense_bytes(run), int(gradient_bytes), gather_bytes)
 
 
@@ -137,10 +137,11 @@ def _dense_bytes(run: RunShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation and the reference.
+    """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation.
 
-    reference        forward pass of the base alone, which DPO compares with
-    attention        S2-Attn or dense attention of the run, in the forward pass
+    reference        forward pass of a step's rows through what preferences are compared with. It is made once for each
+                     row, before the first step, and is not part of `total`
+    attention        S2-Attn or dense attention of the run, in one forward pass
     dense_attention  dense causal attention over the same rows, in the forward pass
     """
 
@@ -153,7 +154,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.recompute + self.reference
+        return self.forward + self.backward + self.recompute
 
 
 def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> int:
@@ -203,12 +204,12 @@ def count_flops(run: RunShape) -> Flops:
     layers = p.linears + p.adapter + p.attention
     layers += 2.0 * method.step_products(run.adapter, run.model) * run.accumulation
     return Flops(
-        forward=layers + 2 * p.head,
+        forward=(1 + run.extra_forwards) * layers + (2 + run.extra_forwards) * p.head,
         backward=p.linears + method.products_backward * p.adapter + ATTENTION_BACKWARD * p.attention,
         recompute=layers if run.checkpointing else 0.0,
         attention=p.attention,
         dense_attention=4.0 * run.model.head_dim * run.model.num_layers * dense,
-        reference=p.linears + p.attention + p.head if run.has_reference else 0.0,
+        reference=(1 + run.extra_forwards) * (layers + p.head) if run.has_reference else 0.0,
     )
 
 
@@ -219,10 +220,10 @@ def model_flops_per_token(
     *,
     group_size: int | None,
     target_share: float = 1.0,
-    has_reference: bool = False,
+    extra_forwards: int = 0,
 ) -> float:
     """Count model FLOPs per token of forward and backward pass, the mean over rows, of which `length_counts` have so
-    many tokens. MFU is computed from it. With a reference its forward pass counts too.
+    many tokens, and of further forward passes. MFU is computed from it.
 
     MFU (Chowdhery et al., 2022, PaLM, appendix B) counts the operations of the model's equations, without
     recomputation. The frozen output head is applied to `target_share` of the tokens, those with a label. Attention
@@ -233,7 +234,7 @@ def model_flops_per_token(
     p = _products(model, adapter, num_tokens=num_tokens, num_targets=target_share * num_tokens, num_pairs=pairs)
     total = 2 * (p.linears + p.head)
     total += (1 + method_of(adapter).products_backward) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention
-    total += (p.linears + p.head + p.attention) * has_reference
+    total += extra_forwards * sum(p)
     return total / num_tokens
 
 
@@ -254,7 +255,8 @@ class StepEstimate:
     """Seconds of one optimizer step.
 
     communication_s  communication that does not overlap with computation
-    mfu              model FLOPs utilisation: forward, backward and reference, no recomputation, as a share of the peak
+    mfu              model FLOPs utilisation: forward and backward, no recomputation, as a share of the peak
+    reference_s      what the reference takes before the first step, for as many rows as a step has; 0 without one
     """
 
     matmul_s: float
@@ -264,6 +266,7 @@ class StepEstimate:
     communication_s: float
     tokens_per_s: float
     mfu: float
+    reference_s: float = 0.0
 
     @property
     def step_s(self) -> float:
@@ -273,12 +276,14 @@ class StepEstimate:
 def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEstimate:
     """Estimate the seconds of a step on a device."""
     flops = count_flops(run)
-    passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.has_reference
+    passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.extra_forwards
     peak = device.flops * device.product_shares.get(run.dtype, 1.0)
-    matmul_s = (flops.total - passes * flops.attention) / (peak * device.matmul_share)
+    matmul_rate = peak * device.matmul_share
+    matmul_s = (flops.total - passes * flops.attention) / matmul_rate
     share = device.dense_attention_share if run.group_size is None else device.attention_share
     shared = run.shared_dense
-    attention_s = passes * flops.attention / (peak * share) * (1.0 if shared is None else shared.imbalance)
+    one_attention_s = flops.attention / (peak * share) * (1.0 if shared is None else shared.imbalance)
+    attention_s = passes * one_attention_s
     memory_s = _eager_bytes(run) / device.bandwidth
     optimizer_s = _ADAMW_BYTES * run.trained.total / run.optimizer_shards / device.bandwidth
     halo_s, gather_s, gradient_s = (
@@ -288,6 +293,11 @@ def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEs
     dense_s = traffic.dense_bytes / device.link_bandwidth
     communication_s = max(0.0, halo_s - attention_s) + dense_s + max(0.0, gather_s - compute_s) + gradient_s
     step_s = compute_s + optimizer_s + communication_s
+    reference_s = 0.0
+    if run.has_reference:
+        eager_s = memory_s / (3 + run.checkpointing + run.extra_forwards)  # of these passes one is made
+        passes = 1 + run.extra_forwards
+        reference_s = (flops.reference - passes * flops.attention) / matmul_rate + passes * (one_attention_s + eager_s)
     return StepEstimate(
         matmul_s=matmul_s,
         attention_s=attention_s,
@@ -295,7 +305,8 @@ def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEs
         optimizer_s=optimizer_s,
         communication_s=communication_s,
         tokens_per_s=run.tokens_per_step / step_s,
-        mfu=(flops.forward + flops.backward + flops.reference) / (step_s * device.flops),
+        mfu=(flops.forward + flops.backward) / (step_s * device.flops),
+        reference_s=reference_s,
     )
 
 
@@ -309,10 +320,10 @@ def _eager_bytes(run: RunShape) -> float:
     width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
     width += 5 * e * sum(model.module_shape(module)[0] for module in run.adapter.target_modules)
     width += 5 * e * model.intermediate_size
-    layers = width * model.num_layers * (3 + run.checkpointing + run.has_reference)
-    loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.has_reference / 2)  # the reference has no gradient
+    layers = width * model.num_layers * (3 + run.checkpointing + run.extra_forwards)
+    loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.extra_forwards / 2)  # half of it is the gradient
     dequantized = 0.0
     if run.quantization is not None:  # every pass reads each weight and writes it in the base's dtype
-        passes = 2 + run.checkpointing + run.has_reference
+        passes = 2 + run.checkpointing + run.extra_forwards
         dequantized = (run.quantization.bytes_per_element + e) * count_quantized(model) * passes
     return float((layers + loss) * run.tokens_per_worker + dequantized) * run.accumulation

@@ -106,7 +106,10 @@ class Plan:
 
 
 def make_plan(run: RunShape, device: Device) -> Plan:
-    """Plan a run. Raises SpecError where rows cannot be split over the sequence groups."""
+    """Plan a run, cut to fit where the recipe says so. Raises SpecError where rows cannot be split over the sequence
+    groups.
+    """
+    run = cut_to_fit(run, device)
     memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
     measuring = measuring_bytes(run, device)
     problems = (
@@ -116,6 +119,22 @@ def make_plan(run: RunShape, device: Device) -> Plan:
     return Plan(
         run, device, memory, measuring, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems
     )
+
+
+def cut_to_fit(run: RunShape, device: Device) -> RunShape:
+    """Cut the rows of a step into the fewest equal micro-batches that fit the device, where the recipe leaves that to
+    the plan; into single rows where none fit.
+    """
+    if not run.is_cut_to_fit:
+        return run
+    for num_rows in range(run.num_rows, 0, -1):
+        if run.num_rows % num_rows:
+            continue
+        cut = replace(run, num_rows=num_rows, accumulation=run.num_rows // num_rows, is_cut_to_fit=False)
+        host = plan_host(cut, device)
+        if most_bytes(cut, device) <= device.usable_bytes and (host is None or host.fits):
+            break
+    return cut
 
 
 def advice_for_less(run: RunShape, device: Device) -> str:
@@ -246,7 +265,7 @@ def most_bytes(run: RunShape, device: Device) -> int:
 def _variants(run: RunShape) -> Iterator[RunShape]:
     strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
     sequences = [run.sequence]
-    while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
+    while run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
         sequences.append(2 * sequences[-1])
     for sequence, strategy, num_rows, checkpointing in itertools.product(
         sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})

@@ -104,12 +104,15 @@ class RunShape:
 
     row_length       N of the longest row, in tokens, before padding
     num_rows         rows of a micro-batch
-    row_size         sequences of a row: two where it is a pair, which also goes through the reference
+    row_size         sequences of a row that are learned: two where it is a pair
+    extra_forwards   further sequences of a row, for each learned one, that only pass forward
+    has_reference    each row is compared with a reference, in a pass before the first step
     group_size       S2-Attn's G, None where attention is dense
     usual_group      G of LongLoRA's paper
     context          tokens of the context that the adapter is trained for
     quantization     of the base, None where it stays in `dtype`
     measured_length  tokens of the longest window or prompt that is measured before publishing; None: nothing is
+    is_cut_to_fit    `num_rows` are those of a step, which the plan cuts into micro-batches
     """
 
     model: ModelConfig
@@ -128,11 +131,9 @@ class RunShape:
     quantization: QuantizationSpec | None
     measured_length: int | None
     row_size: int = 1
-
-    @property
-    def has_reference(self) -> bool:
-        """True where a step has one more forward pass, of the base alone."""
-        return self.row_size > 1
+    extra_forwards: int = 0
+    has_reference: bool = False
+    is_cut_to_fit: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -217,15 +218,17 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
     UnsupportedError where the driver would refuse it, too.
     """
     resolved = resolve(spec, model)
-    row_length, row_size = resolved.row_length, spec.objective.sequences_per_row
-    check_token_budget(spec.batch, row_length * row_size)
+    objective, row_length = spec.objective, resolved.row_length
+    longest = row_length * objective.sequences_per_row
+    check_token_budget(spec.batch, longest)
+    is_cut_to_fit = spec.batch.accumulation == "auto"
     return RunShape(
         model=model,
         adapter=spec.adapter,
         dtype=dtype if spec.dtype == "auto" else spec.dtype,
         row_length=row_length,
-        num_rows=spec.batch.rows or (spec.batch.tokens or 0) // (row_length * row_size),
-        accumulation=spec.batch.accumulation,
+        num_rows=spec.batch.rows or (spec.batch.tokens or 0) // longest,
+        accumulation=1 if is_cut_to_fit else spec.batch.chosen_accumulation,
         group_size=resolved.group_size,
         usual_group=resolved.usual_group,
         context=resolved.context,
@@ -235,7 +238,10 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
         strategy=spec.parallel.strategy,
         quantization=spec.quantization,
         measured_length=_measured_length(spec, resolved),
-        row_size=row_size,
+        row_size=objective.sequences_per_row - objective.extra_forwards,
+        extra_forwards=objective.extra_forwards,
+        has_reference=objective.has_reference,
+        is_cut_to_fit=is_cut_to_fit,
     )
 
 

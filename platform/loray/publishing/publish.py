@@ -73,7 +73,7 @@ def import_folder(
     description: str = "",
     tool_parser: ToolParserName | None = None,
 ) -> AdapterVersion:
-    """Publish a PEFT LoRA or VeRA folder, which is not changed. A folder with a `loray.json` keeps its digest.
+    """Publish a folder of PEFT, which is not changed. A folder with a `loray.json` keeps its digest.
 
     A `chat_template.jinja` in it is published too, and serving uses it instead of the base's.
 

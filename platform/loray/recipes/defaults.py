@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from loray.bases.config import ModelConfig
 from loray.methods import METHODS
-from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType
+from loray.spec import OBJECTIVES, BaseSize, ColumnNames, Default, Method, ObjectiveType
 
 BASE_SIZES: tuple[BaseSize, ...] = get_args(BaseSize)
 FIRST_METHOD: Method = "lora"
@@ -30,7 +30,9 @@ GROUPS = (
 _EVERY_METHOD: Mapping[str, Default] = {
     "name": Default("what requests call it; each publication is its next version"),
     "base": Default("loray makes it from a package, and it trains on two cores"),
-    "objective.type": Default("learns completions; dpo learns which of two answers is better", FIRST_OBJECTIVE),
+    "objective.type": Default(
+        "learns completions; dpo, orpo, simpo which of two is better, kto which are good", FIRST_OBJECTIVE
+    ),
     "adapter.method": Default("the first to try: it has the fewest surprises", FIRST_METHOD),
     "adapter.dropout": Default("adapters have few parameters; raise it where the held-out loss rises while loss falls"),
     "adapter.target_modules": Default("attention alone; the MLP's three more than double adapter and time"),
@@ -46,15 +48,18 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "rope_scaling.factor": Default("trained for so many times the original context"),
     "rope_scaling.original_context": Default("the base's own window"),
     "init_adapter": Default("a published adapter to go on from, as NAME@VERSION; its RoPE is taken over"),
-    "data.train": Default("files, folders or globs with `messages`, `prompt` and `completion`, or `text`"),
+    "data.train": Default("files, folders or globs of chats, prompts with completions, or texts"),
     "data.eval": Default("without it, a part of `train` is held out"),
     "data.eval_fraction": Default("enough rows to tell checkpoints apart, few to lose"),
-    "data.format": Default("the columns say it"),
+    "data.format": Default("the columns say it, and rows go through the base's chat template; raw: as they stand"),
+    "data.columns": Default("the names that rows have; or yours, as {prompt: question, completion: answer}"),
+    **{f"data.columns.{name}": Default(f"what your files call `{name}`") for name in ColumnNames.model_fields},
+    "data.system": Default("rows have their own, or the template's; requests have to bring the same"),
     "data.max_length": Default("of one row, in tokens: LongLoRA's context, else 1024 or the base's shorter window"),
     "data.max_rows": Default("all of them; the first ones of every source"),
     "batch.rows": Default("of a worker at once; halve it and double `accumulation` where memory is short", 8),
     "batch.tokens": Default("instead of `rows`: a budget, padding included, where rows differ much in length"),
-    "batch.accumulation": Default("micro-batches of a step; a larger batch without more memory"),
+    "batch.accumulation": Default("micro-batches of a step: more rows in the same memory; auto: as few as fit it"),
     "batch.order": Default("shuffled; length_grouped pads less, packed not at all, concat joins texts"),
     "optimizer.learning_rate": Default("the update is scaled by alpha/rank; large bases want less", 1e-3, 2e-4),
     "optimizer.weight_decay": Default("an adapter is small: early stopping on held-out loss regularises better"),
@@ -116,10 +121,10 @@ def defaults_of(
 ) -> dict[str, Default]:
     """List the defaults of all fields of a recipe of `method` with that objective, by field.
 
-    `is_continued`: it has an `init_adapter` (pairs have none), which changes a reason and no value.
+    `is_continued`: it has an `init_adapter`, which changes a reason and no value.
     """
     found = {**_EVERY_METHOD, **METHODS[method].defaults, **OBJECTIVES[objective].defaults}
-    if OBJECTIVES[objective].sequences_per_row > 1:
+    if OBJECTIVES[objective].compares_answers:
         found["optimizer.learning_rate"] = METHODS[method].pair_rate
     elif is_continued:
         found["optimizer.learning_rate"] = found["optimizer.learning_rate"]._replace(why=_CONTINUED_RATE)
@@ -129,9 +134,16 @@ def defaults_of(
 def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
     """Copy a recipe's `fields`, and give those that it leaves out their defaults.
 
-    A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
+    A field that is null is given. What is not as a recipe should be is left for its parser to refuse. `batch: auto`, or
+    `accumulation: auto` without rows, stands for as many rows in a step as by default, cut to fit.
     """
     filled = copy.deepcopy(dict(fields))
+    batch = {"accumulation": "auto"} if filled.get("batch") == "auto" else filled.get("batch")
+    is_cut_to_fit = False
+    if isinstance(batch, dict) and batch.get("accumulation") == "auto" and not {"rows", "tokens"} & {*batch}:
+        is_cut_to_fit = True
+        del batch["accumulation"]
+        fields, filled["batch"] = {**fields, "batch": dict(batch)}, batch
     method, objective = named_method(fields), _kind(fields, "objective", "type", FIRST_OBJECTIVE)
     known = next((name for name in OBJECTIVES if name == objective), None)
     defaults = {} if method is None or known is None else defaults_of(method, known)
@@ -139,7 +151,17 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
         value = default.on(size)
         if value is not None and not any(_has(fields, other) for other in alternatives(path)):
             _put(filled, path, value)
+    if is_cut_to_fit:
+        filled["batch"] = cut_to_fit(filled["batch"])
     return filled
+
+
+def cut_to_fit(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the micro-batches of a complete section `batch` to the plan, with as many rows in a step."""
+    rows, accumulation = batch.get("rows"), batch.get("accumulation", 1)
+    if isinstance(rows, int) and isinstance(accumulation, int):
+        return {**batch, "rows": rows * accumulation, "accumulation": "auto"}
+    return {**batch, "accumulation": "auto"}
 
 
 def named_method(fields: Mapping[str, Any]) -> Method | None:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loray.bases.config import ModelConfig
 from loray.errors import DataError, SpecError
-from loray.recipes.defaults import complete, named_method, size_of
+from loray.recipes.defaults import complete, cut_to_fit, named_method, size_of
 from loray.recipes.fields import merge
 from loray.recipes.sources import fixed_part
 from loray.spec import BaseSize, DataSpec, Name, TrainSpec, read_mapping
@@ -78,6 +78,11 @@ def load_recipe(
     folder. An example may lack name and data.
     """
     fields, path, folder = ({}, None, _folder_of_data(over or {})) if name is None else _read(name)
+    is_cut_to_fit = False
+    if over and over.get("batch") == "auto" and isinstance(fields.get("batch"), dict):
+        is_cut_to_fit = True  # the rows of a step stay those that the file says
+        over = {field: value for field, value in over.items() if field != "batch"}
+        path = None
     if over:
         merge(fields, _moved(over, folder, is_alone=name is None))
         path = None
@@ -88,7 +93,10 @@ def load_recipe(
     elif name is None:
         _check_named(fields)
     size = size_of_base(fields.get("base", TrainSpec.model_fields["base"].default), shape_of)
-    return Recipe(TrainSpec.parse(complete(fields, size), source=str(path or "the recipe")), path, folder)
+    completed = complete(fields, size)
+    if is_cut_to_fit:
+        completed["batch"] = cut_to_fit(completed["batch"])
+    return Recipe(TrainSpec.parse(completed, source=str(path or "the recipe")), path, folder)
 
 
 def size_of_base(base: object, shape_of: ShapeOf) -> BaseSize:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from loray.bases.config import ModelConfig, scaled
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Hardware, training_dtype
+from loray.methods import method_of
 from loray.spec import MAX_CONTEXT, AdapterManifest, BatchSpec, RopeParameters, RopeScaling, TrainSpec
 
 _MAX_LENGTH = 1024
@@ -62,9 +63,11 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
     `data.max_length` bounds a row. Without it, a row of LongLoRA, or of any method with `rope_scaling`, has up to the
     whole context, and another row up to 1,024 tokens, or the base's context where that is shorter.
 
-    Raises SpecError where rows would be longer than the context, or shorter than the workers that share them are many,
-    and UnsupportedError where RoPE cannot be scaled.
+    Raises SpecError where the adapter does not fit the base, where rows would be longer than the context, or shorter
+    than the workers that share them are many, and UnsupportedError where RoPE cannot be scaled.
     """
+    for problem in method_of(spec.adapter).problems(spec.adapter, model):
+        raise SpecError(problem)
     original = context = model.max_position_embeddings
     scaling, rope = spec.rope_scaling, None
     if scaling is not None:

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 from loray.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # of the files that a folder or a glob of folders stands for
+# Of the files that a folder stands for.
+SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".tsv")
 HUB = "hf://"  # of data sets of the Hugging Face hub
 ARROW = ".arrow"  # a shard of a saved data set
 # What `save_to_disk` writes beside the shards, and above the splits.
 _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
+_NOTES = (_INFO, _STATE, _SPLITS, "dataset_infos.json")  # which are no data
 _SPLIT = "train"
 
 
@@ -145,7 +147,7 @@ def _is_shown(name: str) -> bool:
 def is_read(path: str) -> bool:
     """True where a file somewhere in a folder can be part of a source: data that is shown, or notes of a data set."""
     parts = PurePosixPath(path)
-    named = parts.suffix in (*SUFFIXES, ARROW) or parts.name in (_INFO, _STATE, _SPLITS)
+    named = parts.suffix in (*SUFFIXES, ARROW)  # notes are .json
     return named and all(map(_is_shown, parts.parts))
 
 
@@ -169,7 +171,8 @@ def _in_folder(source: str, folder: Path) -> Iterator[Path]:
         return
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        if file.suffix in SUFFIXES and all(map(_is_shown, relative.parts)) and file.is_file():
+        is_data = file.suffix in SUFFIXES and file.name not in _NOTES
+        if is_data and all(map(_is_shown, relative.parts)) and file.is_file():
             yield file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -71,6 +72,11 @@ def format_seconds(seconds: float) -> str:
     """`0.0123` → "12.3 ms", `1234.5` → "1,234 s"."""
     value, unit = (seconds, "s") if abs(seconds) >= 0.9995 else (1000 * seconds, "ms")
     return f"{value:.3g} {unit}" if abs(value) < 999.5 else f"{value:,.0f} {unit}"
+
+
+def printable(text: str) -> str:
+    """Take out control characters, by which a text could change what a terminal shows; lines and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]

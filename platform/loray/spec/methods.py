@@ -1,14 +1,15 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA, IA³, RoAd."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora", "alora"]
+Method = Literal["lora", "dora", "vera", "longlora", "ia3", "road", "alora"]
+RoadVariant = Literal["road_1", "road_2", "road_4"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -24,21 +25,30 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
 InvocationTokens = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=256)]
 
 
+class SlowRates(NamedTuple):
+    """Learning rates, of rows and of pairs, below which a method hardly learns, and what a warning says of them."""
+
+    rates: tuple[float, float]
+    why: str
+
+
 class _AdapterSpec(Frozen):
     """Fields of all methods. `train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and
     published as well.
 
     usual_attention  while training, where a recipe does not say
     held_whole       what strategies that take parameters apart cannot hold; None: they can
+    trains_b         LoRA's B, which LoRA+ gives a learning rate of its own
+    slow_below       rates that are a warning; None: there are none
     is_invoked       it is the base before an invocation
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
     held_whole: ClassVar[str | None] = None
+    trains_b: ClassVar[bool] = True
+    slow_below: ClassVar[SlowRates | None] = None
     is_invoked: ClassVar[bool] = False
 
-    rank: int = Field(gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
@@ -49,7 +59,14 @@ class _AdapterSpec(Frozen):
         return None
 
 
-class LoraSpec(_AdapterSpec):
+class _RankedSpec(Frozen):
+    """Fields of methods with matrices."""
+
+    rank: int = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class LoraSpec(_AdapterSpec, _RankedSpec):
     """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
 
     method: Literal["lora"] = "lora"
@@ -107,8 +124,14 @@ class LongLoraSpec(LoraSpec):
     train_norms: bool = True
 
 
-class VeraSpec(_AdapterSpec):
+class VeraSpec(_AdapterSpec, _RankedSpec):
     """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
+
+    trains_b: ClassVar[bool] = False
+    slow_below: ClassVar[SlowRates | None] = SlowRates(
+        (1e-3, 5e-5),
+        "as for LoRA; VeRA's two vectors a module want about ten times that (the paper: 4e-3 to 2e-2)",
+    )
 
     method: Literal["vera"] = "vera"
     rank: int = Field(default=256, gt=0)
@@ -117,4 +140,36 @@ class VeraSpec(_AdapterSpec):
     save_projection: bool = False
 
 
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | AloraSpec, Field(discriminator="method")]
+class Ia3Spec(_AdapterSpec):
+    """IA³ (Liu et al., 2022): each output of a module is multiplied by a trained number; of down_proj, as in the paper,
+    each input, which is what the MLP computes between its matrices.
+    """
+
+    held_whole: ClassVar[str | None] = "IA³ trains fp32 vectors"
+    trains_b: ClassVar[bool] = False
+    slow_below: ClassVar[SlowRates | None] = SlowRates(
+        (2e-3, 2e-4),
+        "as for LoRA; IA³'s vectors, which begin at 1, want several times that (the paper: 3e-3)",
+    )
+
+    method: Literal["ia3"] = "ia3"
+    target_modules: tuple[LinearModule, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
+
+
+class RoadSpec(_AdapterSpec):
+    """RoAd (Liao & Monz, 2024): pairs of a module's outputs are turned by a trained angle and scaled by a trained
+    number. `variant`: one of both for a pair, one for an output (road_2), or one for each of a pair's four products
+    (road_4). The two outputs of a pair are half of `group_size` apart.
+    """
+
+    held_whole: ClassVar[str | None] = "RoAd trains fp32 vectors"
+    trains_b: ClassVar[bool] = False
+
+    method: Literal["road"] = "road"
+    variant: RoadVariant = "road_1"
+    group_size: int = Field(default=64, ge=2, multiple_of=2)
+
+
+AdapterSpec = Annotated[
+    LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | Ia3Spec | RoadSpec | AloraSpec, Field(discriminator="method")
+]

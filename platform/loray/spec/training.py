@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from loray.spec.fields import MAX_CONTEXT, Alias, AnyDType, DType, Frozen, Name
 from loray.spec.methods import AdapterSpec
-from loray.spec.objectives import ObjectiveSpec, SftSpec
+from loray.spec.objectives import OBJECTIVES, ObjectiveSpec, SftSpec
 
 # Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
 PERPLEXITY, LOSS = "perplexity", "loss"
@@ -107,16 +107,62 @@ Paths = Annotated[tuple[SourcePath, ...], Field(min_length=1)]
 Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
 
 
+class ColumnNames(Frozen):
+    """What the columns of files are called, where it is not as here: `{prompt: question, completion: answer}`.
+
+    A file that has no column of such a name is read by the name here.
+    """
+
+    messages: str | None = None
+    conversations: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    text: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    system: str | None = None
+    tools: str | None = None
+
+    def of(self, name: str) -> str:
+        """The files' name of a column."""
+        named: str | None = getattr(self, name, None)
+        return name if named is None else named
+
+
 class DataSpec(Frozen):
-    """JSONL, Parquet or saved data sets with columns `messages` (chat), `prompt` and `completion`, or `text`, and for
-    DPO `prompt`, `chosen` and `rejected` (preference); `auto` looks which. `train` and `eval` are one source (see
-    DataSource) or several.
+    """JSONL, JSON arrays, CSV, TSV, Parquet or saved data sets. `train` and `eval` are one source (see DataSource) or
+    several.
+
+    format   of the rows, by their columns: chat (`messages`), sharegpt (`conversations`), prompt_completion (`prompt`,
+             `completion`), alpaca (`instruction`, `input`, `output`), text (`text`), and of pairs preference (`prompt`,
+             `chosen`, `rejected`), and of answers without pairs unpaired_preference (`prompt`, `completion`, `label`).
+             All but texts go through the base's chat template, as requests do. auto: the columns
+             say it, and without a template strings are learned as they stand. raw: the same, also on a base that has a
+             template
+    columns  other names of these columns
+    system   the system prompt of rows that have none
     """
 
     train: SourcePath | Mixture
     eval: SourcePath | Paths | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal["auto", "chat", "prompt_completion", "text", "preference"] = "auto"
+    format: Literal[
+        "auto",
+        "raw",
+        "chat",
+        "sharegpt",
+        "prompt_completion",
+        "alpaca",
+        "text",
+        "preference",
+        "unpaired_preference",
+    ] = "auto"
+    columns: ColumnNames | None = None
+    system: str | None = Field(default=None, min_length=1)
     max_length: int | None = Field(
         default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
     )
@@ -162,9 +208,11 @@ def _changed(
 
 
 class BatchSpec(Frozen):
-    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is. A row of DPO is
-    a pair: two sequences.
+    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is. A row of
+    an objective that compares answers is two sequences.
 
+    accumulation  micro-batches of a step. auto: `rows` are those that a worker takes in a step, in as few micro-batches
+                  as fit its memory
     order  shuffled, length_grouped: a document or a window of it is a row. packed: whole documents fill a row, each
            with positions and attention of its own. concat, of texts: they are joined by the end-of-sequence token and
            cut at the longest row, with one attention and running positions, as LongLoRA's paper does. None: concat
@@ -173,14 +221,22 @@ class BatchSpec(Frozen):
 
     rows: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)
-    accumulation: int = Field(default=1, gt=0)
+    accumulation: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     order: Literal["shuffled", "length_grouped", "packed", "concat"] | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.rows is None) == (self.tokens is None):
             raise ValueError("give exactly one of rows and tokens")
+        if self.accumulation == "auto" and self.rows is None:
+            raise ValueError("accumulation: auto cuts the rows of a step: give rows instead of tokens")
         return self
+
+    @property
+    def chosen_accumulation(self) -> int:
+        """The micro-batches of a step, of a recipe whose driver has chosen them."""
+        assert self.accumulation != "auto", "the driver chooses the micro-batches"
+        return self.accumulation
 
 
 _BLOCK, _OUTER_BLOCK = 64, 256  # bitsandbytes' numbers of elements with a common scale, and of such scales
@@ -205,8 +261,6 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 # name, name@alias or name@version, of the tenant itself or as tenant/name
 _ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
-
-_LEAST_VERA_RATE, _LEAST_VERA_DPO_RATE = 1e-3, 5e-5
 
 
 class OptimizerSpec(Frozen):
@@ -347,13 +401,13 @@ class TrainSpec(Frozen):
 
     @property
     def is_paired(self) -> bool:
-        """A row is a pair of answers, of which a batch has two sequences."""
+        """A row has two sequences of a batch."""
         return self.objective.sequences_per_row > 1
 
     @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of all workers in one optimizer step. It does not depend on how many workers are left."""
-        return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
+        return self.batch.chosen_accumulation * (self.num_workers // self.parallel.sequence)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -375,8 +429,8 @@ class TrainSpec(Frozen):
                 yield f"parallel.sequence is {sequence}, which does not divide {name} ({number})"
         if self.min_workers is not None and self.min_workers > self.num_workers:
             yield f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})"
-        if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
-            yield "optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train"
+        if self.optimizer.loraplus_lr_ratio is not None and not self.adapter.trains_b:
+            yield f"optimizer.loraplus_lr_ratio is for LoRA's B, which {self.adapter.method} does not train"
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             yield "optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains"
         if self.parallel.strategy != "ddp":
@@ -386,10 +440,7 @@ class TrainSpec(Frozen):
                 yield f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp"
         if self.adapter.is_invoked:
             yield from self._mistakes_of_invocations()
-        if self.is_paired:
-            yield from self._mistakes_of_pairs()
-        elif self.data.format == "preference":
-            yield "data.format preference is for pairs: set objective: {type: dpo}"
+        yield from self._mistakes_of_rows()
 
     def _mistakes_of_invocations(self) -> Iterator[str]:
         if self.batch.order == "concat":
@@ -402,33 +453,23 @@ class TrainSpec(Frozen):
                 "off: leave them out"
             )
 
-    def _mistakes_of_pairs(self) -> Iterator[str]:
-        if self.data.format not in ("auto", "preference"):
-            yield f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out"
-        if self.batch.order in ("packed", "concat"):
-            yield f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out"
-        if self.parallel.sequence > 1:
-            yield "DPO compares whole answers, which parallel.sequence splits: set it to 1"
-        if self.adapter.train_embeddings or self.adapter.train_norms:
+    def _mistakes_of_rows(self) -> Iterator[str]:
+        objective, given = self.objective, self.data.format
+        if given not in ("auto", "raw", *objective.formats):
+            others = " or ".join(name for name, spec in OBJECTIVES.items() if given in spec.formats)
+            yield f"data.format {given} is for objective.type {others}, and this is {objective.type}: change either"
+        if objective.compares_answers and self.batch.order in ("packed", "concat"):
             yield (
-                "DPO's reference is the base with the adapter off, and trained embeddings and norms stay on: set "
-                "adapter.train_embeddings and adapter.train_norms to false"
-            )
-        if self.init_adapter is not None:
-            yield (
-                "DPO's reference is the base, and init_adapter starts elsewhere: merge that adapter into a base "
-                "(loray adapters pull --format), add it with loray base add, and train on it"
+                f"batch.order {self.batch.order} joins rows, and objective.type {objective.type} compares whole "
+                "answers: leave it out"
             )
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about values that are valid but probably a mistake."""
-        rate = self.optimizer.learning_rate
-        if self.adapter.method == "vera" and rate < (_LEAST_VERA_DPO_RATE if self.is_paired else _LEAST_VERA_RATE):
-            return (
-                f"optimizer.learning_rate is {rate:g}, as for LoRA; VeRA's two vectors a module want about ten times "
-                "that (the paper: 4e-3 to 2e-2)",
-            )
+        rate, slow = self.optimizer.learning_rate, self.adapter.slow_below
+        if slow is not None and rate < slow.rates[self.objective.compares_answers]:
+            return (f"optimizer.learning_rate is {rate:g}, {slow.why}",)
         return ()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods import method_of
+from loray.methods import keeps_fp32, method_of
 from loray.spec import (
     LOSS,
     AdapterSpec,
@@ -142,12 +142,10 @@ class Snapshot(NamedTuple):
 def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
     """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`.
 
-    DoRA's magnitudes, whose steps are smaller than those of 16 bits, stay fp32.
+    What multiplies outputs, whose steps are smaller than those of 16 bits, stays fp32.
     """
-    from loray.methods.attach import is_magnitude  # it imports PEFT
-
     masters = optimizer.masters.items()
-    trained = {name: master if is_magnitude(name) else master.to(getattr(torch, dtype)) for name, master in masters}
+    trained = {name: master if keeps_fp32(name) else master.to(getattr(torch, dtype)) for name, master in masters}
     return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
 
 
@@ -291,7 +289,8 @@ class Reporter(Protocol):
     """Takes the events and checkpoints of a run."""
 
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
-        """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
+        """Every rank makes the same calls, but for those that tell how far a stage is. `metrics["event"]` is start,
+        step, eval, early_stop, progress or checkpoint.
 
         `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """

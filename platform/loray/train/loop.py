@@ -1,7 +1,8 @@
 """The training loop in plain Python: one process, or one of several over torch.distributed.
 
-A step: its batches → sum of losses over all targets or pairs → gradients, summed over micro-batches and ranks → clip →
-AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
+A step: its batches → counts of the loss's terms, summed over micro-batches and ranks → each micro-batch's part of the
+mean loss → gradients, summed likewise → clip → AdamW. The strategy distributes parameters, gradients and states over
+ranks. All ranks make the same reporter calls.
 """
 
 from __future__ import annotations
@@ -9,43 +10,50 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loray.adapters.peft_format import read_adapter
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, TrainingError
 from loray.methods.attach import InitialAdapter, load_weights
+from loray.recipes.resolve import resolve
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
 from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation
 from loray.train.data.batches import (
-    BatchStream,
     Cursor,
     TokenizedRows,
+    TrainBatch,
     collate,
     collate_pairs,
     pair_lengths,
     plan_evaluation,
 )
+from loray.train.data.lessons import Lessons, lessons_of, teach
 from loray.train.data.rows import Dataset
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model, count_parameters, dense
-from loray.train.objectives import Objective, objective_of
+from loray.train.objectives import Objective, Score, objective_of
 from loray.train.optimizer import StepResult, learning_rate
+from loray.train.reference import Reference
 from loray.train.strategies import prepare
+from loray.train.teacher import BaseTeacher
 
 log = get_logger(__name__)
+
+_REFERENCE = "computing the reference of pairs"
 
 
 def train(
@@ -57,17 +65,21 @@ def train(
     workdir: Path,
     resume_from: Path | None = None,
     initial: InitialAdapter | None = None,
+    teacher: BaseModel | None = None,
     device: torch.device | None = None,
     dtype_reason: str | None = None,
+    measured_tokens: int = 0,
     clock: Clock = time.monotonic,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
-    `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own.
+    `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own. `teacher`
+    is the base that a recipe of distillation names; a served teacher has been asked, and `data` has its lessons.
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
-    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state.
+    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state. `measured_tokens` are
+    those that go through models once the run has ended, which the time that is left counts.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -75,13 +87,35 @@ def train(
     """
     if (spec.init_adapter is None) != (initial is None):
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
+    if (spec.objective.teaching is None) != (teacher is None and data.lessons is None):
+        raise SpecError("objective.teacher: a base, or what a served model says of the rows, goes with it")
     with deterministic(spec.deterministic):
         device = device or torch.device("cpu")
-        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device, dtype_reason, clock)
+        run = _Run(
+            spec,
+            base,
+            data,
+            reporter,
+            workdir,
+            resume_from,
+            initial,
+            teacher,
+            device,
+            dtype_reason,
+            measured_tokens,
+            clock,
+        )
         try:
             return run.train()
         finally:
             run.checkpoints.close()
+
+
+class Known(Protocol):
+    """What was found out about rows before the first step: a reference, or a teacher's lessons."""
+
+    def joined(self, batch: TrainBatch) -> TrainBatch:
+        """Give a batch of these rows what is known of them."""
 
 
 class _Step(NamedTuple):
@@ -105,8 +139,10 @@ class _Run:
         workdir: Path,
         resume_from: Path | None,
         initial: InitialAdapter | None,
+        teacher: BaseModel | None,
         device: torch.device,
         dtype_reason: str | None,
+        measured_tokens: int,
         clock: Clock,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
@@ -127,31 +163,91 @@ class _Run:
             saved = checkpoint.read_state(resume_from)
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
             self.state = saved.model_copy(update={"recipe": spec, "dtype_reason": dtype_reason})
-        self.model: Any = build_model(base, spec)
-        if initial is not None and resume_from is None:
-            load_weights(self.model, read_adapter(initial.folder, base.config))
-        self.model.train()
-        self.num_parameters = count_parameters(self.model)
         self.published_dtype = spec.publish.dtype or stored_dtype(base.path)
-        optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.chosen_dtype)
-        self.strategy = prepare(self.objective, spec, self.world, self.device, weights, optimizer_state)
-        self.stream = BatchStream(
-            data.train,
-            spec.batch,
-            max_length=data.max_length,
-            seed=spec.seed,
-            cursor=Cursor(self.state.epoch, self.state.index),
-            per_step=spec.micro_batches_per_step,
-            rank=self.mesh.data_rank,
-            size=self.mesh.data_size,
-            shares=data.shares,
-            paired=data.is_paired,
-        )
-        steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
+        cursor = Cursor(self.state.epoch, self.state.index)
+        self.stream = data.stream(spec, cursor=cursor, rank=self.mesh.data_rank, size=self.mesh.data_size)
+        steps = self.stream.steps_of(spec)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
+        self.lessons = data.lessons if teacher is None else self._taught(teacher)
+        self.references = self._references(steps, initial) if spec.objective.has_reference else None
+        is_missing = self.references is not None and any(reference.missing for reference in self.references)
+        if is_missing and resume_from is not None:  # what was kept has gone: the checkpoint's weights do not say it
+            self._build(None, initial)
+            self._compute_references()
+            del self.model, self.objective, self.strategy
+        self._build(resume_from, initial)
+        if is_missing and resume_from is None:
+            self._compute_references()
         self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
         self.good_steps_unsaved = 0
+        interval = spec.evaluation.interval_steps or self.num_steps
+        rows = data.evaluation
+        self.left = TimeLeft(self.num_steps, interval if len(rows) else None, int(rows.lengths.sum()), measured_tokens)
+
+    def _build(self, resume_from: Path | None, initial: InitialAdapter | None) -> None:
+        """Distribute the model as it is before the first step, or as the checkpoint `resume_from` has it."""
+        self.model: Any = build_model(self.base, self.spec)
+        if initial is not None and resume_from is None:
+            load_weights(self.model, read_adapter(initial.folder, self.base.config))
+        self.model.train()
+        self.num_parameters = count_parameters(self.model)
+        optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
+        self.objective, weights = objective_of(self.model, self.spec), BaseWeights(self.base, self.spec.chosen_dtype)
+        self.strategy = prepare(self.objective, self.spec, self.world, self.device, weights, optimizer_state)
+
+    # -- what is found out about the rows before the first step --
+
+    def _taught(self, teacher: BaseModel) -> tuple[Lessons, Lessons]:
+        """Ask a base about the rows that nobody has asked it about, each rank about its share of them."""
+        spec, teaching = self.spec, self.spec.objective.teaching
+        assert teaching is not None
+        named = [teacher.fingerprint, spec.chosen_dtype]
+        lessons = lessons_of(spec, self.data, named, teaching.num_top, self.base.config.vocab_size)
+        self.world.gather(None)  # all have seen what is missing before one adds to it
+        if any(part.missing for part in lessons):
+            asked = BaseTeacher(teacher, spec.chosen_dtype, self.device, teaching.num_top)
+            answers = partial(map, asked.top)
+            for told in teach(lessons, self.data, answers, rank=self.world.rank, size=self.world.size):
+                self._report({"event": "progress", **told})
+            self.world.gather(None)
+        return lessons
+
+    def _references(self, num_steps: int, initial: InitialAdapter | None) -> tuple[Reference, Reference]:
+        """Read what is kept of training rows, which have the run's attention, and of held-out ones."""
+        spec, data, device = self.spec, self.data, self.device
+        fields = spec.model_dump(mode="json", include={"dtype", "quantization", "rope_scaling"})
+        model = [self.base.fingerprint, initial and initial.digest, fields]
+        trained = [*model, resolve(spec, self.base.config).group_size]
+        measured = plan_evaluation(pair_lengths(data.evaluation.lengths), spec.batch)
+        return (
+            Reference(data.train, self.stream.planned(num_steps), trained, data.cache, self.mesh, device),
+            Reference(data.evaluation, measured, [*model, None], data.cache, self.mesh, device),
+        )
+
+    def _compute_references(self) -> None:
+        """Compute what is missing with the model at hand, and report how far that is."""
+        assert self.references is not None
+        missing = [batch for reference in self.references for block in reference.missing for batch in block]
+        total, done, began = sum(map(len, missing)), 0, time.perf_counter()
+        # A step computes its rows forward, and backward in twice the time.
+        num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
+        steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
+        self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
+        compute = self.strategy.objective.eval()
+        attentions: list[AbstractContextManager[object]] = [nullcontext(), dense(self.model, self.mesh.sequence)]
+        for reference, attention in zip(self.references, attentions, strict=True):
+            with attention:
+                for num_pairs in reference.compute(compute):
+                    done += num_pairs
+                    eta_s = (time.perf_counter() - began) / done * (total - done + steps)
+                    told = {"stage": _REFERENCE, "done": done, "total": total, "eta_s": eta_s}
+                    self._report({"event": "progress", **told})
+        compute.train()
+
+    @property
+    def _known(self) -> tuple[Known, Known] | None:
+        """Of training rows and of held-out ones."""
+        return self.references or self.lessons
 
     # -- the run --
 
@@ -159,14 +255,13 @@ class _Run:
         self._report_start()
         if not self.resumed and len(self.data.evaluation):
             self._evaluate_baselines()
-        started = ended = time.perf_counter()
-        first = self.state.step + 1
+        ended = time.perf_counter()
         while (step := self.state.step + 1) <= self.num_steps:
             done = self._step(step)
             before, ended = ended, time.perf_counter()
-            mean_s = (ended - started) / (step - first + 1)
             # From step to step, evaluations and checkpoints included.
-            self._report_step(done, seconds=ended - before, eta_s=(self.num_steps - step) * mean_s)
+            self.left.stepped(ended - before, done.num_tokens)
+            self._report_step(done, seconds=ended - before, eta_s=self.left.after(step))
             if self.skipped_here >= self.spec.max_nonfinite_steps:
                 self._stop()
             evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
@@ -184,17 +279,23 @@ class _Run:
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
-        counts = sum(b.num_terms for b in batches), sum(b.num_tokens for b in batches)
-        num_terms, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
+        if self._known is not None:
+            batches = [self._known[0].joined(batch) for batch in batches]
+        score, learned = _score_with(self.strategy.objective, self.mesh), [*map(self.objective.learned, batches)]
+        counts = [
+            {"tokens": part.num_tokens, **self.objective.counts(whole, score)}
+            for whole, part in zip(batches, learned, strict=True)
+        ]
+        totals = _totals(counts, self.mesh, self.device)
+        num_tokens = int(totals["tokens"])
         mine = 0.0
-        for batch in batches:
+        for batch in learned:
             with self.mesh.part(batch) as part:
-                mine += self.strategy.forward_backward(part, divisor=num_terms, last=batch is batches[-1])
-        signals, sums = self.checkpoints.signals(), self.objective.take()
-        loss, overdue, written, *totals = self.world.sum(mine, *signals, *sums, device=self.device)
+                mine += self.strategy.forward_backward(part, totals=totals, last=batch is learned[-1])
+        signals, parts = self.checkpoints.signals(), self.objective.take()
+        loss, overdue, written, *means = self.world.sum(mine, *signals, *parts, device=self.device)
         self.checkpoints.take(written)
-        loss /= num_terms
-        metrics = {name: total / num_terms for name, total in zip(self.objective.metrics, totals, strict=True)}
+        metrics = dict(zip(self.objective.metrics, means, strict=True))
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
         result = self.strategy.step(lr)
         if result.skipped:
@@ -208,12 +309,12 @@ class _Run:
                 "epoch": self.stream.cursor.epoch,
                 "index": self.stream.cursor.done,
                 "skipped_steps": self.state.skipped_steps + result.skipped,
-                "num_tokens": self.state.num_tokens + int(num_tokens),
+                "num_tokens": self.state.num_tokens + num_tokens,
                 "eval_loss": None,
                 "eval_metrics": {},
             }
         )
-        return _Step(loss, lr, result, int(num_tokens), overdue > 0, metrics)
+        return _Step(loss, lr, result, num_tokens, overdue > 0, metrics)
 
     def _stop(self) -> None:
         """Save the parameters where their held-out loss is finite, and raise TrainingError. Skipped steps change
@@ -253,8 +354,22 @@ class _Run:
     # -- evaluation --
 
     def _held_out_loss(self) -> HeldOut:
+        began = told_at = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told_at
+            if time.perf_counter() - told_at > _TOLD_S:
+                told_at = time.perf_counter()
+                stage = {"stage": "evaluating held-out rows", "done": done / total, "total": 1}
+                self._report({"event": "progress", **stage})
+
         rows, compute = self.data.evaluation, self.strategy.objective
-        return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh)
+        known = None if self._known is None else self._known[1]
+        found = held_out_loss(
+            self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh, known=known, progress=tell
+        )
+        self.left.evaluated(time.perf_counter() - began)
+        return found
 
     def _evaluate_baselines(self) -> None:
         """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
@@ -342,6 +457,73 @@ class _Run:
         self.good_steps_unsaved = 0
 
 
+_TOLD_S = 1.0  # of an evaluation, until it is told how far it is, and from then to the next time
+
+
+class TimeLeft:
+    """Estimates the seconds until a run has ended, by what its steps and evaluations took so far.
+
+    num_steps        of the run
+    interval         steps from one evaluation to the next; None: nothing is evaluated
+    eval_tokens      of an evaluation
+    measured_tokens  that go through models after the last step
+    """
+
+    def __init__(self, num_steps: int, interval: int | None, eval_tokens: int, measured_tokens: int) -> None:
+        self.num_steps, self.interval = num_steps, interval
+        self.eval_tokens, self.measured_tokens = eval_tokens, measured_tokens
+        self._steps_s = self._evals_s = self._since_step_s = 0.0
+        self._num_steps = self._num_tokens = self._num_evals = 0
+
+    def stepped(self, seconds: float, num_tokens: int) -> None:
+        """A step has ended `seconds` after the one before, which the evaluations between them took too."""
+        self._steps_s += max(0.0, seconds - self._since_step_s)
+        self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
+        self._since_step_s = 0.0
+
+    def evaluated(self, seconds: float) -> None:
+        self._evals_s, self._num_evals = self._evals_s + seconds, self._num_evals + 1
+        if self._num_steps:  # what is measured before the first step is no part of its time
+            self._since_step_s += seconds
+
+    def after(self, step: int) -> float:
+        """The time that is left after a step, before what is evaluated then."""
+        step_s = self._steps_s / self._num_steps
+        if not self._num_evals:  # a pass forward is a third of a step
+            return (self.num_steps - step) * step_s + self.measured_tokens * self._steps_s / self._num_tokens / 3
+        eval_s = self._evals_s / self._num_evals
+        measuring_s = self.measured_tokens * eval_s / self.eval_tokens
+        return (self.num_steps - step) * step_s + self._num_evaluations(step) * eval_s + measuring_s
+
+    def _num_evaluations(self, step: int) -> int:
+        """Those due after this step and later ones; the last step is evaluated whatever the interval."""
+        if self.interval is None:
+            return 0
+        by_interval = self.num_steps // self.interval - (step - 1) // self.interval
+        return by_interval + (self.num_steps % self.interval > 0)
+
+
+def _totals(counts: Iterable[Mapping[str, float]], mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """Sum the counts of each kind over micro-batches and ranks. A sequence group's ranks count the same batches."""
+    summed: dict[str, float] = {}
+    for of_batch in counts:
+        summed = {kind: summed.get(kind, 0) + count for kind, count in of_batch.items()}
+    totals = mesh.world.sum(*summed.values(), device=device)
+    return {kind: total / mesh.sequence.size for kind, total in zip(summed, totals, strict=True)}
+
+
+def _score_with(compute: nn.Module, mesh: Mesh) -> Score:
+    """Make what computes the log-probabilities of a batch's rows by the model as it is."""
+
+    @torch.no_grad()
+    def score(batch: TrainBatch) -> Tensor:
+        with mesh.part(batch) as part:
+            log_probs_B: Tensor = compute(part, {})
+        return log_probs_B
+
+    return score
+
+
 # -- what makes a run give the same bits again ------------------------------------------------------------------------
 
 
@@ -376,9 +558,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
 
 class HeldOut(NamedTuple):
-    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
-    objective's further figures.
-    """
+    """`loss` is the mean, nan where a logit is not finite; `metrics` are the objective's further figures."""
 
     loss: float
     metrics: dict[str, float]
@@ -386,35 +566,50 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(
-    objective: Objective, compute: nn.Module, rows: TokenizedRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+    objective: Objective,
+    compute: nn.Module,
+    rows: TokenizedRows,
+    spec: TrainSpec,
+    *,
+    device: torch.device,
+    mesh: Mesh,
+    known: Known | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOut:
     """Measure the mean loss over all rows and ranks, with dense attention also where training uses S2-Attn.
 
     The model is in training mode afterwards.
 
     `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
-    rank without a batch repeats the last one, and does not count it.
+    rank without a batch repeats the last one, and does not count it. `known`: what the objective learns from beside the
+    rows. `progress` is told how many of all batches are done.
     """
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
     batches = plan_evaluation(lengths, spec.batch)
-    total, num_terms = 0.0, 0
-    sums = [0.0] * len(objective.metrics)
-    compute.eval()
-    with dense(objective.model, mesh.sequence):
-        for first in range(0, len(batches), mesh.data_size):
-            mine = first + mesh.data_rank
+
+    def collated() -> Iterator[tuple[TrainBatch, bool]]:
+        """This rank's batches, and whether each counts."""
+        for mine in range(mesh.data_rank, len(batches) + mesh.data_rank, mesh.data_size):
             planned = batches[min(mine, len(batches) - 1)]
             whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
-            with mesh.part(whole) as part:
-                loss = float(compute(part))
+            yield whole if known is None else known.joined(whole), mine < len(batches)
+
+    compute.eval()
+    score = _score_with(compute, mesh)
+    with dense(objective.model, mesh.sequence):
+        counts = ({kind: n * counted for kind, n in objective.counts(b, score).items()} for b, counted in collated())
+        totals = _totals(counts, mesh, device)
+        figures = [0.0] * (1 + len(objective.metrics))
+        for number, (whole, counted) in enumerate(collated()):
+            with mesh.part(objective.learned(whole)) as part:
+                loss = float(compute(part, totals))
             taken = objective.take()
-            if mine < len(batches):
-                total += loss
-                num_terms += part.num_terms
-                sums = [a + b for a, b in zip(sums, taken, strict=True)]
+            if counted:
+                figures = [a + b for a, b in zip(figures, (loss, *taken), strict=True)]
+            progress(min((number + 1) * mesh.data_size, len(batches)), len(batches))
     compute.train()
-    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
-    return HeldOut(total / count, {name: s / count for name, s in zip(objective.metrics, sums, strict=True)})
+    loss, *means = mesh.world.sum(*figures, device=device)
+    return HeldOut(loss, dict(zip(objective.metrics, means, strict=True)))
 
 
 @contextmanager

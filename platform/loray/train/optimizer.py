@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loray.methods import keeps_fp32
 from loray.spec import OptimizerSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW and DeepSpeed call them
@@ -56,8 +57,8 @@ class OptimizerState(NamedTuple):
 def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
     """Make AdamW over `tensors`, by parameter name, in groups with the same weight decay and factor `lr_scale`.
 
-    Embeddings, norms and DoRA's magnitudes have no weight decay. LoRA's B has `loraplus_lr_ratio` times the learning
-    rate (LoRA+, Hayou et al., 2024), VeRA's d `vera_d_lr_ratio` times.
+    Embeddings, norms and what multiplies outputs have no weight decay. LoRA's B has `loraplus_lr_ratio` times the
+    learning rate (LoRA+, Hayou et al., 2024), VeRA's d `vera_d_lr_ratio` times.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -95,7 +96,7 @@ def num_updates(optimizer: torch.optim.Optimizer) -> int:
 
 
 def is_decayed(name: str) -> bool:
-    return not any(part in name for part in ("embed", "norm", "lora_magnitude_vector"))
+    return not (keeps_fp32(name) or "embed" in name or "norm" in name)
 
 
 def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -17,18 +17,21 @@ import psutil
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from peft import LoraConfig, VeraConfig
+from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
+from loray.engine.memory.blocks import Geometry
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import shard_adapter
 from loray.engine.parallel.worker import LocalWorkers, WorkerArgs
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
-from loray.errors import EngineError, RankLost, SpecError
+from loray.errors import EngineError, RankLost, SpecError, UnsupportedError
+from loray.methods.road import RoadWeights
+from loray.methods.weights import AdapterWeights, ModuleKey
 from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
 from tests.conftest import REPOSITORY
@@ -57,6 +60,8 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
         LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(9)[8][40:42]),
         None,
     ),
+    "ia3": (IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]), None),
+    "road": (RoadConfig(variant="road_4", group_size=8, target_modules=ALL), None),
 }
 CPU = torch.device("cpu")
 
@@ -195,6 +200,16 @@ def test_a_rank_has_all_of_what_it_multiplies(tiny_base: Callable[..., BaseModel
     resident = pools[1].place(adapter.ref, sharded)
     assert resident is not None
     assert sum(e.rows * e.width for e in resident.extents) * base.config.num_layers == elements
+
+
+def test_pairs_on_two_ranks_are_refused() -> None:
+    module = RoadWeights(torch.zeros(16), torch.ones(16), "road_1", 32)
+    whole, local = (Geometry(9, 2, 16, 2 * 16 * heads * 16) for heads in (2, 1))
+    packer = Packer(whole, torch.float32, torch.zeros(1, 8))
+    of_o, of_k = (packer.pack(AdapterWeights({ModuleKey(0, name): module})) for name in ("o_proj", "k_proj"))
+    shard_adapter(of_o, whole, local, 2)  # whose outputs are whole on each rank
+    with pytest.raises(UnsupportedError, match="groups of 32, which does not divide the 32 outputs of k_proj over 2"):
+        shard_adapter(of_k, whole, local, 2)
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:

@@ -17,7 +17,8 @@ from loray.engine.memory.blocks import Geometry
 from loray.engine.pool import packed as embedding
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, open_packed, packed_name, save_packed
 from loray.errors import IntegrityError
-from loray.methods.weights import EmbeddingRows, LoraWeights, ModuleKey
+from loray.methods.ia3 import Ia3Weights
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from tests.fixtures.packing import packer, weights
 from tests.fixtures.peft_adapters import Adapters
 from tests.fixtures.stores import damage
@@ -114,3 +115,13 @@ def test_page_locked_memory_is_counted_as_torch_takes_it() -> None:
     assert pinned.host_bytes == sum(taken) > sum(sizes)
     whole = torch.zeros(1 << 10, dtype=torch.uint8)
     assert bytes_taken(whole, pinned=True) == 1 << 10
+
+
+def test_factors_of_one_output_are_one_row() -> None:
+    """IA³'s of down_proj's inputs are those of up_proj's outputs."""
+    up, down = (1 + 0.3 * torch.randn(40, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    modules = {ModuleKey(2, "up_proj"): Ia3Weights(up[:, None]), ModuleKey(2, "down_proj"): Ia3Weights(down[None])}
+    packed = packer().pack(AdapterWeights(modules))
+    ((_, (matrix,)),) = packed.shape.groups
+    assert (matrix.module, matrix.role, matrix.rows, matrix.width) == ("up_proj", "scale", 1, 40)
+    torch.testing.assert_close(packed.layered[0][0], up * down - 1, rtol=0, atol=1e-6)

@@ -41,7 +41,7 @@ TUNE: dict[str, Any] = TRAINING | {
     "adapter": LONGLORA,
     "attention": {"type": "dense"},
     "init_adapter": "extended",
-    "data": {"train": "tasks.jsonl", "eval_fraction": 0.2, "max_length": 32},
+    "data": {"train": "tasks.jsonl", "eval_fraction": 0.2, "max_length": 32, "format": "raw"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.driver.fit import WorkerHardware
-from jobs.driver.prepare import prepare
+from jobs.driver.prepare import Prepared, prepare
 from loray.errors import DataError, SpecError, UnsupportedError
 from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
@@ -88,6 +89,29 @@ def test_the_driver_plans_the_rows_that_there_are(tmp_path: Path, settings: Sett
     packed = fields["batch"] | {"order": "packed"}
     with pytest.raises(SpecError, match="a worker where this-machine has"):
         prepare(write(tmp_path, **(fields | {"batch": packed})), settings, workers_of=workers_of)
+
+
+def test_a_steps_rows_are_cut_by_what_the_workers_hold(tmp_path: Path, settings: Settings) -> None:
+    """By the rows that there are, and with the reason."""
+    data = {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 512}
+    fields: dict[str, Any] = {"dtype": "float32", "batch": {"rows": 512, "accumulation": "auto"}, "data": data}
+
+    def cut(memory_bytes: int) -> Prepared:
+        found = WorkerHardware(replace(HARDWARE, memory_bytes=memory_bytes), 1)
+        return prepare(write(tmp_path, **fields), settings, workers_of=lambda spec: found)
+
+    small, large = cut(320 * MIB), cut(1 << 40)
+    assert (large.spec.batch.rows, large.spec.batch.accumulation) == (512, 1)
+    rows, times = small.spec.batch.rows or 0, small.spec.batch.chosen_accumulation
+    assert 1 < rows < 512
+    assert rows * times == 512
+    assert re.fullmatch(r"the most that fit this-machine: \d+\.\d MB of \d+\.\d MB", small.batch_reason)
+    assert small.spec.micro_batches_per_step == times
+    fields |= {"use_gpu": True}  # and none is found
+    blind = cut(1 << 40)
+    assert (blind.spec.batch.rows, blind.spec.batch.accumulation) == (512, 1)
+    assert blind.batch_reason == "the workers' memory is not known"
+    assert prepare(write(tmp_path, dtype="float32"), settings).batch_reason == ""
 
 
 def test_an_invocation_is_that_of_the_bases_template_unless_it_is_given(tmp_path: Path, settings: Settings) -> None:

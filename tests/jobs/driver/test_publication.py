@@ -18,16 +18,19 @@ from jobs.driver import evaluation
 from jobs.driver.fit import build_measuring
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
-from jobs.events import describe
+from jobs.events import Stages, decode, describe
+from jobs.runs import folders
 from jobs.runs.folders import RunFolder, open_runs, score
-from jobs.workers.measuring import Measurement, measure_here
+from jobs.workers.measuring import Measurement, measure_here, whole_progress
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.catalog.aliases import failures
 from loray.errors import BaseMismatch, DataError, EvaluationError, SpecError, StoreError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
+from loray.spec import BatchSpec
 from loray.train import checkpoint
+from loray.train.evaluation.documents import held_out_prompts
 from tests.fixtures.recipes import write
 from tests.fixtures.runs import long_recipe, trained
 
@@ -118,7 +121,7 @@ def test_after_a_store_error_the_checkpoint_can_be_published_later(
     catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()
     catalog.jobs.add("first", name=recipe.spec.name, recipe=recipe.spec)
     driver.publish_latest(recipe, settings, events.append)
-    assert [e["label"] for e in events] == ["arithmetic@1"]
+    assert [e["label"] for e in events if e["event"] == "published"] == ["arithmetic@1"]
     assert (catalog.jobs.get("first").status, catalog.jobs.get("first").version) == ("succeeded", 1)
 
 
@@ -131,7 +134,7 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     run, made = trained(recipe, settings, tmp_path)
     events: list[dict[str, Any]] = []
     published = publish_best(made, run, recipe, settings, events.append)
-    (measuring,) = map(describe, events)
+    (measuring,) = (describe(event) for event in events if event["event"] != "progress")
     assert measuring == "measuring perplexity and passkey retrieval of base and adapter before publishing"
     assert (published["label"], published["aliases"], published["refusal"]) == ("good@1", ["prod"], None)
     version = Catalog(settings.catalog).adapters.version("good", 1)
@@ -195,7 +198,7 @@ def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evalu
     assert {e.metric for e in Catalog(settings.catalog).adapters.version("large", 1).manifest.evaluations} == {"loss"}
 
     asked: list[Measurement] = []
-    monkeypatch.setattr(evaluation, "measure_here", lambda wanted: asked.append(wanted) or measure_here(wanted))
+    monkeypatch.setattr(evaluation, "measure_here", lambda wanted, _: asked.append(wanted) or measure_here(wanted))
     later = long_recipe(tmp_path, name="large", num_workers=4, parallel={"strategy": "fsdp2"})
     published = publish_best(made, run, later, settings)
     assert (published["label"], published["aliases"], published["unmeasured"]) == ("large@2", ["prod"], None)
@@ -228,6 +231,8 @@ def test_a_workers_error_is_the_drivers(settings: Settings, tmp_path: Path, monk
 
     monkeypatch.setattr(evaluation.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluation, "build_measuring", lambda *_: SimpleNamespace(fit=fail))
+    monkeypatch.setattr(evaluation, "start_sink", lambda path: None)
+    monkeypatch.setattr(evaluation.ray, "kill", lambda sink: None)
     with pytest.raises(EvaluationError, match=r"^the loss is nan$"):
         publish_best(made, run, recipe, settings)
     failures.pop(1)
@@ -263,3 +268,76 @@ def test_the_given_recipe_decides_what_is_measured(settings: Settings, tmp_path:
     assert manifest.recipe is not None
     assert (manifest.recipe.max_steps, manifest.recipe.publish.aliases) == (6, ("prod",))
     assert {e.context_length for e in manifest.evaluations if e.metric == "perplexity"} == {64, 128, 32}
+
+
+ASKED = ({"prompt": f"{'abcdefgh'[i % 8]} then", "completion": f" {'bcdefghi'[i % 8]}"} for i in range(40))
+
+
+def test_held_out_prompts_are_answered_and_kept_in_the_runs_history(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing else to measure; and where they cannot be, the version is published all the same."""
+    recipe = write(tmp_path, name="asked", dtype="float32")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ASKED))
+    run, made = trained(recipe, settings, tmp_path)
+    prompts = held_out_prompts(prepare(recipe, settings).data.evaluation, 1)
+    assert len(prompts) == 3
+    events: list[dict[str, Any]] = []
+    published = publish_best(made, run, recipe, settings, events.append, prompts=prompts)
+    stages = [e["stage"] for e in events if e["event"] == "progress"]
+    assert stages == ["answering held-out prompts, base", "answering held-out prompts, adapter", "publishing"]
+    (found,) = (e["samples"] for e in events if e["event"] == "samples")
+    assert [sample["expected"] for sample in found] == [sample["prompt"][0].translate(NEXT) for sample in found]
+    assert all({"base", "adapter"} < sample.keys() for sample in found)
+    kept = [decode(line) for line in Path(run.path, "events.jsonl").read_text().splitlines()]
+    assert kept == events
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("loray.train.evaluation.measure.load", fail)
+    events.clear()
+    assert publish_best(made, run, recipe, settings, events.append, prompts=prompts)["digest"] == published["digest"]
+    (warning,) = (describe(e) for e in events if e["event"] == "warning")
+    assert warning == "warning: no held-out prompt is answered: OutOfMemoryError: CUDA out of memory"
+
+
+NEXT = str.maketrans("abcdefgh", "bcdefghi")
+
+
+def test_a_measurement_tells_how_far_all_of_it_is() -> None:
+    """The second stage has three times the tokens, half of them kept by an earlier measurement."""
+    told: list[Any] = []
+    times = [0.0]
+    tell = whole_progress({"base": 100, "adapter": 300}, Stages(told.append, lambda: times[-1]), lambda: times[-1])
+    for now, stage, share in ((0.0, "base", 0.0), (5.0, "base", 0.5), (10.0, "base", 1.0), (10.0, "adapter", 0.5)):
+        times.append(now)
+        tell(stage, share)
+    assert [(e["stage"], e["done"], e["total"], e.get("eta_s")) for e in told] == [
+        ("measuring base", 0.0, 1, None),
+        ("measuring base", 0.125, 1, 35.0),
+        ("measuring base", 0.25, 1, 30.0),
+        ("measuring adapter", 0.625, 1, 15.0),
+    ]
+
+
+def test_the_tokens_of_a_measurement_are_known_before_the_run(settings: Settings, tmp_path: Path) -> None:
+    """Two lengths with four windows each, and one prompt, of three models."""
+    retrieval = [{"task": "passkey", "context_lengths": [400], "depths": [0.0, 0.5], "samples": 1}]
+    asked = {"perplexity": {"stride": 32, "max_windows": 4}, "retrieval": retrieval}
+    prepared = prepare(long_recipe(tmp_path, evaluation=asked), settings)
+    assert prepared.measured_tokens == 3 * (4 * 64 + 4 * 128 + 2 * 400)
+    assert prepare(long_recipe(tmp_path, evaluation={}, publish={}), settings).measured_tokens == 0
+
+
+def test_a_run_that_goes_on_has_the_micro_batches_that_it_began_with(settings: Settings, tmp_path: Path) -> None:
+    recipe = write(tmp_path, name="cut", dtype="float32", batch={"rows": 4, "accumulation": "auto"})
+    run = open_runs(settings).new("cut", "job")
+    assert driver._as_begun(recipe, run) == recipe
+    run.write_model(folders.BATCH, BatchSpec(rows=2, accumulation=2, order="shuffled"))
+    gone_on = driver._as_begun(recipe, run).spec
+    assert (gone_on.batch.rows, gone_on.batch.accumulation, gone_on.batch.order) == (2, 2, None)
+    given = write(tmp_path, name="cut", dtype="float32", batch={"rows": 1, "accumulation": 4})
+    assert driver._as_begun(given, run) == given
+    other = write(tmp_path, name="cut", dtype="float32", batch={"rows": 6, "accumulation": "auto"})
+    assert driver._as_begun(other, run) == other  # which the run's checkpoints refuse

@@ -42,6 +42,17 @@ def test_with_a_job_server(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(call.invoke(jobs, ["stop", "nobody"]).exception, JobNotFound)
 
 
+def test_on_a_terminal_events_are_in_words(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    warning, odd = '{"event": "warning", "message": "mind"}', '{"event": "warning", "text": "of another version"}'
+    lines = ["Running entrypoint", warning, odd]
+    monkeypatch.setattr(command._Direct, "follow", lambda self, job: iter(lines))
+    call = CliRunner()
+    assert call.invoke(jobs, ["logs", "-f", "nightly"]).output.splitlines() == lines
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    told = call.invoke(jobs, ["logs", "-f", "nightly"]).output.splitlines()
+    assert told == ["Running entrypoint", "warning: mind", odd]
+
+
 def test_without_a_cluster(catalog: Catalog) -> None:
     call = CliRunner()
     assert "tone" in call.invoke(jobs, ["ls"]).output  # as the catalog has it

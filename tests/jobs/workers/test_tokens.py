@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from jobs.driver.tokenising import RayTasks
+from jobs.events import SILENT, Stages
 from jobs.workers.tokens import BucketCache, open_tokens
 from loray.errors import DataError, StoreError
 from loray.settings import Settings
@@ -30,7 +31,8 @@ from tests.fixtures.training_data import Counted, jsonl, listed
 def shard(number: int, num_tokens: int = 100) -> TokenShard:
     tokens = np.arange(number, number + num_tokens, dtype=np.uint16)
     lengths, none = np.array([num_tokens], np.int32), np.zeros(1, np.int32)
-    return TokenShard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1))
+    desirable = np.ones(1, np.bool_)
+    return TokenShard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1, desirable))
 
 
 def in_bucket(s3_server: S3Server, copies: Path, max_bytes: int = 1 << 20) -> BucketCache:
@@ -112,11 +114,17 @@ def test_tasks_make_the_shards_that_workers_read(
     recipe = write_recipe(tmp_path).spec
     options: dict[str, Any] = {"max_length": 64, "max_eval_rows": 9, "seed": 0}
     connected: list[int] = []
-    run, again = RayTasks(recipe, None, lambda: connected.append(1)), Counted()
+    told: list[Any] = []
+    run, again = RayTasks(recipe, None, lambda: connected.append(1), Stages(told.append)), Counted()
     cache = in_bucket(s3_server, tmp_path / "copies")
     data = load_data(spec, byte_tokenizer(), cache=cache, run=run, **options)
     alone = load_data(spec, byte_tokenizer(), **options)
     assert connected == [1]
+    assert [(e["stage"], e["done"]) for e in (told[0], told[-1])] == [
+        ("tokenising", 0),
+        ("tokenising", told[-1]["total"]),
+    ]
+    assert told[-1]["total"] > 1
     assert listed(data.train) == listed(alone.train)
     load_data(spec, byte_tokenizer(), cache=cache, run=again, **options)
     assert again.done == 0
@@ -132,7 +140,7 @@ def test_tasks_make_the_shards_that_workers_read(
 
 
 def test_a_single_part_needs_no_cluster(tmp_path: Path) -> None:
-    run = RayTasks(write_recipe(tmp_path).spec, None, lambda: pytest.fail("connected"))
+    run = RayTasks(write_recipe(tmp_path).spec, None, lambda: pytest.fail("connected"), SILENT)
     spec = DataSpec(train=jsonl(tmp_path, {"text": "a"}, {"text": "b"}), eval_fraction=0)
     data = load_data(
         spec, byte_tokenizer(), cache=FolderCache(tmp_path), run=run, max_length=9, max_eval_rows=1, seed=0

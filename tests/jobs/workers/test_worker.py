@@ -56,6 +56,7 @@ def test_out_of_memory_ends_the_run_with_what_to_change(
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: world))
     monkeypatch.setattr(worker, "num_threads", lambda: 1)
     monkeypatch.setattr(worker, "_train", fail)
+    monkeypatch.setattr(worker, "EventSender", lambda sink: SimpleNamespace(send=lambda event: None))
     monkeypatch.setattr(worker, "hardware", lambda: replace(HARDWARE, gpus=(H100, H100)))
     monkeypatch.setattr(worker.ray.train, "get_context", lambda: context)
     recipe = write(tmp_path, num_workers=num_workers, use_gpu=True, dtype="bfloat16", batch={"rows": 8})
@@ -83,6 +84,7 @@ def test_an_error_on_another_rank_ends_this_one_too(
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: world))
     monkeypatch.setattr(worker, "num_threads", lambda: 1)
     monkeypatch.setattr(worker, "_train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(worker, "EventSender", lambda sink: SimpleNamespace(send=lambda event: None))
     config = config_of(write(tmp_path), settings)
     assert worker.run(config) == "rank 1 has no such base"
     config["base_fingerprint"] = "0" * 64

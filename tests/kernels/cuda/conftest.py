@@ -59,8 +59,8 @@ def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="session")
 def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
-    """LoRA of several ranks, on different modules and layers; DoRA, VeRA of two pairs, LongLoRA."""
-    from peft import LoraConfig, VeraConfig
+    """LoRA of several ranks, on different modules and layers; DoRA, IA³, RoAd, VeRA of two pairs, LongLoRA."""
+    from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
 
     from tests.fixtures.peft_adapters import NORMS, make_adapter
 
@@ -79,6 +79,8 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ),
         "rope": LoraConfig(r=3, target_modules=["q_proj"]),
         "longlora": LoraConfig(r=3, target_modules=attention, modules_to_save=["embed_tokens", *NORMS, "q_norm"]),
+        "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "road": RoadConfig(variant="road_2", group_size=8, target_modules=[*attention, "up_proj"]),
     }
     rope = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
     return {

@@ -1,4 +1,4 @@
-"""LoRA, VeRA, DoRA, norms, embedding rows and RoPE by descriptors, as captured decode steps do."""
+"""LoRA, VeRA, scales, norms, embedding rows and RoPE by descriptors, as captured decode steps do."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def step(parts: Parts = Parts.OWN) -> Step:
         return {name: [next(places) for _ in shape.slots[name].columns] for name in named}
 
     q_k, q, v = vera("q_proj", "k_proj"), vera("q_proj"), vera("v_proj")
-    dora = {("q_proj", "dora"): [next(places), next(places)], ("v_proj", "dora"): [next(places)]}
+    dora = {("q_proj", "scale"): [next(places), next(places)], ("v_proj", "scale"): [next(places)]}
     norms = {("input_layernorm", "norm"): [next(places), next(places)], ("self_attn.q_norm", "norm"): [next(places)]}
     rope = np.array([*np.linspace(1, 0.1, 8), 1.25], dtype=np.float32)
     allocator = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
@@ -175,13 +175,57 @@ def test_the_reference_adds_what_the_equation_says() -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_doras_scales(ops: Ops, has_bias: bool, dtype: torch.dtype) -> None:
     pool, x_TI, y_TO = randn(2, dtype, 60_000), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
-    bias_O, descriptors = randn(5, dtype, 168) if has_bias else None, step(Parts.DORA).descriptors
+    bias_O, descriptors = randn(5, dtype, 168) if has_bias else None, step(Parts.SCALE).descriptors
     got, want = y_TO.clone(), y_TO.clone()
     for o, y in ((ops, got), (REFERENCE, want)):
         o.add_adapters(x_TI, y, bias_O, pool, descriptors, 4, SHARE)
     near(got, want, dtype)
     assert (got != y_TO).any(dim=1).tolist() == [t in (6, 7) for t in range(12)]
     assert torch.equal(got[:, 136:160], y_TO[:, 136:160])  # k has none
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_every_kind_in_one_step(ops: Ops, dtype: torch.dtype) -> None:
+    """DoRA's leave the bias out, IA³'s do not; RoAd's pairs are on both sides of a cut between segments."""
+    shape = VectorShape.of(SHAPES, NUM_LAYERS, head_dim=16)
+    places = iter(range(3, SHARE - 200, 103))
+    allocator = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
+    starts, rows = [0], list[dict[tuple[str, str], list[int]]]()
+    for scaling, modules in (
+        (0, ("q_proj", "v_proj")),
+        (-1, ("q_proj", "k_proj")),
+        (34, ("q_proj",)),
+        (4, ("v_proj",)),
+    ):
+        roles = ("scale", "turn") if scaling > 0 else ("scale",)
+        named = [(module, role) for module in modules for role in roles]
+        rows.append({name: [next(places) for _ in shape.slots[name].columns] for name in named})
+        at = allocator.add(vector_words(shape, [rows[-1]], [-1, 0], {}, None, None, scaling))
+        assert at is not None
+        starts.append(at)
+    vectors = CapturedVectors(allocator.table, shape, torch.tensor(starts), torch.zeros(1, 3, dtype=torch.int64))
+    descriptors = StepDescriptors(allocator.table, torch.zeros(1, 3, dtype=torch.int64), Parts.SCALE, vectors)
+    pool, x_TI, y_TO, bias_O = (randn(i, dtype, *size) for i, size in enumerate([(60_000,), (5, 40), (5, 168), (168,)]))
+    got, want, expected = y_TO.clone(), y_TO.clone(), y_TO.double()
+    for o, y in ((ops, got), (REFERENCE, want)):
+        o.add_adapters(x_TI, y, bias_O, pool, descriptors, 4, SHARE)
+    for token, (own, distance) in enumerate(zip(rows, (0, 0, 34, 4), strict=True), 1):
+        for module, first in (("q_proj", 0), ("k_proj", 136), ("v_proj", 160)):
+            if (module, "scale") not in own:
+                continue
+            columns = shape.slots[module, "scale"].columns
+            cut = [own.get((module, role), []) for role in ("scale", "turn")]
+            parts = [[pool[at + SHARE :][:w].double() for at, (_, w) in zip(o, columns, strict=False)] for o in cut]
+            scale_O, turn_O = torch.cat(parts[0]), torch.cat([*parts[1], torch.zeros(0 if distance else 1)])
+            y_O = y_TO[token, first : first + len(scale_O)].double()
+            plain_O = y_O - bias_O[first : first + len(scale_O)].double() if token == 1 else y_O
+            partners_O = y_O.view(-1, 2, distance).flip(1).flatten() if distance else torch.zeros(1)
+            expected[token, first : first + len(scale_O)] = y_O + scale_O * plain_O + turn_O * partners_O
+    near(want, expected, dtype)
+    near(got, want, dtype)
+    unchanged = expected == y_TO.double()
+    assert unchanged[0].all()
+    assert torch.equal(got[unchanged], y_TO[unchanged])
 
 
 def test_norms_rope_and_embedding_rows(ops: Ops) -> None:

@@ -142,6 +142,22 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     assert got == served(other, requests, joins=5)
 
 
+@pytest.mark.parametrize("names", [("ia3", "dora", "r2"), ("road", "ia3", "r2")])
+def test_steps_with_scales_of_outputs_are_replayed_too(
+    base: BaseModel,
+    mixed: dict[str, TestAdapter],
+    ops: ShimOps,
+    monkeypatch: pytest.MonkeyPatch,
+    names: Sequence[str],
+) -> None:
+    adapters = [mixed[name] for name in names]
+    requests = mixture(6, [*adapters, None], lambda i: 3 + 2 * (i % 5), SAMPLING)
+    got = served(make_engine(base, adapters, max_num_seqs=6), requests, joins=3)
+    assert len(ops.replayed) > 3
+    use_reference(monkeypatch)
+    assert got == served(make_engine(base, adapters, max_num_seqs=6), requests, joins=3)
+
+
 def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
     base: BaseModel, mixed: dict[str, TestAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,3 +164,31 @@ def test_a_sweeps_trials(console: ConsoleSite) -> None:
     assert '["step", "1: rank=8", "0: rank=4", "2: rank=16"]' in page
     assert page.count("<td>running</td>") == 2
     assert "Trials of the sweep" not in console.get("/jobs/train_1").text
+
+
+def test_what_goes_on_and_what_was_answered(console: ConsoleSite) -> None:
+    job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
+    stage: dict[str, object] = {
+        "event": "progress",
+        "stage": "measuring adapter",
+        "done": 0.25,
+        "total": 1,
+        "eta_s": 90,
+    }
+    events = [{"event": "step", "step": 1, "loss": 1.0}, stage]
+    console.write("runs", job, {"events.jsonl": lines(events)})
+    live = console.get(f"/jobs/{job.id}/live").text
+    assert "Now: measuring adapter: 25%" in live
+    assert '<progress value="0.25" max="1" aria-label="measuring adapter: 25%">' in live
+    assert "2 min left" in live
+    assert "Answers to held-out prompts" not in live
+    sample = {"prompt": "<b>2 + 2</b>", "expected": "4", "base": "22", "adapter": "4"}
+    events = [*events, {"event": "samples", "samples": [sample]}]
+    job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
+    console.write("runs", job, {"events.jsonl": lines(events)})
+    live = console.get(f"/jobs/{job.id}/live").text
+    assert "Answers to held-out prompts" in live
+    assert "&lt;b&gt;2 + 2&lt;/b&gt;" in live
+    assert '<div class="said">22</div>' in live
+    console.jobs.say(job.id, "SUCCEEDED")
+    assert "Now:" not in console.get(f"/jobs/{job.id}").text

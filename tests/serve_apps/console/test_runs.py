@@ -25,6 +25,7 @@ from serve_apps.console.runs import (
     Histories,
     Losses,
     RunProgress,
+    RunStages,
     Seen,
     curve_of,
 )
@@ -157,7 +158,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     job, histories = catalog.jobs.add("train_1", name="tone", recipe=recipe), Histories()
     history = histories.of(job, settings)
     seen = history.look(job, gone)
-    assert seen == ({}, (), "", "the log is gone", None)
+    assert seen == ({}, (), "", "the log is gone", None, None, ())
     seen = history.look(job, tail)
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, True)
     assert (seen.steps[-1].step, seen.steps[-1].lr, seen.steps[-1].eta_s) == (CURVE_LINES - 2, 1e-3, None)
@@ -207,3 +208,19 @@ def test_few_jobs_are_kept(tmp_path: Path) -> None:
     assert histories.of(jobs[0], settings) is first
     assert histories.of(jobs[1], settings) is not second
     catalog.close()
+
+
+def test_a_stage_ends_with_the_next_step_and_odd_events_are_no_stage() -> None:
+    stages = RunStages()
+    progress: dict[str, object] = {"event": "progress", "stage": "tokenising", "done": 2, "total": 8}
+    stages.take([cast("Event", progress)])
+    assert stages.stage == ("tokenising: 2 of 8", 0.25, None)
+    stages.take([step(1, 1.0)])
+    assert stages.stage is None
+    stages.take([cast("Event", progress | {"total": None, "eta_s": "soon"})])
+    assert stages.stage == ("tokenising", None, None)
+    stages.take([cast("Event", {"event": "progress", "done": "two", "total": 8})])
+    assert stages.stage is not None
+    assert stages.stage.share is None
+    stages.take([cast("Event", {"event": "samples", "samples": [1, {"prompt": "a"}]})])
+    assert stages.samples == [{"prompt": "a"}]

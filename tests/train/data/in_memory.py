@@ -6,6 +6,7 @@ The oracle of `loray.train.data`, which never has all tokens: for tokenizers tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,15 +31,16 @@ def rows_of(
     fraction: float,
     seed: int,
     joined: bool,
+    raw: bool = False,
     evaluation: Sequence[Record] | None = None,
 ) -> Rows:
-    """`evaluation` None: `fraction` of the documents is held out."""
+    """`evaluation` None: `fraction` of the documents is held out. `raw`: prompts go through no template."""
     num_documents = sum(map(len, sources))
     held_out = set[int]()
     if evaluation is None and fraction:
         order = np.random.default_rng([seed, 1]).permutation(num_documents)
         held_out = set(order[: min(max(1, round(num_documents * fraction)), num_documents - 1)].tolist())
-    make = _joined if joined else _apart
+    make = _joined if joined else partial(_apart, raw=raw)
     trained, number_of, out = [], [], []
     first = 0
     kept_out: list[list[Record]] = []
@@ -63,11 +65,15 @@ def _joined(records: Sequence[Record], tokenizer: Any, max_length: int) -> list[
     return [_row(row, [True] * len(row)) for row in rows]
 
 
-def _apart(records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Row]:
+def _apart(records: Sequence[Record], tokenizer: Any, max_length: int, *, raw: bool) -> list[Row]:
     rows: list[Row] = []
     for record in records:
         if "messages" in record:
             rows.append(_cut(_chat(record["messages"], tokenizer), max_length))
+        elif "prompt" in record and not raw:
+            pair = (("user", record["prompt"]), ("assistant", record["completion"]))
+            messages = [{"role": role, "content": content} for role, content in pair]
+            rows.append(_cut(_chat(messages, tokenizer), max_length))
         elif "prompt" in record:
             completion = [*_ids(tokenizer, record["completion"]), tokenizer.eos_token_id]
             rows.append(_cut([(_prompt(tokenizer, record["prompt"]), False), (completion, True)], max_length))

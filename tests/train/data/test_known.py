@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from loray.recipes.sources import SourceFiles
+from loray.spec import DataSpec
 from loray.train.data import known, read
 from loray.train.data.known import cut_known
 from loray.train.data.read import RowFile, read_head, rows_of
@@ -21,7 +22,7 @@ ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
 
 def open_rows(path: str, name: str | None = None) -> RowFile:
     source = SourceFiles(name or path, path)
-    return rows_of(source, read_head(source))
+    return rows_of(source, read_head(source), DataSpec(train=path))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,11 +53,19 @@ def test_missing_files_unknown_schemes_and_unknown_columns_are_named(tmp_path: P
         (b'{"text": "a"}\n\n{"text": "b"}\n{"text": "a"\n', r"data\.jsonl, line 4: not valid JSON"),
         (b'{"text": "a"}\n\n[1]\n', r"data\.jsonl, line 3: a row must be an object, not list"),
         (b'{"text": "a"}\n{"text": 3}\n', r"data\.jsonl, line 2: `text` must be a string, not int"),
-        (b'{"text": "a"}\n{"other": "a"}\n', r"data\.jsonl, line 2: `text` must be a string, not NoneType"),
+        (
+            b'{"text": "a"}\n{"other": "a"}\n',
+            r"data\.jsonl, line 2: the row has no `text` but other: all rows",
+        ),
+        (b'{"text": "a"}\n{"text": null}\n', r"data\.jsonl, line 2: `text` must be a string, not NoneType"),
         (b'{"text": "a"}\n\n{"text": "\xff"}\n', r"data\.jsonl, line 3: not UTF-8: .* write the file as UTF-8"),
-        (bytes(range(256)), "neither JSON nor Parquet"),
+        (bytes(range(256)), "neither JSON, Parquet nor named .csv"),
         (b"PAR1 but no more", "not a readable Parquet file"),
-        (b'[{"text": "a"}]', "one object per line"),
+        (b'[{"text": "a"}, 3]', "row 2: a row must be an object, not int"),
+        (b'[{"text": "a"}, {"text": 3}]', "row 2: `text` must be a string, not int"),
+        (b'[{"text": "a"},\n{"text": }]', "row 2: not valid JSON"),
+        (b'[{"text": "a"},\n', "row 2: the array does not end"),
+        (b"[]", "row 1: the array does not end|has no rows"),
     ],
 )
 def test_a_bad_line_is_numbered(tmp_path: Path, content: bytes, message: str) -> None:
@@ -64,17 +74,76 @@ def test_a_bad_line_is_numbered(tmp_path: Path, content: bytes, message: str) ->
         load(str(tmp_path / "data.jsonl"))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "json"])
 def test_errors_are_numbered_through_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(read, "PART_BYTES", 100)
-    records = [{"prompt": "p" * (i % 7), "completion": "c" * (i * 13 % 90)} for i in range(50)]
+    records: list[dict[str, Any]] = [{"prompt": "p" * (i % 7), "completion": "c" * (i * 13 % 90)} for i in range(50)]
     path = jsonl(tmp_path, *records[:45], {"prompt": "p", "completion": None}, *records[45:])
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist([*records[:45], {"prompt": "p"}]), tmp_path / "x", row_group_size=7)
         path = str(tmp_path / "x")
+    if kind == "json":
+        path = str(tmp_path / "x")
+        Path(path).write_text(json.dumps([*records[:45], {"prompt": "p", "completion": None}, *records[45:]], indent=1))
     assert load(path, max_rows=45).report.num_documents == 45
     with pytest.raises(DataError, match=r"(line|row) 46: `completion` must be a string"):
         load(path)
+
+
+HEADED = "prompt,completion\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        (HEADED, "has no rows"),
+        (HEADED + "a,b\n\nc,d,e\n", r"data\.csv, line 4: the row has 3 fields and the header 2"),
+        (HEADED + 'a,b\n"c\nd",e\nf\n', r"data\.csv, line 5: the row has 1 fields"),
+        (HEADED + 'a,b\n"c"x,d\n', r"data\.csv, line 3: not valid CSV"),
+        (HEADED + "a,b\n\udcff,d\n", r"data\.csv, line 3: not UTF-8"),
+    ],
+)
+def test_a_bad_line_of_a_table_is_numbered(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "data.csv").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / "data.csv"))
+
+
+CELLS = ["plain", 'with "quotes"', "with, commas; and\ttabs", "with\nline\n\nends", "", "ünïcode", " spaces "]
+
+
+@pytest.mark.parametrize("dialect", [",", ";", "\t"])
+@pytest.mark.parametrize("begins", ["", "\ufeff", "\n"])
+@pytest.mark.parametrize("part_bytes", [1, 40, 1 << 20])
+def test_tables_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str, begins: str, part_bytes: int
+) -> None:
+    """CSV as spreadsheets write it: fields that hold the delimiter, quotes or line ends, in parts of any size."""
+    monkeypatch.setattr(read, "PART_BYTES", part_bytes)
+    rows = [(a, b) for a in CELLS for b in CELLS if a or b]  # where both are empty, nothing is learned
+    path = tmp_path / ("data.tsv" if dialect == "\t" else "data.csv")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(begins)
+        writer = csv.writer(file, delimiter=dialect, lineterminator="\r\n")
+        writer.writerows([("id", "prompt", "completion"), *((i, *row) for i, row in enumerate(rows))])
+    expected = [f"{prompt}{completion}<|im_end|>" for prompt, completion in rows]
+    data = load(str(path), format="raw")
+    assert [whole(data.train, i) for i in range(len(rows))] == expected
+    assert load(str(path), format="raw", max_rows=11).report.num_documents == 11
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("part_bytes", [1, 40, 1 << 20])
+def test_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, part_bytes: int) -> None:
+    monkeypatch.setattr(read, "PART_BYTES", part_bytes)
+    texts = [*filter(None, CELLS), "]", '"[{', "\\", "a" * 200, "\u2028", "😀"]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": text} for text in texts], indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert texts_of(load(str(path))) == texts
+    assert load(str(path), max_rows=3).report.num_documents == 3
+    path.write_text(json.dumps([{"größe": text} for text in texts], ensure_ascii=False), encoding="utf-8")
+    assert texts_of(load(str(path), columns={"text": "größe"})) == texts
 
 
 def test_strings_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
@@ -124,8 +193,8 @@ def test_errors_name_the_file(folder: Path) -> None:
     jsonl(folder / "sub", {"text": "d"}, {"text": 3}, name="d.jsonl")
     with pytest.raises(DataError, match=r"sub/d\.jsonl, line 2: `text` must be a string"):
         load(str(folder))
-    with pytest.raises(DataError, match=r"\*\.csv has no data file"):
-        load(f"{folder}/*.csv")
+    with pytest.raises(DataError, match=r"\*\.txt has no data file"):
+        load(f"{folder}/*.txt")
 
 
 def test_the_fingerprint_is_that_of_all_files(folder: Path) -> None:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 
 from loray.errors import DataError
+from loray.spec import OBJECTIVES, ObjectiveType
 from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
-from loray.train.data.rows import Dataset
+from loray.train.data.rows import Cut, Dataset
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training import recipe
 from tests.fixtures.training_data import TOKENIZER, jsonl, learned, listed, load, whole
@@ -27,14 +28,15 @@ from tests.fixtures.training_data import TOKENIZER, jsonl, learned, listed, load
 def test_truncation_is_counted_and_rows_without_targets_are_dropped(tmp_path: Path) -> None:
     rows = [("p", "c" * 20), ("p" * 20, "c"), ("p", "c")]
     path = jsonl(tmp_path, *({"prompt": prompt, "completion": completion, "id": 7} for prompt, completion in rows))
-    data = load(path, max_length=10)
+    data = load(path, max_length=10, format="raw")
+    assert data.report.cut == Cut(2 / 3, (12 + 12) / (22 + 22 + 3), 22)
     assert (data.report.num_truncated, data.report.num_without_targets) == (1, 1)
     assert data.report.num_rows == len(data.train) == 2
     assert data.train.lengths.max() == 10
     assert data.report.num_targets == 9 + 2
     assert (whole(data.train, 1), learned(data.train, 1)) == ("pc<|im_end|>", "c<|im_end|>")
     with pytest.raises(DataError, match=r"raise data\.max_length"):
-        load(jsonl(tmp_path, {"prompt": "p" * 20, "completion": "c"}), max_length=10)
+        load(jsonl(tmp_path, {"prompt": "p" * 20, "completion": "c"}), max_length=10, format="raw")
 
 
 def test_the_fingerprint_is_the_sha256_of_the_file(tmp_path: Path) -> None:
@@ -124,12 +126,16 @@ def answer(text: str) -> list[dict[str, str]]:
 CHAT = {"prompt": TURNS, "chosen": answer("yes"), "rejected": answer("no"), "messages": TURNS[:2]}
 
 
-def load_pairs(train: Any, *, paired: bool = True, **fields: Any) -> Dataset:
-    return load(train, options={"paired": paired, "max_eval_rows": 4}, **fields)
+def load_pairs(train: Any, *, objective: ObjectiveType = "dpo", **fields: Any) -> Dataset:
+    return load(train, options={"formats": OBJECTIVES[objective].formats, "max_eval_rows": 4}, **fields)
+
+
+def load_raw(train: Any, **fields: Any) -> Dataset:
+    return load_pairs(train, format="raw", **fields)
 
 
 def test_texts_are_two_rows_of_which_the_answers_are_learned(tmp_path: Path) -> None:
-    data = load_pairs(jsonl(tmp_path, TEXT))
+    data = load_raw(jsonl(tmp_path, TEXT))
     assert [whole(data.train, i) for i in (0, 1)] == ["2+2= 4<|im_end|>", "2+2= five<|im_end|>"]
     assert [learned(data.train, i) for i in (0, 1)] == [" 4<|im_end|>", " five<|im_end|>"]
     report = data.report
@@ -163,17 +169,17 @@ def test_pairs_are_cut_at_their_end_and_dropped_where_nothing_is_left(tmp_path: 
         {"prompt": "abc", "chosen": "wxyz1", "rejected": "wxyz2"},  # equal as far as they go
         {"prompt": "a", "chosen": "same", "rejected": "same"},
     ]
-    data = load_pairs(jsonl(tmp_path, *rows), max_length=7)
+    data = load_raw(jsonl(tmp_path, *rows), max_length=7)
     assert [whole(data.train, i) for i in range(len(data.train.lengths))] == ["abcdefg", "abcx<|im_end|>"]
     report = data.report
     assert (report.num_rows, report.num_truncated, report.num_without_targets) == (1, 1, 3)
     with pytest.raises(DataError, match=r"no row .* within 7 tokens"):
-        load_pairs(jsonl(tmp_path, rows[1]), max_length=7)
+        load_raw(jsonl(tmp_path, rows[1]), max_length=7)
 
 
 def test_pairs_stay_together_in_splits_and_batches(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i:02}", "chosen": "+" * (1 + i % 4), "rejected": "-" * (1 + i % 3)} for i in range(20)]
-    data = load_pairs([{"path": jsonl(tmp_path, *rows), "weight": 2.0}], eval_fraction=0.3)
+    data = load_raw([{"path": jsonl(tmp_path, *rows), "weight": 2.0}], eval_fraction=0.3)
     held_out = [whole(data.evaluation, i) for i in range(len(data.evaluation.lengths))]
     assert (len(held_out), data.report.num_eval_rows, data.report.num_rows) == (8, 4, 14)
     assert all(a[:2] == b[:2] and "+" in a and "-" in b for a, b in zip(held_out[::2], held_out[1::2], strict=True))
@@ -194,32 +200,93 @@ def test_pairs_stay_together_in_splits_and_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (TEXT | {"chosen": None}, "`chosen` must be a string, or all three lists of messages, not NoneType"),
-        (TEXT | {"rejected": answer("a")}, "`rejected` must be a string, or all three lists of messages, not list"),
-        (CHAT | {"chosen": "yes"}, "`prompt` must be a string, or all three lists of messages, not list"),
+        (TEXT | {"chosen": None}, "`chosen` must be a string or a list of messages, not NoneType"),
+        (TEXT | {"rejected": 3}, "`rejected` must be a string or a list of messages, not int"),
+        (TEXT | {"prompt": None}, "`prompt` is missing: give it, or put its messages before both answers"),
         (CHAT | {"prompt": []}, "`prompt` must be a list of at least one message"),
         (CHAT | {"prompt": TURNS[:2]}, "`prompt` must end before the answer"),
-        (CHAT | {"rejected": [*TURNS, *answer("no")]}, "`rejected` must be one assistant message: put the"),
+        (CHAT | {"rejected": [*TURNS[1:], *answer("no")]}, "`rejected` must be one assistant message: put the"),
         (CHAT | {"rejected": [{"role": "assistant"}]}, "a message's `content` must be a string"),
     ],
 )
 def test_wrong_pairs_are_numbered(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    first = TEXT if isinstance(row["prompt"], str) else CHAT
+    first = CHAT if isinstance(row["prompt"], list) else TEXT
     with pytest.raises(DataError) as error:
         load_pairs(jsonl(tmp_path, first, row))
     assert f" 2: {message}" in str(error.value)
 
 
 def test_pairs_and_objectives_belong_together(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="columns prompt, completion; DPO reads `prompt`, `chosen` and `rejected`"):
+    with pytest.raises(DataError, match=r"columns prompt, completion; loray reads `chosen` and `rejected` .* sft"):
         load_pairs(jsonl(tmp_path, {"prompt": "a", "completion": "b"}))
-    with pytest.raises(DataError, match=r"columns prompt, .*; pairs are for objective: \{type: dpo\}"):
-        load_pairs(jsonl(tmp_path, TEXT), paired=False)
-    assert load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), paired=False).report.format == "chat"
+    with pytest.raises(DataError, match=r"columns prompt, .*; these are for objective\.type dpo or orpo or simpo"):
+        load_pairs(jsonl(tmp_path, TEXT), objective="sft")
+    chats = load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), objective="sft")
+    assert chats.report.format == "chat"
+
+
+# -- answers that are no pairs
+
+
+ANSWERS = [{"prompt": f"{i}:", "completion": "abcdefg"[: 2 + i], "label": i != 1} for i in range(4)]
+
+
+def test_an_answer_has_the_one_before_it_beside_it(tmp_path: Path) -> None:
+    data = load_raw(jsonl(tmp_path, *ANSWERS), objective="kto")
+    end = "<|im_end|>"
+    rows = [whole(data.train, i) for i in range(8)]
+    assert rows[::2] == [f"0:ab{end}", f"1:abc{end}", f"2:abcd{end}", f"3:abcde{end}"]
+    assert rows[1::2] == [f"0:abcde{end}", f"1:ab{end}", f"2:abc{end}", f"3:abcd{end}"]
+    assert [learned(data.train, i) for i in (0, 1)] == [f"ab{end}", f"abcde{end}"]
+    assert data.train.lengths.tolist() == [5, 8, 6, 5, 7, 6, 8, 7]
+    assert (data.is_paired, data.lengths.tolist()) == (True, [16, 12, 14, 16])
+    report = data.report
+    assert (report.format, report.num_rows, report.num_tokens) == ("unpaired_preference", 4, 26)
+    assert data.length_counts == {5: 1, 6: 1, 7: 1, 8: 1}
+    batch = collate_pairs(data.train, ((1,), (3,)))
+    assert (batch.num_pairs, batch.desirable_P.tolist()) == (2, [False, True])
+
+
+def test_answers_are_cut_at_one_length_and_measured_among_themselves(tmp_path: Path) -> None:
+    without_room = {"prompt": "x" * 9, "completion": "y", "label": True}
+    data = load_raw(jsonl(tmp_path, *ANSWERS, without_room), max_length=6, objective="kto")
+    assert (data.report.num_rows, data.report.num_without_targets, data.report.num_truncated) == (4, 1, 2)
+    assert data.train.lengths.tolist() == [5, 6, 6, 5, 6, 6, 6, 6]
+    assert whole(data.train, 1) == "0:abcd"
+    assert max(data.train.lengths) == 6
+    held_out = load_raw(jsonl(tmp_path, *ANSWERS, *ANSWERS), eval_fraction=0.25, objective="kto")
+    assert (len(held_out.evaluation), held_out.evaluation.desirable.shape) == (4, (2,))
+    assert [len(held_out.evaluation.row(i)[0]) for i in range(4)] == held_out.evaluation.lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 1}, "`label` must be true, where the answer is desirable, or false, not 1"),
+        ({"label": None}, "`label` must be true"),
+        ({"completion": None}, "`completion` must be a string"),
+        ({"completion": [*TURNS[1:], *answer("b")]}, "`completion` must be one assistant message: put the"),
+    ],
+)
+def test_wrong_answers_are_numbered(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        load_pairs(jsonl(tmp_path, ANSWERS[0], ANSWERS[1] | row), objective="kto")
+    assert f" 2: {message}" in str(error.value)
+
+
+def test_labels_of_csv_are_words_and_answers_go_through_the_template(tmp_path: Path) -> None:
+    path = tmp_path / "answers.csv"
+    path.write_text("prompt,completion,label\na,b,true\nc,d,False\n")
+    data = load_pairs(str(path), objective="kto")
+    assert data.train.desirable.tolist() == [True, False]
+    assert whole(data.train, 1) == whole(data.train, 0).replace("b<|im_end|>", "d<|im_end|>")
+    assert learned(data.train, 0) == "b<|im_end|>"
 
 
 class Lengths:
     """Rows without tokens."""
+
+    desirable = None
 
     def __init__(self, lengths: NDArray[np.int64]) -> None:
         self.lengths = lengths

@@ -49,7 +49,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("form", ["text", "joined", "prompt_completion", "chat"])
+@pytest.mark.parametrize("form", ["text", "joined", "prompt_completion", "raw", "chat"])
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_rows_are_those_of_the_plain_rule(
@@ -57,25 +57,28 @@ def test_rows_are_those_of_the_plain_rule(
 ) -> None:
     """For sources of every kind of file, parts of any size, weights, and rows held out or given."""
     folder = tmp_path_factory.mktemp("data")
-    records = RECORDS["text" if form == "joined" else form]
+    records = RECORDS[{"joined": "text", "raw": "prompt_completion"}.get(form, form)]
     kinds = st.sampled_from(["jsonl", "parquet", "arrow"])
     sources = data.draw(st.lists(st.lists(records, min_size=1, max_size=9), min_size=1, max_size=3))
     paths = [write(folder / f"{i}.{data.draw(kinds)}", found) for i, found in enumerate(sources)]
     held_out = data.draw(st.none() | st.lists(records, min_size=1, max_size=4))
     single = sum(map(len, sources)) == 1
     plain: dict[str, Any] = {
-        "max_length": data.draw(st.integers(8, 60)),
+        "max_length": data.draw(st.integers(8, 60)) + 30 * (form == "prompt_completion"),  # the template's
         "fraction": 0.0 if single else data.draw(st.sampled_from([0.0, 0.3])),
         "seed": data.draw(st.integers(0, 3)),
     }
     tokenizer = BEGINNING if data.draw(st.booleans()) else PLAIN
     order = "concat" if form == "joined" else data.draw(st.sampled_from(["shuffled", "packed"]))
     monkeypatch.setattr(read, "PART_BYTES", data.draw(st.sampled_from([1, 100, 400, 8 << 20])))
-    expected = in_memory.rows_of(sources, tokenizer, joined=form == "joined", evaluation=held_out, **plain)
+    expected = in_memory.rows_of(
+        sources, tokenizer, joined=form == "joined", raw=form == "raw", evaluation=held_out, **plain
+    )
     spec = DataSpec(
         train=tuple({"path": path, "weight": 2.0} for path in paths),  # type: ignore[arg-type]
         eval=None if held_out is None else write(folder / "eval.jsonl", held_out),
         eval_fraction=plain["fraction"],
+        format="raw" if form == "raw" else "auto",
     )
 
     def load() -> Dataset:
@@ -175,7 +178,7 @@ def test_equal_parts_are_one_shard(tmp_path: Path, source: str) -> None:
 
 def test_an_index_keeps_what_it_holds() -> None:
     arrays = [np.array(a, np.int32) for a in ([3, 5], [0, 0], [[1, 2], [2, 3], [0, 4]], [2, 1])]
-    index = ShardIndex(*arrays, is_text=False, num_documents=1)
+    index = ShardIndex(*arrays, is_text=False, num_documents=1, desirable_E=np.array([True, False]))
     again = ShardIndex.from_bytes(index.to_bytes())
     assert again.mask().tolist() == [False, True, True, True, True, True, True, False]
     for mine, theirs in zip(index, again, strict=True):

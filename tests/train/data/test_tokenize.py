@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from loray.errors import DataError
+from loray.train.data.formats import chats
 from loray.train.data.tokenize import conversations
+from tests.fixtures.chats import CALLING, EXPECTED, OFFERED, TOOLS, with_template
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training_data import END, TOKENIZER, jsonl, learned, load, whole
 
@@ -25,12 +27,6 @@ R1 = (  # leaves the reasoning out of finished turns, and opens it in the prompt
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>A{{ m['content'].split('</think>')[-1] }}"
     "<|im_end|>{% else %}<|im_start|>U{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>A<think>\n{% endif %}"
-)
-TOOLS = (
-    "{% if tools %}T{{ tools | map(attribute='function') | map(attribute='name') | join(',') }}{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{{ m['content'] }}"
-    "{% for c in m.get('tool_calls', []) %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
 
 
@@ -46,12 +42,6 @@ def sentencepiece() -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = LLAMA_2
     return fast
-
-
-def with_template(template: str) -> Any:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def chat(*turns: str, **fields: Any) -> dict[str, Any]:
@@ -76,7 +66,7 @@ def test_every_answer_follows_the_tokens_of_the_servers_prompt(tmp_path: Path, t
 def test_a_completion_goes_on_in_its_prompt(tmp_path: Path) -> None:
     """Apart from it, it would begin with another space."""
     tokenizer = sentencepiece()
-    rows = load(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer).train
+    rows = load(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer, format="raw").train
     assert tokenizer.convert_ids_to_tokens(rows.row(0)[0].tolist()) == ["▁ab", ":", "▁ab", "</s>"]
     assert rows.row(0)[1].tolist() == [False, False, True, True]
 
@@ -97,20 +87,6 @@ def test_an_answer_without_reasoning_is_written_as_the_template_has_it(tmp_path:
     rows = load(jsonl(tmp_path, chat("q", "<b", "r", "c")), tokenizer).train
     assert learned(rows, 0) == f"<b{END}c{END}"
     assert len(rows.lengths) == 1
-
-
-CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-OFFERED = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-CALLING = {
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "content": "2", "tool_call_id": "1"},
-        {"role": "assistant", "content": "two"},
-    ],
-    "tools": OFFERED,
-}
-EXPECTED = f'[add {{"a": 1}}]{END}two{END}'
 
 
 def test_tools_and_text_parts(tmp_path: Path) -> None:
@@ -148,7 +124,7 @@ def test_tools_in_a_table(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_said(record: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        conversations(record, byte_tokenizer())
+        conversations(*chats("chat", record), byte_tokenizer())
 
 
 @pytest.mark.parametrize(

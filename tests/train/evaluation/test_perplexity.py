@@ -240,14 +240,14 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "where", "message"),
     [
-        ("", {}, "has no document"),
+        ("", {}, "is empty; give a file with at least one row"),
         ('{"text": "a"}\n{"text"', {}, "line 2: not valid JSON"),
-        ('{"prompt": "a", "completion": "b"}\n', {}, "line 1 has no column 'text' but prompt, completion"),
-        ('{"text": "a"}\n', {"split": "x"}, "line 1 has no column 'split'"),
+        ('{"prompt": "a", "completion": "b"}\n', {}, "line 1: the row has no `text` but prompt, completion"),
+        ('{"text": "a"}\n', {"split": "x"}, "line 1: the row has no `split`"),
         ('{"text": "a", "split": "y"}\n', {"split": "x"}, "has no document where split=x"),
-        ('["text"]\n', {}, "line 1: a row must be an object"),
+        ('["text"]\n', {}, "row 1: a row must be an object"),
         ('{"text": 3}\n', {}, "`text` must be a string in every row, not int"),
-        (b"\xff\xfe{", {}, "not UTF-8"),
+        (b"\xff\xfe{", {}, "neither JSON, Parquet nor .*utf-8"),
         (b"PAR1 and then nothing of the kind", {}, "is not a readable Parquet file"),
     ],
 )

@@ -47,6 +47,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adapter": {"invocation_tokens": tokens()[0, 10:12].tolist()},
         "attention": {"type": "s2", "group_size": GROUP},
     },
+    "ia3, dense": {"method": "ia3"},
+    "road, dense": {"method": "road", "adapter": {"group_size": 8}},
     "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
@@ -167,6 +169,8 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         ("dora, dense", "3/1", 4, PLAIN),
         ("alora, dense", "8/2", 2, "exchanged again"),
         ("alora, dense", "3/1", 4, PLAIN),
+        ("ia3, dense", "8/2", 2, PLAIN),
+        ("road, dense", "3/1", 2, PLAIN),
         ("longlora, dense", "8/2", 2, PLAIN),
         ("longlora, dense", "9/3", 4, "exchanged again"),
     ],

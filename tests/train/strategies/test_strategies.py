@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from loray.adapters.peft_format import WEIGHTS_FILE, read_config
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, UnsupportedError
-from loray.spec import REWARDS, ParallelSpec, TrainSpec
+from loray.spec import FIGURES, OBJECTIVES, ParallelSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train import objectives as loss_module
 from loray.train.checkpoint import FolderReporter
@@ -271,36 +271,52 @@ def test_what_a_strategy_needs_is_said(
             case.run("vera", spec, label="refused")
 
 
-def pairs_of(method: str, strategy: str, num_workers: int = 2) -> TrainSpec:
+def pairs_of(kind: str, strategy: str, num_workers: int = 2, *, sequence: int = 1) -> TrainSpec:
+    """Of an objective, by LoRA, or of DPO by another method."""
+    method, objective = ("lora", kind) if kind in OBJECTIVES else (kind, "dpo")
     return paired(
         method,
+        {"type": objective},
         num_workers=num_workers,
-        parallel={"strategy": strategy},
+        parallel={"strategy": strategy, "sequence": sequence},
         optimizer={"learning_rate": 1e-2, "schedule": "constant"},
-        batch={"rows": 2, "accumulation": 4 // num_workers},
+        batch={"rows": 2, "accumulation": 4 * sequence // num_workers},
         checkpoint={"interval_steps": 1},
         max_steps=3,
     )
 
 
 def evaluations(reporter: FolderReporter) -> list[list[float]]:
-    return [[e[name] for name in ("eval_loss", *REWARDS)] for e in reporter.events if e["event"] == "eval"]
+    names = ("eval_loss", *FIGURES)
+    return [[e[name] for name in names if name in e] for e in reporter.events if e["event"] == "eval"]
 
 
-def _run_pairs(rank: int, base: BaseModel, folder: Path, method: str, strategy: str) -> None:
+def _run_pairs(rank: int, base: BaseModel, folder: Path, spec: TrainSpec) -> None:
     zero._PERSISTENT_ELEMENTS = 0  # so that ZeRO-3 shards a tiny model
     (folder / str(rank)).mkdir()
-    _, reporter = run(pairs_of(method, strategy), base, folder / str(rank))
+    _, reporter = run(spec, base, folder / str(rank))
     told = {"curve": curve(reporter), "eval": evaluations(reporter)}
     (folder / f"{rank}.json").write_text(json.dumps(told))
 
 
+KINDS = ["dpo", "kto", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vera", "orpo", "simpo"))]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("method", ["lora", pytest.param("vera", marks=pytest.mark.slow)])
-def test_two_ranks_do_what_one_does_with_pairs(method: str, strategy: str, base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_do_what_one_does_with_pairs(kind: str, strategy: str, base: BaseModel, tmp_path: Path) -> None:
+    compare_with_one(kind, pairs_of(kind, strategy), base, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("kto", marks=pytest.mark.slow), "orpo"])
+def test_ranks_that_share_answers_do_what_one_does(kind: str, base: BaseModel, tmp_path: Path) -> None:
+    compare_with_one(kind, pairs_of(kind, "ddp", sequence=2), base, tmp_path)
+
+
+def compare_with_one(kind: str, spec: TrainSpec, base: BaseModel, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    _, alone = run(pairs_of(method, "ddp", 1), base, tmp_path / "alone")
-    run_ranks(_run_pairs, 2, tmp_path, base, tmp_path, method, strategy)
+    _, alone = run(pairs_of(kind, "ddp", 1), base, tmp_path / "alone")
+    run_ranks(_run_pairs, 2, tmp_path, base, tmp_path, spec)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for ours, theirs in zip(first["curve"], curve(alone), strict=True):
@@ -315,15 +331,12 @@ def test_two_ranks_do_what_one_does_with_pairs(method: str, strategy: str, base:
     ("method", "fields", "message"),
     [
         ("lora", {"batch": {"rows": 2, "order": "packed"}}, "batch.order packed joins rows"),
-        ("lora", {"data": {"train": "x", "format": "chat"}}, "data.format chat has no pairs"),
-        ("lora", {"init_adapter": "a@1"}, "DPO's reference is the base, and init_adapter starts elsewhere"),
+        ("lora", {"data": {"train": "x", "format": "chat"}}, "data.format chat is for objective.type sft"),
         (
             "lora",
-            {"attention": {"type": "s2"}, "num_workers": 2, "parallel": {"sequence": 2}},
-            "DPO compares whole answers, which parallel.sequence splits: set it to 1",
+            {"objective": {"type": "sft"}, "data": {"train": "x", "format": "preference"}},
+            "is for objective.type dpo",
         ),
-        ("longlora", {}, "trained embeddings and norms stay on: set adapter.train_embeddings"),
-        ("lora", {"objective": {"type": "sft"}, "data": {"train": "x", "format": "preference"}}, "is for pairs: set"),
         ("lora", {"objective": {"label_smoothing": 0.1}}, "loss_type robust and label_smoothing"),
         ("lora", {"objective": {"loss_type": "robust"}}, "loss_type robust and label_smoothing"),
     ],
@@ -356,7 +369,7 @@ def test_deepspeed_looks_for_gradients_that_are_not_finite_and_keeps_buffers(sta
 @pytest.mark.parametrize(
     ("method", "field", "message"),
     [
-        ("vera", {"loraplus_lr_ratio": 16}, "LoRA's B, which VeRA does not train"),
+        ("vera", {"loraplus_lr_ratio": 16}, "LoRA's B, which vera does not train"),
         ("lora", {"vera_d_lr_ratio": 2}, "VeRA's d, which no other method trains"),
     ],
 )

@@ -61,7 +61,7 @@ struct LayerWeights {
     double eps, scale;
 };
 
-// Tokens with a row of an adapter: the weight of a norm, or DoRA's scale; `num` is 0 if there are none.
+// Tokens with a row of an adapter: the weight of a norm, or scales of outputs; `num` is 0 if there are none.
 struct OwnRows {
     i64 num;
     const i64* tokens;
@@ -84,14 +84,17 @@ struct VeraSpan {
     const VeraModule<T>* modules;
 };
 
-// Columns of the result that DoRA scales.
+// Columns of the result that are scaled: without the base's bias where `leaves_bias` is not 0; in pairs, a token's so far
+// apart, where there is a `turn`.
 struct Scaled {
     OwnRows own;
-    i64 column, width;
+    i64 column, width, leaves_bias;
+    const Rows* turn;
+    const i64* distance;
 };
 
 // The adapters of the modules of one input. For LoRA: a table for each module, the column of the result where it is
-// added, and its largest rank. For VeRA: the spans of tokens. For DoRA: the scaled columns.
+// added, and its largest rank. For VeRA: the spans of tokens. For DoRA, IA³ and RoAd: the scaled columns.
 template <class T>
 struct Group {
     i64 num;
@@ -144,6 +147,10 @@ void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width
 
 template <class T>
 void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, const OwnRows& own, int threads);
+
+template <class T>
+void turn_rows(T* y, i64 y_stride, i64 width, const T* pool, const OwnRows& own, const Rows& turn, const i64* distance,
+               int threads);
 
 template <class T>
 void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,

@@ -48,15 +48,19 @@ static void add_vera(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T
     }
 }
 
-// y += LoRA and VeRA of x, then DoRA's scales of y − bias.
+// y += LoRA and VeRA of x, then scales of y, or of y − bias.
 template <class T>
 static void add_adapters(const T* x, i64 x_stride, T* y, const Matrix<T>& base, const Group<T>& group,
                          const StepInputs<T>& step, const T* pool, int threads) {
     add_lora(x, x_stride, y, base.out, group, step, pool, threads);
     add_vera(x, x_stride, y, base.out, group, pool, threads);
-    for (const Scaled* s = group.scaled; s < group.scaled + group.num_scaled; s++)
-        scale_rows(y + s->column, base.out, s->width, base.bias ? base.bias + s->column : nullptr, pool, s->own,
-                   threads);
+    for (const Scaled* s = group.scaled; s < group.scaled + group.num_scaled; s++) {
+        const T* bias = s->leaves_bias && base.bias ? base.bias + s->column : nullptr;
+        if (s->turn)
+            turn_rows(y + s->column, base.out, s->width, pool, s->own, *s->turn, s->distance, threads);
+        else
+            scale_rows(y + s->column, base.out, s->width, bias, pool, s->own, threads);
+    }
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// Ops on single tokens: norms, with weights of adapters; DoRA's scales; rotary embedding; writing the KV cache.
+// Ops on single tokens: norms, with weights of adapters; scales of outputs; rotary embedding; writing the KV cache.
 
 #include "kernels.h"
 
@@ -27,12 +27,12 @@ static inline void normalize(const T* x, const T* weight, float eps, i64 width, 
     });
 }
 
-// Row n, of `width` elements; valid in this thread until the next call.
+// Row n, of `width` elements; valid in this thread until the next call with the same `which`.
 template <class T>
-static const T* row_of(const T* pool, const Rows& rows, i64 n, i64 width) {
-    static thread_local Scratch memory;
+static const T* row_of(const T* pool, const Rows& rows, i64 n, i64 width, int which = 0) {
+    static thread_local Scratch memory[2];
     if (rows.num_segments == 1) return pool + rows.segments[0].offsets[n];
-    T* joined = (T*)memory.get(width * sizeof(T));
+    T* joined = (T*)memory[which].get(width * sizeof(T));
     for (i64 s = 0; s < rows.num_segments; s++) {
         const RowSegment& segment = rows.segments[s];
         memcpy(joined + segment.column, pool + segment.offsets[n], segment.width * sizeof(T));
@@ -71,6 +71,26 @@ void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, con
             const Vec plain = bias ? whole - load_n(bias + i, count) : whole;
             store_n(at + i, whole + load_n(row + i, count) * plain, count);
         });
+    }
+}
+
+// y += row ⊙ y + turn ⊙ y′ for token `own.tokens[n]` and row n of `own.rows` and of `turn`. In groups of 2 · distance[n]
+// columns, y′ has the first half in the place of the second and the second in that of the first.
+template <class T>
+void turn_rows(T* y, i64 y_stride, i64 width, const T* pool, const OwnRows& own, const Rows& turn, const i64* distance,
+               int threads) {
+#pragma omp parallel for num_threads(threads) if (own.num * width > SERIAL)
+    for (i64 n = 0; n < own.num; n++) {
+        const T *row = row_of(pool, *own.rows, n, width), *other = row_of(pool, turn, n, width, 1);
+        T* const of_token = y + own.tokens[n] * y_stride;
+        const i64 half = distance[n];
+        for (i64 first = 0; first + 2 * half <= width; first += 2 * half)
+            vectors(half, [&](i64 i, auto count) {
+                const i64 a = first + i, b = a + half;
+                const Vec ya = load_n(of_token + a, count), yb = load_n(of_token + b, count);
+                store_n(of_token + a, ya + load_n(row + a, count) * ya + load_n(other + a, count) * yb, count);
+                store_n(of_token + b, yb + load_n(row + b, count) * yb + load_n(other + b, count) * ya, count);
+            });
     }
 }
 
@@ -114,6 +134,7 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 #define LORAY_INSTANTIATE(T)                                                                                     \
     template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, T*, const T*, const OwnRows&, int); \
     template void scale_rows<T>(T*, i64, i64, const T*, const T*, const OwnRows&, int);                          \
+    template void turn_rows<T>(T*, i64, i64, const T*, const OwnRows&, const Rows&, const i64*, int);            \
     template void rope<T>(const T*, i64, i64, i64, i64, const T*, const T*, T*, int);                            \
     template void write_kv<T>(T*, i64, i64, const T*, i64, const T*, i64, i64, const i64*, i64, int);
 
@@ -134,6 +155,11 @@ using namespace LORAY_NAMESPACE;
     (type * y, i64 y_stride, i64 width, const type* bias, const type* pool, const i64* own, i64 num_own,            \
      const Rows* rows, int threads) {                                                                               \
         scale_rows(y, y_stride, width, bias, pool, {num_own, own, rows}, threads);                                  \
+    }                                                                                                               \
+    LORAY_ENTRY(turn_rows_##suffix##_)                                                                              \
+    (type * y, i64 y_stride, i64 width, const type* pool, const i64* own, i64 num_own, const Rows* rows,            \
+     const Rows* turn, const i64* distance, int threads) {                                                          \
+        turn_rows(y, y_stride, width, pool, {num_own, own, rows}, *turn, distance, threads);                        \
     }                                                                                                               \
     LORAY_ENTRY(rope_##suffix##_)                                                                                   \
     (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* cos, const type* sin,       \

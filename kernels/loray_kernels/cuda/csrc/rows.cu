@@ -1,5 +1,5 @@
 // Rows: norms, SwiGLU, RoPE with new keys and values into the cache, embedding rows of adapters, host pages into blocks,
-// DoRA's scales.
+// scales of outputs.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -122,17 +122,36 @@ template <class T> __device__ void place_pages(T *pool, const T *pages, const i6
   for (i64 i = whole * 16 / sizeof(T) + threadIdx.x; i < piece[2]; i += THREADS) to[i] = from[i];
 }
 
-// y[t, o] += row[o] · (y[t, o] − bias[o]) in captured steps. `rows` as in vera.cu; `bias` may be null. A tile is (word,
-// first column in the row's segment, first column in y, columns). Grid (tokens, tiles), THREADS threads.
+// y[t, o] += row[o] · (y[t, o] − bias[o]) in captured steps, without the bias, or RoAd's pairs, as the word of a token's
+// descriptor says: words[starts[t]], see descriptors.py. `rows` as in vera.cu; `bias` may be null. A tile is (word of the
+// scales, first column in the row's segment, first column in y, columns), and then, of the module, (the words of the
+// first segments of scales and turns, the columns of a segment, the first column in the module). Grid (tokens, tiles),
+// THREADS threads.
 template <class T>
 __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool, const i64 *rows, i64 num_tokens,
-                               const i64 *tiles) {
-  const i64 token = blockIdx.x, *tile = tiles + 4 * blockIdx.y, at = rows[tile[0] * num_tokens + token];
+                               const i64 *tiles, const i64 *words, const i64 *starts) {
+  const i64 token = blockIdx.x, *tile = tiles + 8 * blockIdx.y, at = rows[tile[0] * num_tokens + token];
   if (at < 0) return;
+  const i64 scaling = words[starts[token]];
+  T *const to = y + token * y_stride + tile[2];
+  if (scaling <= 0) {
+    for (i64 c = threadIdx.x; c < tile[3]; c += THREADS) {
+      const float value = to_float(to[c]);
+      const float plain = bias && scaling == 0 ? value - to_float(bias[tile[2] + c]) : value;
+      store(to + c, value + to_float(pool[at + tile[1] + c]) * plain);
+    }
+    return;
+  }
+  // The thread of the first of a pair computes both, so that none reads what another has written.
+  const auto of = [&](i64 word, i64 column) {
+    return to_float(pool[rows[(word + column / tile[6]) * num_tokens + token] + column % tile[6]]);
+  };
   for (i64 c = threadIdx.x; c < tile[3]; c += THREADS) {
-    T *to = y + token * y_stride + tile[2] + c;
-    const float value = to_float(*to), plain = bias ? value - to_float(bias[tile[2] + c]) : value;
-    store(to, value + to_float(pool[at + tile[1] + c]) * plain);
+    const i64 a = tile[7] + c, b = a + scaling;
+    if (a / scaling % 2) continue;
+    const float ya = to_float(to[c]), yb = to_float(to[c + scaling]);
+    store(to + c, ya + of(tile[4], a) * ya + of(tile[5], a) * yb);
+    store(to + c + scaling, yb + of(tile[4], b) * yb + of(tile[5], b) * ya);
   }
 }
 
@@ -166,8 +185,8 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       scale_recorded_##suffix(T *y, i64 y_stride, const T *bias, const T *pool, const i64 *rows, i64 num_tokens,       \
-                              const i64 *tiles) {                                                                      \
-    scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles);                                               \
+                              const i64 *tiles, const i64 *words, const i64 *starts) {                                 \
+    scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles, words, starts);                                \
   }                                                                                                                    \
   LORAY_EXPORT(rms_norm_##suffix)                                                                                      \
   LORAY_EXPORT(silu_mul_##suffix)                                                                                      \

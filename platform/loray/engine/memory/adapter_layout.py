@@ -1,7 +1,7 @@
 """An adapter's matrices as rows of the pool, and where the rows are.
 
-A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, DoRA's scale of a module's outputs
-less one, and a norm weight are one row each.
+A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, scales of a module's outputs less
+one, RoAd's factors of the other of a pair, and a norm weight are one row each.
 A row is at the same offset of every layer's share, so layers that have the same matrices form a group and share one
 table. Groups have different layers, so all groups use the same rows of the pool. A row that is wider than a layer's
 share is cut into segments of columns.
@@ -19,7 +19,7 @@ from loray.methods.weights import Role
 
 
 class Matrix(NamedTuple):
-    """`rows` rows of `width` elements. `scale` is LoRA's alpha/r; only lora_b has it."""
+    """`rows` rows of `width` elements. `scale` is that of PoolRows."""
 
     module: str
     role: Role

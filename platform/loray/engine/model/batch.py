@@ -27,6 +27,7 @@ from loray_kernels import (
     Parts,
     RowOverrides,
     RowTables,
+    ScaleTable,
     StepDescriptors,
     StepVectors,
     VeraTable,
@@ -95,7 +96,7 @@ class AdapterBatch:
             lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
             norms={m: self._own_rows(m, "norm", members) for m in sorted(found.get("norm", ()))},
-            dora={m: self._own_rows(m, "dora", members) for m in sorted(found.get("dora", ()))},
+            scales={m: self._scales(m, members) for m in sorted({*found.get("dora", ()), *found.get("scale", ())})},
         )
 
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
@@ -127,6 +128,25 @@ class AdapterBatch:
                 d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in spans])
                 b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in spans])
                 tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
+        return tables
+
+    def _scales(self, module: str, members: Sequence[tuple[AdapterSpan, Group]]) -> list[ScaleTable]:
+        """Make a table for each way of scaling outputs: without the base's bias, with it, and in pairs."""
+        tables = []
+        kinds: tuple[tuple[Role, bool], ...] = (("dora", False), ("scale", False), ("scale", True))
+        for role, is_turned in kinds:
+            own = [
+                (s, g)
+                for s, g in members
+                if (g, module, role) in s.adapter.rows and ((g, module, "turn") in s.adapter.rows) == is_turned
+            ]
+            if own and is_turned:
+                turn = self._own_rows(module, "turn", own)
+                distances = [int(s.adapter.scales[g, module]) for s, g in own for _ in range(s.start, s.stop)]
+                distance_N = torch.tensor(distances, device=self._device)
+                tables.append(ScaleTable(self._own_rows(module, role, own), turn=turn.rows, distance_N=distance_N))
+            elif own:
+                tables.append(ScaleTable(self._own_rows(module, role, own), leaves_bias=role == "dora"))
         return tables
 
     def _own_rows(self, module: str, role: Role, members: Iterable[tuple[AdapterSpan, Group]]) -> RowOverrides:

@@ -49,8 +49,8 @@ class ForwardContext:
 
 
 class Linear:
-    """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns, then DoRA
-    scales them.
+    """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns, then they
+    are scaled (DoRA, IA³, RoAd).
 
     Where the module is spread over several ranks, `parallel.decoder` overrides the hooks below.
     """
@@ -74,7 +74,7 @@ class Linear:
         outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
-        self.scale_dora(outputs, step)
+        self.scale_outputs(outputs, step)
         return y_TO
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
@@ -100,12 +100,16 @@ class Linear:
                 table = self.local_vera_table(table, y_TO.shape[1])
                 step.ops.vera_expand(y_TO, z_own_TR, step.pool.tensor, table, step.offset(self._layer))
 
-    def scale_dora(self, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
-        found = step.batch.adapters.layer(self._layer).dora
+    def scale_outputs(self, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
+        found = step.batch.adapters.layer(self._layer).scales
+        pool, offset = step.pool.tensor, step.offset(self._layer)
         for module in self.modules if found else ():
-            if (own := found.get(module)) is not None:
-                bias_O = self._biases.get(module)
-                step.ops.scale_rows(outputs[module], bias_O, step.pool.tensor, own, step.offset(self._layer))
+            for table in found.get(module, ()):
+                if table.turn is not None and table.distance_N is not None:
+                    step.ops.turn_rows(outputs[module], pool, table.own, table.turn, table.distance_N, offset)
+                else:
+                    bias_O = self._biases.get(module) if table.leaves_bias else None
+                    step.ops.scale_rows(outputs[module], bias_O, pool, table.own, offset)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ Column-parallel modules have all of their input on every rank. Each rank compute
 columns that it has of the base's output. Row-parallel modules have a part of their input on each rank. A rank's h is
 then a part of a sum, and since B is linear, B h of the ranks' parts adds up to B h of the sum. So each rank adds it to
 its part of the base's sum, and one all-reduce adds up both. The same holds for VeRA, whose d and b multiply elements,
-and for DoRA, which scales the ranks' parts alike. vLLM splits LoRA in this way unless it is told otherwise.
+and for scales of outputs, by which every rank multiplies its part. vLLM splits LoRA in this way unless it is told
+otherwise.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ output head, all of which is read for every token, is split by vocabulary.
     column-parallel    all of it                               the rank's columns
     row-parallel       the rank's columns, as of the input     all of it
 
-All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b and DoRA's scale are split as
-the columns of B are. VeRA's vector d, norms and embedding rows are complete on every rank, and so is the shared pair,
-since modules of different widths use different parts of it.
+All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b and scales of outputs are
+split as the columns of B are; two outputs that RoAd turns together must be on one rank. VeRA's vector d, norms and
+embedding rows are complete on every rank, and so is the shared pair, since modules of different widths use different
+parts of it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from loray.engine.memory.blocks import BlockKind, Geometry
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.pool import input_shapes
-from loray.errors import SpecError
+from loray.errors import SpecError, UnsupportedError
 from loray.spec import LINEAR_MODULES, AdapterRef, ServeSpec
 from loray_kernels import INPUTS, InputShape
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
-_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora"})  # of column-parallel modules
+_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora", "scale", "turn"})  # of column-parallel modules
 _SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
 
 
@@ -197,7 +198,14 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
 def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
     """The rank's part of a layered matrix's rows, (layers, rows, width)."""
     split = _SPLIT_BY_OUTPUT if matrix.module in COLUMN_PARALLEL else _SPLIT_BY_INPUT
-    return rows_LRW[:, :, shard.slice(matrix.width)] if matrix.role in split else rows_LRW
+    if matrix.role not in split:
+        return rows_LRW
+    if matrix.role == "turn" and (matrix.width // shard.world_size) % (group := int(2 * matrix.scale)):
+        raise UnsupportedError(
+            f"the adapter turns pairs in groups of {group}, which does not divide the {matrix.width} outputs of "
+            f"{matrix.module} over {shard.world_size} ranks: train it with a smaller adapter.group_size"
+        )
+    return rows_LRW[:, :, shard.slice(matrix.width)]
 
 
 def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dict[Matrix, Tensor]:

@@ -189,12 +189,15 @@ class Packer:
         layers: dict[int, dict[Matrix, Tensor]] = {}
         for key, module in weights.modules.items():
             own = layers.setdefault(key.layer, {})
-            for role, tensor, scale in module.rows():
+            for role, tensor, scale, changed in module.rows():
                 num_rows, width = tensor.shape
+                matrix = Matrix(changed or key.module, role, num_rows, width, scale)
                 if role == "dora":
                     assert isinstance(module, LoraWeights)
                     tensor = self._excess_scale(key, module)
-                own[Matrix(key.module, role, num_rows, width, scale)] = tensor
+                if matrix in own:  # two scales of one output, each less one
+                    tensor = own[matrix] + tensor + own[matrix] * tensor
+                own[matrix] = tensor
         flat: dict[Matrix, Tensor] = {}
         for path, norm in weights.norms.items():
             if path == "norm":

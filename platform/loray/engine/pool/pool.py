@@ -52,7 +52,9 @@ _PARTS: dict[Role, Parts] = {
     "lora_b": Parts.LORA,
     "vera_d": Parts.VERA,
     "vera_b": Parts.VERA,
-    "dora": Parts.DORA,
+    "dora": Parts.SCALE,
+    "scale": Parts.SCALE,
+    "turn": Parts.SCALE,
     "norm": Parts.OWN,
     "embedding": Parts.OWN,
 }
@@ -76,7 +78,7 @@ class ResidentAdapter:
     """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
     rows        the table as tensors, by (group, module, role); group -1 holds rows without a layer
-    scales      LoRA's alpha/r by (group, module)
+    scales      LoRA's alpha/r, or the distance of a pair that is turned, by (group, module)
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row   {token: offset of the adapter's embedding row for it}
     descriptor  on the device; None without one, see PoolDescriptors
@@ -188,7 +190,8 @@ class PoolDescriptors:
                 return None
             pair = Pair(first, first + rank * width, rank, width)
         rope = None if adapter.rope is None else self._rope(adapter.rope)
-        return vector_words(self._vectors, own, table.layer_group, _vectors(table.flat), rope, pair)
+        scaling = _scaling(adapter)
+        return vector_words(self._vectors, own, table.layer_group, _vectors(table.flat), rope, pair, scaling)
 
 
 def _parts(adapter: ResidentAdapter) -> Parts:
@@ -199,10 +202,18 @@ def _parts(adapter: ResidentAdapter) -> Parts:
     return parts
 
 
+def _scaling(adapter: ResidentAdapter) -> int:
+    """Say what its scales of outputs scale, see `descriptors`: an adapter has those of one method."""
+    found = {role: (g, module) for g, table in enumerate(adapter.table.groups) for module, role in table}
+    if "turn" in found:
+        return int(adapter.scales[found["turn"]])
+    return -1 if "scale" in found else 0
+
+
 def _vectors(table: Table) -> dict[tuple[str, str], tuple[int, ...]]:
     """Find the offsets of each segment of what has one row. Embedding rows are named by steps."""
     return {
-        (module, role): tuple(s.offsets[0] for s in segments)
+        (module, "scale" if role == "dora" else role): tuple(s.offsets[0] for s in segments)
         for (module, role), segments in table.items()
         if role not in _LORA and role != "embedding"
     }
@@ -353,7 +364,7 @@ class Pool:
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
             for m in group.matrices
-            if m.role == "lora_b"
+            if m.role in ("lora_b", "turn")
         }
         tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)

@@ -8,8 +8,9 @@ Shapes: B rows, T positions; R rows and D documents of a plan. Padding is on the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, overload
@@ -20,14 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loray.recipes.resolve import check_token_budget
-from loray.spec import BatchSpec
+from loray.spec import BatchSpec, TrainSpec
 
 
 class RowSource(Protocol):
-    """Rows of tokens."""
+    """Rows of tokens. `desirable`: of answers that are no pairs, which of them are, by rows of a plan."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def desirable(self) -> NDArray[np.bool_] | None: ...
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read the token ids of row i, and which of them are targets."""
@@ -41,6 +44,7 @@ class TokenizedRows:
     targets_N: NDArray[np.bool_]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    desirable: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -54,14 +58,50 @@ class TokenizedRows:
         return TokenizedRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
 
-def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenizedRows:
+def pack_rows(rows: Sequence[tuple[Any, Any]], desirable: NDArray[np.bool_] | None = None) -> TokenizedRows:
     """Make TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
     targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
     targets_N[starts] = False
-    return TokenizedRows(ids_N, targets_N, starts, lengths)
+    return TokenizedRows(ids_N, targets_N, starts, lengths, desirable)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedRows:
+    """Answers that are no pairs, as rows of two sequences: 2i is row i of `answers`, and 2i + 1 is its prompt with the
+    answer of the row before it; the first one has that of the last.
+
+    prompts  tokens of each row before its answer
+    lengths  of all sequences, which are cut off at the same length as those of `answers`
+    """
+
+    answers: RowSource
+    prompts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    desirable: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, answers: RowSource, num_targets: NDArray[np.int64], desirable: NDArray[np.bool_], max_length: int
+    ) -> UnpairedRows:
+        """`num_targets` are the last tokens of each row: its answer."""
+        prompts = answers.lengths - num_targets
+        unrelated = np.minimum(prompts + np.roll(num_targets, 1), max_length)
+        return cls(answers, prompts, np.stack([answers.lengths, unrelated], axis=1).ravel(), desirable)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        ids, targets = self.answers.row(i // 2)
+        if i % 2 == 0:
+            return ids, targets
+        before = (i // 2 - 1) % len(self.prompts)
+        prompt, answer = self.prompts[i // 2], self.answers.row(before)[0][self.prompts[before] :]
+        ids = np.concatenate([ids[:prompt], answer])[: self.lengths[i]]
+        return ids, np.arange(len(ids)) >= prompt
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
@@ -222,7 +262,7 @@ class Cursor(NamedTuple):
     done: int = 0
 
 
-_START = Cursor()
+FIRST = Cursor()
 
 
 class TrainBatch(NamedTuple):
@@ -232,6 +272,11 @@ class TrainBatch(NamedTuple):
     target. So no document of a packed row predicts the first token of the next.
     document_ids_BT counts the documents of a row from 0, −1 on padding; None where each row is one whole document.
     position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
+    rows: the data's rows that each row holds.
+    reference_B: of pairs, the log-probability of each answer before the first step; None: it is to be computed.
+    following_BT: of pairs, the token after each, in prompts too, −100 where a row ends.
+    desirable_P: of answers that are no pairs: whether the first sequence of each row is desirable.
+    teacher_ids_BTK, teacher_log_probs_BTK: where there is a label, the K tokens that a teacher finds likeliest.
     """
 
     input_ids_BT: Tensor
@@ -241,11 +286,12 @@ class TrainBatch(NamedTuple):
     num_tokens: int
     num_targets: int
     num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
-
-    @property
-    def num_terms(self) -> int:
-        """Terms of the loss, of which a step takes the mean: labels, or pairs."""
-        return self.num_targets if self.num_pairs is None else self.num_pairs
+    rows: MicroBatch = ()
+    reference_B: Tensor | None = None
+    following_BT: Tensor | None = None
+    desirable_P: Tensor | None = None
+    teacher_ids_BTK: Tensor | None = None
+    teacher_log_probs_BTK: Tensor | None = None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
@@ -284,15 +330,20 @@ def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
         position_ids_BT if packed else None,
         num_tokens=sum(lengths),
         num_targets=int((labels_BT != IGNORED).sum()),
+        rows=batch,
     )
 
 
 def collate_pairs(rows: RowSource, batch: MicroBatch) -> TrainBatch:
     """Make a batch of twice as many rows of the pairs of `batch`, each a row of a plan."""
     pairs = [pair for (pair,) in batch]
-    return collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)._replace(
-        num_pairs=len(pairs)
-    )
+    made = collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)
+    next_ids_BT = made.input_ids_BT.roll(-1, 1)
+    next_ids_BT[:, -1] = IGNORED
+    if made.document_ids_BT is not None:
+        next_ids_BT[made.document_ids_BT.roll(-1, 1) < 0] = IGNORED
+    desirable_P = None if rows.desirable is None else torch.from_numpy(rows.desirable[pairs])
+    return made._replace(num_pairs=len(pairs), following_BT=next_ids_BT, desirable_P=desirable_P)
 
 
 class BatchStream:
@@ -311,7 +362,7 @@ class BatchStream:
         max_length: int,
         seed: int,
         per_step: int,
-        cursor: Cursor = _START,
+        cursor: Cursor = FIRST,
         rank: int = 0,
         size: int = 1,
         shares: Sequence[SourceShare] = (),
@@ -344,6 +395,18 @@ class BatchStream:
         self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
         return self._plan[self.cursor.done - 1]
 
+    def planned(self, num_steps: int) -> Iterator[MicroBatch]:
+        """Plan the micro-batches of all ranks from the first epoch on, up to the end of step `num_steps`."""
+        left, epoch = num_steps * self._per_step, 0
+        while left > 0:
+            plan = self._plan if epoch == self.cursor.epoch else self._plan_of(epoch=epoch)
+            yield from itertools.islice(plan, left)
+            left, epoch = left - len(plan), epoch + 1
+
+    def steps_of(self, spec: TrainSpec) -> int:
+        """Count the steps of a run."""
+        return spec.max_steps or self.num_steps(spec.num_epochs or 1.0)
+
     def num_steps(self, num_epochs: float) -> int:
         """Count the steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""
         whole, part = int(num_epochs), num_epochs - int(num_epochs)
@@ -359,4 +422,7 @@ class BatchStream:
 def _without_labels(batch: TrainBatch) -> TrainBatch:
     num_pairs = None if batch.num_pairs is None else 0
     labels_BT = torch.full_like(batch.labels_BT, IGNORED)
-    return batch._replace(labels_BT=labels_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs)
+    following_BT = None if batch.following_BT is None else labels_BT
+    return batch._replace(
+        labels_BT=labels_BT, following_BT=following_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs
+    )

@@ -107,6 +107,7 @@ class Corpus(NamedTuple):
     documents_E  counted through all files
     sources_E    which source it is of
     is_text_E    every token is a target, and it may be cut anywhere
+    desirable_E  no row says that it is not
     runs         indices of examples and [start, stop) of the targets in them, of those that are no texts
     sha256s      of the files of each source
     beginning    token ids that a stream of joined texts begins with
@@ -118,6 +119,7 @@ class Corpus(NamedTuple):
     documents_E: Indices
     sources_E: NDArray[np.int16]
     is_text_E: NDArray[np.bool_]
+    desirable_E: NDArray[np.bool_]
     runs: tuple[Indices, NDArray[np.int32]]
     num_documents: int
     sha256s: tuple[str, ...]
@@ -203,6 +205,7 @@ def _assembled(
         ),
         sources_E=np.repeat(sources_K, num_examples).astype(np.int16),
         is_text_E=np.repeat([index.is_text for index in indices], num_examples),
+        desirable_E=np.concatenate([index.desirable_E for index in indices]),
         runs=(
             np.repeat(np.arange(len(num_runs_E)), num_runs_E),
             np.concatenate([index.runs_R2 for index in indices]),

@@ -12,29 +12,29 @@ import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loray.recipes.sources import SourceFiles
+from loray.spec import DataSpec, SftSpec
 from loray.train.data import read
-from loray.train.data.read import CutFile, DataFormat, FilePart, Head, RowFile, cut, read_head, rows_of
+from loray.train.data.formats import Formats
+from loray.train.data.read import CutFile, FilePart, Head, RowFile, cut, read_head, rows_of
 from loray.train.data.shards import FolderCache
 
-_FORM = 1  # of what is kept
+_FORM = 2  # of what is kept
 _SETTLED_S = 2.0  # the coarsest resolution of a file system's times, FAT's
 
 
-def open_known(
-    source: SourceFiles, format: DataFormat | Literal["auto"], cache: FolderCache, *, paired: bool = False
-) -> RowFile:
+def open_known(source: SourceFiles, spec: DataSpec, cache: FolderCache, formats: Formats = SftSpec.formats) -> RowFile:
     """Open the rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
     if source.remote is None:
-        return rows_of(source, read_head(source), format, paired=paired)
+        return rows_of(source, read_head(source), spec, formats)
     key = _key("head", source.remote.state)
     if (kept := _kept(cache, key)) is None:
         kept = read_head(source)
         cache.keep(key, json.dumps(kept).encode())
     kind, names = kept
-    return rows_of(source, Head(kind, tuple(names)), format, paired=paired)
+    return rows_of(source, Head(kind, tuple(names)), spec, formats)
 
 
 def cut_known(file: RowFile, max_rows: int | None, cache: FolderCache) -> CutFile:
@@ -42,7 +42,7 @@ def cut_known(file: RowFile, max_rows: int | None, cache: FolderCache) -> CutFil
     state, here = _state(file.source), file.source.remote is None
     if state is None:
         return cut(file, max_rows)
-    key = _key(read.PART_BYTES, file.kind, file.format, file.columns, max_rows, state)
+    key = _key(read.PART_BYTES, file.kind, file.columns, max_rows, state)
     if (kept := _kept(cache, key, here=here)) is not None:
         sha256, parts, num_rows = kept
         return CutFile(sha256, tuple(FilePart(file, digest, first, stop) for digest, first, stop in parts), num_rows)

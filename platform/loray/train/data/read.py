@@ -1,21 +1,23 @@
-"""Rows of JSONL, Parquet and shards of saved data sets, and files cut into parts of a few megabytes.
+"""Rows of files of all kinds, and files cut into parts of a few megabytes.
 
 A source is a path, or a URI that pyarrow supports (`file://`, `s3://`), or a local copy of one. Every failure is a
 DataError that names the source and the wrong line or row.
 
 Parts are tokenised one by one. A file is cut at the same places under the same digests whenever it is read, and reading
-it for that parses nothing. A part of JSONL is named by its bytes, so that lines added at a file's end leave the parts
-before them as they are.
+it for that parses nothing but JSON arrays. A part of JSONL, a JSON array or CSV is named by its bytes, so that rows
+added at a file's end leave the parts before them as they are.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -23,40 +25,38 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as papq
 
 from loray.errors import DataError
-from loray.recipes.sources import ARROW, SourceFiles
+from loray.recipes.sources import ARROW, SourceFiles, without_options
+from loray.spec import DataSpec, SftSpec
+from loray.train.data.formats import FORMATS, Column, DataFormat, Formats, columns_of, detect
 
-FileKind = Literal["jsonl", "parquet", "arrow"]
-DataFormat = Literal["chat", "prompt_completion", "text", "preference"]
+FileKind = Literal["jsonl", "json", "csv", "parquet", "arrow"]
+_CSV = (".csv", ".tsv")
+_BEGINNING = 1 << 12  # bytes that tell a file's kind
+_DELIMITERS = ",;\t"  # of CSV: the one that the header has most of
 
-_COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected"),
-}
-_TOOLS = "tools"  # of chats, where the file has that column
-_WITH_CHATS: tuple[DataFormat, ...] = ("chat", "preference")
-READ_COLUMNS = frozenset({column for columns in _COLUMNS.values() for column in columns} | {_TOOLS})
-_EXPECTED = {
-    False: "loray reads `messages` (chat), `prompt` and `completion`, or `text`",
-    True: "DPO reads `prompt`, `chosen` and `rejected`, all texts or all lists of messages",
-}
+csv.field_size_limit(sys.maxsize)  # a field may be a document
 
 
 class Head(NamedTuple):
-    """The kind of a file, and the columns of its rows."""
+    """The kind of a file, and the columns of its rows: of all, or of JSON those of the first."""
 
     kind: FileKind
     names: tuple[str, ...]
 
 
 class RowFile(NamedTuple):
-    """A file of rows. `columns` are those that its format reads."""
+    """A file of rows. `columns` are those that its format reads, of which every row has `needed`."""
 
     source: SourceFiles
     format: DataFormat
     kind: FileKind
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
+    needed: tuple[str, ...]
+
+    @property
+    def read(self) -> list[str]:
+        """The columns' names in the file."""
+        return [name for _, name in self.columns]
 
 
 def read_head(source: SourceFiles) -> Head:
@@ -69,39 +69,44 @@ def read_head(source: SourceFiles) -> Head:
         case "arrow":
             with open_arrow(source) as reader:
                 names = reader.schema.names
+        case "csv":
+            with open_source(source) as file:
+                names = _fields(source, _header(io.BufferedReader(file)))
+        case "json":
+            with open_source(source) as file:
+                _, first, stop = next(_array(source, file), (None, 0, 0))
+                file.seek(first)
+                names = list(json.loads(file.read(stop - first) or b"{}"))
         case "jsonl":
             names = _first_names(source)
+    if not names and kind in ("csv", "json"):
+        raise DataError(f"{source} has no rows; give a file with at least one")
     return Head(kind, tuple(names))
 
 
-def rows_of(
-    source: SourceFiles, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
-) -> RowFile:
-    """Find the rows of the source that begins with `head`. `paired`: they must be pairs. Raises DataError."""
+def rows_of(source: SourceFiles, head: Head, spec: DataSpec, formats: Formats = SftSpec.formats) -> RowFile:
+    """Find the rows of the source that begins with `head`, as a recipe's data says, in one of `formats`. Raises
+    DataError.
+    """
     kind, names = head
-    found = detect(source, names, format, paired=paired)
-    tools = (_TOOLS,) if found in _WITH_CHATS and _TOOLS in names else ()
-    return RowFile(source, found, kind, _COLUMNS[found] + tools)
+    found = detect(source, names, spec, formats)
+    columns = columns_of(found, names, spec, are_all=kind not in ("jsonl", "json"))
+    return RowFile(source, found, kind, columns, FORMATS[found].columns)
 
 
 def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Read these columns, of any types, of all rows of a local file. Raises DataError."""
     source = SourceFiles(name, str(path))
-    kind = _kind(source)
-    if kind == "parquet":
-        with open_parquet(source) as table:
-            _check_columns(str(source), table.schema_arrow.names, columns)
-            records: list[dict[str, Any]] = table.read(columns=list(columns)).to_pylist()
-        return records
-    if kind == "arrow":
-        with open_arrow(source) as reader:
-            _check_columns(str(source), reader.schema.names, columns)
-            return reader.read_all().select(list(columns)).to_pylist()  # type: ignore[no-any-return]
+    kind, names = read_head(source)
+    if kind not in ("jsonl", "json") and (missing := [column for column in columns if column not in names]):
+        raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")
+    file = RowFile(source, "text", kind, tuple((column, column) for column in columns), tuple(columns))
     records = []
-    for number, line in _lines(source):
-        record = _record(source, number, line)
-        _check_columns(f"{source}, line {number}", list(record), columns)
-        records.append({column: record[column] for column in columns})
+    for part, content in read_parts(cut(file).parts):
+        try:
+            records += [record for _, record in records_of(content)]
+        except BadRow as e:
+            raise DataError(f"{place(part, e.index)}: {e.reason}") from e
     return records
 
 
@@ -111,43 +116,6 @@ def read_text(name: str, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
-
-
-def detect(
-    source: SourceFiles, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool
-) -> DataFormat:
-    """Choose the format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are
-    read where `paired` says so, and only there.
-    """
-    known: list[DataFormat] = [f for f, columns in _COLUMNS.items() if set(columns) <= set(names)]
-    fitting = [f for f in known if (f == "preference") == paired]
-    if format == "auto":
-        if not fitting:
-            hint = "; pairs are for objective: {type: dpo}" if known and not paired else ""
-            raise DataError(f"{source} has columns {', '.join(names) or '(none)'}; {_EXPECTED[paired]}{hint}")
-        return fitting[0]
-    if format not in fitting:
-        wanted = " and ".join(f"`{n}`" for n in _COLUMNS[format])
-        raise DataError(
-            f"{source} has columns {', '.join(names) or '(none)'}, but data.format {format} needs {wanted}; "
-            "set data.format to auto or rename the columns"
-        )
-    return format
-
-
-def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
-    """Say what is wrong with one row; None: nothing. What a chat holds is checked where it is tokenised."""
-    if format == "chat" or (format == "preference" and all(isinstance(record.get(n), list) for n in _COLUMNS[format])):
-        return None
-    for name in _COLUMNS[format]:
-        if not isinstance(text := record.get(name), str):
-            others = ", or all three lists of messages" if format == "preference" else ""
-            return f"`{name}` must be a string{others}, not {type(text).__name__}"
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return f"`{name}` holds half of a surrogate pair, which is no text"
-    return None
 
 
 def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
@@ -184,8 +152,13 @@ def open_source(source: SourceFiles) -> Any:
 def _kind(source: SourceFiles) -> FileKind:
     if source.path.endswith(ARROW):
         return "arrow"
+    if PurePosixPath(without_options(source.name)).suffix.lower() in _CSV:
+        return "csv"
     with open_source(source) as file:
-        return "parquet" if file.read(4) == b"PAR1" else "jsonl"
+        begins = file.read(_BEGINNING)
+    if begins.startswith(b"PAR1"):
+        return "parquet"
+    return "json" if begins.removeprefix(_MARK).lstrip().startswith(b"[") else "jsonl"
 
 
 @contextmanager
@@ -208,32 +181,15 @@ def open_parquet(source: SourceFiles) -> Iterator[Any]:
         raise DataError(f"{source} is not a readable Parquet file: {e}") from e
 
 
-def _lines(source: SourceFiles) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of lines that are not blank."""
+def _first_names(source: SourceFiles) -> list[str]:
     with open_source(source) as file:
         for number, line in enumerate(io.BufferedReader(file), start=1):
             if line.strip():
-                yield number, line
-
-
-def _first_names(source: SourceFiles) -> list[str]:
-    for number, line in _lines(source):
-        if line.lstrip().startswith(b"["):
-            raise DataError(f"{source} starts with a JSON array; write one object per line instead (JSONL)")
-        return list(_record(source, number, line, unreadable="neither JSON nor Parquet"))
+                try:
+                    return list(record_of(line, unreadable="neither JSON, Parquet nor named .csv or .tsv"))
+                except ValueError as e:
+                    raise DataError(f"{source}, line {number}: {e}") from e
     raise DataError(f"{source} is empty; give a file with at least one row")
-
-
-def _record(source: SourceFiles, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
-    try:
-        return record_of(line, unreadable=unreadable)
-    except ValueError as e:
-        raise DataError(f"{source}, line {number}: {e}") from e
-
-
-def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) -> None:
-    if missing := [column for column in columns if column not in names]:
-        raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -260,15 +216,19 @@ class CutFile(NamedTuple):
 
 
 class Content(NamedTuple):
-    """The rows of a part, as they are sent to who tokenises them: lines of JSONL, or an Arrow stream."""
+    """The rows of a part, as they are sent to who tokenises them: lines of JSONL, a JSON array, CSV behind its header,
+    or else an Arrow stream. `columns` and `needed` are the file's.
+    """
 
     format: DataFormat
-    is_lines: bool
+    kind: FileKind
+    columns: tuple[Column, ...]
+    needed: tuple[str, ...]
     data: bytes
 
 
 class BadRow(Exception):
-    """A row of a part is wrong: line `index` of JSONL, else row `index`, from 0."""
+    """A row of a part is wrong: line `index` of JSONL and CSV, else row `index`, from 0."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(index, reason)
@@ -277,7 +237,8 @@ class BadRow(Exception):
 
 def cut(file: RowFile, max_rows: int | None = None) -> CutFile:
     """Cut all rows, or the first `max_rows`, into parts. Raises DataError."""
-    found = _cut_lines(file, max_rows) if file.kind == "jsonl" else _cut_rows(file, max_rows)
+    cuts = {"jsonl": _cut_lines, "csv": _cut_lines, "json": _cut_array}
+    found = cuts.get(file.kind, _cut_rows)(file, max_rows)
     if not found.parts and max_rows != 0:
         raise DataError(f"{file.source} has no rows; give a file with at least one")
     return found
@@ -288,85 +249,124 @@ def read_parts(parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Content]]:
     if not parts:
         return
     file = parts[0].file
-    if file.kind == "jsonl":
+
+    def content(data: bytes) -> Content:
+        return Content(file.format, file.kind, file.columns, file.needed, data)
+
+    if file.kind in ("jsonl", "csv", "json"):
+        with open_source(file.source) as opened:
+            header = _header(io.BufferedReader(opened)) if file.kind == "csv" else b""
         with open_source(file.source) as opened:
             for part in parts:
                 opened.seek(part.first)
-                yield part, Content(file.format, True, opened.read(part.stop - part.first))
+                data = opened.read(part.stop - part.first)
+                yield part, content(b"[%b]" % data if file.kind == "json" else header + data)
         return
     tables = _arrow_tables(file) if file.kind == "arrow" else _parquet_tables(file, parts)
     for part, table in _slices(tables, parts):
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        yield part, Content(file.format, False, sink.getvalue())
+        yield part, content(sink.getvalue())
 
 
 def records_of(content: Content) -> list[tuple[int, dict[str, Any]]]:
-    """Parse all rows into (index as in BadRow, row). Raises BadRow for the first that is malformed."""
-    if content.is_lines:
-        found = list(_parsed(content.data))
-    else:
-        try:
-            found = list(enumerate(pa.ipc.open_stream(content.data).read_all().to_pylist()))
-        except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
-            raise BadRow(0, f"holds text that is not UTF-8: {e}; write it as UTF-8") from e
-    for index, record in found:
-        if wrong := problem(record, content.format):
-            raise BadRow(index, wrong)
-    return found
+    """Parse all rows into (index as in BadRow, row with the columns' names here). Raises BadRow for the first that is
+    malformed.
+    """
+    match content.kind:
+        case "jsonl":
+            found = list(_parsed(content.data))
+        case "json":
+            found = _parsed_array(content.data)
+        case "csv":
+            found = list(_parsed_csv(content.data))
+        case _:
+            try:
+                found = list(enumerate(pa.ipc.open_stream(content.data).read_all().to_pylist()))
+            except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
+                raise BadRow(0, f"holds text that is not UTF-8: {e}; write it as UTF-8") from e
+    records = []
+    for index, row in found:
+        record = {ours: row[theirs] for ours, theirs in content.columns if theirs in row}
+        if missing := [column for column in content.needed if column not in record]:
+            raise BadRow(
+                index,
+                f"the row has no `{missing[0]}` but {', '.join(row) or 'nothing'}: all rows of a file have one format, "
+                f"here {' and '.join(f'`{column}`' for column in content.needed)}; put others into a file of their own",
+            )
+        records.append((index, record))
+    return records
 
 
 def place(part: FilePart, index: int) -> str:
     """Name the place of a row in its file, for people."""
-    if part.file.kind != "jsonl":
-        return f"{part.file.source}, row {part.first + index + 1}"
-    before = 0
-    with open_source(part.file.source) as opened:
+    source, before = part.file.source, 0
+    if part.file.kind in ("parquet", "arrow"):
+        return f"{source}, row {part.first + index + 1}"
+    with open_source(source) as opened:
+        if part.file.kind == "json":
+            before = sum(1 for _, first, _ in _array(source, opened) if first < part.first)
+            return f"{source}, row {before + index + 1}"
         while (left := part.first - opened.tell()) > 0:
             before += opened.read(min(left, PART_BYTES)).count(b"\n")
-    return f"{part.file.source}, line {before + index + 1}"
+    return f"{source}, line {before + index + 1}"
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
 def _cut_lines(file: RowFile, max_rows: int | None) -> CutFile:
-    whole, parts, at, num_rows = hashlib.sha256(), list[FilePart](), 0, 0
+    whole, parts, num_rows = hashlib.sha256(), list[FilePart](), 0
     with open_source(file.source) as opened:
-        for block in _blocks(opened):
+        buffered = io.BufferedReader(opened)
+        header = _header(buffered) if file.kind == "csv" else b""
+        whole.update(header)
+        at = len(header)
+        for block in _blocks(buffered, is_csv=file.kind == "csv"):
             whole.update(block)
-            taken = block if max_rows is None else _first_lines(block, max_rows - num_rows)
-            if taken.strip():
-                parts.append(FilePart(file, hashlib.sha256(taken).hexdigest(), at, at + len(taken)))
+            taken, count = block, 0
             if max_rows is not None:
-                num_rows += sum(1 for line in taken.split(b"\n") if line.strip())
+                try:
+                    taken, count = _first_rows(block, max_rows - num_rows, header)
+                except BadRow as e:
+                    raise DataError(f"{file.source}: {e.reason}") from e
+            if taken.strip():
+                parts.append(FilePart(file, hashlib.sha256(header + taken).hexdigest(), at, at + len(taken)))
+            num_rows += count
             at += len(block)
     return CutFile(whole.hexdigest(), tuple(parts), None if max_rows is None else num_rows)
 
 
-def _blocks(file: Any) -> Iterator[bytes]:
-    """The file in whole lines. Where it is cut depends on nothing that comes later."""
+def _blocks(file: io.BufferedReader, *, is_csv: bool) -> Iterator[bytes]:
+    """The file in whole rows. Where it is cut depends on nothing that comes later."""
     pieces: list[bytes] = []
+    is_quoted = False  # what follows the pieces
     while data := file.read(PART_BYTES):
-        end = data.rfind(b"\n") + 1
+        end = _end_of_csv(data, is_quoted) if is_csv else data.rfind(b"\n") + 1
         if end:
             yield b"".join([*pieces, data[:end]])
-            pieces = []
+            pieces, is_quoted = [], False
         pieces.append(data[end:])
+        is_quoted ^= bool(data.count(b'"', end) & 1)
     if last := b"".join(pieces):
         yield last
 
 
-def _first_lines(block: bytes, count: int) -> bytes:
-    """Cut a block behind its line `count`, where blank lines do not count."""
-    taken = list[bytes]()
-    for line in block.split(b"\n"):
-        if count == 0:
+def _first_rows(block: bytes, count: int, header: bytes) -> tuple[bytes, int]:
+    """Cut a block behind its row `count`, where blank lines do not count. Returns it and how many rows it has. With a
+    `header` it is CSV, else JSONL. Raises BadRow.
+    """
+    lines, taken, rows = block.split(b"\n"), list[bytes](), 0
+    if header:
+        ends = [end - header.count(b"\n") for _, end, _ in _rows_of_csv(header + block)][1 : count + 1]
+        return (b"\n".join([*lines[: ends[-1]], b""]) if ends else b""), len(ends)
+    for line in lines:
+        if rows == count:
             break
         taken.append(line)
-        count -= bool(line.strip())
-    return b"\n".join(taken)
+        rows += bool(line.strip())
+    return b"\n".join(taken), rows
 
 
 def _parsed(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -376,6 +376,146 @@ def _parsed(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield index, record_of(line)
             except ValueError as e:
                 raise BadRow(index, str(e)) from e
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+_MARK = b"\xef\xbb\xbf"  # Excel begins its UTF-8 with it
+
+
+def _header(file: io.BufferedReader) -> bytes:
+    """The first row that is not blank, with what is before it."""
+    header = b""
+    while line := file.readline():
+        header += line
+        if header.removeprefix(_MARK).strip() and header.count(b'"') % 2 == 0:
+            break
+    return header
+
+
+def _fields(source: object, header: bytes) -> list[str]:
+    try:
+        return next((row for *_, row in _rows_of_csv(header)), [])
+    except BadRow as e:
+        raise DataError(f"{source}, line {e.index + 1}: {e.reason}") from e
+
+
+def _end_of_csv(data: bytes, is_quoted: bool) -> int:
+    """Behind the last line end of `data` that is in no quotes, where it begins in quotes or not; 0 where there is none.
+
+    Quotes in quotes are doubled, so that an even number of them is before such a line end.
+    """
+    is_open, end = is_quoted ^ bool(data.count(b'"') & 1), len(data)
+    while (at := data.rfind(b"\n", 0, end)) >= 0:
+        is_open ^= bool(data.count(b'"', at, end) & 1)
+        if not is_open:
+            return at + 1
+        end = at
+    return 0
+
+
+def _rows_of_csv(data: bytes) -> Iterator[tuple[int, int, list[str]]]:
+    """(first line, line behind it, fields) of rows that are not blank, the header among them. Raises BadRow."""
+    try:
+        text = data.removeprefix(_MARK).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise BadRow(data.count(b"\n", 0, e.start), f"not UTF-8: {e}; write the file as UTF-8") from e
+    header, at = text.lstrip().partition("\n")[0], 0
+    lines = io.StringIO(text, newline="\n")
+    reader = csv.reader(lines, delimiter=max(_DELIMITERS, key=header.count), strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield at, reader.line_num, row
+            at = reader.line_num
+    except csv.Error as e:
+        raise BadRow(at, f"not valid CSV: {e}") from e
+
+
+def _parsed_csv(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The index counts lines behind the header."""
+    header = 1
+    try:
+        rows = _rows_of_csv(data)
+        _, header, names = next(rows)
+        for first, _, row in rows:
+            if len(row) != len(names):
+                raise BadRow(
+                    first,
+                    f"the row has {len(row)} fields and the header {len(names)}: write fields that hold line ends, "
+                    "quotes or the delimiter in quotes",
+                )
+            yield first - header, dict(zip(names, row, strict=True))
+    except BadRow as e:
+        raise BadRow(e.index - header, e.reason) from e
+
+
+# -- JSON arrays ------------------------------------------------------------------------------------------------------
+
+
+def _array(source: SourceFiles, file: Any) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """(object, start, stop) of the objects of an array, in bytes. Raises DataError.
+
+    Bytes are parsed as Latin-1, of which each is a character: JSON is known by its ASCII, so places are right, and
+    texts are not.
+    """
+    decoder, number = json.JSONDecoder(), 0
+    text, before = file.read(max(PART_BYTES, _BEGINNING)).decode("latin-1"), 0
+    at = text.index("[") + 1
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        problem = "the array does not end: is the file whole?"
+        if at < len(text):
+            if text[at] == "]":
+                return
+            try:
+                record, stop = decoder.raw_decode(text, at)
+            except ValueError as e:
+                problem = f"not valid JSON: {getattr(e, 'msg', e)}"
+            else:
+                number += 1
+                if not isinstance(record, dict):
+                    raise DataError(f"{source}, row {number}: a row must be an object, not {type(record).__name__}")
+                yield record, before + at, before + stop
+                at = stop
+                continue
+        more = file.read(max(PART_BYTES, len(text) - at)).decode("latin-1")
+        if not more:
+            raise DataError(f"{source}, row {number + 1}: {problem}")
+        text, before, at = text[at:] + more, before + at, 0
+
+
+def _cut_array(file: RowFile, max_rows: int | None) -> CutFile:
+    ranges, filled = list[tuple[int, int]](), True
+    num_rows = 0
+    with open_source(file.source) as opened:
+        for _, first, stop in _array(file.source, opened):
+            if num_rows == max_rows:
+                break
+            if filled:
+                ranges.append((first, stop))
+            else:
+                ranges[-1] = ranges[-1][0], stop
+            filled = ranges[-1][1] - ranges[-1][0] >= PART_BYTES
+            num_rows += 1
+    whole, parts = hashlib.sha256(), list[FilePart]()
+    with open_source(file.source) as opened:
+        while block := opened.read(PART_BYTES):
+            whole.update(block)
+        for first, stop in ranges:
+            opened.seek(first)
+            parts.append(FilePart(file, hashlib.sha256(opened.read(stop - first)).hexdigest(), first, stop))
+    return CutFile(whole.hexdigest(), tuple(parts), num_rows)
+
+
+def _parsed_array(data: bytes) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        return list(enumerate(json.loads(data.decode("utf-8"))))
+    except UnicodeDecodeError as e:
+        raise BadRow(0, f"holds text that is not UTF-8: {e}; write the file as UTF-8") from e
+    except ValueError as e:
+        raise BadRow(0, f"not valid JSON: {e}") from e
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -421,7 +561,7 @@ def _parquet_pieces(file: RowFile) -> Iterator[tuple[int, int]]:
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
             columns = (group.column(c) for c in range(group.num_columns))
-            read = [c for c in columns if c.path_in_schema.split(".")[0] in file.columns]
+            read = [c for c in columns if c.path_in_schema.split(".")[0] in file.read]
             yield group.num_rows, sum(c.total_uncompressed_size for c in read)
 
 
@@ -430,7 +570,7 @@ def _arrow_tables(file: RowFile) -> Iterator[tuple[int, Any]]:
     at = 0
     with open_arrow(file.source) as reader:
         for batch in reader:
-            yield at, pa.Table.from_batches([batch]).select(file.columns)
+            yield at, pa.Table.from_batches([batch]).select(file.read)
             at += batch.num_rows
 
 
@@ -441,7 +581,7 @@ def _parquet_tables(file: RowFile, parts: Sequence[FilePart]) -> Iterator[tuple[
         for g in range(table.metadata.num_row_groups):
             stop = at + table.metadata.row_group(g).num_rows
             if any(part.first < stop and at < part.stop for part in parts):
-                for batch in table.iter_batches(_BATCH_ROWS, row_groups=[g], columns=list(file.columns)):
+                for batch in table.iter_batches(_BATCH_ROWS, row_groups=[g], columns=file.read):
                     yield at, pa.Table.from_batches([batch])
                     at += batch.num_rows
             at = stop

@@ -12,29 +12,77 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
-from loray.spec import DataSpec
-from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
+from loray.spec import DataSpec, SftSpec, TrainSpec
+from loray.train.data.batches import (
+    FIRST,
+    BatchStream,
+    Cursor,
+    RowSource,
+    SourceShare,
+    TokenizedRows,
+    UnpairedRows,
+    pack_rows,
+    pair_lengths,
+)
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
+from loray.train.data.formats import FORMATS, DataFormat, Formats
 from loray.train.data.known import open_known
-from loray.train.data.read import DataFormat, RowFile
+from loray.train.data.lessons import Lessons
+from loray.train.data.read import RowFile
 from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
+
+_MANY_CUT = 0.05  # of the rows: more are warned of
+
+
+class Cut(NamedTuple):
+    """What rows lose at `max_length`: the share of the rows that are longer, the share of all tokens beyond it, and the
+    length that keeps 99 % of the rows whole, in tokens.
+    """
+
+    rows: float
+    tokens: float
+    length_99: int
+
+    @classmethod
+    def of(cls, lengths_RS: NDArray[np.integer], max_length: int) -> Cut:
+        """Row r has S sequences, one or two of a pair. One that is cut cuts the row."""
+        if not lengths_RS.size:
+            return cls(0.0, 0.0, 0)
+        longest_R = lengths_RS.max(1)
+        beyond = np.maximum(lengths_RS - max_length, 0).sum()
+        length_99 = int(np.quantile(longest_R, 0.99, method="higher"))
+        return cls(float((longest_R > max_length).mean()), float(beyond / max(1, lengths_RS.sum())), length_99)
+
+    def warning(self, max_length: int) -> str | None:
+        """What to do about rows that are cut, if they are many."""
+        if self.rows <= _MANY_CUT:
+            return None
+        return (
+            f"{self.rows:.0%} of the rows are longer than {max_length:,} tokens and lose their ends, {self.tokens:.0%} "
+            f"of all tokens; data.max_length={self.length_99} keeps 99 % of the rows whole"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """Statistics of the data. A row of preferences is a pair. Tokens are those of the training rows; targets are tokens
     with a label.
+
+    rendering  how rows become tokens, and why
+    cut        of all rows, before those without a target are left out
     """
 
     format: DataFormat
+    rendering: str
+    max_length: int
     num_documents: int
     num_rows: int
     num_eval_rows: int
@@ -42,6 +90,7 @@ class DataReport:
     num_targets: int
     num_truncated: int
     num_without_targets: int
+    cut: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +99,9 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache`: where
+    the tokens are, and what runs keep beside them. `lessons`: what a served teacher has said of training rows, and of
+    held-out ones.
     """
 
     train: RowSource
@@ -58,9 +109,26 @@ class Dataset:
     max_length: int
     fingerprint: str
     report: DataReport
+    cache: FolderCache
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[SourceShare, ...] = ()
+    lessons: tuple[Lessons, Lessons] | None = None
+
+    def stream(self, spec: TrainSpec, *, cursor: Cursor = FIRST, rank: int = 0, size: int = 1) -> BatchStream:
+        """Make the micro-batches of a run for one of `size` data ranks."""
+        return BatchStream(
+            self.train,
+            spec.batch,
+            max_length=self.max_length,
+            seed=spec.seed,
+            cursor=cursor,
+            per_step=spec.micro_batches_per_step,
+            rank=rank,
+            size=size,
+            shares=self.shares,
+            paired=self.is_paired,
+        )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -69,8 +137,9 @@ class Dataset:
 
     @property
     def length_counts(self) -> dict[int, int]:
-        """Numbers of training sequences, by their numbers of tokens."""
-        counts = np.bincount(self.train.lengths)
+        """Numbers of training sequences that are learned, by their numbers of tokens."""
+        learned = self.train.lengths if self.train.desirable is None else self.train.lengths[::2]
+        counts = np.bincount(learned)
         return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
 
@@ -83,7 +152,7 @@ def load_data(
     seed: int,
     joined: bool | None = False,
     whole_windows: bool = False,
-    paired: bool = False,
+    formats: Formats = SftSpec.formats,
     invocation: Sequence[int] | None = None,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
     cache: FolderCache | None = None,
@@ -95,7 +164,8 @@ def load_data(
     its last rows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
     joined         join texts and cut them at `max_length`, see `loray.train.data.rows`; None: where the data is texts
     whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
-    paired         rows are preference pairs; one is left out where an answer is cut away, or where both are equal
+    formats        of rows. A preference pair is left out where an answer is cut away, or where both are equal; answers
+                   that are no pairs are `UnpairedRows`
     invocation     learn what follows these tokens alone, see Tokenisation; texts are cut off at `max_length`
     fetched        copies on this machine of remote sources
     cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
@@ -103,19 +173,23 @@ def load_data(
     """
     cache = cache or TemporaryCache()
     train_files, eval_files = (
-        [_open(source.path, spec, fetched, cache, paired) for source in sources]
+        [_open(source.path, spec, fetched, cache, formats) for source in sources]
         for sources in (spec.train_sources, spec.eval_sources)
     )
     files = [file for source in (*train_files, *eval_files) for file in source]
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
-    tokenisation = Tokenisation(tokenizer, joined=is_joined, invocation=invocation)
+    tokenisation = Tokenisation(
+        tokenizer, joined=is_joined, raw=spec.format == "raw", system=spec.system, invocation=invocation
+    )
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
     trained, held_out = split(train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed, rows_of)
 
+    paired = any(FORMATS[file.format].is_pair for file in files)
+    single = any(FORMATS[file.format].is_desirable is not None for file in files)
     each = 2 if paired else 1  # sequences of a row
     usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
     for sources, rows in ((spec.train_sources, usable), (spec.eval_sources, measured)):
@@ -130,9 +204,11 @@ def load_data(
         measured = measured[np.sort(drawn)]
 
     kept = _sequences(usable, each)
-    train = trained.rows.select(kept)
+    train: RowSource = trained.rows.select(kept)
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
+        rendering=tokenisation.rendering([file.format for file in files]),
+        max_length=max_length,
         num_documents=train_corpus.num_documents,
         num_rows=len(usable),
         num_eval_rows=len(measured),
@@ -140,14 +216,20 @@ def load_data(
         num_targets=int(trained.num_targets[kept].sum()),
         num_truncated=int(trained.truncated[kept].reshape(-1, each).any(1).sum()),
         num_without_targets=len(trained.rows) // each - len(usable),
+        cut=Cut.of(trained.whole_lengths.reshape(-1, each), max_length),
     )
     # A copy, of these rows alone.
     evaluation = pack_rows([held_out.rows.row(int(i)) for i in _sequences(measured, each)])
+    if single:
+        desirable, num_targets = held_out.desirable[measured], held_out.num_targets[measured]
+        unpaired = UnpairedRows.of(evaluation, num_targets, desirable, max_length)
+        evaluation = pack_rows([unpaired.row(i) for i in range(len(unpaired))], desirable)
+        train = UnpairedRows.of(train, trained.num_targets[kept], trained.desirable[kept], max_length)
     weights = [source.weight for source in spec.train_sources]
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
+    return Dataset(train, evaluation, max_length, fingerprint, report, cache, is_joined, paired or single, shares)
 
 
 def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:
@@ -163,10 +245,10 @@ def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
 
 
 def _open(
-    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: FolderCache, paired: bool
+    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: FolderCache, formats: Formats
 ) -> tuple[RowFile, ...]:
     """The files of one source."""
-    return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
+    return tuple(open_known(file, spec, cache, formats) for file in find_files(path, fetched.get(path)))
 
 
 def _digest(digests: Sequence[str]) -> str:
@@ -180,17 +262,36 @@ SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 
 
 class SourceRows(NamedTuple):
-    """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
+    """Rows to train on or to hold out; of each its source, its length before it was truncated, its number of targets,
+    and false where it says that it is not desirable.
+    """
 
     rows: StreamRows
     sources: NDArray[np.integer]
-    truncated: NDArray[np.bool_]
+    whole_lengths: Indices
     num_targets: Indices
+    desirable: NDArray[np.bool_]
+
+    @property
+    def truncated(self) -> NDArray[np.bool_]:
+        """True for rows that were."""
+        return self.whole_lengths > self.rows.lengths
 
     def select(self, indices: Indices) -> SourceRows:
+        rows, sources, whole_lengths, num_targets, desirable = self
         return SourceRows(
-            self.rows.select(indices), self.sources[indices], self.truncated[indices], self.num_targets[indices]
+            rows.select(indices), sources[indices], whole_lengths[indices], num_targets[indices], desirable[indices]
         )
+
+
+def num_held_out(num_units: int, fraction: float) -> int:
+    """How many of two units or more are held out."""
+    return min(max(1, round(num_units * fraction)), num_units - 1)
+
+
+def held_out_documents(num_documents: int, count: int, seed: int) -> Indices:
+    """Draw the documents that are held out, in their order: the same ones for the same seed."""
+    return np.sort(np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)[:count])
 
 
 RowsOf = Callable[[Corpus, Indices, int], SourceRows]  # of (corpus, documents, max_length)
@@ -209,13 +310,13 @@ def split(
     text, whose last rows are held out.
     """
 
-    def num_held_out(num_units: int) -> int:
+    def some_held_out(num_units: int) -> int:
         if num_units < 2:
             raise DataError(
                 f"{files[0][0].source} has a single row, so nothing can be held out of it; "
                 "give data.eval, or set data.eval_fraction to 0"
             )
-        return min(max(1, round(num_units * fraction)), num_units - 1)
+        return num_held_out(num_units, fraction)
 
     documents = np.arange(train.num_documents)
     if evaluation is not None:
@@ -226,10 +327,9 @@ def split(
     if len(documents) == 1 and train.is_text_E[0]:
         whole = rows_of(train, documents, max_length)
         numbers = np.arange(len(whole.rows))
-        count = num_held_out(len(numbers))
+        count = some_held_out(len(numbers))
         return whole.select(numbers[:-count]), whole.select(numbers[-count:])
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(len(documents))
-    chosen = np.sort(order[: num_held_out(len(documents))])
+    chosen = held_out_documents(len(documents), some_held_out(len(documents)), seed)
     trained = np.setdiff1d(documents, chosen)
     return rows_of(train, trained, max_length), rows_of(train, chosen, max_length)
 
@@ -246,8 +346,9 @@ def windows(corpus: Corpus, documents: Indices, max_length: int) -> SourceRows:
     return SourceRows(
         StreamRows.of(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
-        ~is_text_R & (left_R > max_length),
+        np.where(is_text_R, lengths_R, left_R),
         np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
+        corpus.desirable_E[example_R],
     )
 
 
@@ -256,7 +357,7 @@ def joined_texts(corpus: Corpus, documents: Indices, max_length: int) -> SourceR
     bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
     streams = [documents[slice(*np.searchsorted(documents, (a, b)))] for a, b in pairwise(bounds)]
     rows, sources = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-    return SourceRows(rows, sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
+    return SourceRows(rows, sources, rows.lengths, rows.lengths - 1, np.ones(len(rows), np.bool_))
 
 
 def check_texts(files: Iterable[RowFile]) -> None:
@@ -293,6 +394,7 @@ class StreamRows:
     starts: Indices
     lengths: Indices
     is_text: bool
+    desirable: ClassVar[None] = None
 
     @classmethod
     def of(cls, tokens: ShardTokens, starts: Indices, lengths: Indices) -> StreamRows:

@@ -38,6 +38,7 @@ class ShardIndex(NamedTuple):
     runs_R2      [start, stop) of tokens that are targets; none where `is_text`
     num_runs_E   how many of them are of the example
     is_text      all tokens are targets, and windows may be cut anywhere
+    desirable_E  false for an answer that a row says is not desirable
     """
 
     lengths_E: NDArray[np.int32]
@@ -46,6 +47,7 @@ class ShardIndex(NamedTuple):
     num_runs_E: NDArray[np.int32]
     is_text: bool
     num_documents: int
+    desirable_E: NDArray[np.bool_]
 
     @property
     def num_tokens(self) -> int:

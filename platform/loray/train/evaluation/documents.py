@@ -1,4 +1,5 @@
-"""Documents for perplexity: read whole, tokenised as in training, and cut into overlapping windows.
+"""What is measured before publishing: documents for perplexity, read whole, tokenised as in training, and cut into
+overlapping windows; and a few prompts of held-out rows.
 
 Shapes: N tokens of a document.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files, without_options
+from loray.spec import PERPLEXITY, EvaluationSpec, Subject
+from loray.train.data.batches import TokenizedRows
 from loray.train.data.read import read_columns, read_text
 from loray.train.data.tokenize import check_tokenizer, prompt_ids
 
@@ -98,6 +101,27 @@ def cut_windows(
     return tuple(ids[start : start + context_length] for ids, start in chosen)
 
 
+def stage_name(subject: Subject, what: str, context_length: int) -> str:
+    """Name what is measured of one model at one length."""
+    return f"{subject.replace('_', ' ')}, {what} at {context_length:,} tokens"
+
+
+def stage_tokens(subjects: Iterable[Subject], spec: EvaluationSpec, documents: Documents | None) -> dict[str, int]:
+    """Count the tokens that go through each model for what `spec` asks before publishing, by the name of the stage."""
+    lengths: dict[int, int] = {}
+    if (perplexity := spec.perplexity) is not None and documents is not None:
+        stride, most = perplexity.stride, perplexity.max_windows
+        for n in perplexity.context_lengths:
+            lengths[n] = n * len(cut_windows(documents, n, stride=stride, max_windows=most))
+    found: dict[str, int] = {}
+    for subject in subjects:
+        found |= {stage_name(subject, PERPLEXITY, n): tokens for n, tokens in lengths.items()}
+        for task in spec.retrieval:
+            each = len(task.depths) * task.samples
+            found |= {stage_name(subject, task.task, n): n * each for n in task.context_lengths}
+    return found
+
+
 def _texts(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
     if not path.is_file():
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
@@ -117,3 +141,30 @@ def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(ids.astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+_MOST_PROMPTS, _MAX_PROMPT = 3, 1024  # tokens of one
+
+
+class HeldOutPrompt(NamedTuple):
+    """The tokens of a held-out row up to its first answer, and those of that answer."""
+
+    ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+def held_out_prompts(rows: TokenizedRows, sequences_per_row: int) -> tuple[HeldOutPrompt, ...]:
+    """Choose up to three prompts, evenly spread over the held-out rows; none where rows are texts, which have no
+    prompt. Of a pair of answers the first sequence counts, which has the chosen one.
+    """
+    found = []
+    for i in range(0, len(rows), sequences_per_row):
+        ids, targets = rows.row(i)
+        first = int(targets.argmax()) if targets.any() else 0
+        if 1 < first <= _MAX_PROMPT:  # the first token of any row is no target
+            length = int((~targets[first:]).argmax()) or len(ids) - first
+            found.append(HeldOutPrompt(tuple(ids[:first].tolist()), tuple(ids[first : first + length].tolist())))
+    chosen = np.linspace(0, len(found) - 1, min(_MOST_PROMPTS, len(found))).round().astype(int)
+    return tuple(found[i] for i in chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import exp, inf
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.files import file_sha256
+from loray.methods.alora_module import Activation
 from loray.methods.attach import attach, load_weights
 from loray.planning.memory import num_shards
 from loray.spec import (
@@ -31,7 +32,7 @@ from loray.spec import (
     retrieval_metric,
 )
 from loray.telemetry import Progress
-from loray.train.evaluation.documents import Documents, cut_windows
+from loray.train.evaluation.documents import Documents, cut_windows, stage_name
 from loray.train.evaluation.perplexity import KeptFigures, Measured, finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
@@ -88,11 +89,6 @@ def load(
     `base`, either.
     """
     weights = None if measured.adapter is None else read_adapter(measured.adapter, base.config)
-    if weights is not None and weights.invocation_tokens is not None:
-        raise UnsupportedError(
-            "the adapter is active after its invocation alone (aLoRA), and these texts have none: compare held-out "
-            "losses, which training measures, or measure answers with `loray eval tasks`"
-        )
     if trained_by is not None and num_shards(trained_by) > 1 and mesh.world.size > 1:
         from loray.train.strategies.fsdp2 import shard  # takes a second, and what is whole does not need it
 
@@ -105,10 +101,16 @@ def load(
         sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
         return sharded.eval()
     model = load_model(base, dtype=dtype, rope=measured.rope)
-    if measured.adapter is not None:
-        from peft import PeftModel  # takes a second, and bases do not need it
+    if weights is not None:
+        from peft import PeftConfig, PeftModel  # takes a second, and bases do not need it
 
-        model = PeftModel.from_pretrained(model, measured.adapter, autocast_adapter_dtype=False).get_base_model()
+        config = PeftConfig.from_pretrained(measured.adapter)
+        if weights.invocation_tokens is not None:
+            config.alora_invocation_tokens = None  # of which PEFT's own model alone tells its modules
+        model = PeftModel.from_pretrained(model, measured.adapter, config=config, autocast_adapter_dtype=False)
+        model = model.get_base_model()
+        if weights.invocation_tokens is not None:
+            Activation(weights.invocation_tokens).put_into(model)
     return Measured(model.requires_grad_(False), mesh).to(device).eval()
 
 
@@ -128,13 +130,16 @@ def measure(
     kept: KeptFigures | None = None,
     mesh: Mesh = ALONE,
     trained_by: TrainSpec | None = None,
+    look: Callable[[Subject, Callable[[], Measured]], None] = lambda subject, model: None,
 ) -> tuple[Evaluation, ...]:
     """Measure perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose
     figures are all in `kept` (None: nothing is kept). The ranks of `mesh` measure together, as `load` shares a model
-    among the workers of the recipe `trained_by`; all make the same call and get the same figures.
+    among the workers of the recipe `trained_by`; all make the same call and get the same figures. `look` is shown each
+    model last, which is loaded where it is called.
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
-    one, and EvaluationError where a value is not finite.
+    one, EvaluationError where a value is not finite, and UnsupportedError for an adapter that these texts do not
+    invoke.
     """
     device = device or torch.device("cpu")
     kept = kept or KeptFigures(mesh=mesh, device=device)
@@ -145,13 +150,14 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
     for measured_model in models:
+        if measured_model.adapter is not None and (windows or retrieval):
+            _check_invoked(measured_model.adapter)
         model = cache(partial(load, base, measured_model, dtype=dtype, device=device, mesh=mesh, trained_by=trained_by))
         take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
-        name = subject.replace("_", " ")
         if perplexity is not None and documents is not None:
             for context_length, windows_T in windows.items():
-                stage = f"{name}, perplexity at {context_length:,} tokens"
+                stage = stage_name(subject, PERPLEXITY, context_length)
                 loss = mean_loss(model, windows_T, partial(take, progress=partial(progress, stage)))
                 measured.append(
                     Evaluation(
@@ -167,13 +173,22 @@ def measure(
                 )
         for spec in retrieval:
             for context_length in spec.context_lengths:
-                stage = f"{name}, {spec.task} at {context_length:,} tokens"
+                stage = stage_name(subject, spec.task, context_length)
                 cells = retrieve(
                     model, tokenizer, spec, context_length, partial(take, progress=partial(progress, stage))
                 )
                 measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
+        look(subject, model)
         del model
     return tuple(measured)
+
+
+def _check_invoked(adapter: Path) -> None:
+    if read_config(adapter).get("alora_invocation_tokens") is not None:
+        raise UnsupportedError(
+            "the adapter is active after its invocation alone (aLoRA), and these texts have none: compare held-out "
+            "losses, which training measures, or measure answers with `loray eval tasks`"
+        )
 
 
 def _evaluations(cell: Cell, spec: RetrievalSpec, subject: Subject) -> list[Evaluation]:

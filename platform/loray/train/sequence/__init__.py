@@ -23,6 +23,22 @@ tokens for heads. Models attend by `loray.train.hooks`, in evaluation inside `de
 - `group.traffic` counts the bytes that this rank sent.
 """
 
-from loray.train.sequence.shard import SentBytes, SequenceGroup, ShardedBatch, sequence_parallel, shard
+from loray.train.sequence.shard import (
+    SentBytes,
+    SequenceGroup,
+    ShardedBatch,
+    group_size,
+    sequence_parallel,
+    shard,
+    sum_over_group,
+)
 
-__all__ = ["SentBytes", "SequenceGroup", "ShardedBatch", "sequence_parallel", "shard"]
+__all__ = [
+    "SentBytes",
+    "SequenceGroup",
+    "ShardedBatch",
+    "group_size",
+    "sequence_parallel",
+    "shard",
+    "sum_over_group",
+]

@@ -104,7 +104,11 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
     else:
         ends_BN = torch.arange(padding[1]).expand(num_rows, -1)
         position_ids_BN = torch.cat([position_ids_BT, ends_BN], dim=1)
-    labels_BL = F.pad(batch.labels_BT, padding, value=IGNORED)[:, span].contiguous()
+    labels_BL, following_BL = (
+        None if tokens_BT is None else F.pad(tokens_BT, padding, value=IGNORED)[:, span].contiguous()
+        for tokens_BT in (batch.labels_BT, batch.following_BT)
+    )
+    assert labels_BL is not None
     input_ids_BN = F.pad(batch.input_ids_BT, padding)
     local = TrainBatch(
         input_ids_BN[:, span].contiguous(),
@@ -113,8 +117,19 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         position_ids_BN[:, span].contiguous(),
         num_tokens=batch.num_tokens * (group.rank + 1) // group.size - batch.num_tokens * group.rank // group.size,
         num_targets=int((labels_BL != IGNORED).sum()),
+        num_pairs=batch.num_pairs,
+        rows=batch.rows,
+        reference_B=batch.reference_B,
+        following_BT=following_BL,
+        desirable_P=batch.desirable_P,
+        teacher_ids_BTK=_positions(batch.teacher_ids_BTK, padding, span),
+        teacher_log_probs_BTK=_positions(batch.teacher_log_probs_BTK, padding, span),
     )
     return ShardedBatch(local, group, ids_BN, WholeRows(input_ids_BN, ids_BN, span))
+
+
+def _positions(x_BTK: Tensor | None, padding: tuple[int, int], span: slice) -> Tensor | None:
+    return None if x_BTK is None else F.pad(x_BTK, (0, 0, *padding))[:, span].contiguous()
 
 
 _STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
@@ -165,6 +180,44 @@ _ACTIVE: ContextVar[ActiveShard | None] = ContextVar("loray_sequence_shard", def
 
 def active_shard() -> ActiveShard | None:
     return _ACTIVE.get()
+
+
+class _GroupSum(torch.autograd.Function):
+    """Σ of x over the ranks of a group. Each computes the same loss from it, of which a `size`-th is its own: the
+    gradient of the whole is that of all these parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup) -> Tensor:
+        ctx.size = group.size
+        total = x.clone()
+        dist.all_reduce(total, group=group.process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.size, None
+
+
+def sum_over_group(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Sum what the ranks have of whole rows: of those that share the batch of the current context.
+
+    All of them compute the same loss from the sums; each gives its share of it, `1 / group_size()`.
+    """
+    group = _group()
+    if group.size == 1:
+        return parts
+    return tuple(_GroupSum.apply(part, group) for part in parts)  # type: ignore[no-untyped-call]
+
+
+def group_size() -> int:
+    """Count the ranks that share the batch of the current context."""
+    return _group().size
+
+
+def _group() -> SequenceGroup:
+    active = _ACTIVE.get()
+    return SequenceGroup() if active is None else active.sharded.group
 
 
 @contextmanager

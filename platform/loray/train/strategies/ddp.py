@@ -25,12 +25,13 @@ class Strategy(Protocol):
     every rank must call it equally often.
     """
 
-    objective: nn.Module  # TrainBatch → summed loss
+    objective: nn.Module  # (TrainBatch, totals) → its part of the mean loss
 
-    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
-        """Add the gradient of loss / divisor, summed over ranks, and return this rank's loss.
+    def forward_backward(self, batch: TrainBatch, *, totals: Mapping[str, float], last: bool) -> float:
+        """Add the gradient of this micro-batch's part of the mean loss, summed over ranks, and return the part.
 
-        `last` marks the last micro-batch of the step. The gradient of a loss that is not finite is not finite.
+        `totals` are the objective's counts over the whole step. `last` marks the last micro-batch of the step. The
+        gradient of a loss that is not finite is not finite.
         """
 
     def step(self, lr: float) -> StepResult:
@@ -143,11 +144,11 @@ class DataParallel:
         if state is not None:
             self._adam.restore(state, lambda full: full)
 
-    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, totals: Mapping[str, float], last: bool) -> float:
         if last:
             self._buckets.expect_last()
-        loss = self.objective(batch)
-        weighted(loss, 1 / divisor).backward()  # type: ignore[no-untyped-call]
+        loss = self.objective(batch, totals)
+        weighted(loss, 1.0).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def step(self, lr: float) -> StepResult:

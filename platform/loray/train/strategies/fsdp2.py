@@ -10,6 +10,7 @@ Shapes: a parameter is split along its first dimension as `Tensor.chunk` does; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,11 +75,11 @@ class FullyShard:
         if state is not None:
             self._adam.restore(state, self._part)
 
-    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, totals: Mapping[str, float], last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)
-        loss = self.objective(batch)
-        weight = self._world.size / divisor  # fully_shard takes the mean over ranks
-        weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
+        loss = self.objective(batch, totals)
+        # fully_shard takes the mean over ranks.
+        weighted(loss, self._world.size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def step(self, lr: float) -> StepResult:

@@ -82,10 +82,10 @@ class Zero:
         replace_parameters(objective.model, read, then=lambda parameter: shard(nn.ParameterList([parameter])))
         shard(objective)  # what is trained
 
-    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, totals: Mapping[str, float], last: bool) -> float:
         self._engine.set_gradient_accumulation_boundary(last)
-        loss: Tensor = self._engine(batch)
-        self._engine.backward(weighted(loss, self._world.size / divisor), scale_wrt_gas=False)
+        loss: Tensor = self._engine(batch, totals)
+        self._engine.backward(weighted(loss, self._world.size), scale_wrt_gas=False)
         return float(loss.detach())
 
     def step(self, lr: float) -> StepResult:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from jobs.driver.data import HubSource, _location, _without_options, fetched, parse_hub
 from jobs.workers.tokens import open_tokens
 from loray.errors import DataError, SpecError
+from loray.fetching import HubSource, _location, _without_options, fetched, parse_hub
 from loray.locations import S3Location, parse_location
 from loray.recipes.sources import find_files
 from loray.settings import Settings

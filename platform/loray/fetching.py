@@ -1,4 +1,4 @@
-"""Training data of buckets and of the Hugging Face hub, copied to the driver."""
+"""Training data of buckets and of the Hugging Face hub, copied to this machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loray.errors import DataError, NotFoundError, StoreError, UnsupportedError
 from loray.locations import S3Location, parse_location
 from loray.recipes.sources import HUB, Copy, RemoteFile, fixed_part, is_glob, is_read, matches
 from loray.settings import Settings
+from loray.spec import ColumnNames
 from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
-from loray.train.data.read import READ_COLUMNS
 
 _INSTEAD = "save the data set elsewhere with its save_to_disk, and name that folder"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -47,7 +47,7 @@ def parse_hub(source: str) -> HubSource:
     return HubSource(found["id"], found["config"], found["revision"], found["split"] or "train")
 
 
-def _fetch_hub(source: str, copy: Path) -> None:
+def _fetch_hub(source: str, copy: Path, columns: ColumnNames | None) -> None:
     """Saves the columns that training reads in the folder `copy`. Raises DataError that says what to do."""
     wanted = parse_hub(source)
     try:
@@ -59,8 +59,10 @@ def _fetch_hub(source: str, copy: Path) -> None:
         ) from e
     try:
         found: Any = datasets.load_dataset(wanted.id, wanted.config, split=wanted.split, revision=wanted.revision)
-        if columns := [column for column in found.column_names if column in READ_COLUMNS]:
-            found = found.select_columns(columns)
+        ours = ColumnNames.model_fields
+        read = {*ours, *(() if columns is None else map(columns.of, ours))}
+        if wanted_columns := [column for column in found.column_names if column in read]:
+            found = found.select_columns(wanted_columns)
         found.save_to_disk(str(copy))
     except Exception as e:  # datasets raises any error, of whatever it meets at the hub
         reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
@@ -71,9 +73,12 @@ def _fetch_hub(source: str, copy: Path) -> None:
 
 
 @contextmanager
-def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, Copy]]:
+def fetched(
+    paths: Sequence[str], settings: Settings, columns: ColumnNames | None = None
+) -> Iterator[Mapping[str, Copy]]:
     """Maps each s3:// and hf:// source of `paths` to a copy on this machine, which is removed when the block ends. Of a
-    bucket's objects only the state is asked for; one is fetched when it is read.
+    bucket's objects only the state is asked for; one is fetched when it is read. `columns`: other names of the columns
+    that are read.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.
@@ -86,7 +91,7 @@ def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, C
                 continue
             path = Path(folder, str(len(copies)))
             if source.startswith(HUB):
-                _fetch_hub(source, path)
+                _fetch_hub(source, path, columns)
                 copies[source] = Copy(path)
             else:
                 copies[source] = _in_bucket(source, settings, path)
