@@ -1,7 +1,8 @@
 """Ray Train's controller: restarts after losses, elastic sizes, and the events of checkpoints.
 
 A lost process or node, a peer that no longer answers, and a disk, network or storage that failed say nothing about the
-run, which goes on from its last checkpoint. Every other error would come again, and ends the run at once.
+run, which goes on from its last checkpoint: a few times, and again after each further checkpoint. Nodes whose end was
+announced count for nothing. Every other error would come again, and ends the run at once.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from ray.train import Checkpoint, FailureConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision  # private: no hook
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from jobs.events import CheckpointEvent, Emit, first_line
+from jobs.workers.placement import leaving_nodes
 from jobs.workers.reporting import EventSender
 from loray.errors import StoreError
 from loray_kernels.memory import is_out_of_memory
 
-_MAX_AT_ONCE = 3
-_REFILL_S = 3600.0  # after which one more loss is allowed again, up to `_MAX_AT_ONCE`
+_PAUSES_S = (0.0, 5.0, 20.0)  # before the workers start again, for each loss without a checkpoint since the one before
 # Beside these types: what gloo, which has no type of its own, and a device that failed say.
 _LOST = (RayError, RayTrainError, torch.distributed.DistError, OSError, StoreError)
 _WORDS_OF_LOST = ("gloo/", "CUDA error")
+_WORDS_OF_BUGS = ("device-side assert",)  # an index that is out of range, as a GPU says it
 
 
 class WholeGroupScaling(ElasticScalingPolicy):  # type: ignore[misc]
@@ -47,7 +49,7 @@ class WholeGroupScaling(ElasticScalingPolicy):  # type: ignore[misc]
         self._group_size = group_size
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:  # private: Ray has no public hook for the number
-        live = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        live = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving_nodes()
         reserved = {node: resources for node, resources in reserved_resources.items() if node in live}
         possible: int = super()._count_possible_workers(reserved)
         return possible - possible % self._group_size
@@ -73,21 +75,30 @@ class EventLog(ray.train.UserCallback):  # type: ignore[misc]
 
 
 class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
-    """Allows three losses at once and one more an hour, over a run of any length. Nodes whose end was announced, and
-    workers that could not start, are Ray Train's to decide.
+    """Allows three losses in a row, with longer and longer pauses; a checkpoint between two begins a new row. Nodes
+    whose end was announced, and workers that could not start, are Ray Train's to decide.
     """
 
-    def __init__(self, tell: Emit = lambda event: None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`tell` gets an event of each restart."""
+    def __init__(
+        self,
+        tell: Emit = lambda event: None,
+        last_step: Callable[[], int | None] = lambda: None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`tell` gets an event of each restart; `last_step` is that of the last checkpoint."""
         super().__init__(FailureConfig())
-        self._tell, self._clock = tell, clock
-        self._left, self._counted_at = float(_MAX_AT_ONCE), 0.0
+        self._tell, self._last_step, self._pause = tell, last_step, pause
+        self._num_lost = 0
+        self._lost_at: int | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         error, decision = training_failed_error, super().make_decision(training_failed_error)
         if decision is not FailureDecision.RETRY and isinstance(error, WorkerGroupError):
             is_loss = any(map(is_lost, error.worker_failures.values()))
             decision = FailureDecision.RETRY if is_loss and self._take() else FailureDecision.RAISE
+        if decision is FailureDecision.RETRY and isinstance(error, PreemptionError):
+            num_nodes = len(error.preemption_info.preempted_node_ids)
+            self._tell({"event": "worker_lost", "message": f"{num_nodes} of the run's nodes, as announced"})
         failures = getattr(error, "worker_failures", None)
         if decision is FailureDecision.RETRY and failures:
             rank, failure = next(iter(failures.items()))
@@ -95,19 +106,19 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
         return decision
 
     def _take(self) -> bool:
-        """Says whether one more loss is allowed, and counts it."""
-        now = self._clock()
-        self._left = min(float(_MAX_AT_ONCE), self._left + (now - self._counted_at) / _REFILL_S)
-        self._counted_at = now
-        if self._left < 1:
+        """Says whether one more loss is allowed, after a pause, and counts it."""
+        step = self._last_step()
+        self._num_lost = self._num_lost + 1 if step == self._lost_at else 1
+        self._lost_at = step
+        if self._num_lost > len(_PAUSES_S):
             return False
-        self._left -= 1
+        self._pause(_PAUSES_S[self._num_lost - 1])
         return True
 
 
 def is_lost(error: BaseException) -> bool:
     """Says whether a worker failed by what is around it, and not by what it computes."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or any(words in str(error) for words in _WORDS_OF_BUGS):
         return False
     return isinstance(error, _LOST) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in _WORDS_OF_LOST)

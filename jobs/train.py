@@ -87,8 +87,7 @@ def train(
         prepared = prepare(
             begun, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned, stages=stages
         )
-        report = prepared.data.report
-        if warning := report.cut.warning(report.max_length):
+        for warning in prepared.warnings:
             emit({"event": "warning", "message": warning})
         whole.bases.add(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         published = None if run is None else already_published(run, recipe)

@@ -29,7 +29,8 @@ from jobs.events import (
 from loray.cli.pictures import sparkline
 
 _LOG_LINES = 20
-_LINES_OF_STEPS = 10  # that a run, or one of its stages, prints without a terminal
+_LINES_OF_STEPS = 10  # that a run prints without a terminal
+_STAGE_LINE_S = 10.0  # between two lines of one stage there
 _LABELS = ("loss", "held out")
 _MOST_COLUMNS, _BESIDE = 100, 32  # of the picture, and of the label and figures around it
 
@@ -104,7 +105,7 @@ class RunView:
         self._picture = LossPicture(max(8, min(_MOST_COLUMNS, console.width - _BESIDE)))
         self._live = Live(get_renderable=self._render, console=console, transient=True)
         self._eval_loss: float | None = None
-        self._printed: tuple[str, int] = ("", 0)  # a stage, and the tenths of it that were printed
+        self._printed: tuple[str, float] = ("", 0.0)  # the last stage that has a line, and when
         self.published: PublishedEvent | None = None
         self.error: ErrorEvent | None = None
         self.log: deque[str] = deque(maxlen=_LOG_LINES)
@@ -136,6 +137,7 @@ class RunView:
         match event["event"]:
             case "start":
                 self._picture.begin(event["num_steps"])
+                self._show("training", event["step"], event["num_steps"], "", None)
                 self._print(event)
             case "step":
                 self._step(event)
@@ -166,9 +168,9 @@ class RunView:
     def _stage(self, event: ProgressEvent) -> None:
         stage, total = event["stage"], event["total"]
         self._show(stage, event["done"], total, portion(event).removeprefix(": "), event.get("eta_s"))
-        tenths = int(_LINES_OF_STEPS * event["done"] / total) if total else 0
-        if not self._console.is_terminal and (stage, tenths) != self._printed:
-            self._printed = stage, tenths
+        printed, printed_at = self._printed
+        if not self._console.is_terminal and (stage != printed or time.monotonic() - printed_at >= _STAGE_LINE_S):
+            self._printed = stage, time.monotonic()
             self._print(event)
 
     def _show(self, stage: str, done: float, total: float | None, figures: str, eta_s: float | None) -> None:

@@ -1,36 +1,26 @@
-"""The score card against the article's three worked scenarios, and at its thresholds."""
+"""What is quoted of methods' quality, and the questions that are answered."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 
 from loray.errors import SpecError
-from loray.recommend import Answers, score_methods
+from loray.recommend import OURS, QUOTES, Answers
+
+_PAGE = Path(__file__).parents[1] / "docs/benchmarks/quality.md"
+_TASKS = {"E2E, BLEU": "e2e", "AG News, exact match": "ag_news"}
 
 
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [
-        pytest.param(Answers(32768, 5, "medium", "single"), [("LoRA", 5.0), ("LongLoRA", 2.4)], id="long documents"),
-        pytest.param(
-            Answers(2048, 1000, "high", "distributed"),
-            [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)],
-            id="personalisation",
-        ),
-        pytest.param(
-            Answers(4096, 50, "medium", "distributed"), [("S-LoRA", 7.0), ("LoRA", 5.0)], id="multi-task dialogue"
-        ),
-        pytest.param(Answers(8192, 100), [("LoRA", 5.0)], id="at the thresholds"),
-        pytest.param(Answers(8193, 101), [("VeRA", 7.0), ("LoRA", 5.0), ("LongLoRA", 0.600073242)], id="past them"),
-        pytest.param(Answers(1 << 20, 1, "high"), [("VeRA", 10.02), ("LoRA", 5.0), ("LongLoRA", 3.0)], id="capped"),
-        pytest.param(Answers(2, 10, "low", "distributed"), [("LoRA", 5.0)], id="ten tasks are few"),
-        pytest.param(Answers(2, 11, "low", "distributed"), [("S-LoRA", 5.44), ("LoRA", 5.0)], id="eleven are not"),
-    ],
-)
-def test_scores(answers: Answers, expected: list[tuple[str, float]]) -> None:
-    found = score_methods(answers)
-    assert [(s.method, s.score) for s in found] == expected
-    assert all(s.reason for s in found)
+def test_our_own_figures_are_those_of_the_page() -> None:
+    page = _PAGE.read_text(encoding="utf-8")
+    for quote in (quote for quote in QUOTES if quote.source == OURS):
+        method, _, _ = quote.settings.partition(" on ")
+        (row,) = re.findall(rf"\| {_TASKS[quote.task]} \| {method} \|.*", page)
+        assert row.split(" | ")[5] == f"{quote.score:.1f} ± {quote.spread:.1f}"
+        assert f"{quote.trained_parameters:,}" in page
 
 
 def test_answers_that_make_no_sense() -> None:

@@ -95,23 +95,29 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 def test_estimates_are_the_plans() -> None:
     found = {e.method: e for e in estimate_methods(Answers(2048, 10), shape(), A100)}
-    lora, dora, vera, longlora, ia3, road = (found[m] for m in ("lora", "dora", "vera", "longlora", "ia3", "road"))
+    names = ("lora", "dora", "vera", "miss", "longlora", "ia3", "road")
+    lora, dora, vera, miss, longlora, ia3, road = (found[m] for m in names)
     run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
     assert list(found) == [*(method for method in METHODS if method != "longlora"), "longlora"]
-    assert (lora.trained_parameters, lora.adapter_bytes) == (1_843_200, 3_686_400)
-    assert dora.trained_parameters == lora.trained_parameters + 30 * (576 + 192 + 192 + 576)  # magnitudes
+    assert (lora.trained_parameters, lora.adapter_bytes) == (4_884_480, 9_768_960)
+    outputs = 2 * 576 + 2 * 192 + 2 * 1536 + 576  # of all linear layers
+    assert dora.trained_parameters == lora.trained_parameters + 30 * outputs  # magnitudes
     assert dora.step_s is not None
     assert lora.step_s is not None
     assert dora.step_s > lora.step_s
     assert dora.adapters_per_gib < lora.adapters_per_gib
-    assert vera.trained_parameters == 30 * (576 + 192 + 192 + 576 + 4 * 256)
+    assert vera.trained_parameters == 30 * (outputs + 7 * 256)
+    assert miss.trained_parameters == 30 * 32 * outputs
+    assert miss.training_bytes is not None
+    assert miss.training_bytes < lora.training_bytes
+    assert miss.adapters_per_gib == pytest.approx(GIB / (2 * miss.trained_parameters), rel=0.05)
     assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
     assert (ia3.trained_parameters, ia3.settings) == (30 * (192 + 192 + 1536), "k, v, down")
-    assert road.trained_parameters == 30 * (576 + 192 + 192 + 576)  # an angle and a scale of two outputs
+    assert road.trained_parameters == 30 * outputs  # an angle and a scale of two outputs
     assert ia3.adapters_per_gib > road.adapters_per_gib > 10 * lora.adapters_per_gib
     assert min(ia3.throughput, road.throughput) > lora.throughput
-    assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
+    assert lora.adapters_per_gib == pytest.approx(GIB / 9_768_960, rel=0.05)
     assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
     assert 0 < lora.throughput < vera.throughput < 1
     assert (lora.problem, lora.checkpointing, lora.served_devices) == (None, False, 1)

@@ -1,7 +1,8 @@
 """Task scores of LoRA, rsLoRA and VeRA after equally many training steps, in loray and in PEFT, on SmolLM2-135M.
 
-    python -m examples.quality DATA                       three tasks, an hour
+    python -m examples.quality DATA                       three tasks
     python -m examples.quality DATA --tasks e2e --seeds 1
+    python -m examples.quality DATA --methods "LoRA r16" --modules attention linear --no-peft --one-rate
 
 DATA holds e2e_train.jsonl, e2e_validation.jsonl, gsm8k_train.jsonl, gsm8k_validation.jsonl, t0_many_tasks.parquet.
 docs/benchmarks/quality.md explains the tables and the picture.
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import click
 from benchmarks.report import machine_line, write_json
 from benchmarks.world import describe_machine, run_modules
 from examples.quality.report import Result, plot, table
-from examples.quality.setting import METHODS, Run, Setting, System, best_of
+from examples.quality.setting import METHODS, MODULES, Run, Setting, System, best_of
 from examples.quality.tasks import TASKS, Question, Task
 from loray.bases.registry import add_base
 from loray.settings import Settings
@@ -30,7 +33,10 @@ from loray.settings import Settings
 
 @dataclass
 class Benchmark:
-    """`folder` keeps adapters and results; a training whose result is there for an equal setting is not repeated."""
+    """`folder` keeps adapters and results; a training whose result is there for an equal setting is not repeated.
+
+    With `has_one_rate` the best rate of a method on its modules is searched on the first task, and the others take it.
+    """
 
     home: Path
     base: str
@@ -41,38 +47,48 @@ class Benchmark:
     seeds: tuple[int, ...]
     num_questions: int
     threads: int
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...]
+    modules: tuple[str, ...]
+    has_peft: bool
+    has_one_rate: bool
+    _rates: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
 
     def run(self, task: Task) -> list[Result]:
-        """The base's result, then loray's and PEFT's for each method."""
+        """The base's result, then loray's and PEFT's for each method on each set of modules."""
         folder = self.folder / task.name
         folder.mkdir(parents=True, exist_ok=True)
         questions, rest = _split(task.questions(self.data), self.num_questions)
         _write_rows(folder / "train.jsonl", task.pairs(self.data))
         _write_rows(folder / "eval.jsonl", [(q.prompt, _completion(q)) for q in rest])
         results = [Result(task.name, task.metric, "base", "base", ())]
-        for method in self.methods:
-            click.echo(f"{task.name}: {method}", err=True)
-            ours = self._train(folder, method)
-            found = tuple(Run.from_dict(r) for r in ours["runs"])
-            results.append(Result(task.name, task.metric, method, "loray", found, ours["peak_bytes"]))
-            peft = self._train(folder, method, rates=(best_of(found).rate,))
-            found = tuple(Run.from_dict(r) for r in peft["runs"])
-            results.append(Result(task.name, task.metric, method, "peft", found, peft["peak_bytes"]))
-        adapters = [run.folder for result in results for run in result.final]
+        for adapter in product(self.methods, self.modules):
+            click.echo(f"{task.name}: {', '.join(adapter)}", err=True)
+            known = (self._rates[adapter],) if adapter in self._rates else ()
+            results.append(self._train(task, "loray", adapter, self.seeds, known))
+            best = best_of(results[-1].runs).rate
+            if self.has_one_rate:
+                self._rates[adapter] = best
+            if self.has_peft:
+                results.append(self._train(task, "peft", adapter, self.seeds[:1], (best,)))
+        adapters = [run.folder for result in results for run in result.final if run.folder]
         base, *scores = self._scores(task, folder, questions, adapters)
-        results[0].scores = (base,)
-        for result in results[1:]:
-            result.scores, scores = tuple(scores[: len(result.final)]), scores[len(result.final) :]
+        results[0].scores, left = (base,), iter(scores)
+        for result in results[1:]:  # a diverged run has no adapter
+            result.scores = tuple(next(left) if run.folder else math.nan for run in result.final)
         return results
 
-    def _train(self, folder: Path, method: str, rates: tuple[float, ...] = ()) -> dict[str, Any]:
-        system: System = "peft" if rates else "loray"
-        seeds = self.seeds[:1] if rates else self.seeds
+    def _train(
+        self, task: Task, system: System, adapter: tuple[str, str], seeds: tuple[int, ...], rates: tuple[float, ...]
+    ) -> Result:
+        folder, name = self.folder / task.name, ", ".join(adapter)
         setting = Setting(
-            str(self.home), self.base, str(folder), system, method, self.steps, self.batch_tokens, seeds, rates
+            str(self.home), self.base, str(folder), system, *adapter, self.steps, self.batch_tokens, seeds, rates
         )
-        kept = folder / f"{system}-{method.replace(' ', '-')}.json"
+        found = self._found(setting, folder / f"{system}-{'-'.join(adapter)}.json".replace(" ", "-"))
+        runs = tuple(Run.from_dict(r) for r in found["runs"])
+        return Result(task.name, task.metric, name, system, runs, found["peak_bytes"])
+
+    def _found(self, setting: Setting, kept: Path) -> dict[str, Any]:
         if kept.is_file():
             saved = json.loads(kept.read_text(encoding="utf-8"))
             if Setting.from_dict(saved["setting"]) == setting:
@@ -111,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         num_questions=args.questions,
         threads=args.threads,
         methods=tuple(args.methods),
+        modules=tuple(args.modules),
+        has_peft=not args.no_peft,
+        has_one_rate=args.one_rate,
     )
     results: list[Result] = []
     for name in args.tasks:
@@ -129,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     add("data", type=Path, help="folder of the tasks' files")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--modules", nargs="+", choices=MODULES, default=["linear"], help="that adapters are on, one after the other")
+    add("--no-peft", action="store_true", help="train in loray alone")
+    add("--one-rate", action="store_true", help="search the rate on the first task alone")
     add("--steps", type=int, default=24)
     add("--batch-tokens", type=int, default=768, help="of a step, padding included")
     add("--seeds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""What is trained: the methods, the recipe that they share, and the learning rates."""
+"""What is trained: the methods, the modules that they are on, the recipe that they share, and the learning rates."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from benchmarks.world import on_this_machine
-from loray.spec import AdapterSpec, LoraSpec, TrainSpec, VeraSpec
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, LoraSpec, TrainSpec, VeraSpec
 
 System = Literal["loray", "peft"]
-MODULES: Any = ("q_proj", "v_proj")
+MODULES: dict[str, tuple[str, ...]] = {
+    "qv": ("q_proj", "v_proj"),
+    "attention": ATTENTION_MODULES,
+    "linear": LINEAR_MODULES,
+}
 
 # Each method's adapter, and the rate around which its sweep begins; neighbouring rates are `FACTOR` apart.
 METHODS: dict[str, tuple[AdapterSpec, float]] = {
-    "LoRA r16": (LoraSpec(rank=16, alpha=32, target_modules=MODULES), 1e-3),
-    "rsLoRA r16": (LoraSpec(rank=16, alpha=32, use_rslora=True, target_modules=MODULES), 3e-4),
-    "VeRA r256": (VeraSpec(rank=256, target_modules=MODULES), 1e-2),
+    "LoRA r16": (LoraSpec(rank=16, alpha=32), 1e-3),
+    "rsLoRA r16": (LoraSpec(rank=16, alpha=32, use_rslora=True), 1e-3),
+    "VeRA r256": (VeraSpec(rank=256), 1e-1),
 }
 FACTOR = 10**0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One method on one task in one system. With `rates` each is trained with each seed; without, the first seed sweeps
-    for the best rate.
+    """One method on some modules on one task in one system. With `rates` each is trained with each seed; without, the
+    first seed sweeps for the best rate.
     """
 
     home: str
@@ -34,6 +38,7 @@ class Setting:
     folder: str  # holds train.jsonl and eval.jsonl, and gets the adapters
     system: System
     method: str
+    modules: str
     steps: int
     batch_tokens: int
     seeds: tuple[int, ...]
@@ -46,7 +51,7 @@ class Setting:
             {
                 "name": "quality",
                 "base": self.base,
-                "adapter": adapter.model_dump(),
+                "adapter": adapter.model_dump() | {"target_modules": MODULES[self.modules]},
                 "data": {
                     "train": str(Path(self.folder) / "train.jsonl"),
                     "eval": str(Path(self.folder) / "eval.jsonl"),

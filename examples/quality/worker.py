@@ -36,7 +36,7 @@ def main(setting: Setting) -> dict[str, Any]:
 
     def run(rate: float, seed: int) -> Run:
         spec = setting.recipe(rate, seed)
-        name = f"{setting.system}-{setting.method}-{rate:.1e}-{seed}".replace(" ", "-")
+        name = f"{setting.system}-{setting.method}-{setting.modules}-{rate:.1e}-{seed}".replace(" ", "-")
         try:
             return train(spec, base, data, Path(setting.folder) / name)
         except TrainingError:  # the rate is too high and the run diverged, which a sweep must find out

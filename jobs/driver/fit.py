@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from jobs.controller import EventLog, Restarts, WholeGroupScaling, is_lost
 from jobs.driver.record import Interrupts
 from jobs.events import Emit, Event, first_line, following
-from jobs.runs.folders import SCORE, RunFolder
+from jobs.runs.folders import SCORE, RunFolder, last_step
 from jobs.trackers import tensorboard
 from jobs.workers import measuring, worker
 from jobs.workers.placement import WholeGroups, worker_resources
@@ -75,7 +76,8 @@ def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: Acto
         checkpoint_score_order="min",
     )
     run_config = RunConfig(**run.storage, checkpoint_config=checkpoints, callbacks=[EventLog(sink, str(run))])
-    return _Trainer(worker.run, config, run_config, spec, settings, Restarts(EventSender(sink).send))
+    restarts = Restarts(EventSender(sink).send, partial(last_step, run.filesystem, run.path))
+    return _Trainer(worker.run, config, run_config, spec, settings, restarts)
 
 
 def build_measuring(measurement: measuring.Measurement, run: RunFolder, settings: Settings) -> TorchTrainer:

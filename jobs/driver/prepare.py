@@ -38,13 +38,10 @@ from loray.recipes.resolve import check_row_lengths, check_token_budget, continu
 from loray.settings import Settings
 from loray.spec import AdapterSpec, TrainSpec, format_size
 from loray.store import AdapterStore, open_store
-from loray.telemetry import get_logger
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.lessons import lessons_of, teach
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.tokenize import rules_of
-
-log = get_logger(__name__)
 
 
 def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
@@ -127,6 +124,13 @@ class Prepared(NamedTuple):
     measured_tokens: int = 0
     batch_reason: str = ""
 
+    @property
+    def warnings(self) -> list[str]:
+        """What fits badly to the data."""
+        desirable = self.data.train.desirable
+        balance = None if desirable is None else self.spec.objective.warning(float(desirable.mean()))
+        return [warning for warning in (self.data.report.warning, balance) if warning is not None]
+
 
 def prepare(
     recipe: Recipe,
@@ -184,7 +188,7 @@ def prepare(
         trained_context=None if parent is None else parent.context,
     )
     spec, batch_reason = _planned(spec, base, data, workers, is_checked=is_planned)
-    data = _taught(spec, base, data, settings)
+    data = _taught(spec, base, data, settings, stages)
     initial = None if parent is None else parent.files
     return Prepared(spec, base, data, initial, dtype_reason, measured_tokens, batch_reason)
 
@@ -246,7 +250,7 @@ def _planned(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHar
     return _Cut(spec.model_copy(update={"batch": spec.batch.model_copy(update=chosen)}), why)
 
 
-def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings) -> Dataset:
+def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings, stages: Stages) -> Dataset:
     """Adds what a served teacher says of the rows, which it is asked where no run has. Workers ask a base themselves.
 
     Raises SpecError where the teacher cannot be asked, or has another tokenizer.
@@ -269,7 +273,7 @@ def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings)
         lessons = lessons_of(spec, data, named, teaching.num_top, base.config.vocab_size)
         if any(part.missing for part in lessons):
             for told in teach(lessons, data, teacher.answers):
-                log.info("%s", told)
+                stages(**told)
     return replace(data, lessons=lessons)
 
 

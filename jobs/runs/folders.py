@@ -76,6 +76,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
+def last_step(filesystem: Any, path: str) -> int | None:
+    """Reads the step of the last checkpoint that Ray Train lists in the run at `path`; None where there is none."""
+    try:
+        with filesystem.open_input_stream(f"{path}/{SNAPSHOT}") as file:
+            return step_of(Path(json.loads(file.read())["latest_checkpoint_result"]["checkpoint_dir_name"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _is_sound(snapshot: Path) -> bool:
     """Says whether Ray Train could read its list of checkpoints, and would find all of them."""
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState  # private

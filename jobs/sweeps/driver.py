@@ -261,6 +261,8 @@ def sweep(
         run = RayTasks(plan.recipe, settings.training_group, connected, stages)
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
         prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
+        for warning in prepared[0].warnings:
+            emit({"event": "warning", "message": warning})
         whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
         for each in prepared:
             connect(each.spec, settings, job.interrupts)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray._private.state import available_resources_per_node  # private: public APIs give the cluster's sum only
+from ray._private.state import available_resources_per_node, state  # private: public APIs give the cluster's sum only
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback  # private: runs before workers start
 
 from loray.spec import TrainingGroup, TrainSpec
@@ -60,6 +60,11 @@ def straddling_warning(nodes: Sequence[str | None], group_size: int) -> str | No
     )
 
 
+def leaving_nodes() -> set[str]:
+    """Returns the nodes whose end was announced, on which nothing new starts."""
+    return set(state.get_draining_nodes())
+
+
 class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
     """Binds workers to nodes before they start, in Ray Train's controller. Groups that do not fit are packed by Ray."""
 
@@ -75,7 +80,9 @@ class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
         needs: dict[str, float] = worker_group_context.resources_per_worker
         deadline = time.monotonic() + _SETTLE_S
         while True:
-            room = {node: _places(free, needs) for node, free in available_resources_per_node().items()}
+            leaving = leaving_nodes()
+            available = {node: free for node, free in available_resources_per_node().items() if node not in leaving}
+            room = {node: _places(free, needs) for node, free in available.items()}
             nodes = place(room, worker_group_context.num_workers, self._group_size)
             if nodes is not None or time.monotonic() > deadline:
                 break

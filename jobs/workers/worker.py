@@ -14,6 +14,7 @@ import ray.train
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.train.v2._internal.execution.context import get_train_context  # private: see Preemptions
 
 from jobs.events import first_line
 from jobs.workers.placement import straddling_warning
@@ -164,7 +165,26 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World,
             device=device,
             dtype_reason=config["dtype_reason"],
             measured_tokens=config["measured_tokens"],
+            leaving=Preemptions(events),
         )
+
+
+class Preemptions:
+    """The nodes of the run whose end Ray has announced, for rank 0, which says it once. Ray's own function for it is a
+    collective call, which would cost every step.
+    """
+
+    def __init__(self, events: EventSender) -> None:
+        self._events, self._told = events, frozenset[str]()
+
+    def __call__(self) -> frozenset[str]:
+        info = get_train_context().preemption_context.preemption_info
+        nodes = frozenset[str]() if info is None else frozenset(info.preempted_node_ids)
+        if nodes - self._told:
+            message = f"{len(nodes)} of the run's nodes will be taken away: a checkpoint is written now, to go on from"
+            self._events.send({"event": "warning", "message": message})
+        self._told |= nodes
+        return nodes
 
 
 def _out_of_memory(spec: TrainSpec, base: BaseModel, error: RuntimeError) -> str:

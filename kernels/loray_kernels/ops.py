@@ -4,6 +4,10 @@ The pool is one flat tensor. A row is given by the offset of its first element f
 (layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
 cut into several segments of columns. Every layer of a step passes the same tables, so a backend prepares them once.
 
+A row of A that sums every `period`-th column from column `first` on is not in the pool: its offset is
+~(period << 32 | first), which is negative, and kernels take both numbers from it. All rows of an adapter's A are of one
+kind, and those that are summed have the `first` of their number and the period of the module's rank.
+
 Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
 d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
 """

@@ -48,6 +48,18 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Gather rows of one adapter's A as `gather_rows` does, in fp32; those that are not in the pool are made."""
+    found_RI = gather_rows(pool, rows, layer_offset, start, stop).float()
+    if not found_RI.shape[0] or rows.segments[0][2][start] >= 0:
+        return found_RI
+    parts = []
+    for _, width, offsets_R in rows.segments:
+        period_R1, first_R1 = (~offsets_R[start:stop, None]) >> 32, (~offsets_R[start:stop, None]) & 0xFFFFFFFF
+        parts.append((torch.arange(width, device=pool.device) % period_R1 == first_R1).float())
+    return torch.cat(parts, dim=1)
+
+
 class ReferenceOps:
     """The equation of every op, and the op in torch. Intermediates are fp32, and other backends round values where
     these are rounded. A backend overrides what it has kernels for.
@@ -184,7 +196,10 @@ class ReferenceOps:
     def lora_shrink(
         self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
-        """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input."""
+        """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input.
+
+        Where A is not in the pool, h is sums of the input's columns, see `ops`.
+        """
         x32_TI = x_TI.float()
         out = []
         for table in tables:
@@ -192,7 +207,7 @@ class ReferenceOps:
             for n, rank in enumerate(table.ranks):
                 if rank:
                     first = table.rank_start[n]
-                    a_RI = gather_rows(pool, table.a, layer_offset, first, first + rank).float()
+                    a_RI = gather_inputs(pool, table.a, layer_offset, first, first + rank)
                     rows = slice(segments.start[n], segments.stop[n])
                     h_TR[rows, :rank] = x32_TI[rows] @ a_RI.T
             out.append(h_TR)
@@ -312,7 +327,7 @@ def _add_lora(
         own, column = slice(first, first + num), 0
         found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
         for lora in (r for r in found[-1][1] if r is not None):
-            a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
+            a_RI = gather_inputs(pool, _row_tables(shape.a, lora.a), layer_offset)
             h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
             column += len(a_RI)
     for own, modules in found:

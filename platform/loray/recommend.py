@@ -1,6 +1,6 @@
-"""Which method suits a task: by a score card, and by what each costs.
+"""Which method suits a task: by the quality that was measured of each, and by what each costs.
 
-The score card depends on the answers to four questions alone, the costs also on the base and the device.
+Quality is quoted: nothing here predicts it. Costs depend on the base and the device.
 
 Training costs are the plan (`loray.planning`) of a recipe with the method's defaults and one row per step. The pool's
 density is computed with the engine's allocator. Serving costs are a lower bound, as in docs/guide/methods.md: the time
@@ -27,6 +27,7 @@ from loray.planning.memory import plan_memory
 from loray.planning.run import RunShape, count_base, count_trained, shape_of
 from loray.spec import (
     DTYPE_BYTES,
+    LINEAR_MODULES,
     AdapterSpec,
     LongLoraSpec,
     RopeScaling,
@@ -36,16 +37,10 @@ from loray.spec import (
     format_size,
 )
 
-Constraint = Literal["low", "medium", "high"]
-Scale = Literal["single", "distributed"]
-
 GIB = 1 << 30
 NUM_ROWS = 32  # rows of a decode step, each with another adapter
 NUM_SERVED = 1000
 
-_LONG_CONTEXT = 8192
-_MANY_TASKS = 100
-_SERVED_TASKS = 10
 _BF16 = DTYPE_BYTES["bfloat16"]
 _MAX_BLOCKS = 256  # of the pool that is filled to count how many adapters fit
 _SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV cache
@@ -53,18 +48,14 @@ _SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV ca
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers to the four questions.
+    """Answers to the two questions.
 
     context_length  tokens of the longest row
     num_tasks       number of adapters
-    constraint      how scarce memory and money are
-    scale           one machine, or a cluster
     """
 
     context_length: int
     num_tasks: int
-    constraint: Constraint = "medium"
-    scale: Scale = "single"
 
     def __post_init__(self) -> None:
         # A row of one token has nothing to be trained on.
@@ -74,33 +65,44 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Quote:
+    """What a method was measured to score on a task, from 0 to 100, by a published comparison.
+
+    method  as recipes name it
+    spread  the largest distance of a seed from the mean; None: one run
+    """
+
+    source: str
+    task: str
     method: str
+    settings: str
+    trained_parameters: int
     score: float
-    reason: str
+    spread: float | None = None
 
 
-def score_methods(answers: Answers) -> list[Score]:
-    """Return the scores, the best first; of equal ones the more specialised method first."""
-    context, tasks = answers.context_length, answers.num_tasks
-    tens = min(tasks / 10, 10)
-    found: list[Score] = []
-    if context > _LONG_CONTEXT:
-        score = min(context / 4096, 10) * 0.3
-        found.append(Score("LongLoRA", score, f"{context:,} tokens are more than {_LONG_CONTEXT:,}"))
-    if answers.constraint == "high" or tasks > _MANY_TASKS:
-        why = []
-        if answers.constraint == "high":
-            why.append("resources are scarce")
-        if tasks > _MANY_TASKS:
-            why.append(f"{tasks:,} tasks are more than {_MANY_TASKS}")
-        score = (10 if answers.constraint == "high" else 5) + tens * 0.2
-        found.append(Score("VeRA", score, " and ".join(why) + ": an adapter is two vectors a module"))
-    if answers.scale == "distributed" and tasks > _SERVED_TASKS:
-        reason = f"{tasks:,} adapters on a cluster: one pool and one batch for all of them"
-        found.append(Score("S-LoRA", tens * 0.4 + 5, reason))
-    found.append(Score("LoRA", 5.0, "the baseline: every tool knows it"))
-    return sorted((Score(s.method, round(s.score, 9), s.reason) for s in found), key=lambda s: -s.score)
+# huggingface/peft, method_comparison/MetaMathQA/results at commit 5d602fdbff04, runs of July 2026: Llama-3.2-3B in
+# bfloat16, 5,000 steps of four rows of MetaMathQA, seed 0. Training all weights scores 47.2.
+PEFT = "PEFT 0.19.2, Llama-3.2-3B"
+_PEFT_TASK = "GSM8K, accuracy"
+# docs/benchmarks/quality.md has the setting and the commit.
+OURS = "loray, SmolLM2-135M"
+QUOTES = (
+    Quote(PEFT, _PEFT_TASK, "lora", "LoRA r32 on q, v", 9_175_040, 47.8),
+    Quote(PEFT, _PEFT_TASK, "lora", "LoRA r10 on gate, up, down", 9_461_760, 49.4),
+    Quote(PEFT, _PEFT_TASK, "lora", "rsLoRA r64 on q, v", 18_350_080, 51.3),
+    Quote(PEFT, _PEFT_TASK, "dora", "DoRA r32 on q, v", 9_289_728, 46.9),
+    Quote(PEFT, _PEFT_TASK, "vera", "VeRA r256 on q, v", 129_024, 35.4),
+    Quote(PEFT, _PEFT_TASK, "miss", "MiSS r64 on q, v", 7_340_032, 48.7),
+    Quote(PEFT, _PEFT_TASK, "ia3", "IA³ on all linear layers", 630_784, 45.5),
+    Quote(PEFT, _PEFT_TASK, "road", "RoAd on q, v", 229_376, 38.5),
+    Quote(OURS, "E2E, BLEU", "lora", "LoRA r16 on q, v", 921_600, 51.3, 4.1),
+    Quote(OURS, "E2E, BLEU", "lora", "rsLoRA r16 on q, v", 921_600, 49.4, 3.2),
+    Quote(OURS, "E2E, BLEU", "vera", "VeRA r256 on q, v", 38_400, 52.9, 2.0),
+    Quote(OURS, "AG News, exact match", "lora", "LoRA r16 on q, v", 921_600, 66.3, 15.3),
+    Quote(OURS, "AG News, exact match", "lora", "rsLoRA r16 on q, v", 921_600, 71.4, 6.1),
+    Quote(OURS, "AG News, exact match", "vera", "VeRA r256 on q, v", 38_400, 68.7, 5.8),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,8 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
     """Yield (method, a recipe of it with default settings) for each estimated method."""
     for method in METHODS.values():
         if method.name != "longlora":
-            yield method.name, recipe_of(method.spec.model_validate({}), context_length)
+            adapter: Any = method.spec.model_validate({})
+            yield method.name, recipe_of(adapter, context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
     stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)
@@ -215,7 +218,8 @@ def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) 
     except (SpecError, UnsupportedError) as e:
         problem = str(e)
     rank = method_of(adapter).rank(adapter)
-    modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
+    is_whole = set(adapter.target_modules) == set(LINEAR_MODULES)
+    modules = "all linear" if is_whole else ", ".join(m.removesuffix("_proj") for m in adapter.target_modules)
     extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
     per_gib = _per_gib(adapter, model)
     served = int(NUM_SERVED / per_gib * GIB)
@@ -251,7 +255,7 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
     block_bytes = geometry.block_size * _BF16
     pair = geometry.blocks_for_elements(method_of(adapter).pair_elements(adapter, model)) * block_bytes
-    least = 8 * adapter_shape(adapter, model).num_blocks(geometry) * block_bytes
+    least = 32 * adapter_shape(adapter, model).num_blocks(geometry) * block_bytes
     room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
     return float(adapters_in(adapter, model, room + pair) * GIB / room)
 
@@ -270,7 +274,7 @@ class Recommendation:
     answers: Answers
     base: str
     device: str
-    scores: tuple[Score, ...]
+    quotes: tuple[Quote, ...]
     estimates: tuple[Estimate, ...]
     remarks: tuple[str, ...]
 
@@ -280,25 +284,23 @@ class Recommendation:
 
 
 def recommend(answers: Answers, base: str, model: ModelConfig, device: Device) -> Recommendation:
-    scores, estimates = score_methods(answers), estimate_methods(answers, model, device)
-    said = tuple(remarks(answers, scores, estimates, model))
-    return Recommendation(answers, base, device.name, tuple(scores), tuple(estimates), said)
+    quotes, estimates = [quote for quote in QUOTES if quote.method in METHODS], estimate_methods(answers, model, device)
+    said = remarks(answers, estimates, model)
+    return Recommendation(answers, base, device.name, tuple(quotes), tuple(estimates), tuple(said))
 
 
-def remarks(
-    answers: Answers, scores: Sequence[Score], estimates: Sequence[Estimate], model: ModelConfig
-) -> Iterator[str]:
+def remarks(answers: Answers, estimates: Sequence[Estimate], model: ModelConfig) -> Iterator[str]:
     yield (
-        "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves LoRA, VeRA "
-        "and LongLoRA of any rank in one batch, so VeRA trained and S-LoRA served is one choice, not two"
+        "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves all methods "
+        "and ranks in one batch, so VeRA trained and S-LoRA served is one choice, not two"
     )
     window, context = model.max_position_embeddings, answers.context_length
     if context > window:
         yield (
-            f"the base reads {window:,} tokens: for {context:,} its RoPE must be scaled, which LongLoRA does and LoRA "
-            "or VeRA alone do not, whatever the score says"
+            f"the base reads {window:,} tokens: for {context:,} its RoPE must be scaled, which LongLoRA does and the "
+            "other methods alone do not"
         )
-    elif any(score.method == "LongLoRA" for score in scores):
+    else:
         yield f"the base reads {window:,} tokens as it is: {context:,} need no LongLoRA, which saves attention alone"
     by_method = {estimate.method: estimate for estimate in estimates}
     lora, vera = by_method["lora"], by_method["vera"]

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.convert import merge_adapter, save_lora, vera_to_lora, write_gguf
+from loray.adapters.convert import merge_adapter, save_lora, to_lora, write_gguf
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
@@ -32,11 +32,11 @@ from tests.fixtures.adapters import ADAPTERS, BaseFactory, in_peft, logits, reci
 
 
 @pytest.mark.filterwarnings("ignore:.*(vera_A|tie_word_embeddings).*")
-@pytest.mark.parametrize("name", ["vera", "vera with its pair", "long vera"])
-def test_vera_as_lora_in_peft(tiny_base: BaseFactory, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["vera", "vera with its pair", "long vera", "miss"])
+def test_as_lora_in_peft(tiny_base: BaseFactory, tmp_path: Path, name: str) -> None:
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS[name])
     model = saved(base, spec, tmp_path / "vera")
-    lora = vera_to_lora(read_adapter(tmp_path / "vera", base.config), base.config)
+    lora = to_lora(read_adapter(tmp_path / "vera", base.config), base.config)
     save_lora(lora, tmp_path / "lora", base_name=base.name)
     torch.testing.assert_close(logits(in_peft(base, model, tmp_path / "lora")), logits(model), atol=1e-4, rtol=1e-4)
     again = read_adapter(tmp_path / "lora", base.config)
@@ -55,11 +55,11 @@ def test_alora_stays_an_adapter(tiny_base: BaseFactory, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
-def test_only_vera_becomes_lora(tiny_base: BaseFactory, tmp_path: Path) -> None:
+def test_lora_is_lora_already(tiny_base: BaseFactory, tmp_path: Path) -> None:
     base, spec = tiny_base(), recipe(ADAPTERS["lora"])
     save_adapter(trained(base, spec), spec.adapter, tmp_path)
-    with pytest.raises(UnsupportedError, match="not VeRA"):
-        vera_to_lora(read_adapter(tmp_path, base.config), base.config)
+    with pytest.raises(UnsupportedError, match="is stored as LoRA already"):
+        to_lora(read_adapter(tmp_path, base.config), base.config)
 
 
 def merged(base: BaseModel, model: Any, spec: Any, folder: Path, **options: Any) -> Path:

@@ -44,9 +44,12 @@ def test_peft_computes_the_training_models_logits(
     untrained = build_model(base, spec).eval()
     assert (logits(untrained) - expected).abs().max() > 0.1
     load_weights(untrained, read_adapter(tmp_path, base.config))
-    assert torch.equal(logits(untrained), expected)
+    exact = 1e-6 if spec.adapter.method == "dora" else 0  # the change of a magnitude is a difference of rounded numbers
+    torch.testing.assert_close(logits(untrained), expected, atol=10 * exact, rtol=exact)
     values = dict(model.named_parameters())
-    assert all(torch.equal(p, values[n]) for n, p in untrained.named_parameters() if p.requires_grad)
+    for name, parameter in untrained.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, values[name], atol=exact, rtol=exact)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from peft import LoHaConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
@@ -280,6 +282,33 @@ def test_wrong_canaries(loray: Loray, with_canary: Catalog) -> None:
     assert "points at version 2 already" in loray("adapters", "canary", "tone", "--version", 2, "--percent", 5).err
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_another_kind_becomes_lora_where_little_is_lost(loray: Loray, base: BaseModel, tmp_path: Path) -> None:
+    config = LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config).save_pretrained(tmp_path / "loha")
+    arguments = ("adapters", "import", tmp_path / "loha", "--name", "tone", "--base", base.name)
+    plain = loray(*arguments)
+    assert (plain.code, "'LOHA' is not supported" in plain.err, "--rank N` makes LoRA" in plain.err) == (1, True, True)
+    refused = loray(*arguments, "--rank", "1")
+    assert refused.code == 1
+    assert "of the change's energy is lost" in refused.err
+    assert "more than 1.00% are not: take a higher rank, or allow it with --max-energy-lost" in refused.err
+    assert loray("adapters", "ls", "--json").json == []
+    assert loray(*arguments, "--rank", "1", "--max-energy-lost", "1").out.startswith("published tone@1, LoRA of rank 1")
+    made = loray(*arguments, "--energy", "0.999", "--json").json
+    assert made["approximation"]["kind"] == "LOHA"
+    assert 0 < made["approximation"]["energy_lost"] <= 0.001
+    assert (made["manifest"]["method"], made["manifest"]["rank"]) == ("lora", made["approximation"]["rank"])
+    assert made["manifest"]["description"].startswith(f"LoRA of rank {made['manifest']['rank']} made of LOHA: ")
+    assert loray(*arguments, "--rank", "1", "--energy", "0.9").code == 2
+    assert loray(*arguments, "--max-energy-lost", "0.9").code == 2
+
+
+def test_what_is_served_is_not_converted(loray: Loray, folder: Path) -> None:
+    done = loray("adapters", "import", folder, "--name", "tone", "--rank", "4")
+    assert (done.code, "LORA is served as it is: import it without a rank" in done.err) == (1, True)
+
+
 @pytest.fixture
 def vera(loray: Loray, base: BaseModel, peft_folder: PeftFolder) -> str:
     assert loray("adapters", "import", peft_folder(base, "vera"), "--name", "tone").code == 0
@@ -297,7 +326,7 @@ def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str,
     assert (tmp_path / "lora" / WEIGHTS_FILE).stat().st_size > 1000
     assert read_adapter(tmp_path / "lora", base.config).pair is None
     again = loray("adapters", "convert", "tone-lora", "--to", "lora", "--name", "twice")
-    assert again.err == "error: the adapter is not VeRA; only VeRA adapters are converted to LoRA\n"
+    assert again.err == "error: the adapter's method is lora, which is stored as LoRA already\n"
 
 
 def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_both_systems_learn_the_same(
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
     home = str(base.path.parent.parent)
-    setting = Setting(home, base.name, str(tmp_path), system, method, 6, 64, (0, 1), (METHODS[method][1],))  # type: ignore[arg-type]
+    setting = Setting(home, base.name, str(tmp_path), system, method, "qv", 6, 64, (0, 1), (METHODS[method][1],))  # type: ignore[arg-type]
     assert Setting.from_dict(json.loads(json.dumps(setting.to_dict()))) == setting
     found = worker.main(setting)
     first, second = (Run.from_dict(r) for r in found["runs"])
@@ -149,8 +149,8 @@ def test_the_whole_benchmark(
     results = quality.main([*args, "--plot", str(picture), "--json", str(figures)])
     assert [(r.method, r.system) for r in results] == [
         ("base", "base"),
-        ("VeRA r256", "loray"),
-        ("VeRA r256", "peft"),
+        ("VeRA r256, linear", "loray"),
+        ("VeRA r256, linear", "peft"),
     ]
     assert all(len(r.scores) == 1 for r in results)
     assert "exact match" in capsys.readouterr().out
@@ -162,3 +162,17 @@ def test_the_whole_benchmark(
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert quality.main(args)[1].runs == results[1].runs
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == kept
+
+
+@pytest.mark.slow
+def test_sets_of_modules_side_by_side(tiny_base: BaseFactory, data: Path, tmp_path: Path) -> None:
+    args = [str(data), "--tasks", "gsm8k", "e2e", "--steps", "2", "--batch-tokens", "64", "--questions", "3"]
+    args += ["--base", str(tiny_base().path), "--home", str(tmp_path / "home"), "--folder", str(tmp_path / "work")]
+    args += ["--threads", "1", "--seeds", "2", "--methods", "LoRA r16", "--modules", "attention", "linear"]
+    _, attention, linear, _, again, _ = quality.main([*args, "--no-peft", "--one-rate"])
+    assert [r.method for r in (attention, linear)] == ["LoRA r16, attention", "LoRA r16, linear"]
+    assert linear.final[0].num_parameters > 2 * attention.final[0].num_parameters
+    assert all(len(r.scores) == 2 for r in (attention, linear, again))
+    # The first task has searched the rate.
+    assert len(attention.runs) > 3
+    assert [(r.rate, r.seed) for r in again.runs] == [(attention.final[0].rate, seed) for seed in (0, 1)]

@@ -25,10 +25,12 @@ from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog
 from loray.files import file_sha256
+from loray.methods.dora_module import DoraLinear
 from loray.publishing import Destination, import_folder, publish
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.recipes.resolve import resolve
 from loray.spec import (
+    ATTENTION_MODULES,
     AdapterManifest,
     Constraint,
     Evaluation,
@@ -112,6 +114,9 @@ def _publish(method: str, base: BaseModel, folder: Path, store: AdapterStore, ca
         trained = [(name, p) for name, p in sorted(model.named_parameters()) if p.requires_grad]
         for number, (name, parameter) in enumerate(trained):
             _fill(name, parameter, _numbers(parameter.shape, number))
+        for module in model.modules():
+            if isinstance(module, DoraLinear):  # so that its magnitudes are 1 + numbers
+                module.initial_square_O.fill_(1)
     save_adapter(model, spec.adapter, folder)
     details = ManifestDetails(
         recipe=spec,
@@ -138,7 +143,7 @@ def _numbers(shape: Sequence[int], seed: int) -> Tensor:
 def _fill(name: str, parameter: Tensor, numbers: Tensor) -> None:
     if "embed_tokens" in name:
         parameter[:_CHANGED_ROWS] += numbers[:_CHANGED_ROWS]
-    elif "magnitude" in name or name.endswith("norm.weight"):
+    elif name.endswith("norm.weight"):
         parameter.copy_(1 + numbers)
     elif "lambda_d" in name:
         parameter.copy_(0.25 + numbers)
@@ -284,17 +289,21 @@ def _answer(tokenizer: Tokenizer, request: GenerateRequest, deltas: Sequence[Tok
 
 # -- training steps ---------------------------------------------------------------------------------------------------
 
+_ATTENTION = {"target_modules": ATTENTION_MODULES}
 _RUNS: Mapping[str, dict[str, Any]] = {
-    "lora": {"adapter": {"method": "lora", "rank": 4}},
-    "dora": {"adapter": {"method": "dora", "rank": 4}, "batch": {"rows": 2, "accumulation": 2, "order": "packed"}},
-    "vera": {"adapter": {"method": "vera", "rank": 16}, "optimizer": {"learning_rate": 5e-2}},
+    "lora": {"adapter": {"method": "lora", "rank": 4, **_ATTENTION}},
+    "dora": {
+        "adapter": {"method": "dora", "rank": 4, **_ATTENTION},
+        "batch": {"rows": 2, "accumulation": 2, "order": "packed"},
+    },
+    "vera": {"adapter": {"method": "vera", "rank": 16, **_ATTENTION}, "optimizer": {"learning_rate": 5e-2}},
     "longlora": {
         "adapter": {"method": "longlora", "rank": 4},
         "rope_scaling": {"factor": 2, "original_context": 32},
         "attention": {"type": "s2", "group_size": 16},
     },
     "dpo": {
-        "adapter": {"method": "lora", "rank": 4},
+        "adapter": {"method": "lora", "rank": 4, **_ATTENTION},
         "objective": {"type": "dpo"},
         "optimizer": {"learning_rate": 1e-3},
     },

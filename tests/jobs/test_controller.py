@@ -10,7 +10,8 @@ import torch
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from jobs.controller import Restarts
 from jobs.driver.fit import Workload, build_trainer
@@ -28,23 +29,31 @@ def failure(*errors: Exception) -> WorkerGroupError:
     return WorkerGroupError("failed", dict(enumerate(errors)))
 
 
-def test_ten_kills_in_twelve_hours_pass() -> None:
-    now, told = 0.0, []
-    restarts = Restarts(told.append, clock=lambda: now)
-    for _ in range(10):
-        now += 12 / 10 * 3600
-        assert restarts.make_decision(failure(KILLED)) is RETRY
+def test_losses_with_a_checkpoint_between_them_pass() -> None:
+    told, pauses, steps = list[Any](), list[float](), iter(range(10, 110, 10))
+    restarts = Restarts(told.append, lambda: next(steps), pauses.append)
+    assert [restarts.make_decision(failure(KILLED)) for _ in range(10)] == [RETRY] * 10
     message = "rank 0: WorkerHealthCheckFailedError: the worker is gone"
     assert told == [{"event": "worker_lost", "message": message}] * 10
+    assert pauses == [0] * 10
 
 
-def test_three_losses_at_once_are_the_most_and_an_hour_allows_another() -> None:
-    now, told = 99.0, []
-    restarts = Restarts(told.append, clock=lambda: now)
+def test_three_losses_without_a_checkpoint_are_the_most() -> None:
+    step, told, pauses = None, list[Any](), list[float]()
+    restarts = Restarts(told.append, lambda: step, pauses.append)
     assert [restarts.make_decision(failure(KILLED)) for _ in range(4)] == [RETRY, RETRY, RETRY, RAISE]
-    now += 3600
-    assert [restarts.make_decision(failure(KILLED)) for _ in range(2)] == [RETRY, RAISE]
-    assert len(told) == 4  # a run that ends does not go on from the last checkpoint
+    assert pauses == [0, 5, 20]
+    step = 10
+    assert [restarts.make_decision(failure(KILLED)) for _ in range(4)] == [RETRY, RETRY, RETRY, RAISE]
+    assert len(told) == 6  # a run that ends does not go on from the last checkpoint
+
+
+def test_nodes_whose_end_was_announced_do_not_count() -> None:
+    told: list[Any] = []
+    restarts = Restarts(told.append, pause=told.append)
+    taken = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0, 1]}))
+    assert [restarts.make_decision(taken) for _ in range(9)] == [RETRY] * 9
+    assert told == [{"event": "worker_lost", "message": "1 of the run's nodes, as announced"}] * 9
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,7 @@ def test_three_losses_at_once_are_the_most_and_an_hour_allows_another() -> None:
     [
         *(ValueError("a bug"), TrainingError("out of memory"), RuntimeError("shapes differ")),
         *(torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")),
+        RuntimeError("CUDA error: device-side assert triggered"),
     ],
 )
 def test_an_error_that_would_come_again_ends_the_run_at_once(error: Exception) -> None:
@@ -72,7 +82,7 @@ def test_an_error_that_would_come_again_ends_the_run_at_once(error: Exception) -
     ],
 )
 def test_what_is_around_a_worker_may_be_better_the_next_time(errors: tuple[Exception, ...]) -> None:
-    assert Restarts().make_decision(failure(*errors)) is RETRY
+    assert Restarts(pause=lambda seconds: None).make_decision(failure(*errors)) is RETRY
 
 
 @pytest.mark.parametrize("min_workers", [None, 2])

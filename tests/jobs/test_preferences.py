@@ -73,4 +73,4 @@ def test_a_job_of_two_workers(ray_cluster: RayCluster, tmp_path: Path) -> None:
     assert published(ray_cluster.settings, "preferred") == {"loss": last["eval_loss"]} | {n: last[n] for n in REWARDS}
     version = Catalog(ray_cluster.settings.catalog).adapters.version("preferred", 1)
     AdapterStore(open_store(ray_cluster.settings.store)).fetch(version.digest, tmp_path / "fetched")
-    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 8
+    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 14

@@ -109,6 +109,47 @@ def test_lora(ops: Ops, popularity: str, widths: tuple[int, int, int], dtype: to
     close(y_TO, expected, dtype)
 
 
+def summed_rows(rank: int, columns: list[tuple[int, int]]) -> RowTables:
+    """The rows of an A that is not in the pool: row r sums the columns r, r + rank, r + 2 rank, … of all segments."""
+    codes = [[~(rank << 32 | (row - first) % rank) for row in range(rank)] for first, _ in columns]
+    return RowTables(tuple((*own, torch.tensor(code)) for own, code in zip(columns, codes, strict=True)))
+
+
+def joined(tables: list[RowTables]) -> RowTables:
+    return RowTables(
+        tuple((*own[0][:2], torch.cat([s[2] for s in own])) for own in zip(*(t.segments for t in tables), strict=True))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("width", "columns"), [(64, [(0, 64)]), (577, [(0, 577)]), (96, [(0, 40), (40, 40), (80, 16)])]
+)
+@pytest.mark.parametrize("num_tokens", [1, 3, 70])
+def test_rows_that_sum_columns(
+    ops: Ops, num_tokens: int, width: int, columns: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    """Beside an adapter with rows in the pool, whose results are those without them, bit for bit."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ranks, layer_offset = [5, 16, 33, 64], 128
+    x_TI, a_RI = (torch.randn(n, width, generator=generator).to(dtype) for n in (5 * num_tokens, 5))
+    shelf = Shelf(4096 * 160, dtype)
+    own = RowTables(tuple((c, w, shelf.put(a_RI[:, c : c + w], 1, layer_offset).segments[0][2]) for c, w in columns))
+    a = joined([own, *(summed_rows(rank, columns) for rank in ranks[1:])])
+    b = shelf.put(torch.zeros(sum(ranks), 8), 1, layer_offset)
+    starts = tuple(sum(ranks[:i]) for i in range(len(ranks) + 1))
+    segments = AdapterSegments(*(tuple((i + k) * num_tokens for i in range(4)) for k in (0, 1)))
+    table = LoraTable(a, b, starts, (1.0,) * 4)
+    (h_TR,) = ops.lora_shrink(x_TI, shelf.tensor, (table,), segments, layer_offset)
+    for i, rank in enumerate(ranks[1:], 1):
+        rows = slice(i * num_tokens, (i + 1) * num_tokens)
+        padded = torch.nn.functional.pad(x_TI[rows].double(), (0, -width % rank))
+        close(h_TR[rows, :rank], padded.view(num_tokens, -1, rank).sum(1), torch.float32)
+    alone = LoraTable(own, RowTables(tuple((c, w, o[:5]) for c, w, o in b.segments)), (0, 5), (1.0,))
+    (expected_TR,) = ops.lora_shrink(x_TI, shelf.tensor, (alone,), AdapterSegments((0,), (num_tokens,)), layer_offset)
+    assert torch.equal(h_TR[:num_tokens, :5], expected_TR[:num_tokens])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_segments", [1, 2])
 def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:

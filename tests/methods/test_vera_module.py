@@ -110,10 +110,10 @@ def test_the_pair_is_shared_and_in_no_state_dict(tiny_base: BaseFactory) -> None
     names = [*model.state_dict(), *(n for n, _ in model.named_buffers())]
     assert not [n for n in names if "vera_A" in n or "vera_B" in n or "shared" in n]
     modules = [m for m in model.modules() if isinstance(m, VeraLinear)]
-    assert len(modules) == 8
+    assert len(modules) == 14
     assert len({id(m.shared) for m in modules}) == 1
     x = torch.zeros(1)
-    assert modules[0].shared.like(x)[0].data_ptr() == modules[7].shared.pair.a_RI.data_ptr()
+    assert modules[0].shared.like(x)[0].data_ptr() == modules[13].shared.pair.a_RI.data_ptr()
     trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"vera_lambda_b", "vera_lambda_d"}
 

@@ -13,6 +13,7 @@ from loray.bases.registry import BaseModel
 from loray.planning import memory
 from loray.planning.run import count_base, count_trained, shape_of
 from loray.spec import TrainSpec
+from loray.train.attention import attend
 from loray.train.model import build_model, count_parameters
 from tests.fixtures.planning import recipe
 
@@ -21,8 +22,8 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 LONG = {"method": "longlora"}  # its rows are cut to TOKENS by what is fed to the model
 
 
-def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS) -> int:
-    """Of the decoder's forward pass, storages once, parameters not."""
+def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS, num_rows: int = 1) -> int:
+    """Of the decoder's forward pass, storages once, parameters not. One of several rows is shorter."""
     model = build_model(base, spec).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -32,7 +33,10 @@ def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS) -> in
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.base_model(input_ids=torch.randint(0, 256, (1, num_tokens)), use_cache=False)
+        mask = torch.ones(num_rows, num_tokens, dtype=torch.long)
+        mask[1:, -3:] = 0
+        ids = torch.randint(0, 256, mask.shape)
+        model.base_model(input_ids=ids, attention_mask=mask if num_rows > 1 else None, use_cache=False)
     return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in parameters)
 
 
@@ -57,6 +61,38 @@ def test_a_layer_keeps_what_is_counted(
     run = shape_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
     counted = sum(part.nbytes for part in memory.saved_by_layer(run))
     assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what flash-attn does: its operands, its output, and the log-sum-exp of every softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> torch.Tensor:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[:2], dtype=torch.float32))
+        return out
+
+
+@pytest.mark.parametrize("modules", [ALL, ["q_proj", "v_proj"]], ids=["all", "q and v"])
+@pytest.mark.parametrize(
+    ("attention", "num_rows"), [("dense", 1), ("dense", 2), ("s2", 1)], ids=["one row", "padded rows", "two halves"]
+)
+def test_a_gpu_keeps_what_is_counted(
+    attention: str,
+    num_rows: int,
+    modules: list[str],
+    tiny_base: Callable[..., BaseModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = attend._Kernel(_Flash.apply, lambda scale: {})
+    monkeypatch.setattr(attend, "_kernel", lambda: kernel)
+    monkeypatch.setattr(attend, "select_backend", lambda *_: attend.attend_varlen)
+    adapter = {"method": "lora", "rank": 4, "target_modules": modules}
+    spec = recipe(adapter=adapter, dtype="bfloat16", attention={"type": attention}, batch={"rows": num_rows})
+    bases = [tiny_base(num_hidden_layers=n) for n in (2, 4)]
+    kept = [kept_bytes(base, spec, num_rows=num_rows) for base in bases]
+    counted = sum(part.nbytes for part in memory.saved_by_layer(shape_of(spec, bases[0].config), on_gpu=True))
+    assert kept[1] - kept[0] == 2 * num_rows * TOKENS * counted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -20,6 +20,7 @@ from loray.planning.compute import (
 from loray.planning.memory import plan_memory
 from loray.planning.run import shape_of
 from loray.recipes.resolve import quarter
+from loray.spec import ATTENTION_MODULES
 from tests.fixtures.planning import A100, known, long_run, recipe
 
 
@@ -36,7 +37,8 @@ def test_pairs_are_those_of_the_mask(num_tokens: int, group: int, num_heads: int
 
 
 def test_frozen_weights_take_one_product_in_the_backward_pass() -> None:
-    spec = recipe(adapter={"method": "lora", "rank": 8}, data={"train": "x", "max_length": 4096})
+    adapter = {"method": "lora", "rank": 8, "target_modules": ATTENTION_MODULES}
+    spec = recipe(adapter=adapter, data={"train": "x", "max_length": 4096})
     run = shape_of(spec, known("Llama-2-7b-hf"))
     flops, tokens = count_flops(run), 4096
     linears = 2 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)

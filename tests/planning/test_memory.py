@@ -49,9 +49,9 @@ def test_what_a_replica_holds() -> None:
     assert held["layer inputs"] == 32 * 32768 * 4096 * 2
     assert held["one layer, recomputed: mlp"] == 32768 * 3 * 11008 * 2
     assert held["one layer, recomputed: norms"] == 32768 * 2 * (4 * 4097 + 2 * 4096)
-    assert held["one layer, recomputed: attention"] == 32768 * (2 * (2 * 4096 + 2 * 4096) + 4 * 32)
+    assert held["one layer, recomputed: attention"] == 32768 * (2 * (3 * 4096 + 2 * 4096) + 4 * 32)
     assert held["one layer, recomputed: adapter"] == 32768 * 2 * (4096 + 4 * 8)
-    assert held["a chunk of logits"] == 8 << 24
+    assert held["a chunk of logits"] == 8 << 27
     kept = sizes(long_run("Llama-2-7b-hf", 32768))
     assert kept["activations: mlp"] == 32 * held["one layer, recomputed: mlp"]
     assert "layer inputs" not in kept

@@ -120,6 +120,23 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     assert reporter.checkpoints == []
 
 
+def test_a_machine_that_will_be_taken_away_is_a_checkpoint_at_once(base: BaseModel, tmp_path: Path) -> None:
+    """And one for each of them, however long it stays."""
+    asked, leaving = list[None](), frozenset[str]()
+
+    def told() -> frozenset[str]:
+        nonlocal leaving
+        asked.append(None)
+        leaving |= {7: {"a"}, 12: {"b"}}.get(len(asked), set())
+        return leaving
+
+    spec = recipe(max_steps=20, batch={"rows": 1}, checkpoint={"interval_minutes": None})
+    _, reporter = run(spec, base, tmp_path, leaving=told)
+    steps = [e["step"] for e in reporter.events if e["event"] == "checkpoint"]
+    assert len(steps) == 3
+    assert steps[0] < 8 <= steps[1] < 12 < steps[2] == 20
+
+
 def test_the_other_ranks_hear_why(tmp_path: Path) -> None:
     """And report at the same step as rank 0, without a folder."""
     reported = list[tuple[int, Path | None]]()

@@ -333,6 +333,21 @@ def test_accumulation_and_checkpointing_change_nothing(kind: str, base: BaseMode
 
 
 @pytest.mark.parametrize(
+    ("desirable", "weight", "message"),
+    [
+        (0.5, 1.0, None),
+        (0.25, 3.5, None),
+        (0.25, 1.0, "desirable_weight is best 3 to 4 times objective.undesirable_weight, and is 1 times"),
+        (0.8, 1.0, "80% of the rows are desirable: objective.desirable_weight is best 0.25 to 0.34 times"),
+        (1.0, 1.0, "100% of the rows are desirable, and KTO learns from the difference"),
+    ],
+)
+def test_weights_that_do_not_fit_the_rows_are_said(desirable: float, weight: float, message: str | None) -> None:
+    warning = KtoSpec(desirable_weight=weight).warning(desirable)
+    assert warning is None if message is None else message in str(warning)
+
+
+@pytest.mark.parametrize(
     ("objective", "fields", "message"),
     [
         (

@@ -43,6 +43,20 @@ def _shrink_segment(
 
 
 @triton.jit
+def _sum_columns(total, x_rows, token_mask, a, at, row_mask, column, first, last, BLOCK_K: tl.constexpr):
+    """_shrink_segment for rows that are not in the pool (see ops.py), of which ones are made."""
+    period, begin = ((-1 - at) >> 32).to(tl.int32), ((-1 - at) & 0xFFFFFFFF).to(tl.int32)
+    for k in range(first, last, BLOCK_K):
+        columns = k + tl.arange(0, BLOCK_K)
+        inside = columns < last
+        x_TK = tl.load(x_rows + (column + columns)[None, :], mask=token_mask[:, None] & inside[None, :], other=0.0)
+        is_summed = (columns[None, :] % period[:, None] == begin[:, None]) & row_mask[:, None]
+        a_RK = tl.where(is_summed, 1.0, 0.0).to(a.dtype.element_ty)
+        total = tl.dot(x_TK, tl.trans(a_RK), total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
 def _sum_of_splits(total, partial, arrived, num_splits, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
     """The sum of all splits' `total` of a tile, in their order, and whether this block has it: the last that arrives.
 
@@ -111,7 +125,9 @@ def lora_shrink(
             at = tl.load(offsets + s * num_rows + row, mask=row_mask, other=0)
             start = tl.maximum(begin - column, 0)
             stop = tl.minimum(begin + split_columns - column, width)
-            if tl.max(at % 8, axis=0) + width % 8 + column % 8 == 0:
+            if tl.min(at, axis=0) < 0:
+                total = _sum_columns(total, x_rows, token_mask, pool, at, row_mask, column, start, stop, BLOCK_K)
+            elif tl.max(at % 8, axis=0) + width % 8 + column % 8 == 0:
                 total = _shrink_segment(
                     total, x_rows, token_mask, pool, at, row_mask, column, start, stop, True, BLOCK_K
                 )

@@ -26,17 +26,17 @@ from loray.spec import LINEAR_MODULES, QuantizationSpec
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
-    """Convert VeRA to LoRA, for tools that know LoRA alone, or to continue training as LoRA.
+def to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
+    """Convert VeRA or MiSS to LoRA, for tools that know LoRA alone, or to continue training as LoRA.
 
     The result computes the same, and is as large as a LoRA adapter of that rank. Raises UnsupportedError for other
     adapters.
     """
-    if weights.pair is None:
-        raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
     modules = {
         key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
     }
+    if all(modules[key] is module for key, module in weights.modules.items()):
+        raise UnsupportedError(f"the adapter's method is {weights.method}, which is stored as LoRA already")
     return replace(weights, modules=modules, pair=None)
 
 
@@ -53,7 +53,7 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
     whole = {path.rpartition(".")[2] for path in weights.norms}
     tensors |= {f"{prefix}{path}.weight": norm for path, norm in weights.norms.items()}
     if weights.embedding is not None:
-        assert weights.embedding.token_ids is None, "PEFT's VeRA stores embeddings whole"
+        assert weights.embedding.token_ids is None, "PEFT stores them whole beside all but LoRA"
         whole.add("embed_tokens")
         tensors[f"{prefix}embed_tokens.weight"] = weights.embedding.rows_VD
     config: dict[str, Any] = {
@@ -197,7 +197,7 @@ _MODULES = {name.rpartition(".")[2]: called for called, name in LAYER_NAMES.item
 
 
 def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
-    """Write the adapter in fp32 to the new file `path`. VeRA becomes LoRA of its rank.
+    """Write the adapter in fp32 to the new file `path`. VeRA and MiSS become LoRA of their rank.
 
     llama.cpp adds alpha / rank · B A x to a linear module. Where modules have several ranks or scales, B has the scale
     in it and alpha is 0, which llama.cpp takes as a scale of 1. Raises UnsupportedError for an adapter that changes

@@ -83,14 +83,23 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json`. Raises UnsupportedError for an option that loray does not compute."""
+    return _checked(folder, load_config(folder))
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` of any kind of adapter."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UnsupportedError(f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter")
-    return parse_config(folder, path.read_bytes())
+    return _parsed(folder, path.read_bytes())
 
 
 def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
     """Parse the bytes of `adapter_config.json` as `read_config` does. Errors name `folder`."""
+    return _checked(folder, _parsed(folder, data))
+
+
+def _parsed(folder: Path, data: bytes) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if len(data) > MAX_CONFIG_BYTES:
         raise UnsupportedError(f"{path} has {len(data):,} bytes; at most {MAX_CONFIG_BYTES:,} are read")
@@ -100,22 +109,27 @@ def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
         raise IntegrityError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(config, dict):
         raise IntegrityError(f"{path} must hold an object, not {type(config).__name__}")
+    return config
+
+
+def _checked(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS_OF_PEFT:
         raise UnsupportedError(
-            f"{folder}: peft_type {shown(kind)} is not supported; {', '.join(sorted(METHODS_OF_PEFT))} are"
+            f"{folder}: peft_type {shown(kind)} is not supported; {', '.join(sorted(METHODS_OF_PEFT))} are, and "
+            "`loray adapters import FOLDER --rank N` makes LoRA of others"
         )
     for option, inert in _INERT.items():
         if config.get(option) not in inert and option in config:
             raise UnsupportedError(f"{folder}: {option}={shown(config[option])} is not supported")
-    METHODS_OF_PEFT[kind].check_config(config, source=str(path))
+    METHODS_OF_PEFT[kind].check_config(config, source=str(folder / CONFIG_FILE))
     init = str(config.get("init_lora_weights", ""))
     if init.startswith(_REWRITING_INITS):
         raise UnsupportedError(
             f"{folder}: init_lora_weights={shown(init)} changes the base's weights; save it as a plain LoRA first "
             "(PEFT: path_initial_model_for_weight_conversion)"
         )
-    return dict(config)
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -203,7 +217,7 @@ def parse_adapter(
     def read(key: ModuleKey) -> ModuleWeights:
         path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
         rank, alpha = ranks.value(path, config.get("r", 0)), alphas.value(path, config.get("lora_alpha", 0.0))
-        return method.read(StoredModule(label, parts[key], config, rank, alpha))
+        return method.read(StoredModule(label, parts[key], config, rank, alpha, base.module_shape(key.module)[1]))
 
     modules = {key: read(key) for key in parts}
     drawn = method.pair_key(config, base, {key.module for key in parts}, pair_tensors, str(folder))

@@ -21,7 +21,7 @@ from loray.client import CatalogClient
 from loray.errors import ConflictError, DataError, IntegrityError, NotFoundError, SpecError
 from loray.files import file_sha256
 from loray.publishing import Destination, base_of, import_folder
-from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
+from loray.publishing.convert import convert_to_lora, import_as_lora, merge_into_base, save_as_gguf
 from loray.schemas.resources import AliasResource, DownloadForm
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
@@ -382,6 +382,11 @@ adapters.add_command(pull, "download")
 @click.option(
     "--tool-parser", type=click.Choice(get_args(ToolParserName)), help="How it writes tool calls (default: its base)."
 )
+@click.option("--rank", type=click.IntRange(1), help="Make LoRA of this rank of another kind of adapter.")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Or LoRA with this share of the change.")
+@click.option(
+    "--max-energy-lost", type=click.FloatRange(0, 1), help="Refuse where more is lost (default 0.01, or by --energy)."
+)
 @json_option
 def import_(
     folder: Path,
@@ -393,27 +398,39 @@ def import_(
     licence: str | None,
     description: str,
     tool_parser: ToolParserName | None,
+    rank: int | None,
+    energy: float | None,
+    max_energy_lost: float | None,
     as_json: bool,
 ) -> None:
-    """Publish FOLDER, an adapter saved by PEFT (or one published by another loray).
+    """Publish FOLDER, an adapter saved by PEFT of a method that is served (or one published by another loray).
 
     Checked first: format, options, shapes against the base, file hashes. Only safetensors are read. A
     chat_template.jinja in FOLDER is published with it.
+
+    Other kinds that add to linear modules (LoHa, LoKr, FourierFT and more) become LoRA with --rank or --energy, which
+    loads the base in float32 and says how much of the change is lost.
     """
+    if rank is not None and energy is not None:
+        raise click.UsageError("give --rank or --energy, not both")
+    if max_energy_lost is not None and rank is None and energy is None:
+        raise click.UsageError("--max-energy-lost is for --rank and --energy")
     if (template := folder / AdapterManifest.TEMPLATE_FILE).is_file():
         ChatTemplate(template.read_text(encoding="utf-8", errors="replace"))  # refuses what is not valid
     with open_services() as services:
         home = services.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)
-        published = import_folder(
-            folder,
-            base,
-            Destination(name, services.store, services.catalog, aliases=aliases, version=version, no_gate=no_gate),
-            licence=licence,
-            description=description,
-            tool_parser=tool_parser,
+        to = Destination(name, services.store, services.catalog, aliases=aliases, version=version, no_gate=no_gate)
+        about: dict[str, Any] = {"licence": licence, "description": description, "tool_parser": tool_parser}
+        if rank is None and energy is None:
+            published = import_folder(folder, base, to, **about)
+            tell(f"published {published.label}", describe.version_json(published), as_json)
+            return
+        published, made = import_as_lora(
+            folder, base, to, rank=rank, energy=energy, max_energy_lost=max_energy_lost, **about
         )
-    tell(f"published {published.label}", describe.version_json(published), as_json)
+    shown = describe.version_json(published) | {"approximation": made._asdict()}
+    tell(f"published {published.label}, {made}", shown, as_json)
 
 
 @adapters.command("ls")
@@ -483,7 +500,7 @@ def convert(
     """Make MODEL something that other tools know.
 
     \b
-    lora    a VeRA adapter as a LoRA adapter that computes the same, published under --name
+    lora    a VeRA or MiSS adapter as a LoRA adapter that computes the same, published under --name
     merged  base and adapter as one checkpoint in --folder: RoPE scaling, norms and embeddings included
     gguf    GGUF-LoRA in --file, which llama.cpp loads beside the base's GGUF
     """

@@ -133,7 +133,7 @@ def lineage(version: VersionDetail, gate: Sequence[str] | None) -> Table:
             ("aliases", " ".join(version.aliases)),
             ("quarantine", _quarantine(version.quarantine)),
             ("description", m.description),
-            ("method", f"{m.method}, rank {m.rank}, on {' '.join(m.target_modules)}"),
+            ("method", f"{m.method}{f', rank {m.rank}' * bool(m.rank)}, on {' '.join(m.target_modules)}"),
             ("parameters", f"{count(m.num_parameters)} ({format_size(m.nbytes)})"),
             ("context", f"{m.context_length} tokens"),
             ("extended from", m.original_context_length and f"{m.original_context_length} tokens"),

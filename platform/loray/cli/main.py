@@ -40,7 +40,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "data": ("loray.cli.data:data", "Look at training data as a model will see it."),
     "recipes": ("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
     "plan": ("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
-    "recommend": ("loray.cli.recommend:command", "Compare adapter methods, and S-LoRA, for what you need."),
+    "recommend": ("loray.cli.recommend:command", "Compare adapter methods: measured quality, and costs."),
     "simulate": (
         "loray.cli.simulate:simulate",
         "Simulate replicas, routing and scaling under a trace, before they run.",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from loray.cli.output import console, count, emit, table
 from loray.cli.plan import config_option, device_of, device_option, shape_of_recipe
-from loray.recommend import Answers, Constraint, Estimate, Recommendation, Scale, recommend
+from loray.recommend import Answers, Estimate, Quote, Recommendation, recommend
 from loray.settings import Settings
 from loray.spec import format_seconds, format_size
 
@@ -17,51 +16,34 @@ from loray.spec import format_seconds, format_size
 @click.command("recommend")
 @click.option("--context-length", type=click.IntRange(min=1), required=True, help="Tokens of the longest row.")
 @click.option("--num-tasks", type=click.IntRange(min=1), required=True, help="Adapters that there will be.")
-@click.option(
-    "--resource-constraint",
-    type=click.Choice(["low", "medium", "high"]),
-    default="medium",
-    show_default=True,
-    help="How scarce memory and money are.",
-)
-@click.option("--deployment-scale", type=click.Choice(["single", "distributed"]), default="single", show_default=True)
 @click.option("--base", default="smollm2", show_default=True, help="A base on this machine, or a well-known one.")
 @device_option("Default: a100-80gb.")
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON: a list of {method, score, reason}.")
-@click.option("--estimates", "with_estimates", is_flag=True, help="With --json: an object, estimates and remarks too.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(
     context_length: int,
     num_tasks: int,
-    resource_constraint: Constraint,
-    deployment_scale: Scale,
     base: str,
     device_name: str | None,
     config: Path | None,
     as_json: bool,
-    with_estimates: bool,
 ) -> None:
-    """Compare adapter methods, and S-LoRA, for what is to be built.
-
-    Two answers stand side by side: a score card that knows neither base nor machine, and an estimate for them.
-    """
+    """Compare adapter methods for what is to be built: quality as it was measured, and costs on a base and a device."""
     home = Settings.from_env().home
-    answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
     device = device_of(device_name or "a100-80gb", home, num_workers=1)
-    found = recommend(answers, base, shape_of_recipe(base, config, home), device)
-    if not as_json:
-        _show(found)
-    elif with_estimates:
+    shape = shape_of_recipe(base, config, home)
+    found = recommend(Answers(context_length, num_tasks), base, shape, device)
+    if as_json:
         emit(found.to_dict())
     else:
-        emit([asdict(score) for score in found.scores])
+        _show(found)
 
 
 def _show(found: Recommendation) -> None:
     to = console()
-    to.print("[bold]Score card[/bold]")
-    scores = [(score.method, f"{score.score:g}", score.reason) for score in found.scores]
-    to.print(table(("METHOD", "SCORE", "REASON"), scores, right=("SCORE",)))
+    to.print("[bold]Quality, as measured[/bold]")
+    quotes = [(q.source, q.task, q.settings, count(q.trained_parameters), _score(q)) for q in found.quotes]
+    to.print(table(("BY", "TASK", "METHOD", "TRAINED", "SCORE"), quotes, right=("TRAINED", "SCORE")))
     to.print(
         f"\n[bold]Estimates for {found.base} on {found.device}[/bold] (rows of {found.answers.context_length:,} tokens)"
     )
@@ -73,6 +55,10 @@ def _show(found: Recommendation) -> None:
             to.print(f"[yellow]{estimate.method}[/yellow]: {estimate.problem}", soft_wrap=True)
     for remark in found.remarks:
         to.print(f"- {remark}", soft_wrap=True, markup=False)
+
+
+def _score(quote: Quote) -> str:
+    return f"{quote.score:.1f}" if quote.spread is None else f"{quote.score:.1f} ± {quote.spread:.1f}"
 
 
 def _row(e: Estimate) -> tuple[str, ...]:

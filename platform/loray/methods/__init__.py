@@ -7,14 +7,14 @@ from loray.methods.base import Method
 from loray.methods.dora import Dora
 from loray.methods.ia3 import Ia3
 from loray.methods.lora import LongLora, Lora
+from loray.methods.miss import Miss
 from loray.methods.road import Road
 from loray.methods.vera import Vera
 from loray.spec import AdapterSpec
 from loray.spec import Method as AdapterMethod
 
-METHODS: Mapping[AdapterMethod, Method] = {
-    method.name: method for method in (Lora(), Dora(), Vera(), LongLora(), Ia3(), Road(), Alora())
-}
+_METHODS: tuple[Method, ...] = (Lora(), Dora(), Vera(), Miss(), LongLora(), Ia3(), Road(), Alora())
+METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in _METHODS}
 
 # By `peft_type`. DoRA, LongLoRA and aLoRA are LORA there, and are read as it is.
 METHODS_OF_PEFT: Mapping[str, Method] = {method.peft_type: method for method in reversed([*METHODS.values()])}

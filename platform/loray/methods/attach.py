@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.methods import keeps_fp32, method_of
 from loray.methods.base import ADAPTER
-from loray.methods.vera_module import VeraLinear
 from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterSpec
 
@@ -31,14 +31,14 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
     The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
     default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
-    them. What multiplies outputs alone is fp32, as DoRA's magnitudes: training changes a small part of it.
+    them. What multiplies outputs alone is fp32: training changes a small part of it.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
 
     Raises ValueError where `model` has an adapter already, and UnsupportedError where it lacks a target module.
     """
-    if hasattr(model, "peft_config") or any(isinstance(m, VeraLinear) for m in model.modules()):
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if missing := [m for m in spec.target_modules if m not in names]:
@@ -54,9 +54,15 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
 
 def peft_name(name: str) -> str:
-    """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    stored = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
-    return stored.removesuffix(".weight") if keeps_fp32(name) else stored
+    """Name a parameter as PEFT's files do: without the adapter's name."""
+    return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+
+
+def initial_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers, by name, from which a module's training began, and which a resumed run takes over: computed on
+    another machine they may differ.
+    """
+    return ((name, buffer) for name, buffer in model.named_buffers() if ".initial_" in name)
 
 
 @torch.no_grad()
@@ -68,7 +74,9 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     inner = model.base_model
     parameters = {peft_name(name): parameter for name, parameter in inner.named_parameters()}
     for key, module in weights.modules.items():
-        for part, tensor in module.parts.items():
+        owner: Any = inner.get_submodule(key.path)
+        own = owner.own_parts(module.parts) if hasattr(owner, "own_parts") else module.parts
+        for part, tensor in own.items():
             parameters[f"{key.path}.{part}"].copy_(tensor)
     for path, norm in weights.norms.items():
         inner.get_submodule(path).weight.copy_(norm)

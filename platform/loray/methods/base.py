@@ -50,6 +50,7 @@ class StoredModule:
 
     parts        its tensors by their names below the module's path, without ".weight"
     rank, alpha  of this module, as `config` says them; alpha 0 where the method has none
+    width        the module's inputs on the base that it is read for
     """
 
     label: str
@@ -57,6 +58,7 @@ class StoredModule:
     config: Mapping[str, Any]
     rank: float
     alpha: float
+    width: int
 
     def check(self, names: Iterable[str], ranked: str | None = None) -> None:
         """Raise UnsupportedError unless the parts have these names, and IntegrityError unless the first axis of the
@@ -84,6 +86,7 @@ class Method(ABC):
                          beside 1, so they are trained and published in fp32, and do not decay
     products_backward    products with A and B in a backward pass, for each in a forward pass
     keeps_embedding_rows PEFT can store the changed rows of an embedding alone
+    has_variants         PEFT has some that are not served, of which LoRA can be made
     """
 
     name: ClassVar[AdapterMethod]
@@ -96,6 +99,7 @@ class Method(ABC):
     fp32_parts: ClassVar[tuple[str, ...]] = ()
     products_backward: ClassVar[int] = 2
     keeps_embedding_rows: ClassVar[bool] = True
+    has_variants: ClassVar[bool] = False
 
     def rank(self, spec: Any) -> int:
         """Return the rank of the adapter's matrices; 0 for a method without."""
@@ -123,6 +127,10 @@ class Method(ABC):
         """Count the elements of A and B that a token is multiplied with in one layer."""
         return self.rank(spec) * sum(out + width for out, width in shapes(spec, model).values())
 
+    def frozen(self, spec: Any, model: ModelConfig) -> int:
+        """Count the elements of one layer that training keeps beside the base and does not train."""
+        return 0
+
     def pair_elements(self, spec: Any, model: ModelConfig) -> int:
         """Count the frozen elements that all modules share; 0 where there are none."""
         return 0
@@ -133,10 +141,6 @@ class Method(ABC):
 
     def step_products(self, spec: Any, model: ModelConfig) -> int:
         """Count the products of a forward pass that do not depend on its tokens."""
-        return 0
-
-    def workspace(self, spec: Any, model: ModelConfig) -> int:
-        """Count the elements of the largest matrix that a module's pass makes beside its outputs; 0: it makes none."""
         return 0
 
     # -- training --
@@ -174,6 +178,10 @@ class Method(ABC):
         stored and does not fit, with an error that begins with `label`.
         """
         return None
+
+    def published(self, spec: Any, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make what is published of `model`'s trained `tensors`, by PEFT's names."""
+        return tensors
 
     def stored_beside(self, spec: Any, model: Any) -> dict[str, Tensor]:
         """Return what the adapter's file has beside the trained parameters, by the names of the file."""

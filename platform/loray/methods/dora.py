@@ -10,19 +10,18 @@ from pydantic import BaseModel
 from loray.bases.config import ModelConfig
 from loray.methods.base import ServedMatrix, shapes
 from loray.methods.lora import Lora
-from loray.methods.weights import MAGNITUDE
 from loray.spec import DoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import Tensor
 
 
 class Dora(Lora):
     name: ClassVar[AdapterMethod] = "dora"
     stored_as: ClassVar[AdapterMethod] = "dora"
     spec: ClassVar[type[BaseModel]] = DoraSpec
-    fp32_parts = (MAGNITUDE,)
 
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
         for matrix in super().matrices(spec, model):
@@ -35,13 +34,19 @@ class Dora(Lora):
         return super()._saved_elements(spec, model) + 2 * sum(out for out, _ in shapes(spec, model).values())
 
     def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:
-        """Count those of the norms, as PEFT computes B A in every module: A and B of a unit matrix."""
+        """Count those of the norms, of A with W and with itself, and of B."""
         own = shapes(spec, model).values()
-        return model.num_layers * sum(width * spec.rank * (out + width) for out, width in own)
+        return model.num_layers * spec.rank * sum(out * width + spec.rank * (out + width) for out, width in own)
 
-    def workspace(self, spec: LoraSpec, model: ModelConfig) -> int:
-        """Count the elements of W + s B A."""
-        return max(out * width for out, width in shapes(spec, model).values())
+    def inject(self, model: Any, spec: Any) -> None:
+        from loray.methods.dora_module import inject_dora
+
+        inject_dora(model, spec)
+
+    def published(self, spec: LoraSpec, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from loray.methods.dora_module import published_magnitudes
+
+        return published_magnitudes(model, tensors)
 
     def peft_config(self, spec: LoraSpec, **options: Any) -> LoraConfig:
         return super().peft_config(spec, use_dora=True, **options)

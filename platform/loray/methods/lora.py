@@ -17,6 +17,7 @@ from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import Tensor
 
 
 class Lora(Method):
@@ -28,13 +29,32 @@ class Lora(Method):
         "adapter.rank": Default("capacity; 8 to 64 is usual"),
         "adapter.alpha": Default("twice the rank: the update is scaled by 2"),
         "adapter.use_rslora": Default("divides alpha by √rank instead of rank: for ranks above 64"),
+        "adapter.init": Default("pissa, pissa_niter_16, olora: begin with a part of the base, publish twice the rank"),
     }
     pair_rate = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
 
-    def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
+    def problems(self, spec: LoraSpec, model: ModelConfig) -> Iterator[str]:
         for module, (out, width) in shapes(spec, model).items():
-            yield ServedMatrix(module, "lora_a", spec.rank, width)
-            yield ServedMatrix(module, "lora_b", spec.rank, out)
+            if spec.init is not None and spec.rank > min(out, width):
+                yield (
+                    f"adapter.rank is {spec.rank}, and {module} ({out} × {width}) has no such part: take at most "
+                    f"{min(out, width)}, or leave out adapter.init"
+                )
+
+    def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
+        rank = spec.published.rank
+        for module, (out, width) in shapes(spec, model).items():
+            yield ServedMatrix(module, "lora_a", rank, width)
+            yield ServedMatrix(module, "lora_b", rank, out)
+
+    def trained(self, spec: LoraSpec, model: ModelConfig) -> Iterator[int]:
+        return super().trained(spec.model_copy(update={"init": None}), model)
+
+    def factors(self, spec: LoraSpec, model: ModelConfig) -> int:
+        return super().factors(spec.published, model)
+
+    def frozen(self, spec: LoraSpec, model: ModelConfig) -> int:
+        return 0 if spec.init is None else sum(self.trained(spec, model))
 
     def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
         """Count the input of every A, once for modules with the same input, and the input of every B.
@@ -54,16 +74,27 @@ class Lora(Method):
 
     def _saved_elements(self, spec: LoraSpec, model: ModelConfig) -> int:
         """Count what is kept beside the inputs of A, in elements."""
-        return spec.rank * len(spec.target_modules)
+        return spec.published.rank * len(spec.target_modules)
 
     def inject(self, model: Any, spec: LoraSpec) -> None:
         from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+        from loray.methods.lora_module import inject_decomposed
+
+        if spec.init is None:
+            inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+        else:
+            inject_decomposed(model, spec)
+
+    def published(self, spec: LoraSpec, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from loray.methods.lora_module import published_pairs
+
+        return tensors if spec.init is None else published_pairs(model, tensors)
 
     def peft_config(self, spec: LoraSpec, **options: Any) -> LoraConfig:
         from peft import LoraConfig
 
+        spec = spec.published
         return LoraConfig(
             r=spec.rank,
             lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
@@ -88,9 +119,8 @@ class Lora(Method):
         return LoraWeights(parts["lora_A"], parts["lora_B"], scale, parts.get(MAGNITUDE))
 
     def differences(self, spec: LoraSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
-        scale = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
         scales = {module.as_lora(None, 0).scale for module in weights.modules.values()}
-        if not all(math.isclose(s, scale) for s in scales):
+        if not all(math.isclose(s, spec.scale) for s in scales):
             yield f"its update is scaled by {', '.join(f'{s:g}' for s in sorted(scales))} (alpha, use_rslora)"
 
 
@@ -100,6 +130,7 @@ class LongLora(Lora):
     defaults: ClassVar[Mapping[str, Default]] = {
         **Lora.defaults,
         "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
+        "adapter.target_modules": Default("the paper's: attention, beside embeddings and norms"),
         "attention.type": Default("while training; evaluated and served dense", LongLoraSpec.usual_attention),
         "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
         "batch.rows": Default("a row fills the context", 1),

@@ -77,6 +77,7 @@ class Vera(Method):
     defaults: ClassVar[Mapping[str, Default]] = {
         "adapter.rank": Default("of the frozen pair: costs arithmetic, hardly any parameters"),
         "adapter.d_initial": Default("the paper's"),
+        "adapter.target_modules": Default("all linear layers, as the paper has it on Llama"),
         "adapter.projection_prng_key": Default("adapters share the pair only where key, rank and modules agree"),
         "adapter.save_projection": Default("the pair is drawn again from its key, so an adapter is kilobytes"),
         "optimizer.learning_rate": Default("about ten times LoRA's: two vectors a module learn slowly", 1e-2, 4e-3),

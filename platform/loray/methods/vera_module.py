@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loray.bases.quantized import is_quantized
+from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey, begin_digest, draw_blocks
 from loray.methods.weights import SharedProjection
 from loray.spec import VeraSpec
@@ -117,17 +118,12 @@ class VeraLinear(nn.Module):
 
 def inject_vera(model: nn.Module, spec: VeraSpec) -> ProjectionBuffer:
     """Replace every target module of `model` by a VeraLinear, and freeze all other parameters."""
-    targets = {
-        path: module
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] in spec.target_modules and isinstance(module, nn.Linear)
-    }
+    targets = dict(target_linears(model, spec.target_modules))
     max_in = max(m.in_features for m in targets.values())
     max_out = max(m.out_features for m in targets.values())
     shared = ProjectionBuffer(draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out))
     model.requires_grad_(False)
     for path, module in targets.items():
-        parent, _, name = path.rpartition(".")
         vera = VeraLinear(module, shared, rank=spec.rank, d_initial=spec.d_initial, dropout=spec.dropout)
-        setattr(model.get_submodule(parent), name, vera)
+        replace_module(model, path, vera)
     return shared

@@ -28,15 +28,16 @@ class ModuleKey(NamedTuple):
 
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in PEFT's files
-_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
-Role = Literal["lora_a", "lora_b", "dora", "scale", "turn", "vera_d", "vera_b", "norm", "embedding"]
+_CHUNK_ELEMENTS = 1 << 21  # of W in fp32 at a time
+Role = Literal["lora_a", "summed_a", "lora_b", "dora", "scale", "turn", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class PoolRows(NamedTuple):
     """A matrix as rows of the pool.
 
     role    dora and scale are scales of a module's outputs, the latter with the base's bias; turn is what the other
-            output of a pair adds, in factors of that
+            output of a pair adds, in factors of that; summed_a stands in the place of a lora_a of which only the shape
+            (R, I) counts: row r sums the input's columns r, r + R, r + 2 R, …
     scale   of lora_b, LoRA's alpha/r; of turn, how many outputs apart the two of a pair are
     module  whose outputs it is for, where that is another than the one that the weights are stored with
     """
@@ -125,13 +126,36 @@ class LoraWeights:
         """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
         y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
         """
-        import torch  # shapes and headers are read without it
-
         assert self.magnitude_O is not None
-        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
-        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
-        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
-        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
+        norm_O = changed_norms(weight_OI, row_squares(weight_OI), self.a_RI, self.b_OR, self.scale)
+        return self.magnitude_O.float() / norm_O
+
+
+def row_squares(weight_OI: Tensor) -> Tensor:
+    """Compute ‖W‖² of each row, (O,) in fp32."""
+    import torch  # shapes and headers are read without it
+
+    return torch.cat([w_OI.float().square().sum(dim=1) for w_OI in _rows_at_a_time(weight_OI)])
+
+
+def changed_norms(weight_OI: Tensor, square_O: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Compute ‖W + s B A‖ of each row, (O,) in fp32, with its ‖W‖² and no matrix as large as W:
+
+    ‖W + s B A‖² = ‖W‖² + 2 s Σ B ⊙ (W Aᵀ) + s² Σ B ⊙ (B A Aᵀ).
+    """
+    import torch  # shapes and headers are read without it
+
+    a_RI, b_OR = a_RI.float(), b_OR.float()
+    wa_OR = torch.cat([w_OI.float() @ a_RI.T for w_OI in _rows_at_a_time(weight_OI)])
+    added_O = (b_OR * (2 * wa_OR + scale * (b_OR @ (a_RI @ a_RI.T)))).sum(dim=1)
+    return (square_O + scale * added_O).clamp(min=0).sqrt()
+
+
+def _rows_at_a_time(weight_OI: Tensor) -> tuple[Tensor, ...]:
+    """Parts of W of which copies in fp32 take little memory."""
+    import torch  # shapes and headers are read without it
+
+    return torch.split(weight_OI, max(1, _CHUNK_ELEMENTS // weight_OI.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

@@ -79,7 +79,8 @@ class MemoryPlan:
 
 def plan_memory(run: RunShape, device: Device) -> MemoryPlan:
     """Plan the memory of one worker's device in a step."""
-    items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run, device)]
+    items = [*_weights(run), *_optimizer(run, device), *_communication(run)]
+    items += [*_activations(run, device), *_loss(run, device)]
     passing = MemoryPlan(tuple(item for item in items if item.moments != MOMENTS))
     # An item counts at every moment where the allocator keeps its freed blocks.
     kept = [replace(i, moments=MOMENTS) if 0 < i.block < device.keeps_freed_below else i for i in items if i.nbytes]
@@ -98,6 +99,7 @@ def _weights(run: RunShape) -> Iterator[Item]:
     yield Item("base weights", _share(run.base_bytes - e * (trained.norms + rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
     yield Item("VeRA's pair", pair_bytes)
+    yield Item("initial A and B", e * run.model.num_layers * method_of(run.adapter).frozen(run.adapter, run.model))
     yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
 
 
@@ -140,9 +142,9 @@ def _communication(run: RunShape) -> Iterator[Item]:
             yield Item("gradient bucket", GRADIENT_BUCKET_BYTES)
 
 
-def _activations(run: RunShape) -> Iterator[Item]:
+def _activations(run: RunShape, device: Device) -> Iterator[Item]:
     tokens, layers = run.tokens_per_worker, run.model.num_layers
-    kept = saved_by_layer(run)
+    kept = saved_by_layer(run, on_gpu=not device.is_host)
     rope = 2 * run.element_bytes * run.model.head_dim
     alive: tuple[str, ...] = ("loss", "backward")
     if run.checkpointing:
@@ -158,9 +160,6 @@ def _activations(run: RunShape) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
-    if elements := method_of(run.adapter).workspace(run.adapter, run.model):
-        largest = run.element_bytes * elements  # B A of a unit matrix, W + s B A, and what comes between
-        yield Item("W + s B A of a module", 4 * largest, ("backward",) if run.checkpointing else (), largest)
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
@@ -228,8 +227,12 @@ def _share(nbytes: int, shards: int) -> int:
 # attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
 
 
-def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
-    """List what autograd keeps of a layer for its backward pass."""
+def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
+    """List what autograd keeps of a layer for its backward pass.
+
+    A GPU's kernel keeps its output. Where the two halves of the heads are joined, or padding is set to 0, the next
+    module keeps another tensor of that size.
+    """
     model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
     adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
@@ -239,7 +242,9 @@ def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
     norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
     # q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32.
     q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
-    attention = 2 * (q + kv) + _FP32 * model.num_heads
+    is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
+    is_copied = is_copied and "o_proj" in run.adapter.target_modules
+    attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
     mlp = e * model.intermediate_size  # of each of gate, silu(gate) and up
     kept = (
         SavedTensors("norms", norms, _FP32 * model.hidden_size),

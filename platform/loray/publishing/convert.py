@@ -1,4 +1,4 @@
-"""Conversions of published adapters: from VeRA to LoRA, into the base, to GGUF.
+"""Conversions: of published adapters to LoRA, into the base, to GGUF; of PEFT's other kinds to LoRA.
 
 Servers, which do not load torch, run this module as a process. It takes so many bytes at most beside the base's files,
 which it maps to merge them, and ends when its standard input does, that is with the server. What went wrong is one line
@@ -20,31 +20,33 @@ from typing import TYPE_CHECKING, Literal
 
 from loray import errors
 from loray.adapters.manifest import ManifestDetails, read_manifest, with_manifest
-from loray.adapters.peft_format import read_adapter
+from loray.adapters.peft_format import load_config, read_adapter, read_config
 from loray.bases.checkpoint import weight_files
 from loray.bases.registry import BaseModel, base_with
 from loray.catalog import AdapterVersion
 from loray.errors import ConflictError, LorayError, SpecError, StoreError, UnsupportedError
 from loray.files import scratch_folder
-from loray.publishing.publish import Destination, publish
+from loray.methods import METHODS_OF_PEFT
+from loray.publishing.publish import Destination, import_folder, publish
 from loray.settings import Settings
-from loray.spec import AdapterManifest, AdapterRef, format_size
+from loray.spec import AdapterManifest, AdapterRef, ToolParserName, format_size
 from loray.store import AdapterStore, open_store
 
 if TYPE_CHECKING:
+    from loray.adapters.approximate import Approximation
     from loray.methods.weights import AdapterWeights
 
 
 def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> AdapterVersion:
-    """Publish the VeRA adapter `ref` as a LoRA adapter of VeRA's rank, in fp32.
+    """Publish the VeRA or MiSS adapter `ref` as a LoRA adapter of its rank, in fp32.
 
     It computes the same, so RoPE, context and evaluations are those of `ref`. Raises UnsupportedError where `ref` is
-    not VeRA.
+    of another method.
     """
-    from loray.adapters.convert import save_lora, vera_to_lora
+    from loray.adapters.convert import save_lora, to_lora
 
     with _opened(ref, base, to.store) as (manifest, weights), scratch_folder() as made:
-        save_lora(vera_to_lora(weights, base.config), made, base_name=base.name)
+        save_lora(to_lora(weights, base.config), made, base_name=base.name)
         if manifest.chat_template is not None:
             (made / AdapterManifest.TEMPLATE_FILE).write_bytes(manifest.chat_template.encode())
         details = ManifestDetails(
@@ -58,6 +60,53 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
             tool_parser=manifest.tool_parser,
         )
         return publish(made, base, to, details)
+
+
+MAX_ENERGY_LOST = 0.01  # of a change, where a rank is asked for and no other limit
+
+
+def import_as_lora(
+    folder: Path,
+    base: BaseModel,
+    to: Destination,
+    *,
+    rank: int | None,
+    energy: float | None,
+    max_energy_lost: float | None,
+    licence: str | None = None,
+    description: str = "",
+    tool_parser: ToolParserName | None = None,
+) -> tuple[AdapterVersion, Approximation]:
+    """Publish LoRA that approximates the PEFT adapter in `folder`, which is of a kind that is not served itself.
+
+    `rank` and `energy` are those of `approximate`. Raises ConflictError where more than `max_energy_lost` of the
+    change's energy would be lost (None: MAX_ENERGY_LOST, or what `energy` allows), and UnsupportedError for a kind that
+    is served as it is or of which no LoRA can be made.
+    """
+    from loray.adapters.approximate import approximate
+
+    config = load_config(folder)
+    method = METHODS_OF_PEFT.get(str(config.get("peft_type")))
+    try:
+        read_config(folder)
+    except UnsupportedError:
+        if method is not None and not method.has_variants:
+            raise
+    else:
+        raise UnsupportedError(f"{folder}: {config['peft_type']} is served as it is: import it without a rank")
+    limit = max_energy_lost if max_energy_lost is not None else MAX_ENERGY_LOST if energy is None else 1 - energy
+    with scratch_folder() as scratch:
+        made = scratch / "lora"
+        found = approximate(folder, base, made, rank=rank, energy=energy)
+        if found.energy_lost > limit:
+            raise ConflictError(
+                f"{found}; more than {limit:.2%} are not: take a higher rank, or allow it with --max-energy-lost"
+            )
+        if (template := folder / AdapterManifest.TEMPLATE_FILE).is_file():
+            shutil.copy2(template, made / template.name)
+        said = description or str(found)
+        version = import_folder(made, base, to, licence=licence, description=said, tool_parser=tool_parser)
+        return version, found
 
 
 def merge_into_base(

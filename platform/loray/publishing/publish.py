@@ -20,7 +20,7 @@ from loray.adapters.manifest import (
     validate_folder,
     verify_folder,
 )
-from loray.adapters.peft_format import read_config
+from loray.adapters.peft_format import load_config
 from loray.bases.config import extended_context
 from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
@@ -191,7 +191,7 @@ def base_of(folder: Path, home: Path) -> BaseModel:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     known = list_bases(home)
-    trained_on = str(read_config(folder).get("base_model_name_or_path") or "")
+    trained_on = str(load_config(folder).get("base_model_name_or_path") or "")
     for base in known:
         if trained_on and trained_on in (base.name, str(base.path), base.source, base.source.removeprefix("hf:")):
             return base

@@ -142,7 +142,8 @@ def _row_length(spec: TrainSpec, context: int, *, default: int) -> int:
 
 
 def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: ModelConfig) -> TrainSpec:
-    """Give `spec` the version and the RoPE of `parent`, its `init_adapter`, which is called `label`.
+    """Give `spec` the version and the RoPE of `parent`, its `init_adapter`, which is called `label`, and the adapter as
+    which an equal recipe has published it.
 
     The parent's matrices hold under its own RoPE, so the run has the same. A parent with the base's RoPE may be
     extended, and one that is extended may be extended further: by the same type from the same context, with a larger
@@ -161,7 +162,8 @@ def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: Model
                 f"init_adapter {label} has a RoPE of its own and no recipe that says how it was scaled: give "
                 "rope_scaling"
             )
-    spec = spec.model_copy(update={"init_adapter": label, "rope_scaling": scaling})
+    adapter = spec.adapter.published
+    spec = spec.model_copy(update={"init_adapter": label, "rope_scaling": scaling, "adapter": adapter})
     if parent.rope_parameters is None or resolve(spec, model).rope == parent.rope_parameters:
         return spec
     if not _extends_further(scaling, parent.recipe, model.max_position_embeddings):

@@ -105,10 +105,12 @@ from loray.spec.methods import (
     AdapterSpec,
     AloraSpec,
     DoraSpec,
+    Initialisation,
     InvocationTokens,
     LongLoraSpec,
     LoraSpec,
     Method,
+    MissSpec,
     VeraSpec,
 )
 from loray.spec.objectives import (
@@ -230,6 +232,7 @@ __all__ = [
     "Frozen",
     "GenerateRequest",
     "HashedKey",
+    "Initialisation",
     "InvocationTokens",
     "JobId",
     "JobStatus",
@@ -241,6 +244,7 @@ __all__ = [
     "LongLoraSpec",
     "LoraSpec",
     "Method",
+    "MissSpec",
     "Name",
     "NoGateReason",
     "NumBytes",

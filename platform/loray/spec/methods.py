@@ -1,14 +1,16 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA, IA³, RoAd."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA, MiSS, IA³, RoAd."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "longlora", "ia3", "road", "alora"]
+Method = Literal["lora", "dora", "vera", "miss", "longlora", "ia3", "road", "alora"]
+Initialisation = Literal["pissa", "pissa_niter_16", "olora"]  # PEFT's names of `init_lora_weights`
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -49,7 +51,7 @@ class _AdapterSpec(Frozen):
     slow_below: ClassVar[SlowRates | None] = None
     is_invoked: ClassVar[bool] = False
 
-    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
+    target_modules: tuple[LinearModule, ...] = Field(default=LINEAR_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
 
@@ -57,6 +59,11 @@ class _AdapterSpec(Frozen):
     def invoked_by(self) -> tuple[int, ...] | None:
         """The tokens from whose last occurrence in a row on the adapter is active; None: from the start."""
         return None
+
+    @property
+    def published(self) -> Self:
+        """The adapter as it is published and served, and as which a later run goes on from it."""
+        return self
 
 
 class _RankedSpec(Frozen):
@@ -67,22 +74,40 @@ class _RankedSpec(Frozen):
 
 
 class LoraSpec(_AdapterSpec, _RankedSpec):
-    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
+    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead.
+
+    `init` null: A random and B zero; else a part of W, its largest singular values (PiSSA; Meng et al., 2024; with
+    `niter_16` by a randomised decomposition, which takes seconds where the exact takes minutes) or the first columns
+    of its QR decomposition (OLoRA; Büyükakyüz, 2024). Then W without that part is trained beside, and what is published
+    is the change, LoRA of twice the rank on the base as it is.
+    """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=16, gt=0)
     alpha: float = Field(default=32, gt=0)
     use_rslora: bool = False
+    init: Initialisation | None = None
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def published(self) -> Self:
+        if self.init is None:
+            return self
+        alpha = self.alpha * (math.sqrt(2) if self.use_rslora else 2)  # the scale stays
+        return self.model_copy(update={"rank": 2 * self.rank, "alpha": alpha, "init": None})
 
 
 class DoraSpec(LoraSpec):
     """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
-    inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
+    inputs in fp32; the magnitudes m are trained beside A and B, and begin as the norms of W.
     """
 
-    held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
-
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
+    init: None = None
 
 
 class AloraSpec(LoraSpec):
@@ -96,6 +121,7 @@ class AloraSpec(LoraSpec):
     method: Literal["alora"] = "alora"  # type: ignore[assignment]
     rank: int = Field(default=32, gt=0)
     alpha: float = Field(default=64, gt=0)
+    init: None = None
     invocation: str | None = Field(default=None, min_length=1, max_length=4096)
     invocation_tokens: InvocationTokens | None = None
 
@@ -120,6 +146,7 @@ class LongLoraSpec(LoraSpec):
     method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
     rank: int = Field(default=8, gt=0)
     alpha: float = Field(default=16, gt=0)
+    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
     train_embeddings: bool = True
     train_norms: bool = True
 
@@ -138,6 +165,15 @@ class VeraSpec(_AdapterSpec, _RankedSpec):
     d_initial: float = 0.1
     projection_prng_key: int = Field(default=0, ge=0)
     save_projection: bool = False
+
+
+class MissSpec(_AdapterSpec, _RankedSpec):
+    """MiSS (Kang & Yin, 2024): h = W x + Dᵀ s with s_r = Σₖ x_{r + k rank}: LoRA whose A sums columns of the input."""
+
+    trains_b: ClassVar[bool] = False
+
+    method: Literal["miss"] = "miss"
+    rank: int = Field(default=32, gt=0)
 
 
 class Ia3Spec(_AdapterSpec):
@@ -171,5 +207,6 @@ class RoadSpec(_AdapterSpec):
 
 
 AdapterSpec = Annotated[
-    LoraSpec | DoraSpec | VeraSpec | LongLoraSpec | Ia3Spec | RoadSpec | AloraSpec, Field(discriminator="method")
+    LoraSpec | DoraSpec | VeraSpec | MissSpec | LongLoraSpec | Ia3Spec | RoadSpec | AloraSpec,
+    Field(discriminator="method"),
 ]

@@ -59,6 +59,10 @@ class _ObjectiveSpec(Frozen):
         """Who is asked about the rows before the first step."""
         return None
 
+    def warning(self, desirable: float) -> str | None:
+        """Say what fits badly to rows of which this share is desirable."""
+        return None
+
 
 class SftSpec(_ObjectiveSpec):
     """Supervised fine-tuning: the mean cross-entropy of the targets."""
@@ -166,6 +170,9 @@ class SimpoSpec(_PairsSpec):
     cpo_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
+_MOST_DESIRABLE = 1.34
+
+
 class KtoSpec(_ObjectiveSpec):
     """Kahneman-Tversky Optimization (Ethayarajh et al., 2024): learns from answers that are each desirable or not. An
     answer's reward counts from the KL divergence to the reference, which is what training goes on from. Fields have
@@ -204,6 +211,19 @@ class KtoSpec(_ObjectiveSpec):
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     undesirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def warning(self, desirable: float) -> str | None:
+        """Desirable rows are to weigh 1 to 4/3 times the undesirable ones (the paper's equation 8)."""
+        if not 0 < desirable < 1:
+            return f"{desirable:.0%} of the rows are desirable, and KTO learns from the difference to others"
+        balance = (1 - desirable) / desirable  # of the weights
+        if 1 <= round(self.desirable_weight / self.undesirable_weight / balance, 2) <= _MOST_DESIRABLE:
+            return None
+        least, most = sorted((balance, _MOST_DESIRABLE * balance))
+        return (
+            f"{desirable:.0%} of the rows are desirable: objective.desirable_weight is best {least:.2g} to {most:.2g} "
+            f"times objective.undesirable_weight, and is {self.desirable_weight / self.undesirable_weight:.2g} times"
+        )
 
 
 class DistillSpec(_ObjectiveSpec):

@@ -140,13 +140,14 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
-    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`.
+    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`."""
+    from loray.methods.attach import initial_values  # it imports PEFT
 
-    What multiplies outputs, whose steps are smaller than those of 16 bits, stays fp32.
-    """
     masters = optimizer.masters.items()
     trained = {name: master if keeps_fp32(name) else master.to(getattr(torch, dtype)) for name, master in masters}
-    return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
+    initial = {name: buffer.detach().to("cpu", copy=True) for name, buffer in initial_values(model)}
+    files = adapter_files(model, state.recipe.adapter, trained)
+    return Snapshot(files, optimizer._replace(initial=initial), state)
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
@@ -237,12 +238,13 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     """
     from loray.methods.attach import peft_name, trained_norms  # they import PEFT
 
-    tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
+    method = method_of(spec)
+    published = method.published(spec, model, {peft_name(name): t for name, t in trained.items()})
+    tensors = {PREFIX + name: t for name, t in published.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
     modules_to_save = trained_norms(model)
     if token_ids is None and model.get_input_embeddings().weight.requires_grad:
         modules_to_save.append("embed_tokens")
-    method = method_of(spec)
     tensors |= method.stored_beside(spec, model)
     options: dict[str, Any] = {
         "modules_to_save": modules_to_save or None,
@@ -335,6 +337,7 @@ class FolderReporter:
 
 
 Clock = Callable[[], float]
+Leaving = Callable[[], frozenset[str]]  # machines of the run that will be taken away soon
 WRITTEN = "written-"  # before the step in the name of a checkpoint that is whole, and not reported yet
 _UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
 
@@ -342,7 +345,8 @@ _UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
 class Signals(NamedTuple):
     """Rank 0 tells the others these in a sum that they take anyway; the others add zeros.
 
-    overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier
+    overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier, or before it was known that a
+             machine will be taken away
     status   of the checkpoint that is being written
     """
 
@@ -371,18 +375,21 @@ class Checkpoints:
         world: World,
         device: torch.device,
         clock: Clock = time.monotonic,
+        leaving: Leaving = frozenset,
     ) -> None:
         minutes = spec.interval_minutes
         self._interval_s = float("inf") if minutes is None else 60 * minutes
         self._reporter, self._workdir, self._world, self._device = reporter, workdir, world, device
         self._clock, self._begun_at = clock, clock()
+        self._leaving, self._left = leaving, frozenset[str]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
 
     def signals(self) -> Signals:
         if self._world.rank:
             return Signals()
-        return Signals(float(self._clock() - self._begun_at >= self._interval_s), self._status())
+        is_due = self._clock() - self._begun_at >= self._interval_s or bool(self._leaving() - self._left)
+        return Signals(float(is_due), self._status())
 
     def take(self, status: float) -> None:
         """Report the checkpoint under way if it is written. `status` is the sum over ranks of the signal.
@@ -412,6 +419,8 @@ class Checkpoints:
         """Start to write `snapshot`, which only rank 0 has. The checkpoint before must be finished."""
         assert self._pending is None, "the checkpoint before is finished"
         self._begun_at = self._clock()
+        if not self._world.rank:
+            self._left |= self._leaving()
         metrics: dict[str, Any] = {"event": "checkpoint", "step": step, "eval_loss": eval_loss}
         written = None if snapshot is None else self._thread.submit(self._write, snapshot, step)
         self._pending = _Pending(metrics, written)

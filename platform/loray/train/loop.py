@@ -31,7 +31,7 @@ from loray.recipes.resolve import resolve
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation
+from loray.train.checkpoint import Checkpoints, Clock, Leaving, Reporter, RunState, evaluation
 from loray.train.data.batches import (
     Cursor,
     TokenizedRows,
@@ -70,6 +70,7 @@ def train(
     dtype_reason: str | None = None,
     measured_tokens: int = 0,
     clock: Clock = time.monotonic,
+    leaving: Leaving = frozenset,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
@@ -78,8 +79,9 @@ def train(
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
-    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state. `measured_tokens` are
-    those that go through models once the run has ended, which the time that is left counts.
+    the next is due, and one is whenever rank 0 hears from `leaving` of a further machine that will be taken away.
+    `dtype_reason`, why the recipe's dtype is what it is, is kept in the state. `measured_tokens` are those that go
+    through models once the run has ended, which the time that is left counts.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -104,6 +106,7 @@ def train(
             dtype_reason,
             measured_tokens,
             clock,
+            leaving,
         )
         try:
             return run.train()
@@ -123,7 +126,7 @@ class _Step(NamedTuple):
     lr: float
     result: StepResult
     num_tokens: int
-    is_overdue: bool  # the next checkpoint, by the clock
+    is_overdue: bool  # the next checkpoint, by the clock or since a machine will be taken away
     metrics: dict[str, float]
 
 
@@ -144,11 +147,12 @@ class _Run:
         dtype_reason: str | None,
         measured_tokens: int,
         clock: Clock,
+        leaving: Leaving,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
         self.mesh = Mesh.build(spec.parallel.sequence, self.device)
         self.world = self.mesh.world
-        self.checkpoints = Checkpoints(spec.checkpoint, reporter, workdir, self.world, self.device, clock)
+        self.checkpoints = Checkpoints(spec.checkpoint, reporter, workdir, self.world, self.device, clock, leaving)
         self.resumed = resume_from is not None
         if resume_from is None:
             self.state = RunState(
@@ -165,7 +169,13 @@ class _Run:
             self.state = saved.model_copy(update={"recipe": spec, "dtype_reason": dtype_reason})
         self.published_dtype = spec.publish.dtype or stored_dtype(base.path)
         cursor = Cursor(self.state.epoch, self.state.index)
-        self.stream = data.stream(spec, cursor=cursor, rank=self.mesh.data_rank, size=self.mesh.data_size)
+        self.stream = data.stream(
+            spec,
+            cursor=cursor,
+            rank=self.mesh.data_rank,
+            size=self.mesh.data_size,
+            share_out=partial(self.world.share_out, device=self.device),
+        )
         steps = self.stream.steps_of(spec)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
         self.lessons = data.lessons if teacher is None else self._taught(teacher)

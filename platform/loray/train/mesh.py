@@ -6,7 +6,7 @@ r is sequence rank r mod S of data rank r div S. All strategies use torch's proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,11 @@ class World:
         packed = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(packed)
         return [float(v) for v in packed]
+
+    def share_out(self, function: Callable[[int], int], num: int, *, device: torch.device) -> list[int]:
+        """Compute a function of 0 to num − 1, each on one rank."""
+        mine = [float(function(k)) if k % self.size == self.rank else 0.0 for k in range(num)]
+        return [int(value) for value in self.sum(*mine, device=device)]
 
     def gather(self, value: str | None) -> list[str | None]:
         """Collect the values of all ranks, in their order."""

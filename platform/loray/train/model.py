@@ -20,6 +20,7 @@ from loray.bases.checkpoint import CheckpointReader
 from loray.bases.quantized import check_installed, linear_4bit, numel
 from loray.bases.registry import BaseModel
 from loray.methods.attach import BASE_ROWS, attach
+from loray.methods.lora_module import begin_all
 from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
 from loray.spec import DType, QuantizationSpec, RopeParameters, TrainSpec
@@ -201,6 +202,7 @@ def stand_ins(model: nn.Module, weights: BaseWeights) -> Iterator[None]:
         for path, module in model.named_modules():
             if hasattr(module, BASE_ROWS):
                 getattr(module, BASE_ROWS).copy_(weights.read(f"{path}.weight"))
+    begin_all(model, weights.read)
     # An element that stands for more has less memory than the parameter.
     replace_parameters(
         model, lambda _, p: torch.empty_like(p, device="meta") if p.untyped_storage().nbytes() < p.nbytes else None

@@ -45,13 +45,15 @@ class OptimizerState(NamedTuple):
     """Full fp32 tensors on the CPU by parameter name: masters of the trained parameters and AdamW's moments.
 
     It is the same for every strategy and any number of ranks. `num_updates` counts the steps that were not skipped,
-    which Adam's bias correction needs.
+    which Adam's bias correction needs. `initial`: what the adapter began with, where that is not trained itself, see
+    `methods.attach.initial_values`.
     """
 
     masters: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     num_updates: int
+    initial: Mapping[str, Tensor] | None = None
 
 
 def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
@@ -96,7 +98,7 @@ def num_updates(optimizer: torch.optim.Optimizer) -> int:
 
 
 def is_decayed(name: str) -> bool:
-    return not (keeps_fp32(name) or "embed" in name or "norm" in name)
+    return not (keeps_fp32(name) or any(part in name for part in ("embed", "norm", "lora_magnitude")))
 
 
 def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:

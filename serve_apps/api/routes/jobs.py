@@ -23,7 +23,7 @@ from loray.policy.auth import check
 from loray.recipes.defaults import complete
 from loray.recipes.fields import parse_plain
 from loray.recipes.load import size_of_base
-from loray.recommend import Answers, Constraint, Estimate, Scale, Score, recommend
+from loray.recommend import Answers, Estimate, Quote, recommend
 from loray.schemas.resources import RECIPE_EXAMPLE, JobResource, Page, Resource
 from loray.settings import Settings
 from loray.spec import JobId, JobStatus, Name, QualifiedName, TrainSpec
@@ -195,13 +195,21 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
         yield piece
 
 
-_SCORE = {"method": "VeRA", "score": 12.0, "reason": "resources are scarce and 1,000 tasks are more than 100"}
+_QUOTE = {
+    "source": "PEFT 0.19.2, Llama-3.2-3B",
+    "task": "GSM8K, accuracy",
+    "method": "lora",
+    "settings": "LoRA r32 on q, v",
+    "trained_parameters": 9175040,
+    "score": 47.8,
+    "spread": None,
+}
 _ESTIMATE = {
     "method": "lora",
-    "settings": "r16 on q, k, v, o",
+    "settings": "r16 on all linear",
     "problem": None,
-    "trained_parameters": 1843200,
-    "adapter_bytes": 3686400,
+    "trained_parameters": 4884480,
+    "adapter_bytes": 9768960,
     "training_bytes": 3900000000,
     "step_s": 0.02,
     "tokens_per_s": 100000.0,
@@ -215,11 +223,11 @@ _REMARK = "methods combine: VeRA trained and S-LoRA served is one choice, not tw
 
 
 class RecommendationResource(Resource):
-    """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
+    """`quotes`: quality by published comparisons, PEFT's and ours; `estimates`: costs on the base and the device."""
 
     base: str = Field(examples=["smollm2"])
     device: str = Field(examples=["a100-80gb"])
-    scores: tuple[Score, ...] = Field(examples=[[_SCORE]])
+    quotes: tuple[Quote, ...] = Field(examples=[[_QUOTE]])
     estimates: tuple[Estimate, ...] = Field(examples=[[_ESTIMATE]])
     remarks: tuple[str, ...] = Field(examples=[[_REMARK]])
 
@@ -238,12 +246,10 @@ def recommend_methods(
     services: ServicesDep,
     context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],
     num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
-    resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
-    deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",
     base: Annotated[Name, Query(description="a base of this node, or a well-known one")] = "smollm2",
     device: Annotated[DeviceName, Query(description="what each worker and each replica has")] = "a100-80gb",
 ) -> RecommendationResource:
-    """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
-    answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
+    """Adapter methods by the quality that was measured of each, and by what each would cost on this base and device."""
+    answers = Answers(context_length, num_tasks)
     found = recommend(answers, base, known_shape(base, services.settings.home), PRESETS[device])
     return RecommendationResource.model_validate(found.to_dict())

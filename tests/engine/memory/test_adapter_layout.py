@@ -76,3 +76,17 @@ def test_flat_rows_fill_whole_blocks_across_layers() -> None:
     adapter = AdapterShape.of({}, [Matrix("embed_tokens", "embedding", rows_per_block + 1, 576)])
     assert adapter.demand(SMOLLM2) == {BlockKind.FLAT: {576: rows_per_block + 1}}
     assert adapter.num_blocks(SMOLLM2) == 2
+
+
+def test_an_a_that_sums_columns_takes_no_rows() -> None:
+    """Its offsets are negative, and say for each segment of columns which are summed."""
+    mqa = Geometry(num_blocks=16, num_layers=2, block_tokens=16, layer_share=2 * 16 * 128)
+    d = [Matrix("down_proj", "lora_b", 3, 64)]
+    summed = shape([Matrix("down_proj", "summed_a", 3, 8192), *d], 2)
+    assert summed.demand(mqa) == shape(d, 2).demand(mqa)
+    table = place(summed, take(BlockAllocator(mqa), summed), mqa).groups[0]
+    for column, width, offsets in table["down_proj", "lora_a"]:
+        codes = [divmod(~offset, 1 << 32) for offset in offsets]
+        assert all(offset < 0 for offset in offsets)
+        assert [(period, (first + column) % 3) for period, first in codes] == [(3, 0), (3, 1), (3, 2)]
+        assert 0 < width < 8192

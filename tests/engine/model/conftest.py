@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
+from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
@@ -31,6 +31,7 @@ def any_adapters(any_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) 
         "vera-b": (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
         "vera-c": (VeraConfig(r=7, target_modules=["q_proj"], projection_prng_key=3, save_projection=False), None),
         "r5": (LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 3}), None),
+        "miss": (MissConfig(r=6, target_modules=ALL), None),
         "layer 1": (LoraConfig(r=8, target_modules=ALL[2:6], layers_to_transform=[1]), None),
         "ia3": (IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]), None),
         "road": (RoadConfig(group_size=8, target_modules=ALL), None),

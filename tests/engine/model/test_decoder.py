@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
+from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -88,7 +88,7 @@ def test_neighbours_adapters_leave_a_base_row_bit_equal(case: Case, dtype: str) 
     assert torch.equal(logits[0], logits[2])
 
 
-# The real base, nine strong adapters of every method and the base in one batch. Our fp32 logits must be within 1e-4 of
+# The real base, ten strong adapters of every method and the base in one batch. Our fp32 logits must be within 1e-4 of
 # PEFT's in fp64. PEFT's own in fp32 are up to 8e-5 away from that: between two fp32 programs the distances may add up.
 NUM_TOKENS = 18  # past a block, whatever the prompt
 TIE = 1e-4
@@ -102,6 +102,7 @@ REAL_CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-256": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-256b": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-all": (VeraConfig(r=128, target_modules=ALL, save_projection=False), None),
+    "miss-32": (MissConfig(r=32, target_modules=ATTENTION), None),
     "longlora": (LoraConfig(r=8, target_modules=ATTENTION, modules_to_save=["embed_tokens", *NORMS]), REAL_ROPE),
 }
 ALONE = [0, *(1 + list(REAL_CONFIGS).index(name) for name in ("lora-64", "vera-256", "longlora"))]  # one of each method
@@ -187,6 +188,7 @@ DTYPE_CONFIGS: dict[str, tuple[Any, Any]] = {
     "ia3": (IA3Config(target_modules=SOME_MODULES, feedforward_modules=["down_proj"]), None),
     "road": (RoadConfig(group_size=16, target_modules=SOME_MODULES), None),
     "vera": (VeraConfig(r=16, target_modules=["q_proj", "v_proj"], save_projection=False), None),
+    "miss": (MissConfig(r=16, target_modules=SOME_MODULES), None),
     "longlora": (LoraConfig(r=8, target_modules=SOME_MODULES, modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
 }
 # Products in bfloat16 (8 bits) of a model of few layers: roundings of the layers add up to some units in the last place

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
+from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
@@ -55,6 +55,7 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "dora": (LoraConfig(r=6, use_dora=True, target_modules=ALL), None),
     "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
+    "miss": (MissConfig(r=9, target_modules=ALL), None),  # divides no rank's part of an input
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
     "alora": (
         LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(9)[8][40:42]),

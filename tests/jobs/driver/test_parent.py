@@ -16,6 +16,7 @@ from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, BaseMismatch, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
+from loray.spec import LoraSpec
 from tests.fixtures.recipes import write
 from tests.fixtures.runs import trained
 from tests.fixtures.tiny import write_checkpoint
@@ -144,3 +145,17 @@ def test_answers_do_not_train_the_positions_of_a_larger_factor(settings: Setting
         SpecError, match=r"half of the rows have .* of 256 .* are hardly trained; set batch.order: packed"
     ):
         prepare(recipe(tmp_path, TUNE | scaling), settings)
+
+
+def test_an_adapter_that_began_with_a_part_of_the_base_goes_on_as_lora(settings: Settings, tmp_path: Path) -> None:
+    pissa = {"method": "lora", "rank": 4, "alpha": 8, "init": "pissa"}
+    first = recipe(tmp_path, TUNE | {"name": "parted", "adapter": pissa, "init_adapter": None, "max_steps": 2})
+    published(first, settings, tmp_path)
+    assert Catalog(settings.catalog).adapters.version("parted", 1).manifest.rank == 8
+    for adapter in (pissa, {"method": "lora", "rank": 8, "alpha": 16}):
+        again = recipe(tmp_path, TUNE | {"name": "again", "adapter": adapter, "init_adapter": "parted"})
+        spec = prepare(again, settings).spec.adapter
+        assert spec == LoraSpec(rank=8, alpha=16)
+    evaluations = published(again, settings, tmp_path)["evaluations"]
+    losses = {e["subject"]: e["value"] for e in evaluations}
+    assert losses["adapter"] < losses["parent"]

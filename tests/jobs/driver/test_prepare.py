@@ -41,6 +41,7 @@ def test_a_package_that_is_missing_is_asked_for_before_the_data_is_read(
         prepare(recipe, settings)
 
 
+ATTENTION = {"adapter": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}}
 TINY_NODE, ON_GPU = replace(HARDWARE, memory_bytes=320 * MIB), {"use_gpu": True}
 
 
@@ -52,7 +53,11 @@ def with_gpu(gpu: Gpu, node: Hardware = HARDWARE) -> Hardware:
     ("found", "fields", "message"),
     [
         (TINY_NODE, {}, None),
-        (TINY_NODE, {"batch": {"rows": 512}}, r"where this-machine has .*; gradient_checkpointing: true would"),
+        (
+            TINY_NODE,
+            ATTENTION | {"batch": {"rows": 512}},
+            r"this-machine has .*; gradient_checkpointing: true would",
+        ),
         (with_gpu(replace(H100, memory_bytes=1 << 30), TINY_NODE), ON_GPU, r"where h100-80gb has 1\.0"),
         (with_gpu(replace(H100, name="a new one")), ON_GPU, None),
         (with_gpu(Gpu("a new one", 1 << 30, (9, 0))), ON_GPU, r"where a new one has 1\.0"),

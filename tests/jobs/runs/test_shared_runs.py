@@ -127,7 +127,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
     assert job.recipe == recipe.spec
     AdapterStore(open_store(settings.store)).fetch(version.digest, tmp_path / "fetched")
-    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 8
+    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 14
 
     keys = objects(settings, "shared")
     assert "step_000030/state.json" in keys

@@ -52,6 +52,28 @@ def test_few_nodes_are_used() -> None:
     assert place({"a": 3, "b": 3}, 4, 2) == ["a", "a", "b", "b"]
 
 
+@pytest.fixture(autouse=True)
+def leaving(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Nodes whose end was announced."""
+    found = set[str]()
+    for module in (placement, controller):
+        monkeypatch.setattr(module, "leaving_nodes", lambda: found)
+    return found
+
+
+def test_nothing_is_placed_where_nodes_will_be_taken_away(monkeypatch: pytest.MonkeyPatch, leaving: set[str]) -> None:
+    leaving.add("a")
+    monkeypatch.setattr(placement, "available_resources_per_node", lambda: {"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
+    with_nodes(monkeypatch, a=True, b=True)
+    config = ScalingConfig(num_workers=(2, 4), label_selector=WholeGroups.label_selectors(4))
+    assert WholeGroupScaling(config, 2)._count_possible_workers({"a": {"CPU": 4.0}, "b": {"CPU": 2.0}}) == 2
+    context: Any = SimpleNamespace(
+        num_workers=2, resources_per_worker={"CPU": 1}, label_selector=WholeGroups.label_selectors(2)
+    )
+    WholeGroups(2).before_worker_group_start(context)
+    assert [s["ray.io/node-id"] for s in context.label_selector] == ["b", "b"]
+
+
 def test_straddling_groups_are_reported() -> None:
     assert straddling(["a", "a", "a", "b", "b", "b"], 2) == [1]
     assert straddling(["a", "b"], 1) == []

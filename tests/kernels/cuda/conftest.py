@@ -59,8 +59,8 @@ def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="session")
 def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
-    """LoRA of several ranks, on different modules and layers; DoRA, IA³, RoAd, VeRA of two pairs, LongLoRA."""
-    from peft import IA3Config, LoraConfig, RoadConfig, VeraConfig
+    """LoRA of several ranks, on different modules and layers; DoRA, IA³, RoAd, VeRA of two pairs, MiSS, LongLoRA."""
+    from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 
     from tests.fixtures.peft_adapters import NORMS, make_adapter
 
@@ -77,6 +77,7 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "vera of one layer": VeraConfig(
             r=21, target_modules=["q_proj"], layers_to_transform=[1], save_projection=False, projection_prng_key=3
         ),
+        "miss": MissConfig(r=5, target_modules=[*attention, "up_proj", "down_proj"]),
         "rope": LoraConfig(r=3, target_modules=["q_proj"]),
         "longlora": LoraConfig(r=3, target_modules=attention, modules_to_save=["embed_tokens", *NORMS, "q_norm"]),
         "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -27,6 +27,7 @@ from loray_kernels import (
     vector_words,
 )
 from loray_kernels.cuda.tables import CapturedVectors, pack_token_rows
+from tests.kernels.cases import summed_rows
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 
 
@@ -55,16 +56,21 @@ def table(adapters: Sequence[Sequence[LoraRows]], module: int) -> LoraTable:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_it_is_what_a_steps_tables_give(ops: Ops, dtype: torch.dtype) -> None:
-    """Bit for bit. Rows are cut into segments; adapters lack modules or have nothing in a layer; the last item is
-    padding.
+    """Bit for bit. Rows are cut into segments; adapters lack modules or have nothing in a layer; one has no A in the
+    pool; the last item is padding.
     """
     places = iter(range(0, LAYER_SHARE - 200, 101))
 
     def rows(rank: int, columns: Sequence[tuple[int, int]]) -> tuple[list[int], ...]:
         return tuple([next(places) for _ in range(rank)] for _ in columns)
 
+    def inputs(adapter: int, rank: int) -> tuple[list[int], ...]:
+        if adapter != 2:
+            return rows(rank, A_COLUMNS)
+        return tuple(offsets.tolist() for _, _, offsets in summed_rows(rank, list(A_COLUMNS)).segments)
+
     adapters = [
-        [LoraRows(rows(rank, A_COLUMNS), rows(rank, B_COLUMNS[m]), 0.5 + m + n) for m, rank in enumerate(ranks)]
+        [LoraRows(inputs(n, rank), rows(rank, B_COLUMNS[m]), 0.5 + m + n) for m, rank in enumerate(ranks)]
         for n, ranks in enumerate(RANKS)
     ]
     allocator = DescriptorAllocator(LORA_SHAPES, torch.device("cpu"), num_words=2000)

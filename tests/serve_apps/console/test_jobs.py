@@ -175,12 +175,13 @@ def test_what_goes_on_and_what_was_answered(console: ConsoleSite) -> None:
         "total": 1,
         "eta_s": 90,
     }
-    events = [{"event": "step", "step": 1, "loss": 1.0}, stage]
+    events = [{"event": "step", "step": 1, "loss": 1.0, "eta_s": 7200}, stage]
     console.write("runs", job, {"events.jsonl": lines(events)})
     live = console.get(f"/jobs/{job.id}/live").text
     assert "Now: measuring adapter: 25%" in live
     assert '<progress value="0.25" max="1" aria-label="measuring adapter: 25%">' in live
-    assert "2 min left" in live
+    assert ">2 min<" in live
+    assert ">2 h<" not in live
     assert "Answers to held-out prompts" not in live
     sample = {"prompt": "<b>2 + 2</b>", "expected": "4", "base": "22", "adapter": "4"}
     events = [*events, {"event": "samples", "samples": [sample]}]

@@ -13,7 +13,7 @@ from torch import Tensor
 from loray.train import s2_attention
 from loray.train.attention import attend
 from loray.train.attention.attend import attend_cpu, attend_sdpa, attend_varlen
-from loray.train.attention.segments import blocks, packed, segment_batch
+from loray.train.attention.segments import blocks, document_segments, segment_batch
 from tests.fixtures.attention import (
     flash_attn_varlen_func,
     install_flash_attn,
@@ -163,8 +163,29 @@ def test_nothing_is_gathered_where_positions_are_neighbours() -> None:
     assert isinstance(halves.positions, torch.Tensor)
     assert halves.positions.tolist() == [*range(4), *range(20, 28), *range(44, 48)]
     assert (halves.length, wholes.length) == (4, 8)
-    assert packed(found.shifted, cpu) == (8, slice(0, 48))
     assert blocks(segment_batch(1, 24, 8).shifted, cpu)[1] == (8, slice(4, 20))
+
+
+def test_a_kernel_gets_rows_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows of two lengths: documents where they begin, padding in pieces, and no tensor that is gathered."""
+    seen: list[tuple[int, list[int], int]] = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, begins_S: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append((q.untyped_storage().data_ptr(), begins_S.tolist(), rest[1]))
+        return varlen_attn_on_cpu(q, k, v, begins_S, *rest, **options)
+
+    install_flash_attn(monkeypatch, None)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", watched)
+    monkeypatch.setattr(attend, "select_backend", lambda *_: attend_varlen)
+    monkeypatch.setattr(attend, "_PIECE", 4)
+    ids_BT = torch.tensor([runs((0, 9), (1, 11)), runs((0, 11), (-1, 9))])
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 4, 2, 20))  # as projections give them
+    out = attend.attend_heads(q, k, v, document_segments(ids_BT), first=0, repeats=2)
+    assert seen == [(q.untyped_storage().data_ptr(), [0, 9, 20, 31, 35, 39, 40], 11)]
+    assert not out[1, 11:].any()
+    monkeypatch.setattr(attend, "select_backend", lambda *_: attend_sdpa)
+    expected = attend.attend_heads(q, k, v, document_segments(ids_BT), first=0, repeats=2)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("group", [0, 1, 7, -2])

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
+from loray.train.data import batches as module
 from loray.train.data.batches import (
     IGNORED,
     BatchStream,
     Cursor,
+    LongPlan,
     MicroBatch,
+    SourceShare,
     TrainBatch,
     collate,
     first_fit,
@@ -172,3 +175,73 @@ def test_packed_rows_fit_a_budget_below_the_longest_row_allowed(lengths: list[in
         plan([*lengths, 21], tokens=20, order="packed")
     with pytest.raises(SpecError, match=r"batch\.tokens is 10, less than a row of 20 tokens"):
         plan([20], tokens=10)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of more than twelve rows are long."""
+    monkeypatch.setattr(module, "_STRIP", 4)
+    monkeypatch.setattr(module, "_STRIPS", 3)
+
+
+def long_plan(lengths: list[int], epoch: int = 0, **options: Any) -> LongPlan:
+    fields = {name: options.pop(name) for name in ("rows", "tokens", "order") if name in options}
+    options = {"max_length": MAX_LENGTH, "seed": 3, "epoch": epoch} | options
+    return LongPlan(make_rows(lengths), BatchSpec.model_validate(fields), **options)
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("size", [{"rows": 3}, {"tokens": 2 * MAX_LENGTH}])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_long_epoch_has_each_document_once(order: str, size: dict[str, int]) -> None:
+    lengths = [2 + 7 * i % 60 for i in range(101)]
+    batches = list(long_plan(lengths, order=order, **size))
+    assert sorted(i for b in batches for row in b for i in row) == list(range(101))
+    assert batches == list(long_plan(lengths, order=order, **size)) != list(long_plan(lengths, 1, order=order, **size))
+    if "rows" in size:
+        assert max(map(len, batches)) == 3
+    if order == "packed":
+        assert all(sum(lengths[i] for i in row) <= MAX_LENGTH for b in batches for row in b)
+        assert sum(len(b) for b in batches) < 101
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_long_epoch_is_resumed_and_shared_out(order: str) -> None:
+    lengths = [2 + 7 * i % 60 for i in range(101)]
+    alone = [flat(b) for s in [stream(lengths, rows=2, order=order)] for _ in range(60) for b in s.next_step()]
+    resumed = stream(lengths, Cursor(0, 7), rows=2, order=order)
+    assert [flat(b) for _ in range(53) for b in resumed.next_step()] == alone[7:]
+    ranks = [stream(lengths, rank=r, size=2, per_step=2, rows=2, order=order) for r in range(2)]
+    shared = [[flat(b) for b in s.next_step()] for _ in range(30) for s in ranks]
+    assert [b for (b,) in shared] == alone
+    assert ranks[0].num_steps(1.0) == -(-len(long_plan(lengths, rows=2, order=order)) // 2)
+
+
+def flat(batch: TrainBatch) -> list[list[int]]:
+    return batch.input_ids_BT.tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_ranks_count_a_long_epoch_together() -> None:
+    lengths, sums = [2 + 7 * i % 60 for i in range(101)], list[list[int]]()
+
+    def share_out(function: Any, num: int) -> list[int]:
+        sums.append([function(k) for k in range(num)])
+        return sums[-1]
+
+    plan = long_plan(lengths, rows=2, order="packed", share_out=share_out)
+    assert len(plan) == sum(*sums)
+    with pytest.raises(IndexError):
+        plan[len(plan)]
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_pairs_and_shares_of_a_long_epoch() -> None:
+    lengths = [2 + 7 * i % 60 for i in range(80)]
+    pairs = list(long_plan(lengths, rows=4, order="length_grouped", paired=True))
+    assert sorted(i for b in pairs for (i,) in b) == list(range(40))
+    shares = [SourceShare(40, 2.0), SourceShare(40, 0.5)]
+    drawn = [i for b in long_plan(lengths, rows=4, order="shuffled", shares=shares) for (i,) in b]
+    assert sorted(i for i in drawn if i < 40) == sorted(2 * list(range(40)))
+    assert len({i for i in drawn if i >= 40}) == len(drawn) - 80 == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -16,10 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 
-from loray.errors import DataError
+from loray.errors import DataError, StoreError
 from loray.spec import OBJECTIVES, ObjectiveType
 from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
-from loray.train.data.rows import Cut, Dataset
+from loray.train.data.rows import Cut, Dataset, StreamRows
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training import recipe
 from tests.fixtures.training_data import TOKENIZER, jsonl, learned, listed, load, whole
@@ -294,6 +295,9 @@ class Lengths:
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         raise NotImplementedError
 
+    def let_go(self) -> None:
+        """There are no files."""
+
 
 def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
     data = load(jsonl(tmp_path, *({"text": "t" * (i % 7)} for i in range(50))))
@@ -307,3 +311,20 @@ def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert sum(counts.values()) == 200_000
     assert peak < 50_000
+
+
+def test_rows_are_mapped_from_files_by_every_process(tmp_path: Path) -> None:
+    data = load(jsonl(tmp_path, *({"text": "t" * (1 + i % 7)} for i in range(500))))
+    assert isinstance(data.train, StreamRows)
+    pickled = pickle.dumps(data.train)
+    assert len(pickled) < 1500
+    again = pickle.loads(pickled)
+    assert all(isinstance(column, np.memmap) for column in (again.starts, again.lengths))
+    assert [whole(again, i) for i in range(9)] == [whole(data.train, i) for i in range(9)]
+    again.let_go()
+    assert whole(again, 3) == whole(data.train, 3)
+    assert pickle.loads(pickle.dumps(again.select(np.arange(2)))).lengths.tolist() == data.train.lengths[:2].tolist()
+    for column in again.columns:
+        again.tokens.cache.path(column, ".npy").unlink()
+    with pytest.raises(StoreError, match="was removed while a run reads it"):
+        pickle.loads(pickled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
-from loray.spec import DataSpec, Subject
+from loray.spec import OBJECTIVES, DataSpec, ObjectiveType, Subject
 from loray.train.data.batches import pack_rows
 from loray.train.data.rows import load_data
 from loray.train.evaluation import samples
@@ -26,11 +27,11 @@ from tests.fixtures.tiny import byte_tokenizer
 CPU = torch.device("cpu")
 
 
-def held_out(folder: Path, *rows: dict[str, Any], paired: bool = False) -> tuple[HeldOutPrompt, ...]:
+def held_out(folder: Path, *rows: dict[str, Any], objective: ObjectiveType = "sft") -> tuple[HeldOutPrompt, ...]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = DataSpec(train=str(folder / "rows.jsonl"), eval=str(folder / "rows.jsonl"))
-    data = load_data(spec, byte_tokenizer(), max_length=128, max_eval_rows=64, seed=0, paired=paired)
-    return held_out_prompts(data.evaluation, 2 if paired else 1)
+    spec, learns = DataSpec(train=str(folder / "rows.jsonl"), eval=str(folder / "rows.jsonl")), OBJECTIVES[objective]
+    data = load_data(spec, byte_tokenizer(), max_length=128, max_eval_rows=64, seed=0, formats=learns.formats)
+    return held_out_prompts(data.evaluation, learns.sequences_per_row)
 
 
 def texts(prompts: tuple[HeldOutPrompt, ...]) -> list[tuple[str, str]]:
@@ -38,11 +39,16 @@ def texts(prompts: tuple[HeldOutPrompt, ...]) -> list[tuple[str, str]]:
     return [tuple(map(tokenizer.decode, prompt)) for prompt in prompts]  # type: ignore[misc]
 
 
+def words(prompts: tuple[HeldOutPrompt, ...]) -> list[tuple[str, str]]:
+    """What is asked and what is answered, without what the chat template writes around them."""
+    found = texts(prompts)
+    marks = r"<\|im_\w+\|>|\buser\b|\bassistant\b"
+    return [(re.sub(marks, "", prompt).strip(), re.sub(marks, "", answer).strip()) for prompt, answer in found]
+
+
 def test_three_prompts_are_spread_over_the_rows(tmp_path: Path) -> None:
     found = held_out(tmp_path, *({"prompt": f"ask {i}:", "completion": f" answer {i}"} for i in range(9)))
-    assert [(p.strip(), a.replace("<|im_end|>", "").strip()) for p, a in texts(found)] == [
-        (f"ask {i}:", f"answer {i}") for i in (0, 4, 8)
-    ]
+    assert words(found) == [(f"ask {i}:", f"answer {i}") for i in (0, 4, 8)]
 
 
 def test_a_chat_is_asked_up_to_its_first_answer(tmp_path: Path) -> None:
@@ -53,8 +59,14 @@ def test_a_chat_is_asked_up_to_its_first_answer(tmp_path: Path) -> None:
 
 def test_of_a_pair_the_chosen_answer_is_the_expected_one(tmp_path: Path) -> None:
     pairs = ({"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": " ?"} for i in range(2))
-    found = texts(held_out(tmp_path, *pairs, paired=True))
-    assert [(p.strip(), a.replace("<|im_end|>", "").strip()) for p, a in found] == [("0 + 1 =", "1"), ("1 + 1 =", "2")]
+    found = held_out(tmp_path, *pairs, objective="dpo")
+    assert words(found) == [("0 + 1 =", "1"), ("1 + 1 =", "2")]
+
+
+def test_of_answers_that_are_good_or_bad_the_good_ones_are_expected(tmp_path: Path) -> None:
+    rows = ({"prompt": f"{i} + 1 =", "completion": f" {i + i % 2}", "label": i % 2 == 1} for i in range(4))
+    found = held_out(tmp_path, *rows, objective="kto")
+    assert words(found) == [("1 + 1 =", "2"), ("3 + 1 =", "4")]
 
 
 def test_texts_have_no_prompt_and_long_ones_are_left_out(tmp_path: Path) -> None:

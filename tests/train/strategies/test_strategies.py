@@ -55,6 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"adapter": METHODS["vera"]["adapter"] | {"dropout": 0.0}, "max_steps": 1, "sequence": 2}
     | {"attention": {"type": "dense"}}
     | {"optimizer": {"learning_rate": 1e-2, "max_grad_norm": None}},
+    "dora": TRAINING | {"adapter": METHODS["dora"]["adapter"], "max_steps": 1},
 }
 
 
@@ -184,7 +185,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rel: float)
         assert error < rel, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("name", ["mesh", "data", "vera"])
+@pytest.mark.parametrize("name", ["mesh", "data", "vera", "dora"])
 def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None:
     for event in ("step", "eval"):
         for ours, theirs in zip(ran.curve(name, event), ran.curve(name, event, of="alone"), strict=True):

@@ -28,7 +28,8 @@ from tests.fixtures.training import METHODS, recipe
 CPU = torch.device("cpu")
 LARGE: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 320}
 ADAPTERS: dict[str, dict[str, Any]] = METHODS | {
-    "extras": {"adapter": {"method": "vera", "rank": 4, "train_embeddings": True, "train_norms": True}}
+    "pissa": {"adapter": {"method": "lora", "rank": 4, "init": "pissa"}},
+    "extras": {"adapter": {"method": "vera", "rank": 4, "train_embeddings": True, "train_norms": True}},
 }
 
 
@@ -73,6 +74,9 @@ class HostBytes(TorchDispatchMode):
         ("Qwen2ForCausalLM", "longlora", "bfloat16", True),
         ("Qwen3ForCausalLM", "extras", "float32", True),
         ("MistralForCausalLM", "vera", "bfloat16", True),
+        ("Qwen3ForCausalLM", "miss", "bfloat16", True),
+        ("LlamaForCausalLM", "pissa", "float32", False),
+        ("Qwen2ForCausalLM", "dora", "bfloat16", False),
     ],
 )
 def test_shards_are_those_of_the_model_as_it_was_loaded_whole(

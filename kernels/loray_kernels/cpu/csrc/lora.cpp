@@ -30,6 +30,35 @@ struct Items {
     }
 };
 
+// out[t][r] = Σₖ x[t][first + r + k · period]: a product with rows of A that are not in the pool, see ops.py.
+template <class T>
+static void sum_columns(const T* x, i64 x_stride, i64 num_tokens, i64 width, i64 period, i64 first, i64 num_rows,
+                        float* out, i64 out_stride) {
+    for (i64 t = 0; t < num_tokens; t++, x += x_stride, out += out_stride)
+        vectors(num_rows, [&](i64 r, auto n) {
+            const i64 wide = num_rows - r < W ? num_rows - r : W;
+            Vec total = zero();
+            i64 i = first + r;
+            for (; i + wide <= width; i += period) total = total + load_n(x + i, n);
+            if (i < width) total = total + load_n(x + i, width - i);
+            store_n(out + r, total, n);
+        });
+}
+
+// out[t][r] = x[t] · A[first + r] for rows of one adapter. `after`: the rows of the next call.
+template <class T>
+static void shrink_rows(const T* x, i64 x_stride, i64 num_tokens, const T* pool, const Rows& rows, i64 first,
+                        i64 num_rows, float* out, i64 out_stride, const Next& after) {
+    const i64 summed = ~rows.segments[0].offsets[first];
+    if (summed < 0) {
+        dot_block(x, x_stride, num_tokens, pool, rows, first, num_rows, out, out_stride, after);
+        return;
+    }
+    const RowSegment& last = rows.segments[rows.num_segments - 1];
+    sum_columns(x, x_stride, num_tokens, last.column + last.width, summed >> 32, summed & 0xffffffff, num_rows, out,
+                out_stride);
+}
+
 template <class T>
 void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,
                  i64 num_tables, const Spans& spans, int threads) {
@@ -56,10 +85,11 @@ void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* ta
         Next after;
         if (i + threads < list.num) {  // probably this thread's next item
             const Item& next = list.items[i + threads];
-            after = {tables[next.table]->a->segments[0].offsets + next.first, min_(8, next.num)};
+            const i64* offsets = tables[next.table]->a->segments[0].offsets + next.first;
+            if (*offsets >= 0) after = {offsets, min_(8, next.num)};
         }
-        dot_block(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
-                  out.stride, after);
+        shrink_rows(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
+                    out.stride, after);
     }
 }
 
@@ -228,9 +258,9 @@ void lora(const T* x, i64 x_stride, const Target<T>* targets, const Output* outp
         const Table& table = *tables[k];
         const i64 first = table.rank_start[n], rank = table.rank_start[n + 1] - first;
         if (!rank) continue;
-        dot_block(x + token * x_stride, x_stride, num_tokens, pool, *table.a, first, rank,
-                  outputs[k].h + token * outputs[k].stride, outputs[k].stride,
-                  Next{table.b->segments[0].offsets + first, min_(4, rank)});
+        shrink_rows(x + token * x_stride, x_stride, num_tokens, pool, *table.a, first, rank,
+                    outputs[k].h + token * outputs[k].stride, outputs[k].stride,
+                    Next{table.b->segments[0].offsets + first, min_(4, rank)});
         for (i64 s = 0; s < table.b->num_segments; s++)
             for (i64 c = 0; c < table.b->segments[s].width; c += COLUMNS)
                 expand_item(targets[k], pool, table,

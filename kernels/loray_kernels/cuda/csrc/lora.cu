@@ -19,7 +19,16 @@ __device__ void shrink_row(const T *x, i64 x_stride, const T *pool, const i64 *i
   float sum[TOKENS] = {};
   for (i64 s = 0; s < num_segments; s++) {
     const T *from = x + item[1] * x_stride + segments[2 * s];
-    add_products(pool + offsets[s * num_rows + row], from, x_stride, segments[2 * s + 1], count, sum);
+    const i64 at = offsets[s * num_rows + row], width = segments[2 * s + 1];
+    if (at >= 0) {
+      add_products(pool + at, from, x_stride, width, count, sum);
+    } else { // a row that is not in the pool, see ops.py
+      const i64 period = ~at >> 32;
+      for (i64 k = (~at & 0xffffffff) + lane * period; k < width; k += 32 * period)
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+          if (t < count) sum[t] += to_float(from[t * x_stride + k]);
+    }
   }
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {

@@ -1,7 +1,9 @@
 """An adapter's matrices as rows of the pool, and where the rows are.
 
 A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, scales of a module's outputs less
-one, RoAd's factors of the other of a pair, and a norm weight are one row each.
+one, RoAd's factors of the other of a pair, and a norm weight are one row each. A matrix of the role SUMMED is an A that
+sums columns of its input and is not in the pool: it takes no rows, and its table says what kernels compute.
+
 A row is at the same offset of every layer's share, so layers that have the same matrices form a group and share one
 table. Groups have different layers, so all groups use the same rows of the pool. A row that is wider than a layer's
 share is cut into segments of columns.
@@ -16,6 +18,8 @@ from typing import NamedTuple
 
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.methods.weights import Role
+
+SUMMED: Role = "summed_a"
 
 
 class Matrix(NamedTuple):
@@ -109,10 +113,10 @@ def columns(width: int, capacity: int) -> list[tuple[int, int]]:
 
 
 def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
-    """Return {width of a segment: number of rows}."""
+    """Return {width of a segment: number of rows} of the matrices that are in the pool."""
     count: Counter[int] = Counter()
     for m in matrices:
-        for _, width in columns(m.width, capacity):
+        for _, width in columns(m.width, capacity) if m.role != SUMMED else ():
             count[width] += m.rows
     return count
 
@@ -144,8 +148,16 @@ def _table(matrices: Iterable[Matrix], offsets: Mapping[int, Sequence[int]], cap
     for m in matrices:
         segments = []
         for column, width in columns(m.width, capacity):
+            if m.role == SUMMED:
+                segments.append(Segment(column, width, _summed_rows(m.rows, column)))
+                continue
             first = used[width]
             segments.append(Segment(column, width, tuple(offsets[width][first : first + m.rows])))
             used[width] += m.rows
-        table[m.module, m.role] = tuple(segments)
+        table[m.module, "lora_a" if m.role == SUMMED else m.role] = tuple(segments)
     return table
+
+
+def _summed_rows(period: int, column: int) -> tuple[int, ...]:
+    """Make the offsets of rows that are not in the pool (see `loray_kernels.ops`), in the segment from `column` on."""
+    return tuple(~(period << 32 | (row - column) % period) for row in range(period))

@@ -9,6 +9,9 @@ output head, all of which is read for every token, is split by vocabulary.
     column-parallel    all of it                               the rank's columns
     row-parallel       the rank's columns, as of the input     all of it
 
+An A that sums columns (see `adapter_layout`) is split so, too; the rank's sums are the whole input's in another order,
+and so are the rows of its Bᵀ.
+
 All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b and scales of outputs are
 split as the columns of B are; two outputs that RoAd turns together must be on one rank. VeRA's vector d, norms and
 embedding rows are complete on every rank, and so is the shared pair, since modules of different widths use different
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
+from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
@@ -37,7 +40,7 @@ from loray_kernels import INPUTS, InputShape
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
 _SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora", "scale", "turn"})  # of column-parallel modules
-_SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
+_SPLIT_BY_INPUT = frozenset({"lora_a", SUMMED})  # of row-parallel ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +183,12 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
     layered: list[Tensor] = []
     for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
         own: dict[Matrix, Tensor] = {}
+        summed = {m.module: m.width for m in group.matrices if m.role == SUMMED and m.module in ROW_PARALLEL}
         for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(BlockKind.LAYERED)).items():
             own_LRW = _slice(matrix, whole_LRW, shard)
+            if matrix.role == "lora_b" and matrix.module in summed:
+                # Sums begin at the rank's first column: its sum i is the whole input's sum (first + i) mod r.
+                own_LRW = own_LRW.roll(-shard.slice(summed[matrix.module]).start, dims=1)
             own[matrix._replace(width=own_LRW.shape[2])] = own_LRW
         groups.append(LayerGroup(group.layers, tuple(own)))
         layered.append(_pack(own, local.capacity(BlockKind.LAYERED), pinned=pinned))
@@ -209,15 +216,13 @@ def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
 
 
 def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dict[Matrix, Tensor]:
-    """(layers, rows, width) of each matrix."""
-    stretches = row_order(matrices, capacity).stretches
-    return {
-        m: torch.cat(
-            [rows_LE[:, s.start : s.start + m.rows * s.width].view(-1, m.rows, s.width) for s in stretches[m]],
-            dim=2,
-        )
-        for m in matrices
-    }
+    """(layers, rows, width) of each matrix; without memory where it is not in the pool."""
+    found: dict[Matrix, Tensor] = {}
+    for m, stretches in row_order(matrices, capacity).stretches.items():
+        parts = [rows_LE[:, s.start : s.start + m.rows * s.width].view(-1, m.rows, s.width) for s in stretches]
+        empty_LRW = torch.empty(len(rows_LE), m.rows, m.width, dtype=rows_LE.dtype, device="meta")
+        found[m] = torch.cat(parts, dim=2) if parts else empty_LRW
+    return found
 
 
 def _pack(rows: Mapping[Matrix, Tensor], capacity: int, *, pinned: bool) -> Tensor:

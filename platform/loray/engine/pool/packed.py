@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
-from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, columns, rows_by_width
+from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix, columns, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
@@ -96,7 +96,9 @@ class CopySpan(NamedTuple):
 
 
 class RowOrder(NamedTuple):
-    """The place of each matrix; for each width the first element and the number of rows."""
+    """The place of each matrix, none of one that is not in the pool; for each width the first element and the number of
+    rows.
+    """
 
     stretches: Mapping[Matrix, tuple[RowSpan, ...]]
     widths: Mapping[int, tuple[int, int]]
@@ -126,7 +128,7 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
     stretches: dict[Matrix, tuple[RowSpan, ...]] = {}
     for m in matrices:
         own = []
-        for column, width in columns(m.width, capacity):
+        for column, width in columns(m.width, capacity) if m.role != SUMMED else ():
             own.append(RowSpan(column, width, widths[width][0] + width * used[width]))
             used[width] += m.rows
         stretches[m] = tuple(own)

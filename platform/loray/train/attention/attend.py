@@ -10,7 +10,7 @@ segments with their key-value heads, R query heads of each, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +28,6 @@ from loray.train.attention.segments import (
     Block,
     HeadGroup,
     blocks,
-    packed,
     segment_batch,
     split_heads,
 )
@@ -123,6 +122,21 @@ def select_backend(device: torch.device, dtype: torch.dtype, width: int) -> Back
     return attend_varlen if _has_kernel(device, dtype, width) else attend_sdpa
 
 
+def _by_group(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup]
+) -> Iterator[tuple[HeadGroup, Tensor, Tensor, Tensor]]:
+    """Yield each group with its heads. The backward pass of a split joins gradients once; that of each slice makes a
+    tensor of full size, mostly zeros.
+    """
+    kv, sizes = [group.kv for group in groups], [group.q.stop - group.q.start for group in groups]
+    ends = [part.stop for part in kv]
+    if [part.start for part in kv] == [0, *ends[:-1]] and ends[-1] == k_NKD.shape[1]:
+        of_k, of_v = (torch.split(x, [part.stop - part.start for part in kv], dim=1) for x in (k_NKD, v_NKD))
+    else:  # a key-value head in both halves
+        of_k, of_v = (tuple(x[:, part] for part in kv) for x in (k_NKD, v_NKD))
+    yield from zip(groups, torch.split(q_NHD, sizes, dim=1), of_k, of_v, strict=True)
+
+
 def _spread(values: Tensor, of_blocks: Sequence[Block], num_positions: int) -> Tensor:
     """Write the values that the blocks took, one after the other, to their positions, and 0 elsewhere: (N, h, D)."""
     if [block.positions for block in of_blocks] == [slice(0, num_positions)]:
@@ -143,8 +157,7 @@ def attend_sdpa(
     The R query heads of a key-value head read it with a stride of 0.
     """
     outs = []
-    for group in groups:
-        q, k, v = q_NHD[:, group.q], k_NKD[:, group.kv], v_NKD[:, group.kv]
+    for group, q, k, v in _by_group(q_NHD, k_NKD, v_NKD, groups):
         of_group = blocks(group.segments, q.device)
         parts = [q[:0]]  # empty, for a batch without segments
         for block in of_group:
@@ -154,7 +167,7 @@ def attend_sdpa(
             )
             parts.append(block.unfold(folded, q.shape[1]))
         outs.append(_spread(torch.cat(parts), of_group, len(q)))
-    return torch.cat(outs, dim=1)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 # -- kernels for rows of any lengths ----------------------------------------------------------------------------------
@@ -162,23 +175,25 @@ def attend_sdpa(
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_WIDTH = 256
 _CAPABILITY = (8, 0)  # Ampere, which both kernels need
+_PIECE = 128  # positions of what is in no segment that are attended to together: their time grows with its square
 
 
 def attend_varlen(
     q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, groups: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
-    """Pass the segments of all rows to the installed kernel as one packed row."""
+    """Pass all rows to the installed kernel as one packed row, where they lie: `cu_seqlens` says where segments begin.
+
+    What is in no segment is attended to in short pieces, and its output is 0: to gather the others would copy q, k, v
+    and the output.
+    """
+    kernel = _kernel()
+    assert kernel is not None, "`select_backend` looks for one"
     outs = []
-    for group in groups:
-        block = packed(group.segments, q_NHD.device)
-        q, k, v = (block.take(x) for x in (q_NHD[:, group.q], k_NKD[:, group.kv], v_NKD[:, group.kv]))
-        if len(q):
-            begins_S = _begins(group.segments, q.device)
-            kernel = _kernel()
-            assert kernel is not None, "`select_backend` looks for one"
-            q = kernel.function(q, k, v, begins_S, begins_S, block.length, block.length, **kernel.options(scale))
-        outs.append(_spread(q, [block], len(q_NHD)))
-    return torch.cat(outs, dim=1)
+    for group, q, k, v in _by_group(q_NHD, k_NKD, v_NKD, groups):
+        begins_S, longest, is_real_N = _covering(group.segments, len(q), q.device)
+        out = kernel.function(q, k, v, begins_S, begins_S, longest, longest, **kernel.options(scale))
+        outs.append(out if is_real_N is None else torch.where(is_real_N[:, None, None], out, 0.0))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -232,9 +247,22 @@ def _torch_options(scale: float | None) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)  # the plain and the shifted segments of a batch, for each of its layers
-def _begins(segments: AttentionSegments, device: torch.device) -> Tensor:
-    """cu_seqlens (S + 1), int32: where each segment begins among the packed positions, and the end of the last."""
-    return F.pad(segments.lengths_S.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+def _covering(
+    segments: AttentionSegments, num_positions: int, device: torch.device
+) -> tuple[Tensor, int, Tensor | None]:
+    """Cover all positions: cu_seqlens (S + 1) in int32, the length of the longest segment, and which positions were in
+    one, None where all were.
+    """
+    starts_G = F.pad(segments.begins_S + segments.lengths_S, (1, 0))  # of the gaps around segments, most of them empty
+    ends_G = F.pad(segments.begins_S, (0, 1), value=num_positions)
+    is_gap_G = starts_G < ends_G
+    gaps = list(zip(starts_G[is_gap_G].tolist(), ends_G[is_gap_G].tolist(), strict=True))
+    begins_S = torch.cat([segments.begins_S, *(torch.arange(*gap, _PIECE) for gap in gaps)]).sort().values
+    begins_S = F.pad(begins_S, (0, 1), value=num_positions)
+    is_real_N = torch.ones(num_positions, dtype=torch.bool)
+    for start, end in gaps:
+        is_real_N[start:end] = False
+    return begins_S.int().to(device), int(begins_S.diff().max()), is_real_N.to(device) if gaps else None
 
 
 # -- loray_kernels on a CPU -------------------------------------------------------------------------------------------

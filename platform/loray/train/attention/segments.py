@@ -165,15 +165,6 @@ def blocks(segments: AttentionSegments, device: torch.device) -> tuple[Block, ..
     return tuple(found)
 
 
-@lru_cache(maxsize=16)
-def packed(segments: AttentionSegments, device: torch.device) -> Block:
-    """Make all segments one block, whose `length` is that of the longest one."""
-    starts_S = segments.lengths_S.cumsum(0) - segments.lengths_S
-    shift_S = segments.begins_S - starts_S  # position = running number + shift of its segment
-    positions_N = torch.arange(segments.num_covered) + shift_S.repeat_interleave(segments.lengths_S)
-    return Block(int(segments.lengths_S.max()) if len(shift_S) else 0, _positions(positions_N, device))
-
-
 def _positions(positions_N: Tensor, device: torch.device) -> slice | Tensor:
     """A slice where the positions, which are in order, are neighbours."""
     if not len(positions_N):

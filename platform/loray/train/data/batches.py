@@ -1,7 +1,8 @@
 """Plans of epochs, their micro-batches as tensors, and a cursor into the plan.
 
 A plan says which documents make the rows of an epoch and which rows its micro-batches, a function of (seed, epoch)
-alone. It is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
+alone. It is four arrays; only what is trained next becomes Python objects. An epoch of more than a million documents is
+planned a million at a time, so that a process never holds more.
 
 Shapes: B rows, T positions; R rows and D documents of a plan. Padding is on the right.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, overload
@@ -35,6 +36,9 @@ class RowSource(Protocol):
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read the token ids of row i, and which of them are targets."""
 
+    def let_go(self) -> None:
+        """Give back memory that holds what is read from files of rows, which is read again where it is needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRows:
@@ -52,6 +56,9 @@ class TokenizedRows:
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         part = slice(self.starts[i], self.starts[i] + self.lengths[i])
         return self.ids_N[part], self.targets_N[part]
+
+    def let_go(self) -> None:
+        """Give nothing back: there are no files."""
 
     def select(self, indices: NDArray[np.int64]) -> TokenizedRows:
         """Select rows, without a copy of the tokens."""
@@ -102,6 +109,9 @@ class UnpairedRows:
         prompt, answer = self.prompts[i // 2], self.answers.row(before)[0][self.prompts[before] :]
         ids = np.concatenate([ids[:prompt], answer])[: self.lengths[i]]
         return ids, np.arange(len(ids)) >= prompt
+
+    def let_go(self) -> None:
+        self.answers.let_go()
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
@@ -168,13 +178,22 @@ def plan_epoch(
     lengths_D = np.asarray(lengths, np.int64)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(_drawn(shares, rng) if shares else len(lengths_D))
-    check_token_budget(spec, int(lengths_D.max(initial=0)))
+    return _arranged(order, lengths_D[order], spec, max_length, int(lengths_D.max(initial=0)), rng)
+
+
+def _arranged(
+    order: Indices, lengths_D: Indices, spec: BatchSpec, max_length: int, longest: int, rng: np.random.Generator
+) -> EpochPlan:
+    """Documents in the order in which they were drawn, with their lengths, as rows and micro-batches."""
+    check_token_budget(spec, longest)
     if spec.order == "packed":
-        rows_D = first_fit(lengths_D[order], max_length if spec.tokens is None else min(max_length, spec.tokens))
-        return _filled(order[np.argsort(rows_D, kind="stable")], np.cumsum(np.bincount(rows_D)), lengths_D, spec)
+        rows_D = first_fit(lengths_D, max_length if spec.tokens is None else min(max_length, spec.tokens))
+        by_row = np.argsort(rows_D, kind="stable")
+        return _filled(order[by_row], np.cumsum(np.bincount(rows_D)), lengths_D[by_row], spec)
     if spec.order == "length_grouped":
-        group = _GROUP * max(1, _capacity(spec, int(lengths_D.max(initial=1))))
-        order = order[np.lexsort((-lengths_D[order], np.arange(len(order)) // group))]
+        group = _GROUP * max(1, _capacity(spec, max(longest, 1)))
+        by_length = np.lexsort((-lengths_D, np.arange(len(order)) // group))
+        order, lengths_D = order[by_length], lengths_D[by_length]
     plan = _filled(order, np.arange(1, len(order) + 1), lengths_D, spec)
     if spec.order == "length_grouped":
         batches = rng.permutation(len(plan))
@@ -199,7 +218,7 @@ def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> EpochP
     if spec.tokens is not None and longest > spec.tokens:
         spec = spec.model_copy(update={"tokens": longest})
     order = np.argsort(-lengths_D, kind="stable")
-    return _filled(order, np.arange(1, len(order) + 1), lengths_D, spec)
+    return _filled(order, np.arange(1, len(order) + 1), lengths_D[order], spec)
 
 
 def first_fit(lengths_D: Indices, max_length: int) -> Indices:
@@ -230,13 +249,13 @@ def _capacity(spec: BatchSpec, longest: int) -> int:
     return spec.tokens // longest
 
 
-def _filled(documents_D: Indices, ends_R: Indices, lengths: Indices, spec: BatchSpec) -> EpochPlan:
+def _filled(documents_D: Indices, ends_R: Indices, lengths_D: Indices, spec: BatchSpec) -> EpochPlan:
     """Rows, one after the other, in as few micro-batches as hold them in this order."""
     num_rows = len(ends_R)
     if spec.rows is not None:
         stops = np.minimum(np.arange(spec.rows, num_rows + spec.rows, spec.rows), num_rows)
     else:
-        stops = _within_budget(np.diff(np.cumsum(lengths[documents_D])[ends_R - 1], prepend=0), spec)
+        stops = _within_budget(np.diff(np.cumsum(lengths_D)[ends_R - 1], prepend=0), spec)
     return EpochPlan(documents_D, ends_R, np.concatenate([[0], stops])[:-1].astype(np.int64), stops)
 
 
@@ -248,6 +267,101 @@ def _within_budget(lengths_R: Indices, spec: BatchSpec) -> Indices:
             stops.append(r)
             first, longest = r, length
     return np.array([*stops, len(lengths_R)] if len(lengths_R) else [], np.int64)
+
+
+# -- plans of long epochs ---------------------------------------------------------------------------------------------
+
+_STRIP = 1 << 12  # neighbouring rows that are drawn together
+_STRIPS = 1 << 8  # of a block
+
+ShareOut = Callable[[Callable[[int], int], int], Sequence[int]]  # (function, n) → function of 0 to n − 1
+
+
+def compute_here(function: Callable[[int], int], num: int) -> Sequence[int]:
+    """Compute a function of 0 to num − 1, as `ShareOut`, on this rank alone."""
+    return [function(k) for k in range(num)]
+
+
+class LongPlan(Sequence[MicroBatch]):
+    """An epoch of so many rows that it is planned block by block, when each is reached.
+
+    The order is drawn in two steps: strips of neighbouring rows are shuffled, and then the rows of each block of
+    strips. So a block reads a few places of the files of rows and of tokens, and no rank holds a number for each row.
+    What a block holds is arranged as an epoch is.
+    """
+
+    def __init__(
+        self,
+        rows: RowSource,
+        spec: BatchSpec,
+        *,
+        max_length: int,
+        seed: int,
+        epoch: int,
+        shares: Sequence[SourceShare] = (),
+        paired: bool = False,
+        share_out: ShareOut = compute_here,
+    ) -> None:
+        """`shares` and `paired` are those of BatchStream. `share_out` counts the micro-batches of all blocks; it is a
+        collective call where it computes on several ranks.
+        """
+        self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, (seed, epoch)
+        self._each = 2 if paired else 1
+        begins, sizes, of_strips, first = [], [], [], 0
+        for num_rows, weight in shares or [SourceShare(len(rows.lengths) // self._each, 1.0)]:
+            begins.append(np.arange(first, first + num_rows, _STRIP, dtype=np.int64))
+            sizes.append(np.minimum(first + num_rows - begins[-1], _STRIP))
+            of_strips.append(SourceShare(len(begins[-1]), weight))
+            first += num_rows
+        rng = np.random.default_rng(self._seed)
+        order = rng.permutation(_drawn(of_strips, rng))
+        self._begins_S, self._sizes_S = np.concatenate(begins)[order], np.concatenate(sizes)[order]
+        num_blocks = -(-len(order) // _STRIPS)
+        self._ends_K = np.cumsum(share_out(self._size, num_blocks))
+        self._at = -1
+        self._block: Sequence[MicroBatch] = ()
+
+    def __len__(self) -> int:
+        return int(self._ends_K[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        k = int(np.searchsorted(self._ends_K, index, side="right"))
+        if k != self._at:
+            self._at, self._block = k, self._planned(k)
+        return self._block[index - (int(self._ends_K[k - 1]) if k else 0)]
+
+    def _size(self, k: int) -> int:
+        """Count the micro-batches of a block; where lengths do not matter, without a look at them."""
+        if self._spec.rows is None or self._spec.order == "packed":
+            return len(self._planned(k))
+        return -(-int(self._sizes_S[_block_of(k)].sum()) // self._spec.rows)
+
+    def _planned(self, k: int) -> EpochPlan:
+        begins, sizes = self._begins_S[_block_of(k)], self._sizes_S[_block_of(k)]
+        rows_D = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        strips = zip(begins.tolist(), sizes.tolist(), strict=True)
+        lengths_D = np.concatenate([self._lengths(*strip) for strip in strips])
+        rng = np.random.default_rng([*self._seed, k + 1])
+        drawn = rng.permutation(len(rows_D))
+        longest = int(lengths_D.max(initial=0))
+        return _arranged(rows_D[drawn], lengths_D[drawn], self._spec, self._max_length, longest, rng)
+
+    def _lengths(self, begin: int, size: int) -> Indices:
+        found = np.array(self._rows.lengths[self._each * begin : self._each * (begin + size)])
+        self._rows.let_go()
+        return pair_lengths(found) if self._each == 2 else found
+
+
+def _block_of(k: int) -> slice:
+    return slice(k * _STRIPS, (k + 1) * _STRIPS)
 
 
 # -- micro-batches ----------------------------------------------------------------------------------------------------
@@ -305,16 +419,16 @@ class TrainBatch(NamedTuple):
 
 def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
     """Make the tensors of a micro-batch."""
-    lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
+    read = [[rows.row(document) for document in row] for row in batch]
+    lengths = [sum(len(ids) for ids, _ in row) for row in read]
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORED, dtype=torch.long)
     document_ids_BT = torch.full(shape, -1)
     position_ids_BT = torch.zeros(shape, dtype=torch.long)
-    for b, row in enumerate(batch):
+    for b, row in enumerate(read):
         at = 0
-        for number, document in enumerate(row):
-            ids, targets = rows.row(document)
+        for number, (ids, targets) in enumerate(row):
             here = torch.from_numpy(ids.astype(np.int64))
             end = at + len(ids)
             input_ids_BT[b, at:end] = here
@@ -351,7 +465,8 @@ class BatchStream:
 
     All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
     depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
-    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. Not thread-safe.
+    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. `share_out` counts
+    a long epoch, on all ranks together. Not thread-safe.
     """
 
     def __init__(
@@ -367,13 +482,19 @@ class BatchStream:
         size: int = 1,
         shares: Sequence[SourceShare] = (),
         paired: bool = False,
+        share_out: ShareOut = compute_here,
     ) -> None:
         self._rows, self._spec, self._paired = rows, spec, paired
         self._per_step, self._rank, self._size = per_step, rank, size
-        lengths = pair_lengths(rows.lengths) if paired else rows.lengths
-        self._plan_of = partial(plan_epoch, lengths, spec, max_length=max_length, seed=seed, shares=shares)
+        options: dict[str, Any] = {"max_length": max_length, "seed": seed, "shares": shares}
+        self._plan_of: Callable[..., Sequence[MicroBatch]]
+        if len(rows.lengths) // (2 if paired else 1) > _STRIP * _STRIPS:
+            self._plan_of = partial(LongPlan, rows, spec, paired=paired, share_out=share_out, **options)
+        else:
+            lengths = pair_lengths(rows.lengths) if paired else rows.lengths
+            self._plan_of = partial(plan_epoch, lengths, spec, **options)
         self.cursor = cursor
-        self._plan = self._plan_of(epoch=cursor.epoch)
+        self._plan: Sequence[MicroBatch] = self._plan_of(epoch=cursor.epoch)
 
     def next_step(self) -> list[TrainBatch]:
         """Make this rank's micro-batches of the next optimizer step."""

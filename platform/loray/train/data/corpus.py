@@ -67,12 +67,12 @@ class ShardTokens:
     """The tokens of shards, one shard after the other. Pickling it copies their names, not the tokens."""
 
     def __init__(self, cache: FolderCache, keys: Sequence[str], ends_K: Indices) -> None:
-        self._cache, self._keys, self._ends_K = cache, keys, ends_K
+        self.cache, self._keys, self._ends_K = cache, keys, ends_K
         self._tokens = lru_cache(_OPEN_SHARDS)(self._open)
         self._mask = lru_cache(_OPEN_SHARDS)(self._read_mask)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardTokens, (self._cache, self._keys, self._ends_K)
+        return ShardTokens, (self.cache, self._keys, self._ends_K)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Read token ids [start, stop)."""
@@ -92,10 +92,10 @@ class ShardTokens:
             start, k = end, k + 1
 
     def _open(self, k: int) -> Tokens:
-        return self._cache.tokens(self._keys[k])
+        return self.cache.tokens(self._keys[k])
 
     def _read_mask(self, k: int) -> NDArray[np.bool_]:
-        index = self._cache.index(self._keys[k])
+        index = self.cache.index(self._keys[k])
         if index is None:
             raise DataError(f"the tokens {self._keys[k]} were removed while a run reads them; start it again")
         return index.mask()

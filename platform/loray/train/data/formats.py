@@ -39,11 +39,11 @@ class Turns(NamedTuple):
 class RowFormat(NamedTuple):
     """What rows of a format are.
 
-    columns   those that every row has, by which the format is known
-    optional  those that are read where a row has them
-    turns     the conversations of a row; None: it is a text
-    texts     the same as prompts and completions without a template; None: these rows have no such form
-    is_pair   a row has two conversations, with the chosen answer and with the rejected one
+    columns       those that every row has, by which the format is known
+    optional      those that are read where a row has them
+    turns         the conversations of a row; None: it is a text
+    texts         the same as prompts and completions without a template; None: these rows have no such form
+    is_pair       a row has two conversations, with the chosen answer and with the rejected one
     is_desirable  whether a row's answer is, where rows say it of single ones
     """
 

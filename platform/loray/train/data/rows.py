@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -25,9 +26,11 @@ from loray.train.data.batches import (
     BatchStream,
     Cursor,
     RowSource,
+    ShareOut,
     SourceShare,
     TokenizedRows,
     UnpairedRows,
+    compute_here,
     pack_rows,
     pair_lengths,
 )
@@ -36,9 +39,10 @@ from loray.train.data.formats import FORMATS, DataFormat, Formats
 from loray.train.data.known import open_known
 from loray.train.data.lessons import Lessons
 from loray.train.data.read import RowFile
-from loray.train.data.shards import FolderCache
+from loray.train.data.shards import FolderCache, let_go
 from loray.train.data.tokenize import Tokenisation
 
+_COUNTED_AT_ONCE = 1 << 22  # rows
 _MANY_CUT = 0.05  # of the rows: more are warned of
 
 
@@ -92,6 +96,11 @@ class DataReport:
     num_without_targets: int
     cut: Cut
 
+    @property
+    def warning(self) -> str | None:
+        """What to do about rows that are cut, if they are many."""
+        return self.cut.warning(self.max_length)
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -115,7 +124,15 @@ class Dataset:
     shares: tuple[SourceShare, ...] = ()
     lessons: tuple[Lessons, Lessons] | None = None
 
-    def stream(self, spec: TrainSpec, *, cursor: Cursor = FIRST, rank: int = 0, size: int = 1) -> BatchStream:
+    def stream(
+        self,
+        spec: TrainSpec,
+        *,
+        cursor: Cursor = FIRST,
+        rank: int = 0,
+        size: int = 1,
+        share_out: ShareOut = compute_here,
+    ) -> BatchStream:
         """Make the micro-batches of a run for one of `size` data ranks."""
         return BatchStream(
             self.train,
@@ -128,6 +145,7 @@ class Dataset:
             size=size,
             shares=self.shares,
             paired=self.is_paired,
+            share_out=share_out,
         )
 
     @property
@@ -138,8 +156,11 @@ class Dataset:
     @property
     def length_counts(self) -> dict[int, int]:
         """Numbers of training sequences that are learned, by their numbers of tokens."""
-        learned = self.train.lengths if self.train.desirable is None else self.train.lengths[::2]
-        counts = np.bincount(learned)
+        lengths, counts = self.train.lengths, np.zeros(self.max_length + 1, np.int64)
+        each = 1 if self.train.desirable is None else 2
+        for first in range(0, len(lengths), _COUNTED_AT_ONCE):
+            counts += np.bincount(lengths[first : first + _COUNTED_AT_ONCE : each], minlength=len(counts))
+            self.train.let_go()
         return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
 
@@ -204,7 +225,7 @@ def load_data(
         measured = measured[np.sort(drawn)]
 
     kept = _sequences(usable, each)
-    train: RowSource = trained.rows.select(kept)
+    train: RowSource = trained.rows.select(kept).kept()
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
         rendering=tokenisation.rendering([file.format for file in files]),
@@ -373,6 +394,7 @@ def check_texts(files: Iterable[RowFile]) -> None:
 # -- joined texts -----------------------------------------------------------------------------------------------------
 
 _BEGINNING = -1  # the start of the piece that is no document
+_HELD = 1 << 20  # rows whose columns stay in memory: a read maps megabytes around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +407,7 @@ class StreamRows:
     begins_P   where a piece begins in `tokens`
     ends_P     where it ends in the stream
     is_text    every token is a target
+    columns    keys of `starts` and `lengths` in the cache of tokens, where they are kept
     """
 
     tokens: ShardTokens
@@ -394,7 +417,25 @@ class StreamRows:
     starts: Indices
     lengths: Indices
     is_text: bool
+    columns: tuple[str, str] | None = None
     desirable: ClassVar[None] = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        if self.columns is not None:
+            del fields["starts"], fields["lengths"]
+        return _stream_rows, (fields,)
+
+    def kept(self) -> StreamRows:
+        """Keep the columns beside the shards, from where every process maps them: pickled rows have their names."""
+        cache = self.tokens.cache
+        columns = cache.put_column(self.starts), cache.put_column(self.lengths)
+        starts, lengths = map(cache.column, columns)
+        return replace(self, starts=starts, lengths=lengths, columns=columns)
+
+    def let_go(self) -> None:
+        for column in (self.starts, self.lengths):
+            let_go(column)
 
     @classmethod
     def of(cls, tokens: ShardTokens, starts: Indices, lengths: Indices) -> StreamRows:
@@ -408,6 +449,8 @@ class StreamRows:
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Read the token ids of row i, and which of them are targets: never the first."""
         at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
+        if len(self.starts) > _HELD:
+            self.let_go()
         num_tokens, piece = stop - at, int(np.searchsorted(self.ends_P, at, side="right"))
         ids, targets = [], []
         while at < stop:
@@ -427,7 +470,15 @@ class StreamRows:
 
     def select(self, indices: Indices) -> StreamRows:
         """Select rows, without a copy of the tokens."""
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices])
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], columns=None)
+
+
+def _stream_rows(fields: Mapping[str, Any]) -> StreamRows:
+    """Make rows, and map their columns where they are kept."""
+    if (columns := fields["columns"]) is None:
+        return StreamRows(**fields)
+    starts, lengths = (fields["tokens"].cache.column(key) for key in columns)
+    return StreamRows(**fields, starts=starts, lengths=lengths)
 
 
 def join(

@@ -1,6 +1,7 @@
 """Shards, which are the tokens of one part of a file, and their cache.
 
-KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory
+KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory; or a column of rows: where each
+           begins, or how long it is
 KEY.index  lengths of its examples and what of them is a target, without the tokens; it is written last, so that a shard
            with an index is whole
 KEY.note   what was found out about data and would take long again
@@ -10,7 +11,9 @@ Keys name what the tokens depend on: rows are cut out of shards later, and any n
 
 from __future__ import annotations
 
+import hashlib
 import io
+import mmap
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +85,12 @@ class TokenShard:
     index: ShardIndex
 
 
+def let_go(mapped: NDArray[Any]) -> None:
+    """Take a mapped array's pages out of this process's memory. They stay in the system's, and come back when read."""
+    if isinstance(mapped.base, mmap.mmap):
+        mapped.base.madvise(mmap.MADV_DONTNEED)
+
+
 class FolderCache:
     """A folder of shards by key, each written whole or not at all, which the processes of a machine share, or several
     machines. It may be pickled.
@@ -107,10 +116,31 @@ class FolderCache:
         return found
 
     def put(self, key: str, shard: TokenShard) -> None:
-        file = io.BytesIO()
-        np.save(file, shard.tokens_N, allow_pickle=False)
-        self.write(key, TOKENS, file.getvalue())
+        self._save(key, shard.tokens_N)
         self.write(key, INDEX, shard.index.to_bytes())
+
+    def put_column(self, numbers: NDArray[np.int64]) -> str:
+        """Write numbers by their content, which is kept once. Returns their key."""
+        key = hashlib.sha256(np.ascontiguousarray(numbers).data).hexdigest()
+        with suppress(OSError, StoreError, ValueError, EOFError):
+            if self.note(key) is not None and len(self.column(key)) == len(numbers):
+                return key
+        self._save(key, numbers)
+        self.keep(key, b"")  # last, so that a column with a note is whole, and everywhere
+        return key
+
+    def column(self, key: str) -> NDArray[np.int64]:
+        """Map what `put_column` has written. Raises StoreError where it is gone."""
+        try:
+            found: NDArray[Any] = self.tokens(key)
+        except FileNotFoundError as e:
+            raise StoreError(f"{e.filename} was removed while a run reads it; start the run again") from None
+        return found
+
+    def _save(self, key: str, numbers: NDArray[np.integer[Any]]) -> None:
+        file = io.BytesIO()
+        np.save(file, numbers, allow_pickle=False)
+        self.write(key, TOKENS, file.getvalue())
 
     def note(self, key: str, *, here: bool = False) -> bytes | None:
         """Read what `keep` was given; None where there is none. `here`: on this machine."""

@@ -157,10 +157,13 @@ class HeldOutPrompt(NamedTuple):
 
 def held_out_prompts(rows: TokenizedRows, sequences_per_row: int) -> tuple[HeldOutPrompt, ...]:
     """Choose up to three prompts, evenly spread over the held-out rows; none where rows are texts, which have no
-    prompt. Of a pair of answers the first sequence counts, which has the chosen one.
+    prompt. Of a pair of answers the first sequence counts, which has the chosen one; of single answers that are each
+    desirable or not, the desirable ones.
     """
     found = []
     for i in range(0, len(rows), sequences_per_row):
+        if rows.desirable is not None and not rows.desirable[i // sequences_per_row]:
+            continue
         ids, targets = rows.row(i)
         first = int(targets.argmax()) if targets.any() else 0
         if 1 < first <= _MAX_PROMPT:  # the first token of any row is no target

@@ -96,7 +96,7 @@ def load(
         model = without_weights(model_config(base, measured.rope), dtype=dtype, attention=DENSE)
         if weights is not None:
             with stand_ins(model, source):
-                attach(model, trained_by.adapter, seed=trained_by.seed)
+                attach(model, trained_by.adapter.published, seed=trained_by.seed)
             load_weights(model, weights)
         sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
         return sharded.eval()

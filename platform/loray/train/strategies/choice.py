@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loray.errors import UnsupportedError
+from loray.methods.attach import initial_values
 from loray.spec import TrainSpec
 from loray.train.mesh import World
 from loray.train.model import BaseWeights
@@ -34,6 +35,8 @@ def prepare(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state.masters[name])
+            for name, value in initial_values(objective.model):
+                value.copy_((state.initial or {})[name])
     strategy = spec.parallel.strategy
     if strategy == "ddp":
         return DataParallel(objective, spec, world, device, state)

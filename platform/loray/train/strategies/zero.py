@@ -57,6 +57,9 @@ class Zero:
             self._shard(objective, config, weights)
             head = objective.model.get_output_embeddings()
             self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it
+            for module in objective.modules():
+                for parameter in getattr(module, "reads", ()):
+                    self._deepspeed.zero.register_external_parameter(module, parameter)
         self._adam = adamw(self._parameters, spec.optimizer)
         dtypes = {name: buffer.dtype for name, buffer in objective.named_buffers()}
         self._engine, *_ = self._deepspeed.initialize(

@@ -434,14 +434,13 @@ def test_where_data_may_not_lie(data: str) -> None:
 
 
 def test_recommendations(api: Api, tmp_path: Path) -> None:
-    personal = {"context_length": 2048, "num_tasks": 1000, "resource_constraint": "high"}
-    personal |= {"deployment_scale": "distributed"}
+    personal = {"context_length": 2048, "num_tasks": 1000}
 
     def ask(params: Mapping[str, Any]) -> httpx.Response:
         return api.http.get("/recommend", params=params)
 
     found = RecommendationResource.model_validate(ask(personal).json())
-    assert [(s.method, s.score) for s in found.scores] == [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)]
+    assert {quote.method for quote in found.quotes} >= {"lora", "dora", "vera"}
     assert {e.method for e in found.estimates} == set(METHODS)
     assert (found.base, found.device) == ("smollm2", "a100-80gb")
     add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=api.settings.home, name="tiny")

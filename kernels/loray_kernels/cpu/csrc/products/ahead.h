@@ -28,8 +28,10 @@ struct Prefetch {
     inline void some(i64 num) {
         for (num = min_(num, left), left -= num; num > 0;) {
             const i64 here = min_(num, rows->lines - line);
-            const char* at = rows->row(row) + line * 64;
-            for (i64 n = 0; n < here; n++) __builtin_prefetch(at + n * 64, 0, 2);
+            if (rows->offsets[row] >= 0) {  // else the row is not in the pool
+                const char* at = rows->row(row) + line * 64;
+                for (i64 n = 0; n < here; n++) __builtin_prefetch(at + n * 64, 0, 2);
+            }
             num -= here, line += here;
             if (line < rows->lines) return;
             line = 0;
