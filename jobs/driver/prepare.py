@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +157,8 @@ def prepare(
     check_recipe(spec)
     _check_packages(spec)
     base = ensure_base(settings.home, spec.base, progress=lambda stage, share: stages(stage, share, 1))
+    adapter = method_of(spec.adapter).tokenised(spec.adapter, partial(AutoTokenizer.from_pretrained, base.path))
+    spec = spec.model_copy(update={"adapter": adapter})
     parent = None
     if spec.init_adapter is not None:
         parent = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
@@ -283,8 +286,8 @@ def _rows(
     known: MutableMapping[object, Dataset],
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
-    max_eval_rows, joined = spec.evaluation.max_rows, _is_joined(spec)
-    kind = (joined, spec.is_long_context, spec.objective.formats)
+    max_eval_rows, joined, invocation = spec.evaluation.max_rows, _is_joined(spec), spec.adapter.invoked_by
+    kind = (joined, spec.is_long_context, spec.objective.formats, invocation)
     key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
         with fetched(sources.paths, settings, sources.columns) as copies:
@@ -297,6 +300,7 @@ def _rows(
                 joined=joined,
                 whole_windows=spec.is_long_context,
                 formats=spec.objective.formats,
+                invocation=invocation,
                 fetched=copies,
                 cache=open_tokens(settings),
                 run=run,

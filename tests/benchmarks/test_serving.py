@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.client import Endpoint, Received, Request
 from benchmarks.report import Report, Verdict, main, quantile, renewed
-from benchmarks.serving import cold_start, host
+from benchmarks.serving import cold_start, host, invocations
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
@@ -68,6 +68,15 @@ def test_cold_starts(base: BaseModel, tmp_path: Path) -> None:
     assert (store, rank) == ("file", 4)
     assert len(figures) == len(report.columns) - 2
     assert all(isinstance(figure, float) and figure >= 0 for figure in figures)
+
+
+def test_adapters_share_what_the_base_has_read(base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "invocations.json"
+    small = ["--adapters", "3", "--prompt", "160", "--rounds", "1", "--checked", "3", "--json", str(file)]
+    report = invocations.main([*small, "--model", base.name])
+    assert [(row[0], row[4]) for row in report.rows] == [(k, 10) for k in (1, 2, 3)]  # blocks of the base alone
+    figures = json.loads(file.read_text())["more"]
+    assert (figures["blocks"], figures["same_answers"]) == (10, 3)
 
 
 @pytest.mark.parametrize("adapters", [0, 3])

@@ -30,6 +30,8 @@ def snapshot(tmp_path: Path) -> CatalogSnapshot:
     files = {AdapterManifest.TEMPLATE_FILE: text_sha256("{{ messages }}")}
     own = manifest(9).model_copy(update={"chat_template": "{{ messages }}", "files": files})
     catalog.adapters.register("chat", digest(9), own)
+    invoked = manifest(10).model_copy(update={"method": "alora", "invocation_tokens": (257, 97)})
+    catalog.adapters.register("invoked", digest(10), invoked)
     found = catalog.snapshot()
     catalog.close()
     return found
@@ -74,7 +76,7 @@ def test_it_stays_current_until_it_is_old(kept: SnapshotFile, caplog: pytest.Log
         (lambda data: b"", "damaged"),
         (lambda data: b"[]\n", "damaged"),
         (lambda data: b"\xff\xfe", "damaged"),
-        (lambda data: data.replace(b'"format":3', b'"format":0'), "format 0"),
+        (lambda data: data.replace(b'"format":4', b'"format":0'), "format 0"),
     ],
 )
 def test_what_is_wrong_is_not_used(

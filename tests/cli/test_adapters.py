@@ -112,6 +112,15 @@ def test_an_adapter_is_imported_with_how_it_speaks(loray: Loray, folder: Path) -
     assert loray("adapters", "import", folder, "--name", "tone", "--tool-parser", "other").code == 2
 
 
+def test_an_adapter_is_imported_with_its_invocation(loray: Loray, folder: Path) -> None:
+    edit_config(folder, alora_invocation_tokens=[257, 97])
+    published = loray("adapters", "import", folder, "--name", "tone", "--json").json
+    assert (published["manifest"]["method"], published["manifest"]["invocation_tokens"]) == ("alora", [257, 97])
+    assert "active from tokens 257 97 on" in loray("adapters", "show", "tone").out
+    merged = loray("adapters", "pull", "tone", folder / "m", "--format", "merged")
+    assert "active from its invocation on alone" in merged.failed
+
+
 def test_verify_names_the_damaged_file(loray: Loray, folder: Path, home: Path) -> None:
     published = loray("adapters", "import", folder, "--name", "tone", "--json").json
     assert loray("adapters", "verify", "tone").out == "tone@1: ok\n"
@@ -138,6 +147,9 @@ def edit_config(folder: Path, **fields: object) -> None:
         (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3' is not supported"),
         (lambda f: edit_config(f, use_qalora=True), "use_qalora=True is not supported"),
         (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
+        (lambda f: edit_config(f, alora_invocation_tokens="a"), "alora_invocation_tokens is 'a', not a list of tokens"),
+        (lambda f: edit_config(f, alora_invocation_tokens=[]), "alora_invocation_tokens is [], not a list of tokens"),
+        (lambda f: edit_config(f, alora_invocation_tokens=[320]), "go beyond this base's 320 tokens"),
         (lambda f: (f / "adapter_config.json").unlink(), "is not a PEFT adapter"),
         (lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-50]), "damaged"),
         (lambda f: (f / WEIGHTS_FILE).rename(f / "adapter_model.bin"), "is a pickle and is never read"),

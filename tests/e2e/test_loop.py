@@ -40,24 +40,33 @@ NUM_TOKENS = 8
 def trained(
     served: Served, command_job: Trained, api_job: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[str, str]]:
-    """Method → name and digest of an adapter. The cluster's jobs have trained LoRA and LongLoRA, this process VeRA."""
-    folder = tmp_path_factory.mktemp("vera")
-    recipe = write(
-        folder,
-        name="loop-vera",
-        base=served.base.name,
-        adapter={"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]},
-        dtype="float32",
-        max_steps=4,
-        optimizer={"learning_rate": 0.1, "schedule": "constant"},
-        evaluation={"keep_best": False},
-        data={"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
-    )
-    train_here(recipe, served.settings, folder)
-    vera = served.catalog.adapters.version("loop-vera", 1)
+    """Method → name and digest of an adapter. The cluster has trained LoRA and LongLoRA, this process the others.
+    Every text of the data has the invocation, and the prompt ends in it.
+    """
+    adapters: dict[str, dict[str, Any]] = {
+        "vera": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+        "alora": {"method": "alora", "rank": 8, "invocation": PROMPT[-2:]},
+    }
+    found: dict[str, tuple[str, str]] = {}
+    for method, adapter in adapters.items():
+        folder = tmp_path_factory.mktemp(method)
+        recipe = write(
+            folder,
+            name=f"loop-{method}",
+            base=served.base.name,
+            adapter=adapter,
+            dtype="float32",
+            max_steps=4,
+            optimizer={"learning_rate": 0.1, "schedule": "constant"},
+            evaluation={"keep_best": False},
+            data={"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
+        )
+        train_here(recipe, served.settings, folder)
+        version = served.catalog.adapters.version(f"loop-{method}", 1)
+        found[method] = version.name, version.digest
     ends = {"lora": command_job.events[-1], "longlora": api_job.events[-1]}
     assert [end["event"] for end in ends.values()] == ["published"] * 2, f"{command_job.log}\n{api_job.log}"
-    return {method: (end["name"], end["digest"]) for method, end in ends.items()} | {"vera": (vera.name, vera.digest)}
+    return {method: (end["name"], end["digest"]) for method, end in ends.items()} | found
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,7 @@ def test_every_method_is_served_as_peft_computes_it(
         assert manifest.dtype_reason == "the recipe says so"
         assert (manifest.rope_parameters is not None) == (method == "longlora")
         assert (manifest.projection is not None) == (method == "vera")
+        assert (manifest.invocation_tokens == ids[-2:]) == (method == "alora")
     assert adapters["longlora"][1].context_length == 128
 
     oracle = Oracle(served.base, [adapter for adapter, _ in adapters.values()])

@@ -36,6 +36,8 @@ from tests.fixtures.peft_adapters import (
 from tests.fixtures.scheduling import no_backoff
 
 NUM_TOKENS = 20
+INVOCATION = [300, 301]  # no prompt has these tokens otherwise
+INVOKED: dict[str, Any] = {"lora_alpha": 32, "alora_invocation_tokens": INVOCATION}
 Case = tuple[BaseModel, list[TestAdapter], Oracle]
 
 
@@ -47,13 +49,14 @@ def case(tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathF
         "r3": (LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "v_proj"]), None),
         "vera": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
         "rows": (LoraConfig(r=8, target_modules=ATTENTION, modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
+        "alora": (LoraConfig(r=16, target_modules=ALL, task_type="CAUSAL_LM", **INVOKED), None),
     }
     adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), configs, std=0.05)
     return base, adapters, Oracle(base, adapters)
 
 
 MODES: dict[str, tuple[dict[str, Any], Callable[[EngineStats], bool]]] = {
-    "batched": ({}, lambda s: s.max_adapters_in_step == 4),
+    "batched": ({}, lambda s: s.max_adapters_in_step == 5),
     "chunks of 24": ({"max_num_batched_tokens": 24, "max_num_seqs": 8}, lambda s: s.num_steps > 50),
     "chunks of 7": ({"max_num_batched_tokens": 7, "max_num_seqs": 3}, lambda s: s.num_steps > 150),
     "preempted": (
@@ -79,7 +82,9 @@ def test_logits_are_those_of_peft_in_every_mode(case: Case, mode: str, seed: int
     jobs = {}
     for i in range(4 * len(models)):
         shared, own = system[: rng.choice((0, 16, 40))], [rng.randrange(256) for _ in range(rng.randint(1, 30))]
-        jobs[str(i)] = ([*shared, *own], models[i % len(models)])
+        adapter = models[i % len(models)]
+        invocation = [] if adapter is None or adapter.ref.invocation_tokens is None else INVOCATION
+        jobs[str(i)] = ([*shared, *invocation, *own], adapter)
     requests = [request(name, ids, adapter, max_tokens=NUM_TOKENS) for name, (ids, adapter) in jobs.items()]
     rng.shuffle(requests)
     engine = make_engine(base, adapters, max_model_len=128, **spec)
@@ -105,7 +110,8 @@ def test_logits_are_those_of_peft_in_every_mode(case: Case, mode: str, seed: int
 def test_every_adapter_changes_what_is_said(case: Case) -> None:
     """Otherwise a wrong adapter would pass the tests above."""
     base, adapters, _ = case
-    out = run(make_engine(base, adapters), [request(str(i), range(30), a) for i, a in enumerate([None, *adapters])])
+    prompt = [*range(30), *INVOCATION]
+    out = run(make_engine(base, adapters), [request(str(i), prompt, a) for i, a in enumerate([None, *adapters])])
     assert len({tuple(tokens) for tokens in out.values()}) == len(out)
 
 

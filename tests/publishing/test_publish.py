@@ -20,7 +20,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from loray.adapters.manifest import ManifestDetails, describe, digest, read_manifest
+from loray.adapters.manifest import ManifestDetails, describe, digest, read_manifest, with_manifest
+from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import (
@@ -92,6 +93,29 @@ def test_an_adapter_carries_how_it_speaks(place: Place, tmp_path: Path) -> None:
     changed = json.loads((fetched / "loray.json").read_text()) | {"chat_template": "{{ messages }}"}
     (fetched / "loray.json").write_text(json.dumps(changed))
     refused(IntegrityError, r"chat_template is not the text of chat_template\.jinja", read_manifest, fetched)
+
+
+def test_an_adapter_carries_its_invocation(place: Place, tmp_path: Path) -> None:
+    folder, catalog = place.folder(), place.catalog
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alora_invocation_tokens": [257, 97]}))
+    version = import_folder(folder, place.base, place.to())
+    publish(place.folder(), place.base, place.to("plain"))
+    ref = catalog.adapters.resolve("tone")
+    assert ref == version.ref == version.manifest.ref(ref.digest, "tone", 1)
+    assert (ref.method, ref.invocation_tokens, catalog.adapters.resolve("plain").invocation_tokens) == (
+        "alora",
+        (257, 97),
+        None,
+    )
+    fetched = tmp_path / "fetched"
+    place.store.fetch(version.digest, fetched)
+    kept = json.loads((fetched / "loray.json").read_text())
+    (fetched / "loray.json").write_text(json.dumps(kept | {"invocation_tokens": [97]}))
+    weights = read_adapter(fetched, place.base.config)
+    refused(IntegrityError, "other alora_invocation_tokens", with_manifest, weights, read_manifest(fetched), "tone@1")
+    (fetched / "loray.json").write_text(json.dumps(kept | {"method": "lora"}))
+    refused(IntegrityError, "invocation_tokens are an alora adapter's", read_manifest, fetched)
 
 
 def test_the_bases_own_template_is_no_adapters(

@@ -102,8 +102,9 @@ def merge_adapter(
     adapter has an input embedding and the base's output head is tied, the checkpoint has both the adapter's embedding
     and the base's head.
 
-    Raises ConflictError where `folder` exists and is not empty.
+    Raises ConflictError where `folder` exists and is not empty, and UnsupportedError for aLoRA.
     """
+    _check_active(weights)
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,6 +206,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     import numpy as np
     from gguf import GGUFType, GGUFWriter, Keys
 
+    _check_active(weights)
     _check_linear(weights)
     architecture = ARCHITECTURES[base.architecture].gguf
     modules = {
@@ -228,6 +230,14 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _check_active(weights: AdapterWeights) -> None:
+    if weights.invocation_tokens is not None:
+        raise UnsupportedError(
+            "the adapter is active from its invocation on alone (aLoRA), which a merged checkpoint or GGUF cannot say: "
+            "serve it here, with PEFT or with vLLM"
+        )
 
 
 def _check_linear(weights: AdapterWeights) -> None:

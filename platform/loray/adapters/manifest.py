@@ -110,6 +110,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
     try:
         manifest = AdapterManifest(
             method=_method(folder, weights, details.recipe, details.rope_parameters),
+            invocation_tokens=weights.invocation_tokens,
             base=base.name,
             base_fingerprint=base.fingerprint,
             rank=max((module.rank for module in weights.modules.values()), default=0),
@@ -146,7 +147,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
 def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str) -> AdapterWeights:
     """Add the manifest's RoPE and context, which PEFT's files do not contain.
 
-    Raises IntegrityError where VeRA's pair is not the one that the manifest pins.
+    Raises IntegrityError where VeRA's pair, or aLoRA's invocation, is not that of the manifest.
     """
     trained_with = manifest.projection and manifest.projection.sha256
     if weights.pair is not None and weights.pair.digest != trained_with:
@@ -154,7 +155,16 @@ def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str
             f"adapter {label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in its "
             "manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
         )
+    _check_invocation(manifest, weights, source=f"adapter {label}")
     return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
+
+
+def _check_invocation(manifest: AdapterManifest, weights: AdapterWeights, *, source: str) -> None:
+    """Raise IntegrityError where requests, which know the manifest, would activate an adapter elsewhere than PEFT."""
+    if manifest.invocation_tokens != weights.invocation_tokens:
+        raise IntegrityError(
+            f"{source}: {CONFIG_FILE} has other alora_invocation_tokens than the manifest; publish the adapter again"
+        )
 
 
 def manifest_json(manifest: AdapterManifest) -> bytes:
@@ -281,12 +291,15 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
 def _method(
     folder: Path, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
 ) -> Method:
-    method = weights.method
+    method, is_invoked = weights.method, weights.invocation_tokens is not None
+    if is_invoked and rope_parameters is not None:
+        raise SpecError(f"{folder} has alora_invocation_tokens: what is before them is the base's, and so is its RoPE")
     if recipe is None:
-        return "longlora" if method == "lora" and rope_parameters is not None else method
+        return "alora" if is_invoked else "longlora" if method == "lora" and rope_parameters is not None else method
     declared = recipe.adapter.method
-    if METHODS[declared].stored_as != method:
-        raise SpecError(f"{folder} holds a {method} adapter, but its recipe says {declared}")
+    if METHODS[declared].stored_as != method or recipe.adapter.invoked_by != weights.invocation_tokens:
+        held = "an alora" if is_invoked else f"a {method}"
+        raise SpecError(f"{folder} holds {held} adapter, but its recipe says {declared}")
     return declared
 
 
@@ -340,6 +353,8 @@ def validate_folder(folder: Path, base: ModelConfig, manifest: AdapterManifest |
         check_declared(entries, manifest, source=str(path))
     shapes = cast("dict[str, Tensor]", without_prefix(entries))
     weights = parse_adapter(folder, config, shapes, base, partial(_pair_in_blocks, path))
+    if manifest is not None:
+        _check_invocation(manifest, weights, source=str(folder))
     check_finite(path, entries)
     return CheckedFolder(weights, entries, int(config.get("projection_prng_key", 0)))
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from loray.adapters.files import MAX_CONFIG_BYTES, read_header
@@ -23,7 +24,7 @@ from loray.methods import METHODS_OF_PEFT
 from loray.methods.base import StoredModule
 from loray.methods.pairs import PAIR_NAMES, PairKey
 from loray.methods.weights import AdapterWeights, EmbeddingRows, ModuleKey, ModuleWeights, SharedProjection
-from loray.spec import LINEAR_MODULES
+from loray.spec import LINEAR_MODULES, InvocationTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,6 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "layer_replication": (None,),
     "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
@@ -222,9 +222,28 @@ def parse_adapter(
     modules = {key: read(key) for key in parts}
     drawn = method.pair_key(config, base, {key.module for key in parts}, pair_tensors, str(folder))
     pair = None if drawn is None else pair_of(drawn, pair_tensors)
-    weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding)
+    invocation = _invocation(folder, config, base)
+    weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding, invocation_tokens=invocation)
+    if invocation is not None and (norms or embedding is not None or weights.method != "lora"):
+        raise UnsupportedError(
+            f"{folder}: alora_invocation_tokens is for plain LoRA alone: what it trains beside would also change the "
+            "tokens before its invocation"
+        )
     check_shapes(weights, base, source=str(folder))
     return weights
+
+
+def _invocation(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...] | None:
+    """The tokens from which aLoRA is active; None for an adapter that is active from the start."""
+    if (raw := config.get("alora_invocation_tokens")) is None:
+        return None
+    try:
+        tokens: tuple[int, ...] = TypeAdapter(InvocationTokens).validate_python(raw)
+    except ValidationError as e:
+        raise IntegrityError(f"{folder}: alora_invocation_tokens is {shown(raw)}, not a list of tokens") from e
+    if max(tokens) >= base.vocab_size:
+        raise BaseMismatch(f"{folder}: alora_invocation_tokens go beyond this base's {base.vocab_size} tokens")
+    return tokens
 
 
 def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...]:

@@ -219,8 +219,12 @@ class AdapterEntry:
         return self.refs[at] if at < len(self.refs) and self.refs[at].version == version else None
 
 
-def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any) -> AdapterRef:
-    """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string."""
+def make_ref(
+    name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any, invoked_by: Any = None
+) -> AdapterRef:
+    """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string.
+    `invoked_by`: the tokens of its invocation.
+    """
     interned: list[Any] = [word and intern(word) for word in words]
     method, base_fingerprint, tool_parser, chat_template = interned
     return AdapterRef(
@@ -233,6 +237,7 @@ def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: 
         nbytes=nbytes,
         tool_parser=tool_parser,
         chat_template=chat_template,
+        invocation_tokens=None if invoked_by is None else tuple(invoked_by),
     )
 
 

@@ -127,8 +127,8 @@ def load_entries(
     ids = [row.id for row in chosen]
     names = {row.id: row.name for row in chosen}
     refs: dict[int, list[AdapterRef]] = defaultdict(list)
-    for adapter_id, *fields in c.execute(_REFS, {"ids": ids}):
-        refs[adapter_id].append(make_ref(names[adapter_id], *fields))
+    for adapter_id, *fields, invoked_by in c.execute(_refs(c), {"ids": ids}):
+        refs[adapter_id].append(make_ref(names[adapter_id], *fields, invoked_by=invoked_by))
     pointers: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for adapter_id, alias, version in c.execute(_POINTERS, {"ids": ids}):
         pointers[adapter_id].append((alias, version))
@@ -158,11 +158,18 @@ def load_entries(
 _ENTRY = [adapters.c[name] for name in ("id", "name", "created_at", "tenant", "visibility")]
 _IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
 REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
-_REFS = (
-    sa.select(versions.c.adapter_id, *(versions.c[name] for name in REF))
-    .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
-    .order_by(versions.c.adapter_id, versions.c.version)
-)
+
+
+def _refs(c: sa.Connection) -> sa.Select[Any]:
+    """Select the references, aLoRA's with the invocation that its manifest has: others' manifests are not read."""
+    invoked = sa.case((versions.c.method == "alora", manifest_as_json(c)["invocation_tokens"]))
+    return (
+        sa.select(versions.c.adapter_id, *(versions.c[name] for name in REF), invoked)
+        .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
+        .order_by(versions.c.adapter_id, versions.c.version)
+    )
+
+
 _POINTERS = (
     sa.select(aliases.c.adapter_id, aliases.c.alias, versions.c.version)
     .join(versions, versions.c.id == aliases.c.version_id)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, ClassVar, Generic, NamedTuple, TypeVar
 
 from loray.catalog.database import shown_url
 from loray.catalog.entries import AdapterEntry, Canary, make_pointers, make_ref
+from loray.catalog.queries import REF
 from loray.catalog.snapshot import CatalogSnapshot, Changes
 from loray.errors import IntegrityError, SpecError
 from loray.files import check_private, read_json_lines, replacing_private, write_json_lines
@@ -29,7 +30,7 @@ _log = get_logger(__name__)
 
 T = TypeVar("T")
 
-_FORMAT = 3
+_FORMAT = 4
 _BLOCK = 200  # items of a line: encoding one holds Python's lock
 _MAX_BYTES = 2 << 30
 
@@ -138,10 +139,7 @@ class SnapshotFile(SnapshotStore[CatalogSnapshot]):
 
 
 def _fields(adapter_id: int, entry: AdapterEntry) -> list[Any]:
-    refs = [
-        [r.version, r.digest, r.context_length, r.nbytes, r.method, r.base_fingerprint, r.tool_parser, r.chat_template]
-        for r in entry.refs
-    ]
+    refs = [[*(getattr(r, field) for field in REF), r.invocation_tokens] for r in entry.refs]
     who = [entry.tenant, entry.visibility, sorted(entry.shared_with)]
     return [adapter_id, entry.name, entry.created_at.isoformat(), refs, entry.pointers, *who, entry.canaries]
 
@@ -151,7 +149,7 @@ def _entry(fields: list[Any]) -> AdapterEntry:
     return AdapterEntry(
         name=name,
         created_at=datetime.fromisoformat(created_at),
-        refs=tuple(make_ref(name, *ref) for ref in refs),
+        refs=tuple(make_ref(name, *ref, invoked_by=invoked_by) for *ref, invoked_by in refs),
         pointers=make_pointers((alias, version) for alias, version in pointers),
         tenant=sys.intern(tenant),
         visibility=visibility,

@@ -145,6 +145,7 @@ def lineage(version: VersionDetail, gate: Sequence[str] | None) -> Table:
             ("best of", m.sweep and f"sweep {m.sweep}"),
             ("job", m.job_id),
             ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),
+            ("invocation", m.invocation_tokens and f"active from tokens {' '.join(map(str, m.invocation_tokens))} on"),
             ("tool calls", m.tool_parser),
             ("chat template", None if m.chat_template is None else "its own"),
             ("licence", m.licence),

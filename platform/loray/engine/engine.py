@@ -337,7 +337,7 @@ class Engine:
         reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
-        self.scheduler.prefix_cache.forget(request.adapter_digest)
+        self.scheduler.prefix_cache.forget(request.kv_digest)
         return output
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
@@ -382,7 +382,8 @@ class Engine:
         self.scheduler.remove(request)
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
-        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.resident(ref)
+        ref = chunk.request.adapter
+        return None if ref is None or chunk.start < chunk.request.active_from else self.adapter_manager.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loray.spec import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
+from loray.spec import NEVER, AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -49,6 +49,7 @@ class Request:
     `output_ids`, `num_scored`, `prompt_logprobs`, `num_computed` and `num_in_flight`; the counters write
     `num_prompt_counted` and `queued_at`. Nothing else writes.
 
+    active_from         the token from which its adapter is active, see `AdapterRef.active_from`; 0 without an adapter
     blocks              a list that only grows: where a block is replaced or moved there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
@@ -82,6 +83,7 @@ class Request:
     charged_until: int = 0
     num_input_charged: int = 0
     num_output_charged: int = field(init=False)
+    active_from: int = field(init=False)
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
@@ -92,6 +94,8 @@ class Request:
         self.changes_logits = self.spec.params.changes_logits
         self.output_ids = [*self.spec.output_ids, *self.output_ids]
         self.num_output_charged = len(self.spec.output_ids)
+        ref = self.spec.adapter
+        self.active_from = 0 if ref is None else ref.active_from(self.spec.prompt_ids)
 
     @property
     def request_id(self) -> str:
@@ -104,6 +108,13 @@ class Request:
     @property
     def adapter_digest(self) -> str | None:
         return None if self.spec.adapter is None else self.spec.adapter.digest
+
+    @property
+    def kv_digest(self) -> str | None:
+        """The adapter that its keys and values depend on: None where that is the base, or an adapter that its prompt
+        does not invoke.
+        """
+        return None if self.active_from == NEVER else self.adapter_digest
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -205,6 +216,14 @@ class Chunk(NamedTuple):
     def is_last(self) -> bool:
         """The chunk reaches the request's newest token, so that its logits are sampled."""
         return self.start + self.num_tokens == self.request.num_tokens
+
+    @property
+    def parts(self) -> tuple[Chunk, ...]:
+        """The chunk, cut where its request's adapter becomes active: the tokens before are the base's."""
+        at, stop = self.request.active_from, self.start + self.num_tokens
+        if not self.start < at < stop:
+            return (self,)
+        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at)
 
     @property
     def scored(self) -> range:

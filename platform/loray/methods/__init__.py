@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from loray.methods.alora import Alora
 from loray.methods.base import Method
 from loray.methods.dora import Dora
 from loray.methods.ia3 import Ia3
@@ -12,10 +13,10 @@ from loray.methods.vera import Vera
 from loray.spec import AdapterSpec
 from loray.spec import Method as AdapterMethod
 
-_METHODS: tuple[Method, ...] = (Lora(), Dora(), Vera(), Miss(), LongLora(), Ia3(), Road())
+_METHODS: tuple[Method, ...] = (Lora(), Dora(), Vera(), Miss(), LongLora(), Ia3(), Road(), Alora())
 METHODS: Mapping[AdapterMethod, Method] = {method.name: method for method in _METHODS}
 
-# By `peft_type`. DoRA and LongLoRA are LORA there, and are read as it is.
+# By `peft_type`. DoRA, LongLoRA and aLoRA are LORA there, and are read as it is.
 METHODS_OF_PEFT: Mapping[str, Method] = {method.peft_type: method for method in reversed([*METHODS.values()])}
 _FP32_PARTS = tuple(f".{part}." for method in METHODS.values() for part in method.fp32_parts)
 

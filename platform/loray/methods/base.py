@@ -6,7 +6,7 @@ Shapes: R rank, I input width, O output width of a linear module.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -144,6 +144,10 @@ class Method(ABC):
         return 0
 
     # -- training --
+
+    def tokenised(self, spec: Any, open_tokenizer: Callable[[], Any]) -> Any:
+        """Add to `spec` what it has in tokens of the recipe's base. Raises SpecError where that cannot be found."""
+        return spec
 
     @abstractmethod
     def inject(self, model: Any, spec: Any) -> None:

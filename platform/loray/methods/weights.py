@@ -185,6 +185,7 @@ class AdapterWeights:
 
     norms  replacement RMSNorm weights by path below `model.`: "layers.3.input_layernorm", "norm"
     rope   None: the base's RoPE
+    invocation_tokens  of aLoRA, which is active from their last occurrence in a prompt on; None: from the start
     """
 
     modules: Mapping[ModuleKey, ModuleWeights]
@@ -193,6 +194,7 @@ class AdapterWeights:
     embedding: EmbeddingRows | None = None
     rope: RopeParameters | None = None
     context_length: int | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def method(self) -> Method:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -12,13 +14,14 @@ from pydantic import Field, model_validator
 
 from loray.errors import BaseMismatch
 from loray.spec.fields import MAX_CONTEXT, Frozen, Sha256, ToolParserName
-from loray.spec.methods import Method
+from loray.spec.methods import InvocationTokens, Method
 from loray.spec.training import TrainSpec
 
 # base_scaled: the base under the adapter's RoPE; parent: the adapter that training went on from
 Subject = Literal["adapter", "base", "base_scaled", "parent"]
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 
+NEVER = sys.maxsize  # from which token on an adapter is active that its prompt does not invoke
 MAX_TEMPLATE_CHARACTERS = 128 << 10
 MAX_MANIFEST_BYTES = 256 << 10  # of what is published; manifests in the store may be larger
 MAX_DESCRIPTION_CHARACTERS = 4096
@@ -120,6 +123,9 @@ class AdapterManifest(Frozen):
     )
     rope_parameters: RopeParameters | None = None
     projection: Projection | None = None
+    invocation_tokens: InvocationTokens | None = Field(
+        default=None, description="aLoRA: it is active from their last occurrence in a prompt on; None: from the start"
+    )
     files: dict[str, Sha256]
     derived_from: Sha256 | None = Field(default=None, description="the adapter that this one was converted from")
     parent: Sha256 | None = Field(default=None, description="the adapter whose training this one goes on from")
@@ -140,6 +146,12 @@ class AdapterManifest(Frozen):
     created_at: str = Field(description="UTC, ISO 8601")
 
     @model_validator(mode="after")
+    def _is_invoked(self) -> Self:
+        if (self.method == "alora") != (self.invocation_tokens is not None):
+            raise ValueError("invocation_tokens are an alora adapter's, which has them")
+        return self
+
+    @model_validator(mode="after")
     def _template_is_its_file(self) -> Self:
         if self.chat_template is not None and self.files.get(self.TEMPLATE_FILE) != text_sha256(self.chat_template):
             raise ValueError(f"chat_template is not the text of {self.TEMPLATE_FILE}, whose SHA-256 is in files")
@@ -157,6 +169,7 @@ class AdapterManifest(Frozen):
             nbytes=self.nbytes,
             tool_parser=self.tool_parser,
             chat_template=None if self.chat_template is None else text_sha256(self.chat_template),
+            invocation_tokens=self.invocation_tokens,
         )
 
 
@@ -181,10 +194,25 @@ class AdapterRef:
     nbytes: int
     tool_parser: ToolParserName | None = None
     chat_template: str | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def label(self) -> str:
         return f"{self.name}@{self.version}"
+
+    def active_from(self, prompt_ids: Sequence[int]) -> int:
+        """Return the number of the token of a prompt from which the adapter is active: where the last occurrence of its
+        invocation begins, as in PEFT; 0 without invocation, NEVER where the prompt has none. What is generated later
+        does not change it.
+        """
+        wanted = self.invocation_tokens
+        if wanted is None:
+            return 0
+        starts = range(len(prompt_ids) - len(wanted), -1, -1)
+        first = wanted[0]
+        return next(
+            (i for i in starts if prompt_ids[i] == first and tuple(prompt_ids[i : i + len(wanted)]) == wanted), NEVER
+        )
 
     def check_base(self, name: str, fingerprint: str) -> None:
         """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint."""

@@ -1,15 +1,15 @@
-"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA, MiSS, IA³, RoAd."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, aLoRA, LongLoRA, VeRA, MiSS, IA³, RoAd."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from loray.spec.fields import Frozen
 
-Method = Literal["lora", "dora", "vera", "miss", "longlora", "ia3", "road"]
+Method = Literal["lora", "dora", "vera", "miss", "longlora", "ia3", "road", "alora"]
 Initialisation = Literal["pissa", "pissa_niter_16", "olora"]  # PEFT's names of `init_lora_weights`
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -23,6 +23,8 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("down_proj",),
 )
+
+InvocationTokens = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=256)]
 
 
 class SlowRates(NamedTuple):
@@ -40,16 +42,23 @@ class _AdapterSpec(Frozen):
     held_whole       what strategies that take parameters apart cannot hold; None: they can
     trains_b         LoRA's B, which LoRA+ gives a learning rate of its own
     slow_below       rates that are a warning; None: there are none
+    is_invoked       it is the base before an invocation
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
     held_whole: ClassVar[str | None] = None
     trains_b: ClassVar[bool] = True
     slow_below: ClassVar[SlowRates | None] = None
+    is_invoked: ClassVar[bool] = False
 
     target_modules: tuple[LinearModule, ...] = Field(default=LINEAR_MODULES, min_length=1)
     train_embeddings: bool = False
     train_norms: bool = False
+
+    @property
+    def invoked_by(self) -> tuple[int, ...] | None:
+        """The tokens from whose last occurrence in a row on the adapter is active; None: from the start."""
+        return None
 
     @property
     def published(self) -> Self:
@@ -99,6 +108,34 @@ class DoraSpec(LoraSpec):
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
     init: None = None
+
+
+class AloraSpec(LoraSpec):
+    """aLoRA (Greenewald et al., 2025): LoRA that is active from the last occurrence of its invocation on. Before it the
+    model is the base, whose keys and values all such adapters share. `invocation` is a text, of which the base's
+    tokenizer makes `invocation_tokens`; None: what the base's chat template puts before an answer.
+    """
+
+    is_invoked: ClassVar[bool] = True
+
+    method: Literal["alora"] = "alora"  # type: ignore[assignment]
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=64, gt=0)
+    init: None = None
+    invocation: str | None = Field(default=None, min_length=1, max_length=4096)
+    invocation_tokens: InvocationTokens | None = None
+
+    @property
+    def invoked_by(self) -> tuple[int, ...] | None:
+        return self.invocation_tokens
+
+    @model_validator(mode="after")
+    def _leaves_the_base(self) -> Self:
+        if self.train_embeddings or self.train_norms:
+            raise ValueError(
+                "aLoRA leaves what is before its invocation to the base: train neither embeddings nor norms"
+            )
+        return self
 
 
 class LongLoraSpec(LoraSpec):
@@ -170,5 +207,6 @@ class RoadSpec(_AdapterSpec):
 
 
 AdapterSpec = Annotated[
-    LoraSpec | DoraSpec | VeraSpec | MissSpec | LongLoraSpec | Ia3Spec | RoadSpec, Field(discriminator="method")
+    LoraSpec | DoraSpec | VeraSpec | MissSpec | LongLoraSpec | Ia3Spec | RoadSpec | AloraSpec,
+    Field(discriminator="method"),
 ]

@@ -438,7 +438,20 @@ class TrainSpec(Frozen):
                 yield f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
             if self.adapter.held_whole is not None:
                 yield f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp"
+        if self.adapter.is_invoked:
+            yield from self._mistakes_of_invocations()
         yield from self._mistakes_of_rows()
+
+    def _mistakes_of_invocations(self) -> Iterator[str]:
+        if self.batch.order == "concat":
+            yield "batch.order concat joins texts, of which each has its own invocation: leave it out, or take packed"
+        if self.rope_scaling is not None:
+            yield "aLoRA leaves tokens before its invocation to the base, whose RoPE rope_scaling changes: leave it out"
+        if self.evaluation.perplexity is not None or self.evaluation.retrieval:
+            yield (
+                "evaluation.perplexity and evaluation.retrieval measure texts without an invocation, where aLoRA is "
+                "off: leave them out"
+            )
 
     def _mistakes_of_rows(self) -> Iterator[str]:
         objective, given = self.objective, self.data.format

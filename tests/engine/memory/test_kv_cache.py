@@ -5,6 +5,7 @@ right.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,10 +13,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
 from loray.engine.memory.kv_cache import PrefixCache
+from loray.spec import NEVER
 
 BLOCK_TOKENS = 2
-Owner = tuple[str | None, str]  # digest and salt
+Owner = tuple[str | None, str, int]  # digest, salt, and the token from which the adapter is active
 GEOMETRY = Geometry(num_blocks=10, num_layers=1, block_tokens=BLOCK_TOKENS, layer_share=4)
+
+
+def content_of(owner: Owner, tokens: list[int], i: int) -> tuple[Owner, tuple[int, ...]]:
+    """What block i of a request's tokens holds: the base's keys and values before the block that activates it."""
+    _, salt, active_from = owner
+    is_bases = i < active_from // BLOCK_TOKENS
+    return (None, salt, 0) if is_bases else owner, tuple(tokens[: (i + 1) * BLOCK_TOKENS])
 
 
 class Life(RuleBasedStateMachine):
@@ -29,14 +38,17 @@ class Life(RuleBasedStateMachine):
         self.requests: list[tuple[Owner, list[int], list[int]]] = []
 
     @rule(
-        owner=st.tuples(st.sampled_from([None, "a", "b"]), st.sampled_from(["", "a"])),
+        owner=st.one_of(
+            st.tuples(st.sampled_from([None, "a", "b"]), st.sampled_from(["", "a"]), st.just(0)),
+            st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["", "a"]), st.sampled_from([1, 2, 3, 4, NEVER])),
+        ),
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
     )
     def start(self, owner: Owner, tokens: list[int]) -> None:
-        digest, salt = owner
-        blocks = self.cache.match(digest, tokens[:-1], salt)
+        digest, salt, active_from = owner
+        blocks = self.cache.match(digest, tokens[:-1], salt, active_from)
         for i, block in enumerate(blocks):
-            assert self.content[block] == (owner, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+            assert self.content[block] == content_of(owner, tokens, i)
         missing = GEOMETRY.blocks_for_tokens(len(tokens)) - len(blocks)
         while (more := self.allocator.allocate_kv(missing)) is None:
             idle, free = self.cache.num_idle, self.allocator.num_free
@@ -46,15 +58,16 @@ class Life(RuleBasedStateMachine):
                 self.cache.release(blocks)
                 return
         for i, block in enumerate(more, start=len(blocks)):
-            self.content[block] = (owner, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+            self.content[block] = content_of(owner, tokens, i)
         self.requests.append((owner, tokens, blocks + more))
 
     @rule(data=st.data())
     def store(self, data: st.DataObject) -> None:
         if self.requests:
             i = data.draw(st.integers(0, len(self.requests) - 1))
-            (digest, salt), tokens, blocks = owner, _, _ = self.requests[i]
-            held = self.cache.store(digest, tokens[: data.draw(st.integers(0, len(tokens)))], blocks, salt)
+            (digest, salt, active_from), tokens, blocks = owner, _, _ = self.requests[i]
+            part = tokens[: data.draw(st.integers(0, len(tokens)))]
+            held = self.cache.store(digest, part, blocks, salt, active_from=active_from)
             self.requests[i] = (owner, tokens, held)
 
     @rule(data=st.data())
@@ -67,6 +80,7 @@ class Life(RuleBasedStateMachine):
         self.cache.forget(digest)
         for salt in ("", "a"):
             assert self.cache.match(digest, [0] * 8, salt) == self.cache.match(digest, [1] * 8, salt) == []
+            assert digest is None or self.cache.match(digest, [0] * 8, salt, active_from=1) == []
 
     @rule()
     def clear_run(self) -> None:
@@ -87,9 +101,9 @@ class Life(RuleBasedStateMachine):
         references = Counter(block for _, _, blocks in self.requests for block in blocks)
         references.update(self.cache.blocks())
         self.allocator.check_integrity(references, [], {})
-        for digest, tokens, blocks in self.requests:
+        for owner, tokens, blocks in self.requests:
             for i, block in enumerate(blocks):
-                assert self.content[block] == (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+                assert self.content[block] == content_of(owner, tokens, i)
 
 
 TestLife = Life.TestCase
@@ -121,3 +135,24 @@ def test_the_end_of_the_prefix_used_longest_ago_goes_first() -> None:
     assert freed == [old[2], old[1], new[1], old[0]]
     assert cache.evict(1) == 0
     assert allocator.num_free == GEOMETRY.num_blocks
+
+
+def test_adapters_branch_off_from_the_bases_tree() -> None:
+    allocator = BlockAllocator(replace(GEOMETRY, num_blocks=11))
+    cache = PrefixCache(allocator)
+    base = known(cache, allocator, None, [1, 1, 2, 2, 3, 3])
+    tokens = [1, 1, 2, 2, 3, 9, 4, 4]  # active within the third block, or from the fourth on
+    found = {}
+    for digest, active_from in (("a", 5), ("b", 5), ("a", 4), ("b", 6)):
+        blocks = cache.match(digest, tokens, active_from=active_from)
+        assert blocks == base[:2]
+        more = allocator.allocate_kv(2)
+        assert more is not None
+        found[digest, active_from] = cache.store(digest, tokens, blocks + more, active_from=active_from)
+        cache.release(found[digest, active_from])
+        cache.check_integrity()
+    assert len({tuple(blocks[2:]) for blocks in found.values()}) == 4  # none of them is another's
+    assert all(blocks == cache.match(digest, tokens, active_from=n) for (digest, n), blocks in found.items())
+    assert found["b", 6][2] == cache.match(None, tokens)[2]  # before its invocation an adapter computes for the base
+    assert cache.match("a", tokens) == []
+    assert cache.match("a", tokens, active_from=NEVER) == cache.match(None, tokens)

@@ -57,6 +57,10 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
     "miss": (MissConfig(r=9, target_modules=ALL), None),  # divides no rank's part of an input
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
+    "alora": (
+        LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(9)[8][40:42]),
+        None,
+    ),
     "ia3": (IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]), None),
     "road": (RoadConfig(variant="road_4", group_size=8, target_modules=ALL), None),
 }

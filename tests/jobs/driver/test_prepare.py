@@ -12,7 +12,7 @@ import pytest
 
 from jobs.driver.fit import WorkerHardware
 from jobs.driver.prepare import Prepared, prepare
-from loray.errors import SpecError, UnsupportedError
+from loray.errors import DataError, SpecError, UnsupportedError
 from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
 from loray.settings import Settings
@@ -20,6 +20,8 @@ from loray.spec import TrainSpec
 from tests.fixtures.machines import H100
 from tests.fixtures.planning import HARDWARE
 from tests.fixtures.recipes import write
+from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.training_data import jsonl
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,16 @@ def test_a_steps_rows_are_cut_by_what_the_workers_hold(tmp_path: Path, settings:
     assert (blind.spec.batch.rows, blind.spec.batch.accumulation) == (512, 1)
     assert blind.batch_reason == "the workers' memory is not known"
     assert prepare(write(tmp_path, dtype="float32"), settings).batch_reason == ""
+
+
+def test_an_invocation_is_that_of_the_bases_template_unless_it_is_given(tmp_path: Path, settings: Settings) -> None:
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    data = {"train": jsonl(tmp_path, *[{"messages": turns}] * 8, name="chats.jsonl"), "eval_fraction": 0.2}
+    prepared = prepare(write(tmp_path, dtype="float32", data=data, adapter={"method": "alora", "rank": 4}), settings)
+    tokens = tuple(byte_tokenizer()("<|im_start|>assistant", add_special_tokens=False).input_ids)
+    assert prepared.spec.adapter.invoked_by == tokens
+    ids, targets = prepared.data.train.row(0)
+    assert byte_tokenizer().decode(ids[targets].tolist()) == "2<|im_end|>"
+    other = {"method": "alora", "rank": 4, "invocation": "<|im_start|>judge"}
+    with pytest.raises(DataError, match=r"chats\.jsonl.* of the invocation '<\|im_start\|>judge' are not in it"):
+        prepare(write(tmp_path, dtype="float32", data=data, adapter=other), settings)

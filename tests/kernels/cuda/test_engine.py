@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -19,7 +20,7 @@ from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.kv import DirectWriter
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
-from tests.fixtures.peft_adapters import TestAdapter
+from tests.fixtures.peft_adapters import TestAdapter, make_adapter
 from tests.fixtures.shim_ops import ShimOps
 from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference, use_shim_ranks
 
@@ -60,6 +61,24 @@ def test_steps_with_a_prompt_are_not(base: BaseModel, adapters: list[TestAdapter
     run(engine, [request("short", range(9, 15), max_tokens=3), request("long", range(9, 69), max_tokens=1)])
     assert ops.replayed == []
     assert ops.uploaders[0].num_late > 0
+
+
+def test_an_adapter_is_off_before_its_invocation_and_on_in_replayed_steps(
+    base: BaseModel, ops: ShimOps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig
+
+    invoked: dict[str, Any] = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [40, 41]}
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], **invoked)
+    adapter = make_adapter(base, tmp_path / "adapter", config, seed=3, std=0.12)
+    prompts = {"on": range(20, 50), "off": range(3, 30)}  # the second one has no invocation
+    requests = [request(name, prompt, adapter, max_tokens=6) for name, prompt in prompts.items()]
+    requests += [request(f"base {name}", prompt, max_tokens=6) for name, prompt in prompts.items()]
+    got = run(make_engine(base, [adapter]), requests, together=True)
+    assert ops.replayed
+    assert (got["on"] == got["base on"], got["off"] == got["base off"]) == (False, True)
+    use_reference(monkeypatch)
+    assert got == run(make_engine(base, [adapter]), requests, together=True)
 
 
 def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(

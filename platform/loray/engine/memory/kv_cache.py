@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from loray.engine.memory.adapter_manager import AdapterManager
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
 from loray.engine.request import Request
 
-_Key = str | tuple[int, ...] | None
+
+class _Activation(NamedTuple):
+    """The key of what an adapter has computed after the base: it is active from token `offset` of the next block on."""
+
+    digest: str
+    offset: int
+
+
+_Key = str | tuple[int, ...] | _Activation | None
 
 
 @dataclass(slots=True, eq=False)
 class _Node:
     """A block of tokens after those of its parents. The root's children stand for adapters, and those of their children
-    that have a text as key for salts; neither holds a block.
+    that have a text as key for salts; neither holds a block, nor does an activation.
 
     uses  requests that computed it or found it
     rank  since it is idle: its value; of equal ones what was released first
@@ -37,6 +45,9 @@ class PrefixCache:
     Blocks are compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys
     and values: so nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the
     pool. Callers with a salt share with those of the same salt alone.
+
+    An adapter that is active from a later token on (aLoRA) is a branch of the base's tree: the blocks before the one
+    with that token are the base's, which the base and all such adapters share.
 
     Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that
     holds a block of the tree holds all blocks before it. The cache holds one reference to each of its blocks; each
@@ -79,15 +90,20 @@ class PrefixCache:
         least = self._ends.peek()
         return None if least is None else least[0][0]
 
-    def match(self, digest: str | None, tokens: Sequence[int], salt: str = "") -> list[int]:
+    def match(self, digest: str | None, tokens: Sequence[int], salt: str = "", active_from: int = 0) -> list[int]:
         """Return the full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used
         when `used` is told that its request runs: one that waits for blocks looks again and again.
+
+        active_from  token from which the adapter is active; those before it are the base's
         """
-        node = self._root.children.get(digest)
+        node = self._root.children.get(None if active_from else digest)
         if salt and node is not None:
             node = node.children.get(salt)
+        branch = self._branch(digest, active_from)
         blocks: list[int] = []
-        for key in self._keys(tokens):
+        for i, key in enumerate(self._keys(tokens)):
+            if node is not None and i in branch:
+                node = node.children.get(branch[i])
             node = None if node is None else node.children.get(key)
             if node is None:
                 break
@@ -104,7 +120,13 @@ class PrefixCache:
         return block in self._nodes
 
     def store(
-        self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "", num_known: int = 0
+        self,
+        digest: str | None,
+        tokens: Sequence[int],
+        blocks: list[int],
+        salt: str = "",
+        num_known: int = 0,
+        active_from: int = 0,
     ) -> list[int]:
         """Add `blocks`, of which the tree has the first `num_known`; the others hold the keys and values of `tokens`.
 
@@ -117,10 +139,13 @@ class PrefixCache:
         if num_known:
             node = self._nodes[blocks[num_known - 1]]
         else:
-            node = self._child(self._root, digest, -1)
+            node = self._child(self._root, None if active_from else digest, -1)
             if salt:
                 node = self._child(node, salt, -1)
+        branch = self._branch(digest, active_from)
         for i, key in enumerate(self._keys(tokens), num_known):
+            if i in branch:
+                node = self._child(node, branch[i], -1)
             known = node.children.get(key)
             if known is None:
                 known = self._child(node, key, blocks[i])
@@ -156,24 +181,23 @@ class PrefixCache:
         freed = 0
         while freed < num_blocks and (least := self._ends.peek()) is not None:
             (value, _), node = least
-            parent = node.parent
-            assert parent is not None
-            del parent.children[node.key]
-            if not parent.children and parent in self._idle:
-                self._ends.set(parent, parent.rank)
-            while not parent.children and parent.block < 0 and parent.parent is not None:
-                del parent.parent.children[parent.key]
-                parent = parent.parent
+            self._detach(node)
             self._inflation.evicted(value)
             self._drop(node)
             freed += 1
         return freed
 
     def forget(self, digest: str | None) -> None:
-        """Drop all prefixes of an adapter, or of the base. Requests that hold blocks of them keep those blocks."""
-        adapter = self._root.children.pop(digest, None)
-        for node in [] if adapter is None else list(_below(adapter)):
-            self._drop(node)
+        """Drop all prefixes of an adapter, or of the base with what adapters computed after it. Requests that hold
+        blocks of them keep those blocks.
+        """
+        own = [node for node in self._root.children.values() if node.key == digest]
+        own += [n for n in _below(self._root) if isinstance(n.key, _Activation) and n.key.digest == digest]
+        for node in own:
+            self._detach(node)
+            for below in list(_below(node)):
+                if below.block >= 0:
+                    self._drop(below)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """The contents of blocks have been copied from the keys of `moves` to its values."""
@@ -187,18 +211,22 @@ class PrefixCache:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
-        adapters = self._root.children.values()
-        assert {node.block: node for adapter in adapters for node in _below(adapter)} == self._nodes, (
+        tree = list(_below(self._root))
+        assert {node.block: node for node in tree if node.block >= 0} == self._nodes, (
             "the prefix cache's tree differs from its blocks"
         )
-        salts = [node for adapter in adapters for node in adapter.children.values() if node.block < 0]
-        assert all(node.children for node in (*adapters, *salts)), "an adapter or a salt without a prefix stays"
+        assert all(node.children for node in tree if node.block < 0), (
+            "an adapter, a salt or an activation without a prefix stays"
+        )
         idle = {node for block, node in self._nodes.items() if self._allocator.references(block) == 1}
         assert idle == self._idle, "idle prefixes differ from those that no request holds"
         ends = {node for node in idle if not node.children}
         assert ends == self._ends.items(), "the blocks that can be evicted differ from the ends of idle prefixes"
-        for node in idle:
-            assert idle.issuperset(node.children.values()), "a request holds a block, and not the one before it"
+        for node in self._nodes.values():
+            parent = node.parent
+            while parent is not None and parent.block < 0:
+                parent = parent.parent
+            assert parent not in idle or node in idle, "a request holds a block, and not the one before it"
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -206,6 +234,15 @@ class PrefixCache:
         n = self._block_tokens
         for start in range(0, len(tokens) - n + 1, n):
             yield tuple(tokens[start : start + n])
+
+    def _branch(self, digest: str | None, active_from: int) -> Mapping[int, _Activation]:
+        """The number of the block with which an adapter's branch of the base's tree begins, and the branch's key: the
+        same tokens may have the adapter active from another one of them on. Empty where it is active from the first.
+        """
+        if not active_from or digest is None:
+            return {}
+        block, offset = divmod(active_from, self._block_tokens)
+        return {block: _Activation(digest, offset)}
 
     def _child(self, parent: _Node, key: _Key, block: int) -> _Node:
         node = parent.children.get(key)
@@ -222,6 +259,16 @@ class PrefixCache:
         node.uses += 1
         self._reuse.used(node.uses)
 
+    def _detach(self, node: _Node) -> None:
+        """Take a node out of the tree with all below it, and with those above it that stand for nothing else."""
+        while (parent := node.parent) is not None:
+            del parent.children[node.key]
+            if parent in self._idle and not parent.children:
+                self._ends.set(parent, parent.rank)
+            if parent.children or parent.block >= 0:
+                return
+            node = parent
+
     def _drop(self, node: _Node) -> None:
         self._idle.discard(node)
         self._ends.discard(node)
@@ -230,12 +277,10 @@ class PrefixCache:
 
 
 def _below(node: _Node) -> Iterator[_Node]:
-    """Return all blocks of an adapter."""
     stack = list(node.children.values())
     while stack:
         node = stack.pop()
-        if node.block >= 0:
-            yield node
+        yield node
         stack.extend(node.children.values())
 
 
@@ -267,7 +312,9 @@ class KVCacheManager:
         if request.needs_prompt_logits:
             return
         tokens = request.tokens(0, request.num_tokens - 1)
-        request.blocks = self.prefix_cache.match(request.adapter_digest, tokens, request.spec.cache_salt)
+        request.blocks = self.prefix_cache.match(
+            request.kv_digest, tokens, request.spec.cache_salt, request.active_from
+        )
         request.num_shared_blocks = len(request.blocks)
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
@@ -292,7 +339,7 @@ class KVCacheManager:
                 known = 0  # the adapter's prefixes were forgotten
             tokens = request.tokens(known * block_tokens, full * block_tokens)
             request.blocks = self.prefix_cache.store(
-                request.adapter_digest, tokens, request.blocks, request.spec.cache_salt, known
+                request.kv_digest, tokens, request.blocks, request.spec.cache_salt, known, request.active_from
             )
             request.num_shared_blocks = full
 

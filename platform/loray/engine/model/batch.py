@@ -178,7 +178,7 @@ def _pair_spans(spans: Sequence[AdapterSpan]) -> Iterable[PairSpan]:
 
 
 class ChunkInput(NamedTuple):
-    """A chunk as a pass reads it.
+    """A chunk as a pass reads it, or a part of one: the tokens of one adapter or of the base.
 
     token_ids   of its tokens, from position `start` on; blocks: of its request
     is_sampled  its last token's logits are needed
@@ -214,7 +214,7 @@ class Scored(NamedTuple):
 class Batch:
     """All that the model needs for one step. T tokens.
 
-    chunks           of the step
+    chunks           of the step; one that has tokens of the base and of its adapter in two parts
     own_rows         tokens that have an embedding row of their adapter's
     last, logits_T   tokens whose logits are needed, on host and device: the last one of each of `sampled`
     sampled          the chunks that end at their request's newest token, for which the next token is sampled

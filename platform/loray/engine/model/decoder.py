@@ -317,7 +317,8 @@ class Decoder:
             if any(chunk.request.num_in_flight for chunk in found):
                 return None
             chunks = found
-        return self.eager([ChunkInput.of(chunk, resident(chunk)) for chunk in chunks], pool)
+        parts = [part for chunk in chunks for part in chunk.parts]
+        return self.eager([ChunkInput.of(part, resident(part)) for part in parts], pool)
 
     def slots(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
         """The slots to which the tokens of the last step, `batch`, are drawn, so that the next one takes them from

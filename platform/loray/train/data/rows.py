@@ -174,6 +174,7 @@ def load_data(
     joined: bool | None = False,
     whole_windows: bool = False,
     formats: Formats = SftSpec.formats,
+    invocation: Sequence[int] | None = None,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
     cache: FolderCache | None = None,
     run: Runner = run_here,
@@ -186,6 +187,7 @@ def load_data(
     whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
     formats        of rows. A preference pair is left out where an answer is cut away, or where both are equal; answers
                    that are no pairs are `UnpairedRows`
+    invocation     learn what follows these tokens alone, see Tokenisation; texts are cut off at `max_length`
     fetched        copies on this machine of remote sources
     cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
     run            tokenises what the cache lacks
@@ -199,7 +201,9 @@ def load_data(
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
-    tokenisation = Tokenisation(tokenizer, joined=is_joined, raw=spec.format == "raw", system=spec.system)
+    tokenisation = Tokenisation(
+        tokenizer, joined=is_joined, raw=spec.format == "raw", system=spec.system, invocation=invocation
+    )
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows

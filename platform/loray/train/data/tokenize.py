@@ -15,12 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from jinja2 import TemplateError
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from loray.errors import DataError
@@ -47,12 +49,12 @@ class _Turn(NamedTuple):
     start: int
 
 
-def conversations(chat: Chat, tokenizer: Any) -> list[Conversation]:
+def conversations(chat: Chat, tokenizer: Any, *, apart: bool = False) -> list[Conversation]:
     """Render what the model learns from one chat. Raises ValueError, which says what is wrong with it.
 
     To find the answers, the chat is rendered up to each of them; the result must be a prefix of the whole. A
     template that changes earlier turns (Qwen3 drops their reasoning) has no such prefixes: then every answer becomes a
-    conversation of its own, with the text that a server has at that point.
+    conversation of its own, with the text that a server has at that point. So it does where they are to be `apart`.
     """
     messages, template = chat.messages, _Template(tokenizer, chat.tools)
     template.check(messages)
@@ -60,7 +62,7 @@ def conversations(chat: Chat, tokenizer: Any) -> list[Conversation]:
     spans = [(turn.start, _end(turn, tokenizer.eos_token)) for turn in found]
     if not found:
         return [Conversation(template.render(messages), ())]
-    if len(found) > 1:  # a single one is rendered whole
+    if len(found) > 1 and not apart:  # a single one is rendered whole
         whole = template.render(messages[: chat.learned[-1] + 1])
         if all(whole.startswith(turn.text) for turn in found):
             return [Conversation(whole[: spans[-1][1]], tuple(spans))]
@@ -136,15 +138,26 @@ class _Example(NamedTuple):
 class Tokenisation:
     """Makes shards of parts. Raises DataError for a tokenizer that cannot do it.
 
-    joined   texts are whole, without what the tokenizer puts before a text
-    raw      rows that are no texts go through no template, although there is one
-    system   the system prompt of chats without one
-    is_raw   they go through none
+    joined      texts are whole, without what the tokenizer puts before a text
+    raw         rows that are no texts go through no template, although there is one
+    system      the system prompt of chats without one
+    invocation  tokens from whose last occurrence in an example on it is learned, which every example must have; each
+                answer of a chat is then an example of its own, since a server invokes the adapter for each
+    is_raw      they go through none
     """
 
-    def __init__(self, tokenizer: Any, *, joined: bool, raw: bool = False, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        joined: bool,
+        raw: bool = False,
+        system: str | None = None,
+        invocation: Sequence[int] | None = None,
+    ) -> None:
         check_tokenizer(tokenizer)
         self._tokenizer, self._joined, self._system = tokenizer, joined, system
+        self._invocation = None if invocation is None else np.asarray(invocation)
         self.is_raw = raw or not tokenizer.chat_template
         self._why_raw = "data.format is raw" if raw else "the base has no chat template"
         self._dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
@@ -173,6 +186,8 @@ class Tokenisation:
         format, is_text = part.file.format, FORMATS[part.file.format].turns is None
         how = self._joined if is_text else [self.is_raw, self._system]
         named = [_FORM, part.digest, format, part.file.columns, how, self._digest]
+        if self._invocation is not None:
+            named.append(self._invocation.tolist())
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def shard(self, content: Content) -> TokenShard:
@@ -182,6 +197,8 @@ class Tokenisation:
     def tokenised(self, format: DataFormat, records: Records) -> TokenShard:
         """Tokenise rows, as `records_of` gives them. Raises BadRow."""
         found = list(self._examples(format, records))
+        if self._invocation is not None:
+            found = [self._invoked(example, records) for example in found]
         runs = [example.runs or () for example in found]
         flat = [run for of_example in runs for run in of_example]
         index = ShardIndex(
@@ -189,11 +206,31 @@ class Tokenisation:
             documents_E=np.array([example.document for example in found], np.int32),
             runs_R2=np.array(flat, np.int32).reshape(-1, 2),
             num_runs_E=np.array([len(of_example) for of_example in runs], np.int32),
-            is_text=FORMATS[format].turns is None,
+            is_text=FORMATS[format].turns is None and self._invocation is None,
             num_documents=len(records),
             desirable_E=self._desirable(format, records)[[example.document for example in found]],
         )
         return TokenShard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
+
+    def _invoked(self, example: _Example, records: Records) -> _Example:
+        """The example with the targets that the adapter has a part in: those after the first token of its invocation.
+        Raises BadRow where something is to be learned without one.
+        """
+        wanted, ids = self._invocation, np.asarray(example.ids)
+        assert wanted is not None
+        runs = [(0, len(ids))] if example.runs is None else example.runs
+        starts = np.empty(0, np.int64)
+        if len(wanted) <= len(ids):
+            starts = np.flatnonzero((sliding_window_view(ids, len(wanted)) == wanted).all(1))
+        if runs and not len(starts):
+            text = self._tokenizer.decode(wanted.tolist())
+            raise BadRow(
+                records[example.document][0],
+                f"the tokens {wanted.tolist()} of the invocation {text!r} are not in it, so the adapter would be off: "
+                "put the text into each prompt, or, where it has other tokens there, set adapter.invocation_tokens",
+            )
+        first = int(starts[-1]) + 1 if runs else 0
+        return example._replace(runs=[(max(start, first), stop) for start, stop in runs if stop > first])
 
     @staticmethod
     def _desirable(format: DataFormat, records: Records) -> NDArray[np.bool_]:
@@ -242,11 +279,12 @@ class Tokenisation:
             yield _Example(ids, document, [(len(prompt), len(ids))])
 
     def _chats(self, format: DataFormat, records: Records, first: int) -> Iterator[_Example]:
+        rendered = partial(conversations, apart=self._invocation is not None)
         found = [
             (document, conversation)
             for document, (index, record) in enumerate(records, start=first)
             for chat in _of_row(index, chats, format, record, self._system)
-            for conversation in _of_row(index, conversations, chat, self._tokenizer)
+            for conversation in _of_row(index, rendered, chat, self._tokenizer)
         ]
         yield from self._encoded(found)
 

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
 from loray.bases.registry import BaseModel
+from loray.errors import UnsupportedError
 from loray.files import file_sha256
+from loray.methods.alora_module import Activation
 from loray.methods.attach import attach, load_weights
 from loray.planning.memory import num_shards
 from loray.spec import (
@@ -99,10 +101,16 @@ def load(
         sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
         return sharded.eval()
     model = load_model(base, dtype=dtype, rope=measured.rope)
-    if measured.adapter is not None:
-        from peft import PeftModel  # takes a second, and bases do not need it
+    if weights is not None:
+        from peft import PeftConfig, PeftModel  # takes a second, and bases do not need it
 
-        model = PeftModel.from_pretrained(model, measured.adapter, autocast_adapter_dtype=False).get_base_model()
+        config = PeftConfig.from_pretrained(measured.adapter)
+        if weights.invocation_tokens is not None:
+            config.alora_invocation_tokens = None  # of which PEFT's own model alone tells its modules
+        model = PeftModel.from_pretrained(model, measured.adapter, config=config, autocast_adapter_dtype=False)
+        model = model.get_base_model()
+        if weights.invocation_tokens is not None:
+            Activation(weights.invocation_tokens).put_into(model)
     return Measured(model.requires_grad_(False), mesh).to(device).eval()
 
 
@@ -130,7 +138,8 @@ def measure(
     model last, which is loaded where it is called.
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
-    one, and EvaluationError where a value is not finite.
+    one, EvaluationError where a value is not finite, and UnsupportedError for an adapter that these texts do not
+    invoke.
     """
     device = device or torch.device("cpu")
     kept = kept or KeptFigures(mesh=mesh, device=device)
@@ -141,6 +150,8 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
     for measured_model in models:
+        if measured_model.adapter is not None and (windows or retrieval):
+            _check_invoked(measured_model.adapter)
         model = cache(partial(load, base, measured_model, dtype=dtype, device=device, mesh=mesh, trained_by=trained_by))
         take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
@@ -170,6 +181,14 @@ def measure(
         look(subject, model)
         del model
     return tuple(measured)
+
+
+def _check_invoked(adapter: Path) -> None:
+    if read_config(adapter).get("alora_invocation_tokens") is not None:
+        raise UnsupportedError(
+            "the adapter is active after its invocation alone (aLoRA), and these texts have none: compare held-out "
+            "losses, which training measures, or measure answers with `loray eval tasks`"
+        )
 
 
 def _evaluations(cell: Cell, spec: RetrievalSpec, subject: Subject) -> list[Evaluation]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.errors import UnsupportedError
+from loray.methods.alora_module import WholeRows, part_of
 from loray.planning.sequence import padded_length
 from loray.spec import RopeType
 from loray.train.data.batches import IGNORED, TrainBatch
@@ -74,11 +75,13 @@ class ShardedBatch(NamedTuple):
                      num_targets counts its labels; num_tokens is an equal share of the whole batch's, with an exact sum
     group            the ranks that share the batch
     document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
+    whole            the tokens of whole rows with them, of which `local` is a part
     """
 
     local: TrainBatch
     group: SequenceGroup
     document_ids_BN: Tensor
+    whole: WholeRows
 
 
 def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
@@ -106,8 +109,9 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         for tokens_BT in (batch.labels_BT, batch.following_BT)
     )
     assert labels_BL is not None
+    input_ids_BN = F.pad(batch.input_ids_BT, padding)
     local = TrainBatch(
-        F.pad(batch.input_ids_BT, padding)[:, span].contiguous(),
+        input_ids_BN[:, span].contiguous(),
         labels_BL,
         None,
         position_ids_BN[:, span].contiguous(),
@@ -121,7 +125,7 @@ def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
         teacher_ids_BTK=_positions(batch.teacher_ids_BTK, padding, span),
         teacher_log_probs_BTK=_positions(batch.teacher_log_probs_BTK, padding, span),
     )
-    return ShardedBatch(local, group, ids_BN)
+    return ShardedBatch(local, group, ids_BN, WholeRows(input_ids_BN, ids_BN, span))
 
 
 def _positions(x_BTK: Tensor | None, padding: tuple[int, int], span: slice) -> Tensor | None:
@@ -229,7 +233,8 @@ def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iter
     active = ActiveShard(sharded, keep_halos)
     token = _ACTIVE.set(active)
     try:
-        yield
+        with part_of(sharded.whole):
+            yield
     finally:
         _ACTIVE.reset(token)
     if sharded.group.size > 1 and not active.was_used:
