@@ -243,7 +243,8 @@ class _Run:
         num_batches = (self.num_steps - self.state.step) * self.spec.micro_batches_per_step
         steps = (3 + self.spec.gradient_checkpointing) * num_batches * total / len(missing)
         self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
-        compute = self.strategy.objective.eval()
+        compute = self.strategy.objective
+        compute.eval()  # DeepSpeed's returns nothing
         attentions: list[AbstractContextManager[object]] = [nullcontext(), dense(self.model, self.mesh.sequence)]
         for reference, attention in zip(self.references, attentions, strict=True):
             with attention:
