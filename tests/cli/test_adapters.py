@@ -144,7 +144,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3' is not supported"),
+        (lambda f: edit_config(f, peft_type="XLORA"), "peft_type 'XLORA' is not supported"),
         (lambda f: edit_config(f, use_qalora=True), "use_qalora=True is not supported"),
         (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
         (lambda f: edit_config(f, alora_invocation_tokens="a"), "alora_invocation_tokens is 'a', not a list of tokens"),

@@ -15,7 +15,7 @@ from tests.cli.run import Loray
 def test_shipped_recipes_are_listed_with_their_purpose(loray: Loray) -> None:
     rows = loray("recipes", "ls", "--json").json
     assert [row["name"] for row in rows] == [name.removesuffix(".yaml") for name in shipped()]
-    assert {row["method"] for row in rows} == {"lora", "vera", "ia3", "road", "longlora"}
+    assert {row["method"] for row in rows} == {"lora", "vera", "ia3", "miss", "road", "longlora"}
     out = loray("recipes", "ls").out
     assert "the usual first adapter" in out
     assert "vera_smollm2" in out

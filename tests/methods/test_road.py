@@ -108,7 +108,8 @@ def test_groups_divide_outputs(tiny_base: BaseFactory, tmp_path: Path) -> None:
 
 
 def test_what_the_files_say_must_agree(tiny_base: BaseFactory, tmp_path: Path) -> None:
-    base, spec = tiny_base(std=0.1), recipe({"adapter": {"method": "road", "group_size": 32}})
+    adapter = {"method": "road", "group_size": 32, "target_modules": ["q_proj", "k_proj"]}
+    base, spec = tiny_base(std=0.1), recipe({"adapter": adapter})
     save_adapter(trained(base, spec), spec.adapter, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     for change, error, message in (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
-from loray.methods.base import ServedMatrix, shapes
+from loray.methods.base import SavedTensors, ServedMatrix, shapes
 from loray.methods.lora import Lora
 from loray.spec import DoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
@@ -29,9 +29,11 @@ class Dora(Lora):
             if matrix.role == "lora_b":
                 yield matrix._replace(role="dora", rows=1)
 
-    def _saved_elements(self, spec: LoraSpec, model: ModelConfig) -> int:
-        """Count what is scaled, too: the outputs of the base and of B."""
-        return super()._saved_elements(spec, model) + 2 * sum(out for out, _ in shapes(spec, model).values())
+    def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
+        """Count what is scaled, too: the outputs without their bias, in fp32."""
+        found = super().saved(spec, model, element_bytes=element_bytes, is_shared=is_shared)
+        scaled = [4 * out for out, _ in shapes(spec, model).values()]
+        return SavedTensors(found.name, found.nbytes + sum(scaled), max(found.block, *scaled))
 
     def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:
         """Count those of the norms, of A with W and with itself, and of B."""
