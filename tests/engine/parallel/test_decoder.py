@@ -47,6 +47,10 @@ WORLDS = {
 # Several ranks, subsets of modules and layers, a pair shared by modules of all widths.
 ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "r16": (LoraConfig(r=16, target_modules=ALL), None),
+    "alora": (  # its prompt is the third of `prompts`
+        LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(3)[2][10:12]),
+        None,
+    ),
     "r6": (LoraConfig(r=6, target_modules=ALL), None),
     "patterns": (
         LoraConfig(r=4, target_modules=ALL[1:6], rank_pattern={"k_proj": 7}, layers_to_transform=[1]),
@@ -57,10 +61,6 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
     "miss": (MissConfig(r=9, target_modules=ALL), None),  # divides no rank's part of an input
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
-    "alora": (
-        LoraConfig(r=6, target_modules=ALL, task_type="CAUSAL_LM", alora_invocation_tokens=prompts(9)[8][40:42]),
-        None,
-    ),
     "ia3": (IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]), None),
     "road": (RoadConfig(variant="road_4", group_size=8, target_modules=ALL), None),
 }
