@@ -20,7 +20,7 @@ from loray.methods import METHODS
 from loray.methods.attach import attach
 from loray.methods.road import RoadWeights
 from loray.recipes.resolve import resolve
-from loray.spec import LINEAR_MODULES
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
 from loray.spec.methods import RoadSpec, RoadVariant
 from loray.train.checkpoint import save_adapter
 from loray.train.objectives import batch_loss
@@ -108,7 +108,10 @@ def test_groups_divide_outputs(tiny_base: BaseFactory, tmp_path: Path) -> None:
 
 
 def test_what_the_files_say_must_agree(tiny_base: BaseFactory, tmp_path: Path) -> None:
-    base, spec = tiny_base(std=0.1), recipe({"adapter": {"method": "road", "group_size": 32}})
+    base, spec = (
+        tiny_base(std=0.1),
+        recipe({"adapter": {"method": "road", "group_size": 32, "target_modules": ATTENTION_MODULES}}),
+    )
     save_adapter(trained(base, spec), spec.adapter, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     for change, error, message in (
