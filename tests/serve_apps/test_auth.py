@@ -293,7 +293,7 @@ async def test_what_the_database_says_replaces_what_was_kept(kept_keys: Keys) ->
     [
         lambda path: path.write_text("{"),
         lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"format":3', '"format":2')),
+        lambda path: path.write_text(path.read_text().replace('"format":4', '"format":3')),
         lambda path: path.write_text(path.read_text().replace('"catalog":"', '"catalog":"0')),
         lambda path: path.write_text(path.read_text().replace('"infer"', '"admin"')),
         lambda path: path.chmod(0o644),

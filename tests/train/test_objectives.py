@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.methods import method_of
-from loray.spec import REWARDS, TrainSpec
+from loray.spec import ATTENTION_MODULES, REWARDS, TrainSpec
 from loray.train import checkpoint
 from loray.train import objectives as loss_module
 from loray.train.data.batches import IGNORED, BatchStream, collate_pairs
 from loray.train.model import build_model
 from loray.train.objectives import PreferenceObjective, cross_entropy, log_probs, objective_of
 from tests.fixtures.tiny import byte_tokenizer
-from tests.fixtures.training import MAX_PAIR_LENGTH, assert_equal, curve, make_data, masters, pair, paired, run
+from tests.fixtures.training import MAX_PAIR_LENGTH, METHODS, assert_equal, curve, make_data, masters, pair, paired, run
 
 
 def draw(
@@ -213,7 +213,7 @@ def _name_of(name: str) -> str:
     [
         ("lora", {"beta": 0.1}),
         ("vera", {"beta": 0.3}),
-        ("dora", {"loss_type": "robust", "label_smoothing": 0.1}),
+        ("lora", {"loss_type": "robust", "label_smoothing": 0.1}),
         ("lora", {"loss_type": "ipo", "beta": 0.2}),
         ("vera", {"loss_type": "hinge"}),
     ],
@@ -221,7 +221,9 @@ def _name_of(name: str) -> str:
 def test_loss_and_gradients_are_those_of_trl(
     method: str, objective: dict[str, Any], base: BaseModel, tmp_path: Path
 ) -> None:
-    spec = paired(method, objective, data={"train": "x", "eval_fraction": 0})
+    # On attention, whose few products leave fp32 the digits that are compared.
+    adapter = METHODS[method]["adapter"] | {"dropout": 0.0, "target_modules": ATTENTION_MODULES}
+    spec = paired(method, objective, adapter=adapter, data={"train": "x", "eval_fraction": 0})
     mine, expected = ours(spec, base, tmp_path), theirs(spec, base, tmp_path)
     assert mine.loss == pytest.approx(expected.loss, abs=1e-5)
     assert mine.rewards == pytest.approx(expected.rewards, abs=1e-5)

@@ -35,7 +35,7 @@ def test_a_run_learns_from_a_served_model_which_is_asked_once(
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
     objective = {"type": "distill", "teacher": served_alone.base.name, "url": f"{served_alone.url}/v1", "top_k": K}
     recipe = write(
-        tmp_path, base="student", dtype="float32", objective=objective, optimizer={"learning_rate": 0.03}, max_steps=16
+        tmp_path, base="student", dtype="float32", objective=objective, optimizer={"learning_rate": 0.01}, max_steps=16
     )
     prepared = prepare(recipe, settings)
     asked = list[Any]()

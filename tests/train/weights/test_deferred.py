@@ -117,7 +117,7 @@ def test_a_rank_holds_its_shards_and_one_tensor(tiny_base: Callable[..., BaseMod
     assert trained <= built < 2 * trained
     # The frozen shards; of what is trained the whole, which the test holds, a shard of it, its master and two moments.
     assert sum(frozen) / 8 < counted.peak < sum(frozen) / 8 + max(frozen) + 2 * trained
-    assert counted.peak < sum(frozen) / 4
+    assert counted.peak - 2 * trained < sum(frozen) / 4
 
 
 def _gathered(rank: int, base: BaseModel, folder: Path, strategy: str) -> None:
