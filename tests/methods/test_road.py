@@ -20,7 +20,7 @@ from loray.methods import METHODS
 from loray.methods.attach import attach
 from loray.methods.road import RoadWeights
 from loray.recipes.resolve import resolve
-from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
+from loray.spec import LINEAR_MODULES
 from loray.spec.methods import RoadSpec, RoadVariant
 from loray.train.checkpoint import save_adapter
 from loray.train.objectives import batch_loss

@@ -34,6 +34,7 @@ def test_a_run_learns_from_a_served_model_which_is_asked_once(
     add_base(str(write_checkpoint(tmp_path / "checkpoint", std=0.05, seed=3)), home=tmp_path / "home", name="student")
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
     objective = {"type": "distill", "teacher": served_alone.base.name, "url": f"{served_alone.url}/v1", "top_k": K}
+    objective |= {"weight": 1}
     recipe = write(
         tmp_path, base="student", dtype="float32", objective=objective, optimizer={"learning_rate": 0.01}, max_steps=16
     )
