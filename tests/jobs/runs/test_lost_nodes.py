@@ -45,12 +45,12 @@ def base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> B
 
 
 @contextmanager
-def nodes(cluster: RayCluster, count: int, num_workers: int, folder: Path, **variables: str) -> Iterator[list[Node]]:
-    """Nodes of GROUP, each with places for so many workers, with these variables in their environment."""
+def nodes(cluster: RayCluster, count: int, num_workers: int, folder: Path) -> Iterator[list[Node]]:
+    """Nodes of GROUP, each with places for so many workers."""
     import ray
 
     started: list[Node] = []
-    env = cluster.settings.to_env() | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
+    env = cluster.settings.to_env() | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     try:
         for number in range(1, count + 1):  # one after the other: two at once take each other's ports
             resources = {f"{GROUP}_worker": float(num_workers)}
@@ -112,40 +112,6 @@ def test_the_groups_that_are_left_go_on(ray_cluster: RayCluster, base: BaseModel
         store.fetch(version.digest, tmp_path / name / "adapter")
         tensors.append(load_file(tmp_path / name / "adapter" / WEIGHTS_FILE))
     torch.testing.assert_close(*tensors, rtol=1e-3, atol=1e-3)
-
-
-def test_a_run_leaves_a_node_whose_end_is_announced_with_a_checkpoint(
-    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There is no other checkpoint until its end: without this one it would begin anew."""
-    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")  # Ray Train passes it on
-    settings = Settings.from_env(ray_cluster.settings.to_env() | {"LORAY_TRAINING_GROUP": GROUP})
-    recipe = write(
-        tmp_path / "leaving",
-        name="leaving",
-        **FIELDS | {"evaluation": {}, "max_steps": 20 * STEPS},
-        batch={"rows": 2, "accumulation": 1},
-        checkpoint={"interval_minutes": None},
-    )
-    left: list[Node] = []
-    with nodes(ray_cluster, 2, 1, tmp_path, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="5") as started:
-
-        def end_the_node(event: dict[str, Any], seen: list[dict[str, Any]]) -> None:
-            if event["event"] == "step" and event["step"] == 20 and not left:
-                above = {p.pid for p in psutil.Process(next(e["pid"] for e in seen if e["event"] == "start")).parents()}
-                left.extend(node for node in started if node.pid in above)
-                left[0].announce_end()
-
-        events = run(recipe, settings, end_the_node)
-
-    assert len(left) == 1
-    first, second = (e for e in events if e["event"] == "start")
-    saved, *_ = (e for e in events if e["event"] == "checkpoint")
-    assert (first["step"], second["step"]) == (0, saved["step"])
-    assert saved["step"] >= 20
-    assert any("will be taken away" in e["message"] for e in events if e["event"] == "warning")
-    assert [e["message"] for e in events if e["event"] == "worker_lost"] == ["1 of the run's nodes, as announced"]
-    assert list(_steps(events)) == list(range(1, 20 * STEPS + 1))
 
 
 def _steps(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
