@@ -218,6 +218,7 @@ def test_the_dashboard_stands_still_until_the_gcs_listens_again(tmp_path: Path) 
         for process in (gcs, head, dashboard):
             stack.callback(process.wait)
             stack.callback(process.kill)
+        until(lambda: psutil.Process(gcs.pid).cmdline() != [], "the GCS has a command line", 10)
         repair = lose_gcs(cast("World", world))
         until(lambda: psutil.Process(dashboard.pid).status() == psutil.STATUS_STOPPED, "the dashboard stands", 10)
         repair()
