@@ -36,7 +36,7 @@ class Shelf:
 
     def __init__(self, size: int, dtype: torch.dtype, seed: int = 0) -> None:
         self.tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        self._free = list(range(0, size - 4096, 4096))
+        self._free = list(range(4096, size - 4096, 4096))  # no offset is negative
         random.Random(seed).shuffle(self._free)
 
     def put(self, rows: Tensor, segments: int = 1, layer_offset: int = 0) -> RowTables:
