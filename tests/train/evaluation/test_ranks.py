@@ -86,7 +86,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 def trained(base: BaseModel, spec: TrainSpec, folder: Path) -> None:
     model = build_model(base, spec.model_copy(update={"quantization": None, "parallel": recipe().parallel}))
-    draw, std = torch.Generator().manual_seed(1), 2.0 if spec.adapter.method == "vera" else 0.1
+    draw, std = torch.Generator().manual_seed(1), {"vera": 2.0, "dora": 0.3}.get(spec.adapter.method, 0.1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
