@@ -18,6 +18,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 from loray.errors import StoreError
 from loray.files import replacing_private
 from loray.telemetry import get_logger
+
+_PARSING = Lock()  # threads that parse the headers of arrays at once end in a SystemError of CPython 3.11 now and then
 
 log = get_logger(__name__)
 
@@ -74,7 +77,7 @@ class ShardIndex(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ShardIndex:
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        with _PARSING, np.load(io.BytesIO(data), allow_pickle=False) as found:
             read = cls(*(found[name] for name in cls._fields))
         return read._replace(is_text=bool(read.is_text), num_documents=int(read.num_documents))
 
