@@ -62,6 +62,7 @@ from loray_kernels.ops import (
     ProjectionMatrix,
     ScaleTable,
     StepInputs,
+    Turn,
     VeraTable,
 )
 from loray_kernels.reference import ReferenceOps
@@ -109,6 +110,7 @@ __all__ = [
     "TokenEdits",
     "TokenSet",
     "TokenSlots",
+    "Turn",
     "VectorShape",
     "VeraTable",
     "available",

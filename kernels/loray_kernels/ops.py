@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -79,19 +80,26 @@ class VeraTable:
     stop: int
 
 
+class Turn(NamedTuple):
+    """RoAd's: rows of the factors with which each output's partner is added. `distance_N` of each token says how far
+    apart the two are, see `turn_rows`.
+    """
+
+    rows: RowTables
+    distance_N: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class ScaleTable:
     """Scales of a module's outputs for some tokens, each with a row of scales less one.
 
     leaves_bias  the base's bias is not scaled (DoRA); else it is (IA³)
-    turn         RoAd's: rows of the factors with which each output's partner is added; `distance_N` of each token says
-                 how far apart the two are, see `turn_rows`
+    turn         of outputs that are turned in pairs
     """
 
     own: RowOverrides
     leaves_bias: bool = False
-    turn: RowTables | None = None
-    distance_N: Tensor | None = None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)

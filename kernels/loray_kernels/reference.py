@@ -4,7 +4,7 @@ tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -50,9 +50,9 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
     """Gather rows of one adapter's A as `gather_rows` does, in fp32; those that are not in the pool are made."""
-    found_RI = gather_rows(pool, rows, layer_offset, start, stop).float()
-    if not found_RI.shape[0] or rows.segments[0][2][start] >= 0:
-        return found_RI
+    first_R = rows.segments[0][2][start:stop]
+    if not len(first_R) or first_R[0] >= 0:
+        return gather_rows(pool, rows, layer_offset, start, stop).float()
     parts = []
     for _, width, offsets_R in rows.segments:
         period_R1, first_R1 = (~offsets_R[start:stop, None]) >> 32, (~offsets_R[start:stop, None]) & 0xFFFFFFFF
@@ -284,10 +284,12 @@ class ReferenceOps:
         """y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one: DoRA's, and without a bias
         IA³'s. Writes `y_TO`.
         """
-        y_NO = y_TO[own.tokens_N].float()
-        plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
-        rows_NO = gather_rows(pool, own.rows, layer_offset).float()
-        y_TO[own.tokens_N] = (y_NO + rows_NO * plain_NO).to(y_TO.dtype)
+        for part in _parts(own, y_TO):
+            tokens_C = own.tokens_N[part]
+            y_CO = y_TO[tokens_C].float()
+            plain_CO = y_CO if bias_O is None else y_CO - bias_O.float()
+            rows_CO = gather_rows(pool, own.rows, layer_offset, part.start, part.stop).float()
+            y_TO[tokens_C] = (y_CO + rows_CO * plain_CO).to(y_TO.dtype)
 
     def turn_rows(
         self, y_TO: Tensor, pool: Tensor, own: RowOverrides, turn: RowTables, distance_N: Tensor, layer_offset: int
@@ -295,12 +297,25 @@ class ReferenceOps:
         """RoAd: y += row ⊙ y + turn ⊙ y′ for the tokens of `own`. In groups of 2 · distance outputs, y′ has in the
         place of each the one that is `distance` away, its partner. Writes `y_TO`.
         """
-        y_NO, distance_N1 = y_TO[own.tokens_N].float(), distance_N.unsqueeze(1)
         columns_O = torch.arange(y_TO.shape[1], device=y_TO.device)
-        is_second = columns_O // distance_N1 % 2 == 1
-        partner_NO = (columns_O + torch.where(is_second, -distance_N1, distance_N1)).clamp(max=y_TO.shape[1] - 1)
-        rows_NO, turn_NO = (gather_rows(pool, rows, layer_offset).float() for rows in (own.rows, turn))
-        y_TO[own.tokens_N] = (y_NO + rows_NO * y_NO + turn_NO * y_NO.gather(1, partner_NO)).to(y_TO.dtype)
+        for part in _parts(own, y_TO):
+            tokens_C, distance_C1 = own.tokens_N[part], distance_N[part].unsqueeze(1)
+            y_CO = y_TO[tokens_C].float()
+            is_second = columns_O // distance_C1 % 2 == 1
+            partner_CO = (columns_O + torch.where(is_second, -distance_C1, distance_C1)).clamp(max=y_TO.shape[1] - 1)
+            rows_CO, turn_CO = (
+                gather_rows(pool, rows, layer_offset, part.start, part.stop).float() for rows in (own.rows, turn)
+            )
+            y_TO[tokens_C] = (y_CO + rows_CO * y_CO + turn_CO * y_CO.gather(1, partner_CO)).to(y_TO.dtype)
+
+
+_SCALED_AT_ONCE = 1 << 24  # outputs: a prompt's in fp32, and their partners' numbers, are many times the step's memory
+
+
+def _parts(own: RowOverrides, y_TO: Tensor) -> Iterator[slice]:
+    """Yield the parts of the tokens of `own` that are scaled at once."""
+    most = max(1, _SCALED_AT_ONCE // y_TO.shape[1])
+    return (slice(start, start + most) for start in range(0, len(own.tokens_N), most))
 
 
 def _has_row(own: RowOverrides) -> Tensor:

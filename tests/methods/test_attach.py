@@ -19,11 +19,10 @@ from loray.methods.dora_module import DoraLinear
 from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
 from loray.train.checkpoint import save_adapter
-from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
 from loray_kernels import RowOverrides, RowTables
 from loray_kernels.reference import ReferenceOps
-from tests.fixtures.adapters import IDS, BaseFactory, batch, recipe, trained, trained_parts
+from tests.fixtures.adapters import IDS, BaseFactory, check_training, recipe, trained, trained_parts
 
 SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
@@ -49,16 +48,7 @@ def test_loss_and_gradients_are_pefts(tiny_base: BaseFactory, architecture: str)
     attach(ours, SPEC, seed=0)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=list(SPEC.target_modules), use_dora=True)
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), config)
-    loss = batch_loss(fill(ours), batch()) / batch().num_targets
-    loss.backward()
-    peft_loss = fill(theirs)(input_ids=IDS, labels=IDS).loss
-    peft_loss.backward()
-    torch.testing.assert_close(loss, peft_loss, rtol=1e-5, atol=1e-5)
-    mine, expected = trained_parts(ours), trained_parts(theirs)
-    assert mine.keys() == expected.keys()
-    for name, p in mine.items():
-        assert p.grad is not None
-        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+    check_training(fill(ours), fill(theirs))
 
 
 def test_a_module_is_the_papers_equation_in_fp64(tiny_base: BaseFactory) -> None:

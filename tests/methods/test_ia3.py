@@ -21,8 +21,7 @@ from loray.methods.weights import AdapterWeights
 from loray.spec import LINEAR_MODULES
 from loray.spec.methods import Ia3Spec
 from loray.train.checkpoint import save_adapter
-from loray.train.objectives import batch_loss
-from tests.fixtures.adapters import IDS, BaseFactory, batch, in_peft, logits, recipe, trained, trained_parts
+from tests.fixtures.adapters import IDS, BaseFactory, check_training, in_peft, logits, recipe, trained, trained_parts
 
 SPEC = Ia3Spec(target_modules=LINEAR_MODULES)
 
@@ -48,16 +47,7 @@ def test_loss_and_gradients_are_pefts(tiny_base: BaseFactory, architecture: str)
     attach(ours, SPEC, seed=0)
     config = IA3Config(target_modules=list(LINEAR_MODULES), feedforward_modules=["down_proj"])
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), config)
-    loss = batch_loss(fill(ours), batch()) / batch().num_targets
-    loss.backward()
-    peft_loss = fill(theirs)(input_ids=IDS, labels=IDS).loss
-    peft_loss.backward()
-    torch.testing.assert_close(loss, peft_loss, rtol=1e-5, atol=1e-5)
-    mine, expected = trained_parts(ours), trained_parts(theirs)
-    assert mine.keys() == expected.keys()
-    for name, p in mine.items():
-        assert p.grad is not None
-        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+    check_training(fill(ours), fill(theirs))
 
 
 def test_vectors_are_fp32_and_begin_where_nothing_changes(tiny_base: BaseFactory) -> None:

@@ -214,11 +214,11 @@ def _scaled_group(tables: LayerTables, modules: list[_Module], kept: Kept) -> li
         for table in tables.scales.get(module, ()):
             assert pack_rows(table.own.rows).widths == (width,)
             words += (*_own_rows(table.own, kept), column, width, table.leaves_bias)
-            if table.turn is None or table.distance_N is None:
+            if table.turn is None:
                 words += (0, 0)
             else:
-                assert pack_rows(table.turn).widths == (width,)
-                words += (kept.struct(pack_rows(table.turn)), kept.tensor(table.distance_N))
+                assert pack_rows(table.turn.rows).widths == (width,)
+                words += (kept.struct(pack_rows(table.turn.rows)), kept.tensor(table.turn.distance_N))
     return [len(words) // 8, kept.words(words)]
 
 

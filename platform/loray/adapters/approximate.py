@@ -60,6 +60,8 @@ def approximate(folder: Path, base: BaseModel, to: Path, *, rank: int | None, en
     total = lost = worst_lost = 0.0
     worst = ""
     for path, change_OI in _changes(folder, base, config):
+        if not change_OI.isfinite().all():
+            raise IntegrityError(f"{folder}: the change of {path} has values that are NaN or infinite; train it again")
         u_OK, s_K, v_KI = torch.linalg.svd(change_OI, full_matrices=False)
         left_K = s_K.double().square().flip(0).cumsum(0).flip(0)  # of each value and all after it
         own = float(left_K[0])

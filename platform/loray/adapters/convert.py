@@ -20,7 +20,7 @@ from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import LINEAR_MODULES, QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
@@ -32,12 +32,16 @@ def to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
     The result computes the same, and is as large as a LoRA adapter of that rank. Raises UnsupportedError for other
     adapters.
     """
-    modules = {
-        key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
-    }
+    modules = _as_lora(weights, base)
     if all(modules[key] is module for key, module in weights.modules.items()):
         raise UnsupportedError(f"the adapter's method is {weights.method}, which is stored as LoRA already")
     return replace(weights, modules=modules, pair=None)
+
+
+def _as_lora(weights: AdapterWeights, base: ModelConfig) -> dict[ModuleKey, LoraWeights]:
+    return {
+        key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+    }
 
 
 def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
@@ -209,9 +213,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     _check_active(weights)
     _check_linear(weights)
     architecture = ARCHITECTURES[base.architecture].gguf
-    modules = {
-        key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
-    }
+    modules = _as_lora(weights, base)
     alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}
     is_one = len(alphas) == 1
     alpha = next(rank * scale for rank, scale in alphas) if is_one else 0.0

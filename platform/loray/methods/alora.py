@@ -41,7 +41,8 @@ class Alora(Lora):
                 f"adapter.invocation {text!r} has the tokens {list(tokens)} on this base, and "
                 f"adapter.invocation_tokens are {list(spec.invocation_tokens or ())}: give one of the two"
             )
-        return spec.model_copy(update={"invocation": text, "invocation_tokens": tokens})
+        given = spec.model_dump(exclude_unset=True) | {"invocation": text, "invocation_tokens": tokens}
+        return AloraSpec.parse(given, source="adapter")
 
     def inject(self, model: Any, spec: LoraSpec) -> None:
         """Put LoRA into the model, and turn it on where it is active: PEFT's own way takes a place of each row, and a

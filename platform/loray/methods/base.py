@@ -149,11 +149,13 @@ class Method(ABC):
         """Add to `spec` what it has in tokens of the recipe's base. Raises SpecError where that cannot be found."""
         return spec
 
-    @abstractmethod
     def inject(self, model: Any, spec: Any) -> None:
-        """Put the adapter into the modules that `spec` targets, and freeze all other parameters. Random numbers come
-        from torch's default generator.
+        """Put the adapter into the modules that `spec` targets, as PEFT does, and freeze all other parameters. Random
+        numbers come from torch's default generator.
         """
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
 
     @abstractmethod
     def peft_config(self, spec: Any, **options: Any) -> PeftConfig:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from loray.bases.config import ModelConfig
 from loray.methods.base import SavedTensors, ServedMatrix, shapes
 from loray.methods.lora import Lora
-from loray.spec import DoraSpec, LoraSpec
+from loray.spec import DTYPE_BYTES, DoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Dora(Lora):
     def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
         """Count what is scaled, too: the outputs without their bias, in fp32."""
         found = super().saved(spec, model, element_bytes=element_bytes, is_shared=is_shared)
-        scaled = [4 * out for out, _ in shapes(spec, model).values()]
+        scaled = [DTYPE_BYTES["float32"] * out for out, _ in shapes(spec, model).values()]
         return SavedTensors(found.name, found.nbytes + sum(scaled), max(found.block, *scaled))
 
     def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import UnsupportedError
-from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, shapes
+from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, shapes
 from loray.methods.weights import AdapterWeights, LoraWeights, PoolRows, SharedProjection
 from loray.spec import DTYPE_BYTES, Default
 from loray.spec import Method as AdapterMethod
@@ -95,11 +95,6 @@ class Ia3(Method):
         kept = [DTYPE_BYTES["float32"] * width for m, (_, width) in own.items() if m == _INPUT]
         kept += [element_bytes * out for m, (out, _) in own.items() if m != _INPUT]
         return SavedTensors("adapter", sum(kept), max(kept))
-
-    def inject(self, model: Any, spec: Ia3Spec) -> None:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
 
     def peft_config(self, spec: Ia3Spec, **options: Any) -> IA3Config:
         from peft import IA3Config

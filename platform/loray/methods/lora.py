@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import IntegrityError, shown
-from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
+from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
 from loray.methods.weights import MAGNITUDE, AdapterWeights, LoraWeights
 from loray.spec import Default, LongLoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
@@ -63,7 +63,7 @@ class Lora(Method):
         heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask.
         """
         own = shapes(spec, model)
-        inner = element_bytes * self._saved_elements(spec, model)
+        inner = element_bytes * spec.published.rank * len(spec.target_modules)
         inputs = {module: element_bytes * width for module, (_, width) in own.items()}
         if spec.dropout:
             return SavedTensors("adapter", inner + 2 * sum(inputs.values()), max(inputs.values()))
@@ -72,17 +72,11 @@ class Lora(Method):
             shared.pop(input_of("o_proj"), None)
         return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
 
-    def _saved_elements(self, spec: LoraSpec, model: ModelConfig) -> int:
-        """Count what is kept beside the inputs of A, in elements."""
-        return spec.published.rank * len(spec.target_modules)
-
     def inject(self, model: Any, spec: LoraSpec) -> None:
-        from peft import inject_adapter_in_model
-
         from loray.methods.lora_module import inject_decomposed
 
         if spec.init is None:
-            inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+            super().inject(model, spec)
         else:
             inject_decomposed(model, spec)
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import UnsupportedError, shown
-from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, shapes
-from loray.methods.weights import LoraWeights, PoolRows, SharedProjection
+from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, shapes
+from loray.methods.weights import AddedWeights, LoraWeights, PoolRows, SharedProjection
 from loray.spec import Default, MissSpec
 from loray.spec import Method as AdapterMethod
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class MissWeights:
+class MissWeights(AddedWeights):
     """y += Dᵀ h with h_r = Σₖ x_{r + k R}: LoRA whose A is fixed, and never stored. `width`: I, the length of x."""
 
     d_RO: Tensor
@@ -55,12 +55,6 @@ class MissWeights:
         a_RI = (torch.arange(width) % self.rank == torch.arange(self.rank)[:, None]).float()
         return LoraWeights(a_RI, self.d_RO.T, scale=1.0)
 
-    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
-        return self.as_lora(pair, weight_OI.shape[1]).merged(weight_OI, None)
-
-    def merged_bias(self, bias_O: Tensor) -> Tensor:
-        return bias_O
-
 
 class Miss(Method):
     name: ClassVar[AdapterMethod] = "miss"
@@ -93,11 +87,6 @@ class Miss(Method):
         sums = element_bytes * spec.rank
         masks = [element_bytes * width for _, width in shapes(spec, model).values()] if spec.dropout else []
         return SavedTensors("adapter", sums * len(spec.target_modules) + sum(masks), max(sums, *masks, 0))
-
-    def inject(self, model: Any, spec: MissSpec) -> None:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
 
     def peft_config(self, spec: MissSpec, **options: Any) -> MissConfig:
         from peft import MissConfig

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
-from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, shapes
+from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, shapes
 from loray.methods.weights import AdapterWeights, LoraWeights, PoolRows, SharedProjection
 from loray.spec import DTYPE_BYTES, Default
 from loray.spec import Method as AdapterMethod
@@ -117,11 +117,6 @@ class Road(Method):
         """Count a module's outputs and their partners, in fp32."""
         outs = [DTYPE_BYTES["float32"] * out for out, _ in shapes(spec, model).values()]
         return SavedTensors("adapter", 2 * sum(outs), max(outs))
-
-    def inject(self, model: Any, spec: RoadSpec) -> None:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
 
     def peft_config(self, spec: RoadSpec, **options: Any) -> RoadConfig:
         from peft import RoadConfig

@@ -13,7 +13,7 @@ from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, shown
 from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
 from loray.methods.pairs import PAIR_NAMES, PairKey, drawn_digest
-from loray.methods.weights import AdapterWeights, LoraWeights, PoolRows, SharedProjection
+from loray.methods.weights import AdapterWeights, AddedWeights, LoraWeights, PoolRows, SharedProjection
 from loray.spec import MODULES_BY_INPUT, Default, VeraSpec
 from loray.spec import Method as AdapterMethod
 
@@ -25,7 +25,7 @@ _MAX_KEY = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
-class VeraWeights:
+class VeraWeights(AddedWeights):
     """y += b ⊙ (B[:O] (d ⊙ (A[:, :I] x))) with the adapter's SharedProjection."""
 
     d_R: Tensor
@@ -57,12 +57,6 @@ class VeraWeights:
         inner_RI = self.d_R.float()[:, None] * pair.a_RI[:, :width].float()
         outer_OR = self.b_O.float()[:, None] * pair.b_OR[: self.b_O.shape[0]].float()
         return LoraWeights(inner_RI, outer_OR, scale=1.0)
-
-    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
-        return self.as_lora(pair, weight_OI.shape[1]).merged(weight_OI, None)
-
-    def merged_bias(self, bias_O: Tensor) -> Tensor:
-        return bias_O
 
 
 class Vera(Method):

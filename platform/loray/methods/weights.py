@@ -76,8 +76,23 @@ class ModuleWeights(Protocol):
         """Compute its bias."""
 
 
+class AddedWeights:
+    """Weights that add to the base's outputs, and are merged as the LoRA that computes the same."""
+
+    __slots__ = ()
+
+    def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
+        raise NotImplementedError
+
+    def merged(self, weight_OI: Tensor, pair: SharedProjection | None) -> Tensor:
+        return self.as_lora(pair, weight_OI.shape[1]).merged(weight_OI, None)
+
+    def merged_bias(self, bias_O: Tensor) -> Tensor:
+        return bias_O
+
+
 @dataclass(frozen=True, slots=True)
-class LoraWeights:
+class LoraWeights(AddedWeights):
     """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
     too.
     """
@@ -118,9 +133,6 @@ class LoraWeights:
         if self.magnitude_O is not None:
             merged_OI *= self.output_scale(weight_OI)[:, None]
         return merged_OI
-
-    def merged_bias(self, bias_O: Tensor) -> Tensor:
-        return bias_O
 
     def output_scale(self, weight_OI: Tensor) -> Tensor:
         """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:

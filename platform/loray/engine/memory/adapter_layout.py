@@ -112,11 +112,16 @@ def columns(width: int, capacity: int) -> list[tuple[int, int]]:
     return [(c, min(step, width - c)) for c in range(0, width, step)]
 
 
+def pooled(m: Matrix, capacity: int) -> list[tuple[int, int]]:
+    """Return the segments of a matrix's rows, as `columns`; none where the pool does not have them."""
+    return columns(m.width, capacity) if m.role != SUMMED else []
+
+
 def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
     """Return {width of a segment: number of rows} of the matrices that are in the pool."""
     count: Counter[int] = Counter()
     for m in matrices:
-        for _, width in columns(m.width, capacity) if m.role != SUMMED else ():
+        for _, width in pooled(m, capacity):
             count[width] += m.rows
     return count
 

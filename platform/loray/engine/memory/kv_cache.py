@@ -192,7 +192,9 @@ class PrefixCache:
         blocks of them keep those blocks.
         """
         own = [node for node in self._root.children.values() if node.key == digest]
-        own += [n for n in _below(self._root) if isinstance(n.key, _Activation) and n.key.digest == digest]
+        base = self._root.children.get(None)
+        if digest is not None and base is not None:  # below the base alone adapters become active
+            own += [n for n in _below(base) if isinstance(n.key, _Activation) and n.key.digest == digest]
         for node in own:
             self._detach(node)
             for below in list(_below(node)):

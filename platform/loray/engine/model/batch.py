@@ -30,6 +30,7 @@ from loray_kernels import (
     ScaleTable,
     StepDescriptors,
     StepVectors,
+    Turn,
     VeraTable,
 )
 
@@ -141,10 +142,10 @@ class AdapterBatch:
                 if (g, module, role) in s.adapter.rows and ((g, module, "turn") in s.adapter.rows) == is_turned
             ]
             if own and is_turned:
-                turn = self._own_rows(module, "turn", own)
+                turn = self._token_rows([(s, s.adapter.rows[g, module, "turn"]) for s, g in own])
                 distances = [int(s.adapter.scales[g, module]) for s, g in own for _ in range(s.start, s.stop)]
-                distance_N = torch.tensor(distances, device=self._device)
-                tables.append(ScaleTable(self._own_rows(module, role, own), turn=turn.rows, distance_N=distance_N))
+                turned = Turn(turn, torch.tensor(distances, device=self._device))
+                tables.append(ScaleTable(self._own_rows(module, role, own), turn=turned))
             elif own:
                 tables.append(ScaleTable(self._own_rows(module, role, own), leaves_bias=role == "dora"))
         return tables

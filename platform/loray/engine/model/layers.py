@@ -105,8 +105,8 @@ class Linear:
         pool, offset = step.pool.tensor, step.offset(self._layer)
         for module in self.modules if found else ():
             for table in found.get(module, ()):
-                if table.turn is not None and table.distance_N is not None:
-                    step.ops.turn_rows(outputs[module], pool, table.own, table.turn, table.distance_N, offset)
+                if table.turn is not None:
+                    step.ops.turn_rows(outputs[module], pool, table.own, *table.turn, offset)
                 else:
                     bias_O = self._biases.get(module) if table.leaves_bias else None
                     step.ops.scale_rows(outputs[module], bias_O, pool, table.own, offset)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
-from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix, columns, rows_by_width
+from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
@@ -128,7 +128,7 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
     stretches: dict[Matrix, tuple[RowSpan, ...]] = {}
     for m in matrices:
         own = []
-        for column, width in columns(m.width, capacity) if m.role != SUMMED else ():
+        for column, width in pooled(m, capacity):
             own.append(RowSpan(column, width, widths[width][0] + width * used[width]))
             used[width] += m.rows
         stretches[m] = tuple(own)
