@@ -66,7 +66,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What a method was measured to score on a task, from 0 to 100, by a published comparison.
+    """A published comparison measured what a method scores on a task, from 0 to 100.
 
     method  as recipes name it
     spread  the largest distance of a seed from the mean; None: one run
@@ -284,9 +284,9 @@ class Recommendation:
 
 
 def recommend(answers: Answers, base: str, model: ModelConfig, device: Device) -> Recommendation:
-    quotes, estimates = [quote for quote in QUOTES if quote.method in METHODS], estimate_methods(answers, model, device)
+    estimates = estimate_methods(answers, model, device)
     said = remarks(answers, estimates, model)
-    return Recommendation(answers, base, device.name, tuple(quotes), tuple(estimates), tuple(said))
+    return Recommendation(answers, base, device.name, QUOTES, tuple(estimates), tuple(said))
 
 
 def remarks(answers: Answers, estimates: Sequence[Estimate], model: ModelConfig) -> Iterator[str]:

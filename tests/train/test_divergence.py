@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train import divergence as module
+from loray.planning import devices
 from loray.train.divergence import LEAST_REST, divergence
 
 N, D, V, K = 13, 8, 40, 5
@@ -43,7 +43,7 @@ def by_formula(
 def test_values_and_gradients_are_those_of_the_formula(
     is_reverse: bool, weight: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOSS_CHUNK_ON_CPU", chunk_elements)
+    monkeypatch.setattr(devices, "LOSS_CHUNK_ON_CPU", chunk_elements)
     given = drawn()
     found = divergence(*given, weight=weight, is_reverse=is_reverse)
     weights_N = torch.linspace(0.5, 2, N, dtype=torch.float64)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.methods import method_of
+from loray.planning import devices
 from loray.spec import ATTENTION_MODULES, REWARDS, TrainSpec
 from loray.train import checkpoint
-from loray.train import objectives as loss_module
 from loray.train.data.batches import IGNORED, BatchStream, collate_pairs
 from loray.train.model import build_model
 from loray.train.objectives import PreferenceObjective, cross_entropy, log_probs, objective_of
@@ -38,7 +38,7 @@ def draw(
 @pytest.mark.parametrize("num", [0, 1, 7, 40])
 @pytest.mark.parametrize("chunk_elements", [1, 350, 1 << 20])
 def test_equal_to_torch(num: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "LOSS_CHUNK_ON_CPU", chunk_elements)
+    monkeypatch.setattr(devices, "LOSS_CHUNK_ON_CPU", chunk_elements)
     hidden_ND, weight_VD, labels_N = draw(num)
     total = cross_entropy(hidden_ND, weight_VD, labels_N).sum()
     (grad,) = torch.autograd.grad(total / 3, hidden_ND)

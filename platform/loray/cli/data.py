@@ -11,20 +11,20 @@ from rich.text import Text
 
 from loray.bases.registry import ensure_base
 from loray.cli.output import console, emit, json_option, pairs, progress_bar
-from loray.cli.recipes import RecipeSource
+from loray.cli.recipes import FIELDS, RecipeSource
 from loray.errors import SpecError
 from loray.fetching import fetched
+from loray.methods import method_of
 from loray.recipes.fields import given, merge
 from loray.recipes.load import shipped
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import TrainSpec, format_size
+from loray.spec import TrainSpec, format_size, printable
 
 if TYPE_CHECKING:
     from loray.train.data.survey import Piece, Survey
 
 _BAR = 40  # characters of the longest bar of the histogram
-_FIELDS = {"base": "base", "data": "data.train", "eval_data": "data.eval"}
 
 
 @click.group()
@@ -61,7 +61,7 @@ def show(
     settings = Settings.from_env()
     is_recipe = file.endswith((".yaml", ".yml")) or f"{file}.yaml" in shipped()
     options = {"base": base, "data": None if is_recipe else file, "eval_data": eval_data}
-    named = [f"{_FIELDS[name]}={value}" for name, value in options.items() if value is not None]
+    named = [f"{FIELDS[name]}={value}" for name, value in options.items() if value is not None]
     over = merge(given(named if is_recipe else ["name=data", *named]), given(assignments))
     recipe = RecipeSource(file if is_recipe else None, over, ()).load(settings.home)
     spec, model = recipe.spec, ensure_base(settings.home, recipe.spec.base)
@@ -70,14 +70,16 @@ def show(
             "batch.order concat joins texts and cuts nothing off: take --set batch.order=packed to look at them"
         )
     max_length = resolve(spec, model.config).row_length
-    sources = recipe.data()
+    sources, tokenizer = recipe.data(), AutoTokenizer.from_pretrained(model.path)
+    adapter = method_of(spec.adapter).tokenised(spec.adapter, lambda: tokenizer)
     with fetched(sources.paths, settings, sources.columns) as copies, progress_bar() as progress:
         found = survey(
             sources,
-            AutoTokenizer.from_pretrained(model.path),
+            tokenizer,
             max_length=max_length,
             seed=spec.seed,
             formats=spec.objective.formats,
+            invocation=adapter.invoked_by,
             num_shown=num_rows,
             fetched=copies,
             progress=progress,
@@ -88,7 +90,8 @@ def show(
     to = console()
     is_coloured = to.color_system is not None and not to.no_color
     for number, row in enumerate(found.shown, start=1):
-        for sequence, name in zip(row, ("chosen", "rejected") if len(row) > 1 else ("",), strict=False):
+        names = ["chosen", "rejected"] if found.are_pairs else [f"answer {i}" for i in range(1, len(row) + 1)]
+        for sequence, name in zip(row, names if len(row) > 1 else [""], strict=True):
             to.rule(f"row {number} {name}".rstrip(), align="left", style="dim")
             to.print(_rendered(sequence, is_coloured=is_coloured), soft_wrap=True)
     to.rule(style="dim")
@@ -98,11 +101,12 @@ def show(
 def _rendered(sequence: tuple[Piece, ...], *, is_coloured: bool) -> Text:
     text = Text()
     for i, piece in enumerate(sequence):
+        said = printable(piece.text)
         if is_coloured:
-            text.append(piece.text, f"{'green' if piece.is_learned else ''}{' strike' if piece.is_cut else ''}".strip())
+            text.append(said, f"{'green' if piece.is_learned else ''}{' strike' if piece.is_cut else ''}".strip())
             continue
         is_edge = piece.is_cut and (i == 0 or not sequence[i - 1].is_cut)
-        text.append(f"{'✂' if is_edge else ''}{f'⟦{piece.text}⟧' if piece.is_learned else piece.text}")
+        text.append(f"{'✂' if is_edge else ''}{f'⟦{said}⟧' if piece.is_learned else said}")
     return text
 
 

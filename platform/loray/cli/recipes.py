@@ -21,7 +21,7 @@ from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import BaseSize, TrackerName, TrainSpec
 
-_FIELDS = {  # option → field
+FIELDS = {  # option → field
     "name": "name",
     "base": "base",
     "method": "adapter.method",
@@ -50,12 +50,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_source(
         *args: Any, recipe: str | None, trackers: tuple[str, ...], assignments: tuple[str, ...], **options: Any
     ) -> Any:
-        values = {option: options.pop(option) for option in _FIELDS}
+        values = {option: options.pop(option) for option in FIELDS}
         shown = [] if recipe is None else [recipe]
         pairs = []
         for option, value in values.items():
             if value is not None:
-                pairs.append(f"{_FIELDS[option]}={value}")
+                pairs.append(f"{FIELDS[option]}={value}")
                 shown += [f"--{option.replace('_', '-')}", str(value)]
         if trackers:
             pairs.append(f"tracking=[{','.join(trackers)}]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -22,6 +22,13 @@ LOSS_CHUNK_ON_CPU = 1 << 22
 
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Rate = Annotated[float, Field(gt=0)]
+
+
+def loss_chunks(num_positions: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """Yield the parts of positions whose logits are computed at once on a type of torch's devices."""
+    elements = LOSS_CHUNK_ON_CPU if device == "cpu" else LOSS_CHUNK
+    rows = max(1, elements // vocabulary)
+    return (slice(start, start + rows) for start in range(0, num_positions, rows))
 
 
 class Device(Frozen):

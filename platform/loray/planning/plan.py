@@ -183,7 +183,7 @@ def _advice(fix: Fix | None) -> str:
 
 
 def _warnings(run: RunShape, device: Device, traffic: TrafficPlan) -> Iterator[tuple[str, str]]:
-    """What costs time or quality, and what to change."""
+    """Yield what costs time or quality, and what to change."""
     share = device.product_shares.get(run.dtype, 1.0)
     if device.is_host and run.dtype == "bfloat16" and device.training_dtype != "bfloat16":
         measured = f"which reach {share:.0%} of float32's here" if share < 1 else "so they are several times slower"

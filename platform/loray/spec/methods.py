@@ -90,7 +90,7 @@ class LoraSpec(_AdapterSpec, _RankedSpec):
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied with."""
+        """Return the factor of B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property

@@ -70,21 +70,29 @@ class SftSpec(_ObjectiveSpec):
     type: Literal["sft"] = "sft"
 
 
-class _PairsSpec(_ObjectiveSpec):
-    """Learns from pairs of a chosen and a rejected answer."""
+class _AnswersSpec(_ObjectiveSpec):
+    """Compares whole answers, two sequences for each row."""
 
-    formats: ClassVar[frozenset[str]] = frozenset({"preference"})
     compares_answers: ClassVar[bool] = True
     sequences_per_row: ClassVar[int] = 2
-    metrics: ClassVar[Mapping[str, str]] = REWARDS
-    shown: ClassVar[Mapping[str, str]] = _SHOWN
     defaults: ClassVar[Mapping[str, Default]] = {
-        "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
         "data.max_length": Default(
             "of prompt and answer, in tokens: 1024 or the base's shorter window; cut at the end"
         ),
-        "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
         "batch.order": Default("shuffled; length_grouped pads less"),
+    }
+
+
+class _PairsSpec(_AnswersSpec):
+    """Learns from pairs of a chosen and a rejected answer."""
+
+    formats: ClassVar[frozenset[str]] = frozenset({"preference"})
+    metrics: ClassVar[Mapping[str, str]] = REWARDS
+    shown: ClassVar[Mapping[str, str]] = _SHOWN
+    defaults: ClassVar[Mapping[str, Default]] = {
+        **_AnswersSpec.defaults,
+        "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
+        "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
     }
 
 
@@ -173,7 +181,7 @@ class SimpoSpec(_PairsSpec):
 _MOST_DESIRABLE = 1.34
 
 
-class KtoSpec(_ObjectiveSpec):
+class KtoSpec(_AnswersSpec):
     """Kahneman-Tversky Optimization (Ethayarajh et al., 2024): learns from answers that are each desirable or not. An
     answer's reward counts from the KL divergence to the reference, which is what training goes on from. Fields have
     the names of TRL's KTOConfig.
@@ -183,8 +191,6 @@ class KtoSpec(_ObjectiveSpec):
     """
 
     formats: ClassVar[frozenset[str]] = frozenset({"unpaired_preference"})
-    compares_answers: ClassVar[bool] = True
-    sequences_per_row: ClassVar[int] = 2
     extra_forwards: ClassVar[int] = 1
     has_reference: ClassVar[bool] = True
     metrics: ClassVar[Mapping[str, str]] = {
@@ -193,6 +199,7 @@ class KtoSpec(_ObjectiveSpec):
     }
     shown: ClassVar[Mapping[str, str]] = {"rewards/margins": "margin", "kl": "KL"}
     defaults: ClassVar[Mapping[str, Default]] = {
+        **_AnswersSpec.defaults,
         "objective.type": Default("answers that are each good or bad, without pairs", "kto"),
         "objective.beta": Default("the paper's; higher stays nearer to the base"),
         "objective.desirable_weight": Default(
@@ -200,11 +207,7 @@ class KtoSpec(_ObjectiveSpec):
         ),
         "objective.undesirable_weight": Default("likewise, where undesirable rows are few"),
         "data.train": Default("files, folders or globs with `prompt`, `completion` and `label`, true or false"),
-        "data.max_length": Default(
-            "of prompt and answer, in tokens: 1024 or the base's shorter window; cut at the end"
-        ),
         "batch.rows": Default("of a worker at once; a step's rows together estimate the KL divergence", 8),
-        "batch.order": Default("shuffled; length_grouped pads less"),
     }
 
     type: Literal["kto"] = "kto"

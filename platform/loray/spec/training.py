@@ -105,10 +105,11 @@ class DataSource(Frozen):
 SourcePath = Annotated[str, Field(min_length=1)]
 Paths = Annotated[tuple[SourcePath, ...], Field(min_length=1)]
 Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
+DataFormat = Literal["chat", "sharegpt", "prompt_completion", "alpaca", "text", "preference", "unpaired_preference"]
 
 
 class ColumnNames(Frozen):
-    """What the columns of files are called, where it is not as here: `{prompt: question, completion: answer}`.
+    """Columns of files have these names where they are not called as here: `{prompt: question, completion: answer}`.
 
     A file that has no column of such a name is read by the name here.
     """
@@ -150,17 +151,7 @@ class DataSpec(Frozen):
     train: SourcePath | Mixture
     eval: SourcePath | Paths | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal[
-        "auto",
-        "raw",
-        "chat",
-        "sharegpt",
-        "prompt_completion",
-        "alpaca",
-        "text",
-        "preference",
-        "unpaired_preference",
-    ] = "auto"
+    format: Literal["auto", "raw", DataFormat] = "auto"
     columns: ColumnNames | None = None
     system: str | None = Field(default=None, min_length=1)
     max_length: int | None = Field(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
+from loray.planning.devices import loss_chunks
 
 LEAST_REST = 2.0**-20  # of a teacher's probability: fp32 sums of K tokens do not tell less from 0
 _LEAST_LOG_REST = -60.0  # of the student's, where a gradient divides by it
@@ -22,6 +22,13 @@ class Mixed(NamedTuple):
     losses_N: Tensor
     divergences_N: Tensor
     cross_entropies_N: Tensor
+
+
+def needs_gradient(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Tell whether a loss is differentiated. Raises ValueError where the output head `weight_VD` is trained."""
+    if weight_VD.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the output head is trained, but this loss holds it frozen")
+    return hidden_ND.requires_grad and torch.is_grad_enabled()
 
 
 class _Divergence(torch.autograd.Function):
@@ -58,10 +65,7 @@ class _Divergence(torch.autograd.Function):
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         kl_N, ce_N = (hidden_ND.new_empty(len(labels_N), dtype=exact) for _ in range(2))
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
-        elements = LOSS_CHUNK_ON_CPU if hidden_ND.device.type == "cpu" else LOSS_CHUNK
-        rows = max(1, elements // weight_VD.shape[0])
-        for start in range(0, hidden_ND.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in loss_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
             labels_C1, ids_CK, log_p_CK = labels_N[part, None], ids_NK[part], log_probs_NK[part].to(exact)
             logits_CV = (hidden_ND[part] @ weight_VD.T).to(exact)
             normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
@@ -112,8 +116,8 @@ def divergence(
     is_reverse: bool,
 ) -> Mixed:
     """Compute the losses of N labels beside a teacher's log-probabilities of K different tokens at each, K < V.
-    Differentiable in `hidden_ND` only.
+    Differentiable in `hidden_ND` only. Raises as `needs_gradient`.
     """
-    with_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
+    with_grad = needs_gradient(hidden_ND, weight_VD)
     arguments = (hidden_ND, weight_VD, labels_N, ids_NK.long(), log_probs_NK, weight, is_reverse, with_grad)
     return Mixed(*_Divergence.apply(*arguments))  # type: ignore[no-untyped-call]

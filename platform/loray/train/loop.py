@@ -8,6 +8,7 @@ ranks. All ranks make the same reporter calls.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -212,8 +213,12 @@ class _Run:
         spec, teaching = self.spec, self.spec.objective.teaching
         assert teaching is not None
         named = [teacher.fingerprint, spec.chosen_dtype]
-        lessons = lessons_of(spec, self.data, named, teaching.num_top, self.base.config.vocab_size)
-        self.world.gather(None)  # all have seen what is missing before one adds to it
+        num_tokens = self.base.config.vocab_size
+        lessons = lessons_of(spec, self.data, named, teaching.num_top, num_tokens, stream=self.stream)
+        # Rank 0 says what is missing: another run may keep a block between two ranks' looks.
+        first, *_ = self.world.gather(json.dumps([part.missing for part in lessons]))
+        for part, missing in zip(lessons, json.loads(first or "[]"), strict=True):
+            part.missing = missing
         if any(part.missing for part in lessons):
             asked = BaseTeacher(teacher, spec.chosen_dtype, self.device, teaching.num_top)
             answers = partial(map, asked.top)
@@ -245,10 +250,11 @@ class _Run:
         self._report({"event": "progress", "stage": _REFERENCE, "done": 0, "total": total})
         compute = self.strategy.objective
         compute.eval()  # DeepSpeed's returns nothing
+        score = _score_with(compute, self.mesh)
         attentions: list[AbstractContextManager[object]] = [nullcontext(), dense(self.model, self.mesh.sequence)]
         for reference, attention in zip(self.references, attentions, strict=True):
             with attention:
-                for num_pairs in reference.compute(compute):
+                for num_pairs in reference.compute(score):
                     done += num_pairs
                     eta_s = (time.perf_counter() - began) / done * (total - done + steps)
                     told = {"stage": _REFERENCE, "done": done, "total": total, "eta_s": eta_s}

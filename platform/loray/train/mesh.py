@@ -38,7 +38,8 @@ class World:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(packed)
-        return [float(v) for v in packed]
+        found: list[float] = packed.tolist()
+        return found
 
     def share_out(self, function: Callable[[int], int], num: int, *, device: torch.device) -> list[int]:
         """Compute a function of 0 to num − 1, each on one rank."""

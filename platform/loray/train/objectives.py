@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
+from loray.planning.devices import loss_chunks
 from loray.spec import DistillSpec, DpoSpec, KtoSpec, ObjectiveSpec, ObjectiveType, OrpoSpec, SimpoSpec, TrainSpec
 from loray.train.data.batches import IGNORED, TrainBatch
-from loray.train.divergence import divergence
+from loray.train.divergence import divergence, needs_gradient
 from loray.train.sequence import group_size, sum_over_group
 
 Score = Callable[[TrainBatch], Tensor]
@@ -37,10 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         losses_N = hidden_ND.new_empty(len(labels_N), dtype=exact)
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
-        elements = LOSS_CHUNK_ON_CPU if hidden_ND.device.type == "cpu" else LOSS_CHUNK
-        rows = max(1, elements // weight_VD.shape[0])
-        for start in range(0, hidden_ND.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in loss_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
             labels_C1 = labels_N[part, None]
             logits_CV = (hidden_ND[part] @ weight_VD.T).to(exact)
             normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
@@ -64,9 +61,7 @@ def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Ten
 
     Raises ValueError where `weight_VD` is trained.
     """
-    if weight_VD.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the output head is trained, but this loss holds it frozen")
-    with_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
+    with_grad = needs_gradient(hidden_ND, weight_VD)
     losses_N: Tensor = _CrossEntropy.apply(hidden_ND, weight_VD, labels_N, with_grad)  # type: ignore[no-untyped-call]
     return losses_N
 
@@ -148,7 +143,7 @@ class PreferenceObjective(Objective):
         self._spec = spec
 
     def counts(self, batch: TrainBatch, score: Score) -> Mapping[str, float]:
-        return {"pairs": batch.num_pairs or 0}
+        return {"pairs": batch.num_pairs}
 
     def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
         policy_B, num_targets_B = log_probs(self.model, batch)
@@ -172,7 +167,7 @@ class OddsRatioObjective(Objective):
         self._beta = spec.beta
 
     def counts(self, batch: TrainBatch, score: Score) -> Mapping[str, float]:
-        return {"pairs": batch.num_pairs or 0, "tokens": int((self._chosen(batch) != IGNORED).sum())}
+        return {"pairs": batch.num_pairs, "chosen": int((self._chosen(batch) != IGNORED).sum())}
 
     def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
         answers_BT = batch.labels_BT != IGNORED
@@ -186,7 +181,7 @@ class OddsRatioObjective(Objective):
         divisor = totals["pairs"] * group_size()
         log_odds_P = log_odds(means_B)
         ratios_P = F.logsigmoid(log_odds_P)
-        nll = losses_BT[: len(chosen_PT)].sum().double() / totals["tokens"]  # of this rank's part of the rows
+        nll = losses_BT[: len(chosen_PT)].sum().double() / totals["chosen"]  # of this rank's part of the rows
         of_pairs = summed([ratios_P, log_odds_P], has_labels_P) / divisor
         rewards = reward_sums(means_B.detach(), has_labels_P, self._beta) / divisor
         self._parts.append(torch.cat([rewards, nll.detach()[None], of_pairs.detach()]))
@@ -210,7 +205,7 @@ class MarginObjective(Objective):
 
     def counts(self, batch: TrainBatch, score: Score) -> Mapping[str, float]:
         chosen_PT = batch.labels_BT[: len(batch.labels_BT) // 2]
-        return {"pairs": batch.num_pairs or 0, "targets": int((chosen_PT != IGNORED).sum())}
+        return {"pairs": batch.num_pairs, "targets": int((chosen_PT != IGNORED).sum())}
 
     def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
         spec = self._spec

@@ -16,13 +16,13 @@ from contextlib import suppress
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from loray.errors import TrainingError
 from loray.train.data.batches import MicroBatch, RowSource, TrainBatch, collate_pairs
 from loray.train.data.kept import Block, blocks_of, key_of, rows_of
 from loray.train.data.shards import FolderCache
 from loray.train.mesh import Mesh
+from loray.train.objectives import Score
 
 LogProbs = NDArray[np.float32]
 
@@ -59,9 +59,9 @@ class Reference:
         """Give a batch of these rows its reference."""
         return batch._replace(reference_B=torch.from_numpy(self._log_probs_R[rows_of(batch.rows)]))
 
-    def compute(self, objective: nn.Module) -> Iterator[int]:
-        """Compute what is missing with a strategy's `objective`, which gives the log-probabilities of a batch without a
-        reference. Yields the number of pairs of each block when it is kept.
+    def compute(self, score: Score) -> Iterator[int]:
+        """Compute what is missing with `score`, which gives the log-probabilities of a batch's rows. Yields the number
+        of pairs of each block when it is kept.
 
         Raises TrainingError where one is not finite.
         """
@@ -71,8 +71,7 @@ class Reference:
             for first in range(0, len(block), mesh.data_size):
                 mine = first + mesh.data_rank
                 batch = collate_pairs(self._rows, block[min(mine, len(block) - 1)])
-                with torch.no_grad(), mesh.part(batch) as part:
-                    found: list[float] = objective(part, {}).tolist()
+                found: list[float] = score(batch).tolist()
                 for other in range(first, min(first + mesh.data_size, len(block))):
                     is_ours = other == mine and mesh.sequence.rank == 0
                     values += found if is_ours else [0.0] * (2 * len(block[other]))
@@ -105,7 +104,7 @@ class Reference:
         return None
 
     def _key(self, block: Block) -> str:
-        return key_of(block, self._rows, _sequences(block), self._named)
+        return key_of(block, map(self._rows.row, _sequences(block)), self._named)
 
 
 def _sequences(block: Block) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from loray.bases.registry import BaseModel
-from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
+from loray.planning.devices import loss_chunks
 from loray.spec import DType
 from loray.train.data.lessons import TOP, Top
 from loray.train.model import load_model
@@ -27,15 +27,10 @@ class BaseTeacher:
         input_ids_1T = torch.from_numpy(ids[None, :-1].astype(np.int64)).to(self._device)
         hidden_TD = self._model.base_model(input_ids=input_ids_1T, use_cache=False).last_hidden_state[0]
         head_VD = self._model.get_output_embeddings().weight
-        elements = LOSS_CHUNK_ON_CPU if self._device.type == "cpu" else LOSS_CHUNK
         found: Top = np.empty((len(hidden_TD), self._num_top), TOP)
-        for part_CD, part in zip(
-            hidden_TD.split(rows := max(1, elements // len(head_VD))),
-            (found[start : start + rows] for start in range(0, len(found), rows)),
-            strict=True,
-        ):
-            logits_CV = (part_CD @ head_VD.T).float()
+        for part in loss_chunks(len(hidden_TD), len(head_VD), self._device.type):
+            logits_CV = (hidden_TD[part] @ head_VD.T).float()
             best = logits_CV.topk(self._num_top)
-            part["id"] = best.indices.cpu().numpy()
-            part["log_prob"] = (best.values - logits_CV.logsumexp(1, keepdim=True)).cpu().numpy()
+            found["id"][part] = best.indices.cpu().numpy()
+            found["log_prob"][part] = (best.values - logits_CV.logsumexp(1, keepdim=True)).cpu().numpy()
         return found

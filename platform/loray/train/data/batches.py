@@ -60,10 +60,6 @@ class TokenizedRows:
     def let_go(self) -> None:
         """Give nothing back: there are no files."""
 
-    def select(self, indices: NDArray[np.int64]) -> TokenizedRows:
-        """Select rows, without a copy of the tokens."""
-        return TokenizedRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
-
 
 def pack_rows(rows: Sequence[tuple[Any, Any]], desirable: NDArray[np.bool_] | None = None) -> TokenizedRows:
     """Make TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
@@ -399,7 +395,7 @@ class TrainBatch(NamedTuple):
     position_ids_BT: Tensor | None
     num_tokens: int
     num_targets: int
-    num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
+    num_pairs: int = 0  # of answers: first the rows of all chosen ones, then those of the rejected ones
     rows: MicroBatch = ()
     reference_B: Tensor | None = None
     following_BT: Tensor | None = None
@@ -408,7 +404,7 @@ class TrainBatch(NamedTuple):
     teacher_log_probs_BTK: Tensor | None = None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What a transformers model takes, which finds packing by positions, and only where there is no mask."""
+        """Make what a transformers model takes, which finds packing by positions, and only where there is no mask."""
         inputs = {"input_ids": self.input_ids_BT.to(device)}
         if self.position_ids_BT is not None:
             inputs["position_ids"] = self.position_ids_BT.to(device)
@@ -541,9 +537,6 @@ class BatchStream:
 
 
 def _without_labels(batch: TrainBatch) -> TrainBatch:
-    num_pairs = None if batch.num_pairs is None else 0
     labels_BT = torch.full_like(batch.labels_BT, IGNORED)
     following_BT = None if batch.following_BT is None else labels_BT
-    return batch._replace(
-        labels_BT=labels_BT, following_BT=following_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs
-    )
+    return batch._replace(labels_BT=labels_BT, following_BT=following_BT, num_tokens=0, num_targets=0, num_pairs=0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.train.data.known import cut_known
-from loray.train.data.read import BadRow, Content, FilePart, RowFile, place, read_parts
+from loray.train.data.read import BadRow, Content, FilePart, RowFile, located, read_parts
 from loray.train.data.shards import FolderCache, ShardIndex, Tokens
 from loray.train.data.tokenize import Tokenisation
 
@@ -48,11 +48,6 @@ def run_here(tokenisation: Tokenisation, cache: FolderCache, tasks: Iterator[Tas
             cache.put(task.key, tokenisation.shard(task.content))
         except BadRow as e:
             raise located(e, task.part) from e
-
-
-def located(error: BadRow, part: FilePart) -> DataError:
-    """Say where the row is."""
-    return DataError(f"{place(part, error.index)}: {error.reason}")
 
 
 class TemporaryCache(FolderCache):

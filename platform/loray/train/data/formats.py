@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from loray.errors import DataError
-from loray.spec import OBJECTIVES, DataSpec
+from loray.spec import OBJECTIVES, ColumnNames, DataFormat, DataSpec
 
-DataFormat = Literal["chat", "sharegpt", "prompt_completion", "alpaca", "text", "preference", "unpaired_preference"]
 Formats = frozenset[str]  # those that an objective learns from
 Message = dict[str, Any]
 Record = Mapping[str, Any]
@@ -37,7 +36,7 @@ class Turns(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """What rows of a format are.
+    """A format says what its rows are.
 
     columns       those that every row has, by which the format is known
     optional      those that are read where a row has them
@@ -207,7 +206,7 @@ def fitting_formats(names: Sequence[str], spec: DataSpec, formats: Formats) -> l
     return [
         name
         for name, format in FORMATS.items()
-        if name in formats and all(_named(column, names, spec) in names for column in format.columns)
+        if name in formats and all(file_column(column, names, spec.columns) in names for column in format.columns)
     ]
 
 
@@ -244,13 +243,14 @@ _EXPECTED_COLUMNS = "; data.columns says what yours are called, as {prompt: ques
 
 def columns_of(format: DataFormat, names: Sequence[str], spec: DataSpec, *, are_all: bool) -> tuple[Column, ...]:
     """List the columns that rows of a format are read from. `names`: those of all rows, or else of the first."""
-    found = [(name, _named(name, names, spec)) for name in (*FORMATS[format].columns, *FORMATS[format].optional)]
+    known = (*FORMATS[format].columns, *FORMATS[format].optional)
+    found = [(name, file_column(name, names, spec.columns)) for name in known]
     return tuple(column for column in found if not are_all or column[1] in names)
 
 
-def _named(name: str, names: Sequence[str], spec: DataSpec) -> str:
-    """The files' name of a column: that of `data.columns`, or the one here where a file has only that."""
-    other = name if spec.columns is None else spec.columns.of(name)
+def file_column(name: str, names: Sequence[str], columns: ColumnNames | None) -> str:
+    """Return a file's name of a column: that of `columns`, or the one here where a file has only that."""
+    other = name if columns is None else columns.of(name)
     return name if other not in names and name in names else other
 
 

@@ -12,13 +12,15 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from loray.train.data.batches import MicroBatch, RowSource
+from loray.train.data.batches import MicroBatch
 
 _FORM = 1  # of what is kept
 _AT_ONCE = 16  # micro-batches of a block: a killed run loses no more
 
 Block = Sequence[MicroBatch]
+Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token ids, and which of them are learned
 
 
 def blocks_of(planned: Iterable[MicroBatch], num_rows: int) -> list[Block]:
@@ -32,14 +34,13 @@ def rows_of(batch: MicroBatch) -> list[int]:
     return [number for row in batch for number in row]
 
 
-def key_of(block: Block, rows: RowSource, numbers: Iterable[int], named: Sequence[object]) -> str:
+def key_of(block: Block, rows: Iterable[Row], named: Sequence[object]) -> str:
     """Name what is kept of a block: of these rows of tokens, in the block's micro-batches, and of all that is `named`,
     as JSON.
     """
     shapes = [[len(row) for row in batch] for batch in block]
     digest = hashlib.sha256(json.dumps([_FORM, named, shapes]).encode())
-    for number in numbers:
-        ids, targets = rows.row(number)
+    for ids, targets in rows:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes() + targets.tobytes())
     return digest.hexdigest()
 

@@ -8,7 +8,6 @@ Shapes: T tokens of a row, N targets, K likeliest tokens; B rows of a batch.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError, SpecError, StoreError
 from loray.spec import TrainSpec
-from loray.train.data.batches import IGNORED, MicroBatch, RowSource, TrainBatch, plan_evaluation
+from loray.train.data.batches import IGNORED, BatchStream, MicroBatch, RowSource, TrainBatch, plan_evaluation
 from loray.train.data.kept import Block, blocks_of, key_of, rows_of
-from loray.train.data.shards import TOKENS, FolderCache
+from loray.train.data.shards import FolderCache
 
 if TYPE_CHECKING:  # which has them
     from loray.train.data.rows import Dataset
@@ -68,13 +67,13 @@ class Lessons:
         self.missing: list[int] = []
         self._blocks = [_numbers(block) for block in blocks]
         for i, (block, numbers) in enumerate(zip(blocks, self._blocks, strict=True)):
-            at = 0
-            for number in numbers:
-                num_targets = int(rows.row(number)[1][1:].sum())
+            at, read = 0, [rows.row(number) for number in numbers]
+            for number, (_, targets) in zip(numbers, read, strict=True):
+                num_targets = int(targets[1:].sum())
                 if self._block_R[number] < 0:
                     self._block_R[number], self._start_R[number], self._stop_R[number] = i, at, at + num_targets
                 at += num_targets
-            self._keys.append(key_of(block, rows, numbers, [num_top, *named]))
+            self._keys.append(key_of(block, read, [num_top, *named]))
             self._ends.append(at)
             if not self._is_kept(i):
                 self.missing.append(i)
@@ -85,14 +84,13 @@ class Lessons:
     def ask(self, rows: RowSource, blocks: Sequence[int], answers: Answers) -> Iterator[int]:
         """Keep what a teacher says of blocks. Yields the number of rows of each. Raises DataError for other tokens."""
         for i in blocks:
-            given = answers(rows.row(number)[0] for number in self._blocks[i])
-            found = [top[rows.row(number)[1][1:]] for number, top in zip(self._blocks[i], given, strict=True)]
+            read = [rows.row(number) for number in self._blocks[i]]
+            given = answers(ids for ids, _ in read)
+            found = [top[targets[1:]] for (_, targets), top in zip(read, given, strict=True)]
             whole: Top = np.concatenate(found)
             if len(whole) and whole["id"].max() >= self._num_tokens:
                 raise DataError("the teacher knows tokens that the base does not have: it must have the same tokenizer")
-            file = io.BytesIO()
-            np.save(file, whole, allow_pickle=False)
-            self._cache.write(self._keys[i], TOKENS, file.getvalue())
+            self._cache.save(self._keys[i], whole)
             yield len(self._blocks[i])
 
     def joined(self, batch: TrainBatch) -> TrainBatch:
@@ -117,15 +115,22 @@ class Lessons:
 
 
 def lessons_of(
-    spec: TrainSpec, data: Dataset, named: Sequence[object], num_top: int, num_tokens: int
+    spec: TrainSpec,
+    data: Dataset,
+    named: Sequence[object],
+    num_top: int,
+    num_tokens: int,
+    *,
+    stream: BatchStream | None = None,
 ) -> tuple[Lessons, Lessons]:
-    """Make those of a run's training rows, as far as its steps meet them, and of its held-out rows.
+    """Make those of a run's training rows, as far as its steps meet them, and of its held-out rows. `stream`: the run's
+    own, where there is one.
 
     Raises SpecError where the vocabulary has no tokens beside a teacher's `num_top`.
     """
     if num_top >= num_tokens:
         raise SpecError(f"objective.top_k is {num_top}, and the base has {num_tokens} tokens: lower it")
-    stream, rows = data.stream(spec), data.evaluation
+    stream, rows = stream or data.stream(spec), data.evaluation
     trained, measured = stream.planned(stream.steps_of(spec)), plan_evaluation(rows.lengths, spec.batch)
     of_tokens = {"num_top": num_top, "num_tokens": num_tokens}
     return (

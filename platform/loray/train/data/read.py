@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +27,8 @@ import pyarrow.parquet as papq
 
 from loray.errors import DataError
 from loray.recipes.sources import ARROW, SourceFiles, without_options
-from loray.spec import DataSpec, SftSpec
-from loray.train.data.formats import FORMATS, Column, DataFormat, Formats, columns_of, detect
+from loray.spec import DataFormat, DataSpec, SftSpec
+from loray.train.data.formats import FORMATS, Column, Formats, columns_of, detect
 
 FileKind = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _CSV = (".csv", ".tsv")
@@ -106,7 +107,7 @@ def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str
         try:
             records += [record for _, record in records_of(content)]
         except BadRow as e:
-            raise DataError(f"{place(part, e.index)}: {e.reason}") from e
+            raise located(e, part) from e
     return records
 
 
@@ -313,6 +314,11 @@ def place(part: FilePart, index: int) -> str:
     return f"{source}, line {before + index + 1}"
 
 
+def located(error: BadRow, part: FilePart) -> DataError:
+    """Say where the row is."""
+    return DataError(f"{place(part, error.index)}: {error.reason}")
+
+
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +365,8 @@ def _first_rows(block: bytes, count: int, header: bytes) -> tuple[bytes, int]:
     """
     lines, taken, rows = block.split(b"\n"), list[bytes](), 0
     if header:
-        ends = [end - header.count(b"\n") for _, end, _ in _rows_of_csv(header + block)][1 : count + 1]
+        given = islice(_rows_of_csv(header + block), 1, count + 1)
+        ends = [end - header.count(b"\n") for _, end, _ in given]
         return (b"\n".join([*lines[: ends[-1]], b""]) if ends else b""), len(ends)
     for line in lines:
         if rows == count:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
-from loray.spec import DataSpec, SftSpec, TrainSpec
+from loray.spec import DataFormat, DataSpec, SftSpec, TrainSpec
 from loray.train.data.batches import (
     FIRST,
     BatchStream,
@@ -35,7 +35,7 @@ from loray.train.data.batches import (
     pair_lengths,
 )
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, ShardTokens, TemporaryCache, load_corpus, run_here
-from loray.train.data.formats import FORMATS, DataFormat, Formats
+from loray.train.data.formats import FORMATS, Formats
 from loray.train.data.known import open_known
 from loray.train.data.lessons import Lessons
 from loray.train.data.read import RowFile

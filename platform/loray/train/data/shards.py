@@ -115,11 +115,12 @@ class FolderCache:
 
     def tokens(self, key: str) -> Tokens:
         """Map the tokens of a shard from a file of this machine."""
-        found: Tokens = np.load(self.path(key, TOKENS), mmap_mode="r", allow_pickle=False)
+        with _PARSING:
+            found: Tokens = np.load(self.path(key, TOKENS), mmap_mode="r", allow_pickle=False)
         return found
 
     def put(self, key: str, shard: TokenShard) -> None:
-        self._save(key, shard.tokens_N)
+        self.save(key, shard.tokens_N)
         self.write(key, INDEX, shard.index.to_bytes())
 
     def put_column(self, numbers: NDArray[np.int64]) -> str:
@@ -128,7 +129,7 @@ class FolderCache:
         with suppress(OSError, StoreError, ValueError, EOFError):
             if self.note(key) is not None and len(self.column(key)) == len(numbers):
                 return key
-        self._save(key, numbers)
+        self.save(key, numbers)
         self.keep(key, b"")  # last, so that a column with a note is whole, and everywhere
         return key
 
@@ -140,7 +141,8 @@ class FolderCache:
             raise StoreError(f"{e.filename} was removed while a run reads it; start the run again") from None
         return found
 
-    def _save(self, key: str, numbers: NDArray[np.integer[Any]]) -> None:
+    def save(self, key: str, numbers: NDArray[Any]) -> None:
+        """Write an array, which `tokens` maps."""
         file = io.BytesIO()
         np.save(file, numbers, allow_pickle=False)
         self.write(key, TOKENS, file.getvalue())

@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from multiprocessing import get_context
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSource, DataSpec, SftSpec
-from loray.train.data.corpus import located
+from loray.telemetry import Progress
 from loray.train.data.formats import FORMATS, Formats, fitting_formats
-from loray.train.data.read import BadRow, Content, FilePart, cut, place, read_head, read_parts, records_of, rows_of
+from loray.train.data.read import (
+    BadRow,
+    Content,
+    FilePart,
+    cut,
+    located,
+    place,
+    read_head,
+    read_parts,
+    records_of,
+    rows_of,
+)
 from loray.train.data.rows import Cut, held_out_documents, num_held_out
 from loray.train.data.tokenize import Tokenisation
 
@@ -30,8 +42,8 @@ _SAMPLE_ROWS, _SAMPLE_BYTES = 4000, 16 << 20  # that are tokenised, of all data
 _FEW_PARTS = 3  # which this process reads itself: others take longer to start
 _MOST_SHOWN = 3  # duplicates
 
-Progress = Callable[[str, float], None]
 _Hashes = NDArray[np.uint64]
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -62,6 +74,7 @@ class Survey(NamedTuple):
     duplicates      the most frequent of them
     num_held_out    rows, of which `num_in_both` stand in the training rows too
     shown           the first rows: the sequences of each in pieces
+    are_pairs       those of a row are a chosen and a rejected answer, else the answers of a chat
     """
 
     rendering: str
@@ -76,6 +89,7 @@ class Survey(NamedTuple):
     num_held_out: int
     num_in_both: int
     shown: tuple[tuple[tuple[Piece, ...], ...], ...]
+    are_pairs: bool
 
 
 class _Scan(NamedTuple):
@@ -96,14 +110,17 @@ def survey(
     max_length: int,
     seed: int,
     formats: Formats = SftSpec.formats,
+    invocation: Sequence[int] | None = None,
     num_shown: int = 3,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
     progress: Progress = lambda step, share: None,
 ) -> Survey:
     """Look at `spec.train` (and `spec.eval`), as `load_data` would read them. Rows of none of the `formats` are read as
-    what they are. Raises DataError.
+    what they are. `invocation`: the tokens of aLoRA's. Raises DataError.
     """
-    tokenisation = Tokenisation(tokenizer, joined=False, raw=spec.format == "raw", system=spec.system)
+    tokenisation = Tokenisation(
+        tokenizer, joined=False, raw=spec.format == "raw", system=spec.system, invocation=invocation
+    )
     train, held_out = (
         _parts(sources, max_rows, spec, tokenisation, formats, fetched)
         for sources, max_rows in ((spec.train_sources, spec.max_rows), (spec.eval_sources, None))
@@ -113,7 +130,7 @@ def survey(
     mine, others = scans[: len(train)], scans[len(train) :]
     hashes_R = np.concatenate([scan.hashes_R for scan in mine])
     lengths_R, num_sampled = _lengths(mine)
-    is_text = all(FORMATS[part.file.format].turns is None for part in train)
+    is_text = invocation is None and all(FORMATS[part.file.format].turns is None for part in train)
     held_R, trained_R = _split(hashes_R, [scan.hashes_R for scan in others], spec, seed)
     num_tokens = sum(scan.num_tokens for scan in mine)
     firsts, counts = np.unique(hashes_R, return_index=True, return_counts=True)[1:]
@@ -130,6 +147,7 @@ def survey(
         num_held_out=len(held_R),
         num_in_both=int(np.isin(held_R, trained_R).sum()),
         shown=tuple(_shown(train[0], tokenisation, tokenizer, num_shown, max_length)),
+        are_pairs=FORMATS[train[0].file.format].is_pair,
     )
 
 
@@ -172,31 +190,31 @@ def _scans(parts: list[FilePart], tokenisation: Tokenisation, total: int, progre
                 yield from read_parts(parts[start:i])
                 start = i
 
-    each = len(parts)
-    num_processes = len(os.sched_getaffinity(0))
+    def begun() -> Iterator[tuple[FilePart, Callable[[], _Scan]]]:
+        """Yield each part with what scans it, or waits until that is done."""
+        each, num_processes = len(parts), len(os.sched_getaffinity(0))
+        if each <= _FEW_PARTS or num_processes == 1:
+            for part, content in contents():
+                yield part, partial(_scan, content, tokenisation, each)
+            return
+        waiting: deque[tuple[FilePart, Callable[[], _Scan]]] = deque()
+        with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin, (tokenisation, each)) as pool:
+            for part, content in contents():
+                waiting.append((part, pool.submit(_scan_there, content).result))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft()
+            yield from waiting
+
     done = 0
-    if each <= _FEW_PARTS or num_processes == 1:
-        for part, content in contents():
-            yield _located(part, lambda content=content: _scan(content, tokenisation, each))  # type: ignore[misc]
-            done += _size(part)
-            progress("reading", done / total)
-        return
-    waiting: deque[tuple[FilePart, Future[_Scan]]] = deque()
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin, (tokenisation, each)) as pool:
-        for part, content in contents():
-            waiting.append((part, pool.submit(_scan_there, content)))
-            if len(waiting) > 2 * num_processes:
-                first, future = waiting.popleft()
-                yield _located(first, future.result)
-                done += _size(first)
-                progress("reading", done / total)
-        for part, future in waiting:
-            yield _located(part, future.result)
+    for part, scan in begun():
+        yield _located(part, scan)
+        done += _size(part)
+        progress("reading", done / total)
 
 
-def _located(part: FilePart, found: Callable[[], _Scan]) -> _Scan:
+def _located(part: FilePart, make: Callable[[], T]) -> T:
     try:
-        return found()
+        return make()
     except BadRow as e:
         raise located(e, part) from e
 
@@ -274,7 +292,7 @@ def _shown(
 ) -> Iterator[tuple[tuple[Piece, ...], ...]]:
     ((_, content),) = read_parts([part])
     for record in records_of(content)[:count]:
-        shard = tokenisation.tokenised(content.format, [record])
+        shard = _located(part, partial(tokenisation.tokenised, content.format, [record]))
         ends = np.cumsum(shard.index.lengths_E)
         mask = shard.index.mask()
         yield tuple(

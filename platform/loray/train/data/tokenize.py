@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,11 +26,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data.formats import FORMATS, Chat, DataFormat, chats, text_of
+from loray.spec import DataFormat
+from loray.train.data.formats import FORMATS, Chat, Message, chats, text_of
 from loray.train.data.read import BadRow, Content, FilePart, records_of
 from loray.train.data.shards import ShardIndex, TokenShard
 
-Message = Mapping[str, Any]
 _PROBE = "\ue000"  # of the private use area: stands for an answer, to see what a template writes around it
 _FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
@@ -143,7 +143,6 @@ class Tokenisation:
     system      the system prompt of chats without one
     invocation  tokens from whose last occurrence in an example on it is learned, which every example must have; each
                 answer of a chat is then an example of its own, since a server invokes the adapter for each
-    is_raw      they go through none
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class Tokenisation:
         check_tokenizer(tokenizer)
         self._tokenizer, self._joined, self._system = tokenizer, joined, system
         self._invocation = None if invocation is None else np.asarray(invocation)
-        self.is_raw = raw or not tokenizer.chat_template
+        self._is_raw = raw or not tokenizer.chat_template
         self._why_raw = "data.format is raw" if raw else "the base has no chat template"
         self._dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
         self._digest = _digest_of(tokenizer)
@@ -166,7 +165,7 @@ class Tokenisation:
 
     def check_format(self, name: object, format: DataFormat) -> None:
         """Raise DataError for rows that need a template where there is none."""
-        if not self.is_raw or FORMATS[format].turns is None:
+        if not self._is_raw or FORMATS[format].turns is None:
             return
         if FORMATS[format].texts is None:
             raise DataError(f"{name} holds chats, but {self._why_raw}; use prompt/completion")
@@ -179,12 +178,12 @@ class Tokenisation:
         if not named:
             return "texts as they stand"
         rows = f"{' and '.join(named)} rows"
-        return f"{rows} as they stand ({self._why_raw})" if self.is_raw else f"{rows} through the base's chat template"
+        return f"{rows} as they stand ({self._why_raw})" if self._is_raw else f"{rows} through the base's chat template"
 
     def key(self, part: FilePart) -> str:
         """Name the part's shard by all that its tokens depend on."""
         format, is_text = part.file.format, FORMATS[part.file.format].turns is None
-        how = self._joined if is_text else [self.is_raw, self._system]
+        how = self._joined if is_text else [self._is_raw, self._system]
         named = [_FORM, part.digest, format, part.file.columns, how, self._digest]
         if self._invocation is not None:
             named.append(self._invocation.tolist())
@@ -244,7 +243,7 @@ class Tokenisation:
         equal.
         """
         is_text = FORMATS[format].turns is None
-        make = self._texts if is_text else self._raw if self.is_raw else self._chats
+        make = self._texts if is_text else self._raw if self._is_raw else self._chats
         for start in range(0, len(records), _TEXTS_AT_ONCE):
             examples = make(format, records[start : start + _TEXTS_AT_ONCE], start)
             if not FORMATS[format].is_pair:

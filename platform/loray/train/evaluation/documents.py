@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.recipes.sources import Copy, find_files, without_options
-from loray.spec import PERPLEXITY, EvaluationSpec, Subject
+from loray.recipes.sources import Copy, SourceFiles, find_files, without_options
+from loray.spec import PERPLEXITY, ColumnNames, EvaluationSpec, Subject
 from loray.train.data.batches import TokenizedRows
-from loray.train.data.read import read_columns, read_text
+from loray.train.data.formats import file_column
+from loray.train.data.read import read_columns, read_head, read_text
 from loray.train.data.tokenize import check_tokenizer, prompt_ids
 
 _TEXT = "text"
@@ -48,10 +49,11 @@ def read_documents(
     *,
     where: Mapping[str, str] = MappingProxyType({}),
     max_tokens: int | None = None,
+    columns: ColumnNames | None = None,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
 ) -> Documents:
-    """Read the documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a
-    column `text`; a `.txt` file is one document.
+    """Read the documents of one source or several, as a recipe names them: JSONL, JSON arrays, CSV, Parquet or saved
+    data sets with a column `text`, or what `columns` call it; a `.txt` file is one document.
 
     where       only rows whose columns have these values
     max_tokens  number of tokens to keep, from the beginning; None: all
@@ -60,7 +62,7 @@ def read_documents(
     """
     named = [sources] if isinstance(sources, str) else list(sources)
     files = [file for source in named for file in find_files(source, fetched.get(source))]
-    texts = [text for file in files for text in _texts(file.name, Path(file.fetched()), where)]
+    texts = [text for file in files for text in _texts(file, where, columns)]
     if not texts:
         rule = " and ".join(f"{column}={value}" for column, value in where.items())
         raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))
@@ -122,16 +124,18 @@ def stage_tokens(subjects: Iterable[Subject], spec: EvaluationSpec, documents: D
     return found
 
 
-def _texts(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
+def _texts(file: SourceFiles, where: Mapping[str, str], columns: ColumnNames | None) -> list[str]:
+    name, path = file.name, Path(file.fetched())
     if not path.is_file():
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
     if path.suffix == ".txt" and not where:
         return [text for text in [read_text(name, path)] if text]
-    records = read_columns(name, path, [_TEXT, *where])
-    texts = [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())]
+    column = _TEXT if columns is None else file_column(_TEXT, read_head(SourceFiles(name, str(path))).names, columns)
+    records = read_columns(name, path, [column, *where])
+    texts = [r[column] for r in records if all(str(r[c]) == v for c, v in where.items())]
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
+            raise DataError(f"{name}: `{column}` must be a string in every row, not {type(text).__name__}")
     return [text for text in texts if text]
 
 

@@ -149,9 +149,10 @@ def measure(
         windows = {n: cut_windows(documents, n, stride=stride, max_windows=most) for n in perplexity.context_lengths}
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
+    if windows or retrieval:
+        for adapter in [each.adapter for each in models if each.adapter is not None]:
+            _check_invoked(adapter)
     for measured_model in models:
-        if measured_model.adapter is not None and (windows or retrieval):
-            _check_invoked(measured_model.adapter)
         model = cache(partial(load, base, measured_model, dtype=dtype, device=device, mesh=mesh, trained_by=trained_by))
         take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
