@@ -129,7 +129,7 @@ class MeasureEvent(TypedDict):
 
 
 class SamplesEvent(TypedDict):
-    """What base and adapter answer to a few held-out prompts: `prompt`, `expected` of the data, `base`, `adapter`."""
+    """Base and adapter have answered a few held-out prompts: `prompt`, `expected` of the data, `base`, `adapter`."""
 
     event: Literal["samples"]
     samples: list[dict[str, str]]

@@ -12,19 +12,19 @@ import click
 from ray.train import Result
 
 from jobs.driver.fit import connect, find_workers, fit
-from jobs.driver.prepare import prepare, share_workload
+from jobs.driver.prepare import as_begun, prepare, share_workload
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.tokenising import RayTasks
 from jobs.events import Emit, Event, PublishedEvent, Stages, describe, encode
-from jobs.runs.folders import BATCH, RunFolder, open_runs
+from jobs.runs.folders import RunFolder, open_runs
 from jobs.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.cli.recipes import RecipeSource, recipe_options
 from loray.errors import CatalogError, EvaluationError, StoreError, TrainingError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, BatchSpec, qualified_name
+from loray.spec import DEFAULT_TENANT, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
 from loray.train.evaluation.documents import HeldOutPrompt, held_out_prompts
@@ -80,7 +80,7 @@ def train(
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         stages, runs = Stages(emit), open_runs(settings)
         run = runs.resumable(name) if resume else None
-        begun = recipe if run is None else _as_begun(recipe, run)
+        begun = recipe if run is None else as_begun(recipe, run)
         connected = partial(connect, recipe.spec, settings, job.interrupts)
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
         run_tasks = RayTasks(recipe.spec, settings.training_group, connected, stages)
@@ -96,8 +96,6 @@ def train(
             run = run or runs.new(name, job.job_id)
             tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
             with run.locked(job.job_id, job.interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
-                if prepared.batch_reason:
-                    run.write_model(BATCH, prepared.spec.batch)
                 result = fit(share_workload(prepared), run, settings, trackers.emit, on_interrupt=job.stop)
                 if result.return_value is not None:
                     hint = f", or publish it with {_how_to_publish(recipe, tenant)}" if result.checkpoint else ""
@@ -122,17 +120,6 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: st
         catalog = Catalog(settings.catalog).view(driver_of(tenant))
         JobRecord(catalog, run.job_id, interrupts).end("succeeded", version=published["version"])
     emit(published)
-
-
-def _as_begun(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Cuts the rows of a step as the run did that goes on, whatever fits now, if the recipe asks for as many."""
-    batch, saved = recipe.spec.batch, run.read_model(BatchSpec, BATCH)
-    if batch.accumulation != "auto" or saved is None or saved.rows is None:
-        return recipe
-    if saved.rows * saved.chosen_accumulation != batch.rows:
-        return recipe
-    cut = batch.model_copy(update={"rows": saved.rows, "accumulation": saved.accumulation})
-    return recipe._replace(spec=recipe.spec.model_copy(update={"batch": cut}))
 
 
 def _publish(

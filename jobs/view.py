@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,7 +26,6 @@ from jobs.events import (
     shown,
     speed,
 )
-from loray.cli.pictures import sparkline
 
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # that a run prints without a terminal
@@ -41,6 +40,22 @@ class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         ends_at = task.fields["ends_at"]
         return Text("" if ends_at is None else f"ETA {duration(max(0.0, ends_at - time.monotonic()))}")
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def _sparkline(values: Sequence[float | None], low: float, high: float) -> str:
+    """Draws a block for each value, from the lowest at `low` to the highest at `high`. None is the value before it, or
+    a space where there is none yet.
+    """
+    drawn, block = [], " "
+    for value in values:
+        if value is not None:
+            share = (value - low) / (high - low) if high > low else 0.0
+            block = _BLOCKS[round(min(1.0, max(0.0, share)) * (len(_BLOCKS) - 1))]
+        drawn.append(block)
+    return "".join(drawn)
 
 
 class LossPicture:
@@ -81,7 +96,7 @@ class LossPicture:
             if line:
                 first, last = self._ends[label]
                 values = [line.get(column) for column in range(max(max(each, default=0) for each in self._lines) + 1)]
-                picture = sparkline(values, min(known), max(known))
+                picture = _sparkline(values, min(known), max(known))
                 drawn.append(f"{label:8}  {picture}  {number(first)} → {number(last)}")
         return drawn
 

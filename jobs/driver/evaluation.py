@@ -169,8 +169,9 @@ def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents
     if not sources.eval_sources:
         raise SpecError("evaluation.perplexity is measured on the documents of data.eval: give that file")
     paths = [source.path for source in sources.eval_sources]
-    with fetched(paths, settings) as copies:
-        return read_documents(paths, AutoTokenizer.from_pretrained(base.path), fetched=copies)
+    tokenizer, columns = AutoTokenizer.from_pretrained(base.path), sources.columns
+    with fetched(paths, settings, columns) as copies:
+        return read_documents(paths, tokenizer, columns=columns, fetched=copies)
 
 
 def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel) -> PerplexitySpec:

@@ -17,8 +17,8 @@ from ray.train.torch import TorchTrainer
 
 from jobs.controller import EventLog, Restarts, WholeGroupScaling, is_lost
 from jobs.driver.record import Interrupts
-from jobs.events import Emit, Event, first_line, following
-from jobs.runs.folders import SCORE, RunFolder, last_step
+from jobs.events import Emit, Event, Stages, appending, first_line, following
+from jobs.runs.folders import BATCH, SCORE, RunFolder, last_step
 from jobs.trackers import tensorboard
 from jobs.workers import measuring, worker
 from jobs.workers.placement import WholeGroups, worker_resources
@@ -142,14 +142,16 @@ def fit(
 
     has_board = "tensorboard" in work.spec.tracking
     run.repair()
+    if work.batch_reason:
+        run.write_model(BATCH, work.spec.batch)
     with (
         run.history() as (events, folder),
         tensorboard(folder) as write,
         following(events, write_and_emit if has_board else emit),
     ):
+        _tell_start(work, appending(events))
         sink = start_sink(events)
         try:
-            _tell_start(work, EventSender(sink).send)
             return build_trainer(work, run, settings, sink).fit()
         except TrainingFailedError as e:
             error = cause(e)
@@ -169,7 +171,7 @@ def _tell_start(work: Workload, tell: Emit) -> None:
     if work.batch_reason and batch.rows is not None:
         times = batch.chosen_accumulation
         tell({"event": "batch", "rows": batch.rows, "accumulation": times, "reason": work.batch_reason})
-    tell({"event": "progress", "stage": "starting the workers", "done": 0, "total": None})
+    Stages(tell)("starting the workers")
 
 
 def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None:

@@ -18,6 +18,7 @@ from jobs.driver.evaluation import check_measurable
 from jobs.driver.fit import WorkerHardware, Workload
 from jobs.driver.teaching import ServedTeacher
 from jobs.events import SILENT, Stages
+from jobs.runs.folders import BATCH, RunFolder
 from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -36,7 +37,7 @@ from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
-from loray.spec import AdapterSpec, TrainSpec, format_size
+from loray.spec import AdapterSpec, BatchSpec, TrainSpec, format_size
 from loray.store import AdapterStore, open_store
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.lessons import lessons_of, teach
@@ -126,7 +127,7 @@ class Prepared(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """What fits badly to the data."""
+        """List what fits badly to the data."""
         desirable = self.data.train.desirable
         balance = None if desirable is None else self.spec.objective.warning(float(desirable.mean()))
         return [warning for warning in (self.data.report.warning, balance) if warning is not None]
@@ -193,6 +194,17 @@ def prepare(
     return Prepared(spec, base, data, initial, dtype_reason, measured_tokens, batch_reason)
 
 
+def as_begun(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Cuts the rows of a step as the run did that goes on, whatever fits now, if the recipe asks for as many."""
+    batch, saved = recipe.spec.batch, run.read_model(BatchSpec, BATCH)
+    if batch.accumulation != "auto" or saved is None or saved.rows is None:
+        return recipe
+    if saved.rows * saved.chosen_accumulation != batch.rows:
+        return recipe
+    cut = batch.model_copy(update={"rows": saved.rows, "accumulation": saved.accumulation})
+    return recipe._replace(spec=recipe.spec.model_copy(update={"batch": cut}))
+
+
 def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workload:
     """Puts what workers need into the object store. `data`: the dataset there, where several runs have the same."""
     initial = None if prepared.initial is None else ray.put(prepared.initial)
@@ -215,25 +227,24 @@ def _check_packages(spec: TrainSpec) -> None:
         quantized.check_installed()
 
 
-class _Cut(NamedTuple):
-    """A recipe whose micro-batches are chosen, and why; empty where the recipe says them."""
-
-    spec: TrainSpec
-    why: str = ""
-
-
-def _planned(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHardware, *, is_checked: bool) -> _Cut:
-    """Cuts a step's rows to fit the workers' devices where the recipe leaves it to the plan. Raises SpecError where the
-    longest row does not fit, with what to change; not without `is_checked`.
+def _planned(
+    spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHardware, *, is_checked: bool
+) -> tuple[TrainSpec, str]:
+    """Cuts a step's rows to fit the workers' devices where the recipe leaves it to the plan, and says why so; empty
+    where the recipe says them. Raises SpecError where the longest row does not fit, with what to change; not without
+    `is_checked`.
 
     Without a GPU to be found where one is used, there is no plan.
     """
-    device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True)
     is_cut = spec.batch.accumulation == "auto"
+    if not (is_cut or is_checked):
+        return spec, ""
+    device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True)
+    if device is None and not is_cut:
+        return spec, ""
     if device is None:
         batch = spec.batch.model_copy(update={"accumulation": 1})
-        why = "the workers' memory is not known"
-        return _Cut(spec.model_copy(update={"batch": batch}), why) if is_cut else _Cut(spec)
+        return spec.model_copy(update={"batch": batch}), "the workers' memory is not known"
     planned, is_shorter = spec, spec.batch.order in ("shuffled", "length_grouped") and spec.parallel.sequence == 1
     if is_shorter and spec.attention.type == "dense":
         longest = int(data.train.lengths.max(initial=2))
@@ -243,11 +254,11 @@ def _planned(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHar
         if problem.severity == "refusal" and is_checked:
             raise SpecError(f"{problem.message}; {problem.remedy}")
     if not is_cut:
-        return _Cut(spec)
+        return spec, ""
     chosen = {"rows": plan.run.num_rows, "accumulation": plan.run.accumulation}
     taken, usable = format_size(plan.memory.peak_bytes), format_size(device.usable_bytes)
     why = f"the most that fit {device.name}: {taken} of {usable}"
-    return _Cut(spec.model_copy(update={"batch": spec.batch.model_copy(update=chosen)}), why)
+    return spec.model_copy(update={"batch": spec.batch.model_copy(update=chosen)}), why
 
 
 def _taught(spec: TrainSpec, base: BaseModel, data: Dataset, settings: Settings, stages: Stages) -> Dataset:

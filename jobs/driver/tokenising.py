@@ -16,8 +16,8 @@ from jobs.events import Stages
 from jobs.workers.placement import worker_resources
 from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.data.corpus import Task, located, run_here
-from loray.train.data.read import BadRow, Content, FilePart
+from loray.train.data.corpus import Task, run_here
+from loray.train.data.read import BadRow, Content, FilePart, located
 from loray.train.data.shards import FolderCache
 from loray.train.data.tokenize import Tokenisation
 

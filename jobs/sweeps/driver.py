@@ -36,7 +36,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 
 from jobs.driver.fit import WorkerHardware, Workload, connect, find_workers, fit
-from jobs.driver.prepare import Prepared, prepare, share_workload
+from jobs.driver.prepare import Prepared, as_begun, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import recorded, reported
 from jobs.driver.tokenising import RayTasks
@@ -260,8 +260,11 @@ def sweep(
         stages = Stages(emit)
         run = RayTasks(plan.recipe, settings.training_group, connected, stages)
         workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
-        prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
-        for warning in prepared[0].warnings:
+        trials = [Recipe(trial.recipe, None, Path(plan.folder)) for trial in plan.trials]
+        if folder is not None:
+            trials = [as_begun(r, runs.make(run_of(runs, folder, trial))) for trial, r in enumerate(trials)]
+        prepared = _prepare(trials, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
+        for warning in dict.fromkeys(warning for each in prepared for warning in each.warnings):
             emit({"event": "warning", "message": warning})
         whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
         for each in prepared:
@@ -321,7 +324,7 @@ class _Sweep:
             raise TrainingError(
                 f"no trial was completed with a held-out loss: {'; '.join(sorted(reasons)) or 'see their records'}"
             )
-        run = self.runs.make(self._run_of(chosen.trial))
+        run = self.runs.make(run_of(self.runs, self.folder, chosen.trial))
         recipe = Recipe(self.plan.trials[chosen.trial].recipe, None, Path(self.plan.folder))
         sweep = f"{self.at}, trial {chosen.trial} of {len(self.plan.trials)}"
         data, spec = self.prepared[chosen.trial].data, self.prepared[chosen.trial].spec
@@ -346,7 +349,7 @@ class _Sweep:
         shared = {id(data): ray.put(data) for data in {id(each.data): each.data for each in prepared.values()}.values()}
         tasks = {}
         for trial, each in prepared.items():
-            at = self._run_of(trial)
+            at = run_of(self.runs, self.folder, trial)
             self.runs.open(at, job_id)
             tasks[trial] = TrialTask(share_workload(each, shared[id(each.data)]), at, self._tracked(trial))
         places = num_at_once([each.spec for each in prepared.values()], self.settings)
@@ -363,21 +366,24 @@ class _Sweep:
         for path in Path(self.settings.home, "checkpoints", self.plan.name).glob(f"{self.folder.name}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _run_of(self, trial: int) -> str:
-        """Names a trial's run. Workers keep checkpoints by the last part of it, which no other sweep's trial has."""
-        return f"{self.at}/{self.folder.name}-{trial:04}"
-
     def _tracked(self, trial: int) -> TrackedRun:
         name = qualified_name(self.tenant, self.plan.name)
-        return TrackedRun(name, self._run_of(trial), self.prepared[trial].spec, sweep=self.at)
+        return TrackedRun(name, run_of(self.runs, self.folder, trial), self.prepared[trial].spec, sweep=self.at)
 
     def _say(self, record: TrialRecord) -> None:
         fields = record.model_dump(mode="json")
         self.emit(cast("TrialEvent", {"event": "trial", "num_trials": len(self.plan.trials), **fields}))
 
 
+def run_of(runs: Runs, folder: RunFolder, trial: int) -> str:
+    """Names a trial's run below the folder of all sweeps. Workers keep checkpoints by the last part of it, which no
+    other sweep's trial has.
+    """
+    return f"{folder.path.removeprefix(f'{runs.root}/')}/{folder.name}-{trial:04}"
+
+
 def _prepare(
-    plan: SweepPlan,
+    recipes: Sequence[Recipe],
     settings: Settings,
     catalog: Catalog,
     run: Runner = run_here,
@@ -388,8 +394,6 @@ def _prepare(
 ) -> list[Prepared]:
     """Checks all trials. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
-    folder = Path(plan.folder)
-    recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
     prepared = [prepare(r, settings, catalog, run, datasets, workers_of, is_planned, stages) for r in recipes]
     held_out = [data.evaluation for data in datasets.values()]
     if not len(held_out[0]):

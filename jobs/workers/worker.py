@@ -16,7 +16,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.context import get_train_context  # private: see Preemptions
 
-from jobs.events import first_line
+from jobs.events import Stages, first_line
 from jobs.workers.placement import straddling_warning
 from jobs.workers.reporting import (
     CheckpointUploads,
@@ -106,7 +106,7 @@ def run(config: WorkerConfig) -> str | None:
     events = EventSender(config["events"])
     world = World.current()
     if world.rank == 0:
-        events.send({"event": "progress", "stage": "loading the base", "done": 0, "total": None})
+        Stages(events.send)("loading the base")
     try:
         base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])
         problem = None

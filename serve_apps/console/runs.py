@@ -192,7 +192,7 @@ class RunStages:
                     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
                         share = done / total
                     self.stage = Stage(in_words(event), share, eta_s if isinstance(eta_s, int | float) else None)
-                case "step":
+                case "start" | "step":
                     self.stage = None
                 case "samples" if isinstance(found := dict(event).get("samples"), list):
                     self.samples = [sample for sample in found if isinstance(sample, dict)]
@@ -277,7 +277,7 @@ class JobHistory:
             self._lines.clear()
         self._has_events |= bool(found.lines)
         self._take(found.lines)
-        self._lines.extend(_described(found.lines[-LOG_LINES:]))
+        self._lines.extend(_described(found.lines))
         return ""
 
     def _read_trials(self) -> Trials | None:

@@ -1,4 +1,4 @@
-"""Heat maps and line charts as SVG, and lines of blocks for a terminal."""
+"""Heat maps and line charts as SVG."""
 
 from __future__ import annotations
 
@@ -206,21 +206,3 @@ def _chart(chart: Chart, minutes: Floats, top: float) -> list[str]:
             colour = _LINE_COLOURS[i % len(_LINE_COLOURS)]
             parts.append(f"<polyline points='{' '.join(piece)}' fill='none' stroke='{colour}' stroke-width='1.6'/>")
     return parts
-
-
-# -- lines in a terminal -----------------------------------------------------------------------------------------------
-
-_BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
-    """Draws a block for each value, from the lowest at `low` to the highest at `high`. None is the value before it, or
-    a space where there is none yet.
-    """
-    drawn, block = [], " "
-    for value in values:
-        if value is not None:
-            share = (value - low) / (high - low) if high > low else 0.0
-            block = _BLOCKS[round(min(1.0, max(0.0, share)) * (len(_BLOCKS) - 1))]
-        drawn.append(block)
-    return "".join(drawn)

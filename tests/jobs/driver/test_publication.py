@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from jobs import train as driver
 from jobs.driver import evaluation
 from jobs.driver.fit import build_measuring
-from jobs.driver.prepare import prepare
+from jobs.driver.prepare import as_begun, prepare
 from jobs.driver.publication import already_published, best, publish_best
 from jobs.events import Stages, decode, describe
 from jobs.runs import folders
@@ -336,11 +336,11 @@ def test_the_tokens_of_a_measurement_are_known_before_the_run(settings: Settings
 def test_a_run_that_goes_on_has_the_micro_batches_that_it_began_with(settings: Settings, tmp_path: Path) -> None:
     recipe = write(tmp_path, name="cut", dtype="float32", batch={"rows": 4, "accumulation": "auto"})
     run = open_runs(settings).new("cut", "job")
-    assert driver._as_begun(recipe, run) == recipe
+    assert as_begun(recipe, run) == recipe
     run.write_model(folders.BATCH, BatchSpec(rows=2, accumulation=2, order="shuffled"))
-    gone_on = driver._as_begun(recipe, run).spec
+    gone_on = as_begun(recipe, run).spec
     assert (gone_on.batch.rows, gone_on.batch.accumulation, gone_on.batch.order) == (2, 2, None)
     given = write(tmp_path, name="cut", dtype="float32", batch={"rows": 1, "accumulation": 4})
-    assert driver._as_begun(given, run) == given
+    assert as_begun(given, run) == given
     other = write(tmp_path, name="cut", dtype="float32", batch={"rows": 6, "accumulation": "auto"})
-    assert driver._as_begun(other, run) == other  # which the run's checkpoints refuse
+    assert as_begun(other, run) == other  # which the run's checkpoints refuse

@@ -17,7 +17,7 @@ from jobs.sweeps.driver import Halving, TrialRecords, _prepare, falls_behind
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError
-from loray.recipes.load import load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from tests.fixtures.recipes import write
@@ -125,8 +125,7 @@ def test_data_is_read_once_and_losses_must_be_comparable(tmp_path: Path, setting
     recipe, catalog = write(tmp_path).spec, Catalog(settings.catalog)
 
     def prepared(*recipes: TrainSpec) -> Any:
-        trials = tuple(Trial(values={}, recipe=made) for made in recipes)
-        return _prepare(SweepPlan(recipe=recipe, folder=str(tmp_path), trials=trials), settings, catalog)
+        return _prepare([Recipe(made, None, tmp_path) for made in recipes], settings, catalog)
 
     first, second = prepared(recipe, recipe.model_copy(update={"max_steps": 9}))
     assert first.data is second.data

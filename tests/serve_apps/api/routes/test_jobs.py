@@ -335,7 +335,7 @@ def test_a_tenants_job_asks_no_other_server(deployment: Api) -> None:
 
 
 def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
-    """The driver adds them when it opens the data: tests/jobs/driver/test_data.py."""
+    """The driver adds them when it opens the data: tests/test_fetching.py."""
     with deployment.by(principal()) as http:
         response = http.post("/jobs", json=recipe())
     assert response.status_code == 201, response.text
