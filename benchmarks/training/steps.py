@@ -10,7 +10,7 @@ from typing import Literal
 from benchmarks.world import on_this_machine, run_modules
 from loray.bases.registry import BaseModel
 from loray.recommend import recipe_of
-from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
+from loray.spec import ATTENTION_MODULES, AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class RowStep:
     @property
     def recipe(self) -> TrainSpec:
         """LongLoRA extends a context of half as many tokens; G is a quarter of the row."""
-        adapter: AdapterSpec = LoraSpec(rank=8, alpha=16)
+        adapter: AdapterSpec = LoraSpec(rank=8, alpha=16, target_modules=ATTENTION_MODULES)
         scaling = None
         if self.adapter == "longlora":
             adapter = LongLoraSpec(rank=8, alpha=16, train_embeddings=not self.lean, train_norms=not self.lean)
