@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -241,7 +241,14 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     the decoder does not use or a dtype that it does not read (quantized checkpoints).
     """
     expected = expected_shapes(config)
-    infos = {info.name: info for info in tensor_infos(folder)}
+    infos: dict[str, TensorInfo] = {}
+    for info in tensor_infos(folder):
+        parts = fused_parts(info.name, config)
+        if parts and info.shape[0] != (rows := max(own.stop for own in parts.values())):
+            raise BaseMismatch(f"{folder}: {info.name} has {info.shape[0]} rows, its config.json says {rows}")
+        infos |= {part: info._replace(shape=(own.stop - own.start, *info.shape[1:])) for part, own in parts.items()}
+        if not parts:
+            infos[info.name] = info
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         infos.pop("lm_head.weight", None)
@@ -258,6 +265,21 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
 
 
+def fused_parts(name: str, config: ModelConfig) -> dict[str, slice]:
+    """Find the tensors that a checkpoint has as rows of the tensor `name`; none where that is a module's own."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return {name.replace(module, part): rows for part, rows in config.fused.get(module, {}).items()}
+
+
+def unfused(tensors: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's tensors by the names of `expected_shapes`."""
+    for name, tensor in tensors:
+        parts = fused_parts(name, config)
+        yield from ((part, tensor[rows]) for part, rows in parts.items())
+        if not parts:
+            yield name, tensor
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List the shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
@@ -270,6 +292,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        if spec.norms == "sandwich":
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (h,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (h,)
         for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if spec.qkv_bias and module != "o_proj":

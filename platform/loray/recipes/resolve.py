@@ -84,6 +84,22 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
             f"parallel.sequence is {spec.parallel.sequence}, more than the {row_length} tokens of a row, of which "
             "every worker is to hold a part; lower it"
         )
+    windows = [layer.window for layer in model.layers if layer.window is not None and layer.window < row_length]
+    if model.attention_soft_cap is not None and (spec.parallel.sequence > 1 or spec.attention.type == "s2"):
+        raise SpecError(
+            f"attention of the base {spec.base} has a soft cap, which neither S2-Attn nor attention over a sequence "
+            "group has: set attention.type: dense and parallel.sequence: 1"
+        )
+    if windows and spec.parallel.sequence > 1:
+        raise SpecError(
+            f"parallel.sequence is {spec.parallel.sequence}, but layers of the base {spec.base} have a window of "
+            f"{windows[0]} tokens, which only whole rows have: set it to 1, or data.max_length to {windows[0]}"
+        )
+    if spec.attention.type == "s2" and len(windows) == model.num_layers:
+        raise SpecError(
+            f"every layer of the base {spec.base} has a window of {windows[0]} tokens, so S2-Attn would change "
+            "nothing: set attention.type: dense"
+        )
     usual_group = quarter(row_length if rope is None else context)
     group_size = None if spec.attention.type == "dense" else spec.attention.group_size or usual_group
     return Resolved(context, original, row_length, group_size, usual_group, rope)
