@@ -116,8 +116,8 @@ def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
 @prepare_once
 def pack_layer_weights(weights: LayerWeights) -> CStruct:
     """widths: (hidden)."""
-    norms = (weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D)
-    norms += (weights.post_attention_norm_D, weights.post_mlp_norm_D)
+    norms = [weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D]
+    norms += [weights.post_attention_norm_D, weights.post_mlp_norm_D]
     words = [0 if norm is None else norm.data_ptr() for norm in norms]
     for matrix in (weights.qkv, weights.o, weights.gate_up, weights.down):
         words += pack_matrix(matrix)

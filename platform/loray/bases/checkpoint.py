@@ -242,13 +242,13 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     """
     expected = expected_shapes(config)
     infos: dict[str, TensorInfo] = {}
-    for info in tensor_infos(folder):
-        parts = fused_parts(info.name, config)
-        if parts and info.shape[0] != (rows := max(own.stop for own in parts.values())):
-            raise BaseMismatch(f"{folder}: {info.name} has {info.shape[0]} rows, its config.json says {rows}")
-        infos |= {part: info._replace(shape=(own.stop - own.start, *info.shape[1:])) for part, own in parts.items()}
+    for stored in tensor_infos(folder):
+        parts = fused_parts(stored.name, config)
+        if parts and stored.shape[0] != (rows := max(own.stop for own in parts.values())):
+            raise BaseMismatch(f"{folder}: {stored.name} has {stored.shape[0]} rows, its config.json says {rows}")
+        infos |= {p: stored._replace(shape=(own.stop - own.start, *stored.shape[1:])) for p, own in parts.items()}
         if not parts:
-            infos[info.name] = info
+            infos[stored.name] = stored
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         infos.pop("lm_head.weight", None)

@@ -206,6 +206,7 @@ class Architecture(NamedTuple):
     layers   from config.json
     refuses  why the checkpoint of a config.json is not served; None: it is
     fields   of ModelConfig that are the family's own, from config.json
+    ropes    the types of RoPE that transformers has for it, where not all
     """
 
     name: str
@@ -213,6 +214,7 @@ class Architecture(NamedTuple):
     layers: Callable[[Mapping[str, Any]], tuple[LayerSpec, ...]]
     refuses: Callable[[Mapping[str, Any]], str | None]
     fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {}
+    ropes: tuple[str, ...] = get_args(RopeType)
 
 
 def _dense(
@@ -348,7 +350,7 @@ def _phi3() -> Architecture:
             "has_fused_modules": True,
         }
 
-    return Architecture("Phi3ForCausalLM", "phi3", layers, refuses, fields)
+    return Architecture("Phi3ForCausalLM", "phi3", layers, refuses, fields, ropes=("default", "longrope"))
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loray.bases.config import ModelConfig, scaled
+from loray.bases.config import ARCHITECTURES, ModelConfig, scaled
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Hardware, training_dtype
 from loray.methods import method_of
@@ -78,6 +78,11 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
             rope = scaled(model.rope, scaling, original_context=original, head_dim=model.head_dim)
         except ValueError as e:
             raise UnsupportedError(f"rope_scaling on the base {spec.base}: {e}") from e
+        if rope.rope_type not in ARCHITECTURES[model.architecture].ropes:
+            raise UnsupportedError(
+                f"rope_scaling on the base {spec.base}: transformers has no {rope.rope_type} RoPE for "
+                f"{model.architecture}: take type: ntk, or leave rope_scaling out"
+            )
     row_length = _row_length(spec, context, default=context if spec.is_long_context else min(_MAX_LENGTH, context))
     if spec.parallel.sequence > row_length:
         raise SpecError(

@@ -363,7 +363,7 @@ class KVCacheManager:
             request.num_freed_blocks = behind
 
     def most_blocks(self, num_tokens: int, num_held: int) -> int:
-        """Return how many blocks a request holds at once, which has `num_held` tokens now and `num_tokens` at its end."""
+        """Return how many blocks a request holds at once: it has `num_held` tokens now, and `num_tokens` at its end."""
         if self._window is not None:  # the shared ones, the window's, and one of which a part is in it
             num_tokens = min(num_tokens, max(num_held, 2 * self._window + self._allocator.geometry.block_tokens))
         return self._allocator.geometry.blocks_for_tokens(num_tokens)

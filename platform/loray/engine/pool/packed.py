@@ -199,7 +199,8 @@ class Packer:
                     assert isinstance(module, LoraWeights)
                     tensor = self._excess_scale(key, module)
                 for name, part, first in self._parts(changed or key.module, role, tensor):
-                    matrix = Matrix(name, role, *part.shape, first if role == "vera_b" else scale)
+                    num_rows, width = part.shape
+                    matrix = Matrix(name, role, num_rows, width, first if role == "vera_b" else scale)
                     if matrix in own:  # two scales of one output, each less one
                         part = own[matrix] + part + own[matrix] * part
                     own[matrix] = part
