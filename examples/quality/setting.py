@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from benchmarks.world import on_this_machine
-from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, Ia3Spec, LoraSpec, TrainSpec, VeraSpec
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, LoraSpec, TrainSpec, VeraSpec
+from loray.spec.methods import Ia3Spec
 
 System = Literal["loray", "peft"]
 MODULES: dict[str, tuple[str, ...]] = {
