@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
@@ -21,7 +20,7 @@ from loray.machine import Gpu, hardware, serving_dtype
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 from loray.text.grammar import GrammarCompiler
-from loray_kernels import backend, use_device
+from loray_kernels import Weight, backend, use_device
 from loray_kernels.memory import keep_freed
 from loray_kernels.reference import ReferenceOps
 
@@ -32,7 +31,7 @@ def build_engine(
     spec: ServeSpec,
     base: BaseModel,
     load: LoadAdapter,
-    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    tensors: Iterable[tuple[str, Weight]] | None = None,
     start_workers: StartWorkers = LocalWorkers,
 ) -> Engine:
     """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the

@@ -33,6 +33,7 @@ from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
 from loray.spec import RopeParameters
+from loray_kernels import QuantizedWeight, Weight
 from loray_kernels.memory import Recycled
 
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
@@ -215,7 +216,11 @@ class Packer:
         pool's dtype as the outputs.
         """
         assert self.checkpoint is not None, "DoRA needs the base's weights"
-        weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
+        weight: Weight = self.checkpoint.read(f"model.{key.path}.weight")
+        if isinstance(weight, QuantizedWeight):
+            weight_OI = weight.dequantized(slice(None), self.dtype)
+        else:
+            weight_OI = weight.to(self.dtype)
         return (module.output_scale(weight_OI) - 1)[None]
 
 
