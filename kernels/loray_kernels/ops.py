@@ -253,9 +253,26 @@ class LinearWeights:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights(Preparable):
+    """The experts of a layer, each an MLP; gate and up are one matrix, side by side.
+
+    router      has an output for each expert
+    per_token   experts that a token passes: those with the largest logits of the router
+    normalised  a token's shares of their results are a softmax over these logits; else over all
+    """
+
+    router: LinearWeights
+    gate_up: tuple[LinearWeights, ...]
+    down: tuple[LinearWeights, ...]
+    per_token: int
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
-    q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
+    q_norm_d and k_norm_d are given or neither is; `scale` is attention's. Where the layer has `experts`, gate_up and
+    down are the first one's.
     """
 
     attention_norm_D: Tensor
@@ -271,6 +288,7 @@ class LayerWeights(Preparable):
     head_dim: int
     eps: float
     scale: float
+    experts: ExpertWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,9 +24,11 @@ from loray_kernels.descriptors import (
     StepVectors,
     read_descriptor,
 )
+from loray_kernels.experts import ExpertGroups
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -165,6 +167,36 @@ class ReferenceOps:
         """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.silu(gate_TM) * up_TM
+
+    def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+        """Give each token's experts, (T, K), the one with the largest logit first, of equal ones the first; and its
+        shares of their results, (T, K) in fp32: a softmax over these logits, or over all unless it is `normalised`.
+        """
+        sorted_TE, experts_TE = logits_TE.float().sort(dim=1, descending=True, stable=True)
+        weights_TE = (sorted_TE - sorted_TE[:, :1]).exp()
+        own_TK = weights_TE[:, :per_token]
+        return experts_TE[:, :per_token], own_TK / (own_TK if normalised else weights_TE).sum(dim=1, keepdim=True)
+
+    def experts(self, x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+        """Σ share · down(silu(gate x) · up x) over each token's experts, (T, D).
+
+        An expert's tokens are multiplied with it together. A token's results are rounded to x's dtype and added in fp32
+        in the order of its experts, so its sum is the same in any batch if its products are.
+        """
+        logits_TE = self.logits(x_TD, weights.router)
+        experts_TK, shares_TK = self.choose_experts(logits_TE, weights.per_token, normalised=weights.normalised)
+        groups = ExpertGroups.of(experts_TK, len(weights.down))
+        gate_up_PM = self._grouped(x_TD[groups.tokens_P], weights.gate_up, groups)
+        y_PD = self._grouped(self.silu_mul(gate_up_PM), weights.down, groups)
+        return groups.summed(y_PD, shares_TK)
+
+    def _grouped(self, x_PI: Tensor, matrices: Sequence[LinearWeights], groups: ExpertGroups) -> Tensor:
+        """Multiply each expert's rows with its matrix, (P, O)."""
+        y_PO = x_PI.new_empty(x_PI.shape[0], matrices[0].out_features)
+        for rows, matrix in zip(groups.rows, matrices, strict=True):
+            if rows.start < rows.stop:
+                y_PO[rows] = self.linear(x_PI[rows], matrix)
+        return y_PO
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""

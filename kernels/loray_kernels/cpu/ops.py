@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loray_kernels.cpu.build import functions, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
+    pack_experts,
     pack_layer_tables,
     pack_layer_weights,
     pack_layout,
@@ -33,6 +34,7 @@ from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -101,7 +103,9 @@ class CpuOps(ReferenceOps):
         key = (self.isa, x_TD.dtype)
         found: bool | None = weights.prepared.get(key)
         if found is None:
-            matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+            matrices = [weights.qkv, weights.o, weights.gate_up, weights.down]
+            if (experts := weights.experts) is not None:
+                matrices += (experts.router, *experts.gate_up, *experts.down)
             found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
         return found
 
@@ -164,6 +168,37 @@ class CpuOps(ReferenceOps):
             gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
         )
         return y_TM
+
+    def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+        f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
+        num_tokens, num_experts = logits_TE.shape
+        experts_TK = torch.empty(num_tokens, per_token, dtype=torch.int64)
+        shares_TK = torch.empty(num_tokens, per_token)
+        f.choose_experts(
+            logits_TE.data_ptr(),
+            num_tokens,
+            num_experts,
+            per_token,
+            normalised,
+            experts_TK.data_ptr(),
+            shares_TK.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return experts_TK, shares_TK
+
+    def experts(self, x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+        key, f = (self.isa, x_TD.dtype), self._for(x_TD)
+        if key not in weights.prepared:
+            matrices = (weights.router, *weights.gate_up, *weights.down)
+            weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
+        if f is None or not weights.prepared[key]:
+            return super().experts(x_TD, weights)
+        x_TD = x_TD.contiguous()
+        packed = pack_experts(weights)
+        assert packed.widths == x_TD.shape[1:]
+        y_TD = torch.empty_like(x_TD)
+        f.experts(x_TD.data_ptr(), x_TD.shape[0], packed.address, y_TD.data_ptr(), torch.get_num_threads())
+        return y_TD
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int

@@ -15,6 +15,7 @@ from loray_kernels.descriptors import RowOverrides, RowTables, row_size
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -115,6 +116,17 @@ def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
 
 
 @prepare_once
+def pack_experts(weights: ExpertWeights) -> CStruct:
+    """widths: (hidden)."""
+    kept = Kept()
+    words = pack_matrix(weights.router)
+    for matrices in (weights.gate_up, weights.down):
+        words.append(kept.words([word for matrix in matrices for word in pack_matrix(matrix)]))
+    words += (len(weights.down), weights.per_token, weights.normalised)
+    return CStruct(kept.words(words), kept, (weights.router.in_features,))
+
+
+@prepare_once
 def pack_layer_weights(weights: LayerWeights) -> CStruct:
     """widths: (hidden)."""
     norms = (weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D)
@@ -123,6 +135,7 @@ def pack_layer_weights(weights: LayerWeights) -> CStruct:
         words += pack_matrix(matrix)
     kept = Kept()
     words += [weights.num_heads, *unpack("qq", pack("dd", weights.eps, weights.scale))]
+    words.append(0 if weights.experts is None else kept.struct(pack_experts(weights.experts)))
     return CStruct(kept.words(words), kept, (weights.qkv.in_features,))
 
 

@@ -128,7 +128,7 @@ def _merged(
         tensor, kept = stored, dtype or stored.dtype
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
-        if trained_on is not None and name.endswith(_LINEAR):
+        if trained_on is not None and name.endswith(_LINEAR) and ".experts." not in name:
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
         path, _, kind = name.rpartition(".")
         if path in adapted:

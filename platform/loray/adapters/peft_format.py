@@ -24,7 +24,7 @@ from loray.methods import METHODS_OF_PEFT
 from loray.methods.base import StoredModule
 from loray.methods.pairs import PAIR_NAMES, PairKey
 from loray.methods.weights import AdapterWeights, EmbeddingRows, ModuleKey, ModuleWeights, SharedProjection
-from loray.spec import LINEAR_MODULES, InvocationTokens
+from loray.spec import LINEAR_MODULES, MLP_MODULES, InvocationTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,6 +195,8 @@ def parse_adapter(
     for name, tensor in tensors.items():
         if match := _LINEAR.fullmatch(name):
             key = ModuleKey(int(match["layer"]), match["module"])
+            if base.experts is not None and key.module in MLP_MODULES:
+                raise BaseMismatch(f"{folder}: {name!r} adapts an MLP, and this base has experts in its place")
             parts.setdefault(key, {})[match["part"].removesuffix(".weight")] = tensor
         elif match := _NORM.fullmatch(name):
             norms[match["path"]] = tensor

@@ -158,6 +158,20 @@ def stored_dtype(folder: Path) -> DType:
     return cast("DType", DTYPES[code])
 
 
+_RENAMED = {"gate": "gate", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's
+_OF_MIXTRAL = re.compile(r"\.block_sparse_moe\.(?P<expert>(?:experts\.\d+\.)?)(?P<module>gate|w[123])\.")
+
+
+def plain_name(name: str) -> str:
+    """Name a stored tensor as the decoder does, which names experts as most families do: `mlp.experts.3.gate_proj`."""
+    return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read what `read_tensors` does, by the decoder's names."""
+    return ((plain_name(name), tensor) for name, tensor in read_tensors(folder))
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Read (name, tensor) over all shards, sorted by name, in the stored dtypes."""
     from safetensors import safe_open
@@ -168,28 +182,30 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class CheckpointReader:
-    """Reads tensors of a checkpoint by name, whose files are opened at the first one. Any thread may use it."""
+    """Reads tensors of a checkpoint by their `plain_name`, whose files are opened at the first one. Any thread may use
+    it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        return {info.name: info.file for info in tensor_infos(self._folder)}
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {plain_name(info.name): info for info in tensor_infos(self._folder)}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._infos
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype, a view of the mapped file. Raises IntegrityError if there is none."""
         with self._open(name) as f:
-            tensor: Tensor = f.get_tensor(name)
+            tensor: Tensor = f.get_tensor(self._infos[name].name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read its rows from `start` up to `stop`, likewise."""
         with self._open(name) as f:
-            rows: Tensor = f.get_slice(name)[start:stop]
+            rows: Tensor = f.get_slice(self._infos[name].name)[start:stop]
         return rows
 
     def _open(self, name: str) -> Any:
@@ -197,7 +213,7 @@ class CheckpointReader:
         from safetensors import safe_open
 
         try:
-            file = self._files[name]
+            file = self._infos[name].file
         except KeyError:
             raise IntegrityError(f"the checkpoint lacks the tensor {name!r}; add the base again") from None
         return safe_open(str(file), framework="pt")
@@ -241,7 +257,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     the decoder does not use or a dtype that it does not read (quantized checkpoints).
     """
     expected = expected_shapes(config)
-    infos = {info.name: info for info in tensor_infos(folder)}
+    infos = {plain_name(info.name): info for info in tensor_infos(folder)}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         infos.pop("lm_head.weight", None)
@@ -259,7 +275,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
+    """List the shape of every tensor by its `plain_name`, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),
@@ -274,8 +290,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if spec.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
-        for module in MLP_MODULES:
-            shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
+        mlps = [f"{layer}.mlp"]
+        if spec.experts is not None:
+            shapes[f"{layer}.mlp.gate.weight"] = (spec.experts.num, h)
+            mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(spec.experts.num)]
+        for mlp in mlps:
+            for module in MLP_MODULES:
+                shapes[f"{mlp}.{module}.weight"] = config.module_shape(module)
         if spec.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)

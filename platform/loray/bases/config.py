@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 from loray.errors import UnsupportedError
-from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
+from loray.spec import ATTENTION_MODULES, MLP_MODULES, RopeParameters, RopeScaling, RopeType
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts that a layer has in the place of its MLP: `num` MLPs. A router, which is a linear module, gives each
+    token one logit for each of them. The token passes those with the `per_token` largest, and their results are added
+    up in shares, which are a softmax of the logits.
+
+    normalised  over the token's own experts, so that its shares add up to 1; else over all experts
+    """
+
+    num: int
+    per_token: int
+    normalised: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +36,20 @@ class LayerSpec:
     qkv_bias         q, k and v have a bias
     qk_norm          RMSNorm on each query and key head
     attention_scale  of scores; None: head_dim ** -0.5
+    experts          in the place of one MLP; None: the layer is dense
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
     attention_scale: float | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-shaped decoder. Widths in elements, lengths in tokens."""
+    """A Llama-shaped decoder. Widths in elements, lengths in tokens; `intermediate_size` is each expert's where layers
+    have experts.
+    """
 
     architecture: str
     vocab_size: int
@@ -51,12 +69,22 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of a layer, which are the same in all; None where they are dense."""
+        return self.layers[0].experts
+
+    @property
+    def num_active_mlps(self) -> int:
+        """MLPs of a layer that a token passes: its experts, or one."""
+        return 1 if self.experts is None else self.experts.per_token
+
     def attention_scale(self, layer: int) -> float:
         scale = self.layers[layer].attention_scale
         return float(self.head_dim**-0.5) if scale is None else scale
 
     def module_shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of a linear module by its last name, for example `q_proj`."""
+        """(out, in) of a linear module by its last name, for example `q_proj`; of those of an MLP, in each expert."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         h, m = self.hidden_size, self.intermediate_size
         shapes = {
@@ -72,9 +100,21 @@ class ModelConfig:
 
     @property
     def num_matrix_elements(self) -> int:
-        """The elements of all matrices that a token is multiplied with: linear modules and the output head."""
-        layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+        """The elements of all matrices: linear modules, those of every expert, routers and the output head."""
+        return self._matrix_elements(1 if self.experts is None else self.experts.num)
+
+    @property
+    def num_active_elements(self) -> int:
+        """The elements of all matrices that a token is multiplied with: of experts those of its own."""
+        return self._matrix_elements(self.num_active_mlps)
+
+    def _matrix_elements(self, num_mlps: int) -> int:
+        attention, mlp = (
+            sum(math.prod(self.module_shape(module)) for module in modules)
+            for modules in (ATTENTION_MODULES, MLP_MODULES)
+        )
+        router = 0 if self.experts is None else self.experts.num * self.hidden_size
+        return self.num_layers * (attention + num_mlps * mlp + router) + self.vocab_size * self.hidden_size
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
@@ -92,7 +132,7 @@ class ModelConfig:
             architecture=name,
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
+            intermediate_size=hf.get("moe_intermediate_size") or hf["intermediate_size"],
             num_heads=hf["num_attention_heads"],
             num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
@@ -157,6 +197,25 @@ def _dense(
     return Architecture(name, gguf, lambda hf: (layer,) * hf["num_hidden_layers"], refuses)
 
 
+def _experts(dense: Architecture, experts: Callable[[Mapping[str, Any]], Experts]) -> Architecture:
+    """Make a family that differs from `dense` in that every layer has experts."""
+
+    def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+        return tuple(replace(layer, experts=experts(hf)) for layer in dense.layers(hf))
+
+    def refuses(hf: Mapping[str, Any]) -> str | None:
+        if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+            return (
+                "layers without experts among those with them (mlp_only_layers, decoder_sparse_step) are not supported"
+            )
+        own = experts(hf)
+        if not 0 < own.per_token <= own.num:
+            return f"config.json gives a token {own.per_token} of {own.num} experts"
+        return dense.refuses(hf)
+
+    return dense._replace(layers=layers, refuses=refuses)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
@@ -164,6 +223,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _dense("MistralForCausalLM", "llama", has_window=True),
         _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True)),
         _dense("Qwen3ForCausalLM", "qwen3", LayerSpec(qk_norm=True), biases=("attention_bias",)),
+        _experts(
+            _dense("MixtralForCausalLM", "llama", has_window=True),
+            lambda hf: Experts(hf["num_local_experts"], hf["num_experts_per_tok"]),
+        ),
+        _experts(
+            _dense("Qwen3MoeForCausalLM", "qwen3moe", LayerSpec(qk_norm=True), biases=("attention_bias",)),
+            lambda hf: Experts(
+                hf.get("num_experts") or hf["num_local_experts"],
+                hf["num_experts_per_tok"],
+                normalised=bool(hf.get("norm_topk_prob", False)),
+            ),
+        ),
     )
 }
 

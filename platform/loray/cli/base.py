@@ -27,7 +27,8 @@ def base() -> None:
 def add(source: str, name: str | None, as_json: bool) -> None:
     """Add SOURCE: `smollm2`, a folder with a Hugging Face checkpoint, or a Hugging Face id (OWNER/NAME).
 
-    Llama, Mistral, Qwen2 and Qwen3 checkpoints in safetensors are covered. Adding the same one again verifies it.
+    Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE checkpoints in safetensors are covered. Adding the same one
+    again verifies it.
     """
     with progress_bar() as progress:
         added = add_base(source, home=Settings.from_env().home, name=name, progress=progress)

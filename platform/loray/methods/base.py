@@ -16,7 +16,7 @@ from loray.bases.config import ModelConfig
 from loray.errors import IntegrityError, UnsupportedError, shown
 from loray.methods.pairs import PairKey
 from loray.methods.weights import AdapterWeights, ModuleWeights, Role
-from loray.spec import MODULES_BY_INPUT, AdapterSpec, Default
+from loray.spec import MLP_MODULES, MODULES_BY_INPUT, AdapterSpec, Default
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -107,7 +107,12 @@ class Method(ABC):
 
     def problems(self, spec: Any, model: ModelConfig) -> Iterator[str]:
         """Say why `spec` could not be trained on this base."""
-        yield from ()
+        own = [module for module in MLP_MODULES if module in spec.target_modules]
+        if model.experts is not None and own:
+            yield (
+                f"this base has experts in the place of MLPs, which {self.name} does not adapt: leave "
+                f"{', '.join(own)} out of adapter.target_modules"
+            )
 
     # -- what it costs --
 

@@ -34,6 +34,7 @@ class Lora(Method):
     pair_rate = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
 
     def problems(self, spec: LoraSpec, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems(spec, model)
         for module, (out, width) in shapes(spec, model).items():
             if spec.init is not None and spec.rank > min(out, width):
                 yield (

@@ -7,6 +7,7 @@ every rank, as in any model: the same seed gives the same weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -148,6 +149,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 # -- models whose weights are read later ------------------------------------------------------------------------------
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_EXPERTS = re.compile(r"(?P<path>.+\.experts)\.(?P<matrix>gate_up|down)_proj")  # a parameter with those of all experts
+_MATRICES = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 class BaseWeights:
@@ -156,22 +159,32 @@ class BaseWeights:
     def __init__(self, base: BaseModel, dtype: DType) -> None:
         self._reader = CheckpointReader(base.path)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._is_tied = base.config.tie_word_embeddings
+        self._is_tied, self._experts = base.config.tie_word_embeddings, base.config.experts
 
     def has(self, name: str) -> bool:
         """True where the parameter is the base's and not the adapter's."""
-        return self._stored(name) in self._reader
+        stored = self._stored(name)
+        return stored in self._reader or _EXPERTS.fullmatch(stored) is not None
 
     def read(self, name: str) -> Tensor:
         """Read the whole tensor; a view of the mapped file where it is stored in the dtype."""
-        return self._reader.read(self._stored(name)).to(self._dtype)
+        stored = self._stored(name)
+        if self._experts is not None and _EXPERTS.fullmatch(stored):
+            return self.read_rows(name, 0, self._experts.num)
+        return self._reader.read(stored).to(self._dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read its rows from `start` up to `stop` alone."""
-        return self._reader.read_rows(self._stored(name), start, stop).to(self._dtype)
+        stored = self._stored(name)
+        if (found := _EXPERTS.fullmatch(stored)) is None:
+            return self._reader.read_rows(stored, start, stop).to(self._dtype)
+        paths = [f"{found['path']}.{expert}" for expert in range(start, stop)]
+        modules = _MATRICES[found["matrix"]]
+        experts = [torch.cat([self._reader.read(f"{path}.{module}.weight") for module in modules]) for path in paths]
+        return torch.stack(experts).to(self._dtype)
 
     def _stored(self, name: str) -> str:
-        stored = name.replace(".base_layer.", ".")  # PEFT's and VeRA's modules around the base's
+        stored = name.replace(".base_layer", "")  # PEFT's and VeRA's modules around the base's
         return _EMBEDDING if self._is_tied and stored == _HEAD else stored
 
 

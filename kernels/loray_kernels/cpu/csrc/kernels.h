@@ -53,12 +53,22 @@ struct Matrix {
     const T *packed, *bias;
 };
 
+// A token passes the experts with its `per_token` largest logits of the router; its shares of their results are a
+// softmax over these, where they are `normalised`, else over all.
+template <class T>
+struct Experts {
+    Matrix<T> router;
+    const Matrix<T> *gate_up, *down;  // of each expert
+    i64 num, per_token, normalised;
+};
+
 template <class T>
 struct LayerWeights {
     const T *attention_norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be missing
     Matrix<T> qkv, o, gate_up, down;
     i64 num_heads;
     double eps, scale;
+    const Experts<T>* experts;  // may be missing; else gate_up and down are the first one's
 };
 
 // Tokens with a row of an adapter: the weight of a norm, or scales of outputs; `num` is 0 if there are none.
@@ -140,6 +150,10 @@ void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, 
 
 template <class T>
 void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
+
+// y (tokens, hidden) ← the sums of the results of each token's experts; x and y may be the same.
+template <class T>
+void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
 
 template <class T>
 void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,

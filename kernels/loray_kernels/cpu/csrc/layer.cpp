@@ -118,11 +118,15 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     add(x, normed, n * hidden, threads);
 
     rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
-    linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
-    add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
-    silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
-    linear(turned, middle, n, w.down, normed, threads, during(1, next));
-    add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
+    if (w.experts) {
+        experts(normed, n, *w.experts, normed, threads);
+    } else {
+        linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
+        add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
+        silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
+        linear(turned, middle, n, w.down, normed, threads, during(1, next));
+        add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
+    }
     add(x, normed, n * hidden, threads);
 }
 

@@ -276,7 +276,7 @@ class Decoder:
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """Make decode steps over `pool` those that can be captured, if the backend supports it. Before adapters are
-        placed.
+        placed. Those of experts are not captured: which tokens an expert has is known on the host alone.
 
         num_slots   requests that run at once
         max_blocks  the most that a request for the base may have
@@ -285,7 +285,8 @@ class Decoder:
         def forward(step: CapturedStep) -> Tensor:
             return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
 
-        self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
+        if self.config.experts is None:
+            self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
         if self._captures is not None:
             pool.descriptors = PoolDescriptors(
                 self._captures.descriptors,

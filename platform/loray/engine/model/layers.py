@@ -17,6 +17,7 @@ from loray.engine.model.batch import Batch
 from loray.engine.pool.pool import Pool, ResidentProjection
 from loray_kernels import (
     INPUTS,
+    ExpertWeights,
     LayerWeights,
     Ops,
     RowOverrides,
@@ -124,13 +125,16 @@ class Linear:
 
 
 class Linears(NamedTuple):
-    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
+    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`.
+    `add_up` adds up the ranks' parts of what experts give, in place.
+    """
 
     column: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
     row: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
+    add_up: Callable[[Tensor], None]
 
 
-LOCAL = Linears(Linear, Linear)  # every module completely on this rank
+LOCAL = Linears(Linear, Linear, lambda y_TD: None)  # every module completely on this rank
 
 
 class RMSNorm:
@@ -203,6 +207,32 @@ class MLP:
         return self.down(step.ops.silu_mul(self.gate_up(x_TD, step)), step)
 
 
+class Experts:
+    """A layer's experts, each of which is an MLP on this rank, or the rank's columns of it; see `Experts` in
+    `loray.bases.config`.
+    """
+
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
+        spec, prefix = config.layers[layer].experts, f"model.layers.{layer}.mlp"
+        assert spec is not None
+        own = [f"{prefix}.experts.{expert}" for expert in range(spec.num)]
+        self.weights = ExpertWeights(
+            router=ops.pack_linear([tensors[f"{prefix}.gate.weight"]]),
+            gate_up=tuple(
+                ops.pack_linear([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in own
+            ),
+            down=tuple(ops.pack_linear([tensors[f"{e}.down_proj.weight"]]) for e in own),
+            per_token=spec.per_token,
+            normalised=spec.normalised,
+        )
+        self._add_up = linears.add_up
+
+    def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
+        y_TD = step.ops.experts(x_TD, self.weights)
+        self._add_up(y_TD)
+        return y_TD
+
+
 class Layer:
     """x + attention(norm(x)), then x + MLP(norm(x)), op by op. `tensors`: matrices are a `Weight`, others a Tensor."""
 
@@ -216,8 +246,15 @@ class Layer:
         self._attention = Attention(layer, config, tensors, ops, linears)
         name = "post_attention_layernorm"
         self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._mlp = MLP(layer, tensors, ops, linears)
-        attention, mlp = self._attention, self._mlp
+        attention, experts = self._attention, None
+        self._mlp: Callable[[Tensor, ForwardContext], Tensor]
+        if config.layers[layer].experts is None:
+            self._mlp = mlp = MLP(layer, tensors, ops, linears)
+            gate_up, down = mlp.gate_up.weights, mlp.down.weights
+        else:
+            self._mlp = mixture = Experts(layer, config, tensors, ops, linears)
+            experts = mixture.weights
+            gate_up, down = experts.gate_up[0], experts.down[0]
         self.weights = LayerWeights(
             attention_norm_D=self._attention_norm.weight_D,
             qkv=attention.qkv.weights,
@@ -225,13 +262,14 @@ class Layer:
             k_norm_d=None if attention.k_norm is None else attention.k_norm.weight_D,
             o=attention.o.weights,
             mlp_norm_D=self._mlp_norm.weight_D,
-            gate_up=mlp.gate_up.weights,
-            down=mlp.down.weights,
+            gate_up=gate_up,
+            down=down,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=eps,
             scale=attention.scale,
+            experts=experts,
         )
 
     def __call__(
