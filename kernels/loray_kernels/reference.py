@@ -4,7 +4,7 @@ tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -24,7 +24,7 @@ from loray_kernels.descriptors import (
     StepVectors,
     read_descriptor,
 )
-from loray_kernels.experts import ExpertGroups
+from loray_kernels.experts import ExpertGroups, has_expert_lora
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
 from loray_kernels.ops import (
     AdapterSegments,
@@ -177,8 +177,17 @@ class ReferenceOps:
         own_TK = weights_TE[:, :per_token]
         return experts_TE[:, :per_token], own_TK / (own_TK if normalised else weights_TE).sum(dim=1, keepdim=True)
 
-    def experts(self, x_TD: Tensor, weights: ExpertWeights) -> Tensor:
-        """Σ share · down(silu(gate x) · up x) over each token's experts, (T, D).
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights: ExpertWeights,
+        pool: Tensor,
+        lora: Mapping[str, LoraTable],
+        segments: AdapterSegments,
+        layer_offset: int,
+    ) -> Tensor:
+        """Σ share · down(silu(gate x) · up x) over each token's experts, (T, D), with LoRA of gate_proj, up_proj and
+        down_proj: of these an adapter has rows for each expert, one after the other.
 
         An expert's tokens are multiplied with it together. A token's results are rounded to x's dtype and added in fp32
         in the order of its experts, so its sum is the same in any batch if its products are.
@@ -186,17 +195,23 @@ class ReferenceOps:
         logits_TE = self.logits(x_TD, weights.router)
         experts_TK, shares_TK = self.choose_experts(logits_TE, weights.per_token, normalised=weights.normalised)
         groups = ExpertGroups.of(experts_TK, len(weights.down))
-        gate_up_PM = self._grouped(x_TD[groups.tokens_P], weights.gate_up, groups)
-        y_PD = self._grouped(self.silu_mul(gate_up_PM), weights.down, groups)
-        return groups.summed(y_PD, shares_TK)
+        runs = groups.runs(segments, x_TD.shape[0]) if has_expert_lora(lora) else None
 
-    def _grouped(self, x_PI: Tensor, matrices: Sequence[LinearWeights], groups: ExpertGroups) -> Tensor:
-        """Multiply each expert's rows with its matrix, (P, O)."""
-        y_PO = x_PI.new_empty(x_PI.shape[0], matrices[0].out_features)
-        for rows, matrix in zip(groups.rows, matrices, strict=True):
-            if rows.start < rows.stop:
-                y_PO[rows] = self.linear(x_PI[rows], matrix)
-        return y_PO
+        def products(x_PI: Tensor, matrices: Sequence[LinearWeights], *modules: str) -> Tensor:
+            y_PO = x_PI.new_empty(x_PI.shape[0], matrices[0].out_features)
+            for rows, matrix in zip(groups.rows, matrices, strict=True):
+                if rows.start < rows.stop:
+                    y_PO[rows] = self.linear(x_PI[rows], matrix)
+            own = [(y, lora[m]) for y, m in zip(y_PO.chunk(len(modules), dim=1), modules, strict=True) if m in lora]
+            if runs is not None and own:
+                tables = tuple(runs.table(table, len(matrices)) for _, table in own)
+                h = self.lora_shrink(x_PI, pool, tables, runs.segments, layer_offset)
+                self.lora_expand(tuple(y for y, _ in own), h, pool, tables, runs.segments, layer_offset)
+            return y_PO
+
+        gate_up_PM = products(x_TD[groups.tokens_P], weights.gate_up, "gate_proj", "up_proj")
+        y_PD = products(self.silu_mul(gate_up_PM), weights.down, "down_proj")
+        return groups.summed(y_PD, shares_TK)
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""

@@ -8,7 +8,7 @@ say how.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,7 @@ from loray_kernels.cpu.structs import (
     pack_step,
 )
 from loray_kernels.descriptors import RowOverrides, RowTables, token_rows
+from loray_kernels.experts import has_expert_lora
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
@@ -186,13 +187,21 @@ class CpuOps(ReferenceOps):
         )
         return experts_TK, shares_TK
 
-    def experts(self, x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights: ExpertWeights,
+        pool: Tensor,
+        lora: Mapping[str, LoraTable],
+        segments: AdapterSegments,
+        layer_offset: int,
+    ) -> Tensor:
         key, f = (self.isa, x_TD.dtype), self._for(x_TD)
         if key not in weights.prepared:
             matrices = (weights.router, *weights.gate_up, *weights.down)
             weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
-        if f is None or not weights.prepared[key]:
-            return super().experts(x_TD, weights)
+        if f is None or not weights.prepared[key] or has_expert_lora(lora):
+            return super().experts(x_TD, weights, pool, lora, segments, layer_offset)
         x_TD = x_TD.contiguous()
         packed = pack_experts(weights)
         assert packed.widths == x_TD.shape[1:]
@@ -295,6 +304,8 @@ class CpuOps(ReferenceOps):
     ) -> Tensor | None:
         f = self._for(step.pool, x_TD, step.cos_Td)
         if f is None or step.layout.head_dim % 16 or not all(self._reads_layer(w, x_TD) for w in weights):
+            return None
+        if any(w.experts is not None and has_expert_lora(tables(i).lora) for i, w in enumerate(weights, first)):
             return None
         inputs = pack_step(step)
         numbers = range(first, min(first + len(weights) + 1, step.layout.num_layers))  # the next one's rows as well

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loray.adapters.peft_format import PREFIX, write_folder
-from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, plain_name, read_tensors
 from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.methods.expert_lora import EXPERTS, ExpertLoraWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ModuleWeights
 from loray.spec import LINEAR_MODULES, QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
@@ -123,14 +124,20 @@ def _merged(
     base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
 ) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
-    adapted = {f"model.{key.path}": module for key, module in weights.modules.items()}
+    adapted: dict[str, ModuleWeights] = {}
+    for key, module in weights.modules.items():
+        if isinstance(module, ExpertLoraWeights):
+            path = f"model.layers.{key.layer}.{EXPERTS}"
+            adapted |= {f"{path}.{i}.{key.module}": module.expert(i) for i in range(module.num_experts)}
+        else:
+            adapted[f"model.{key.path}"] = module
     for name, stored in read_tensors(base.path):
         tensor, kept = stored, dtype or stored.dtype
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
         if trained_on is not None and name.endswith(_LINEAR) and ".experts." not in name:
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
-        path, _, kind = name.rpartition(".")
+        path, _, kind = plain_name(name).rpartition(".")
         if path in adapted:
             module = adapted[path]
             merged = module.merged_bias(tensor) if kind == "bias" else module.merged(tensor, weights.pair)

@@ -6,6 +6,7 @@ gradients and optimizer states are replicated or sharded (Rajbhandari et al., *Z
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from loray.methods.base import SavedTensors
 from loray.planning.devices import Device
 from loray.planning.run import SHARDS_WEIGHTS, RunShape
 from loray.planning.sequence import DensePlan
-from loray.spec import DTYPE_BYTES, LINEAR_MODULES, TrainSpec
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MLP_MODULES, TrainSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
@@ -160,6 +161,10 @@ def _activations(run: RunShape, device: Device) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
+    if (experts := run.model.experts) is not None and {*MLP_MODULES} & {*run.adapter.target_modules}:
+        matrices = sum(math.prod(run.model.module_shape(m)) for m in MLP_MODULES if m in run.adapter.target_modules)
+        changed = run.element_bytes * experts.num * matrices
+        yield Item("experts with the adapter in them", changed * (1 if run.checkpointing else layers), alive, changed)
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)

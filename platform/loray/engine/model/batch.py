@@ -94,7 +94,7 @@ class AdapterBatch:
                 if g == group:
                     found.setdefault(role, set()).add(module)
         return LayerTables(
-            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
+            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_b", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
             norms={m: self._own_rows(m, "norm", members) for m in sorted(found.get("norm", ()))},
             scales={m: self._scales(m, members) for m in sorted({*found.get("dora", ()), *found.get("scale", ())})},
@@ -103,14 +103,15 @@ class AdapterBatch:
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
         a_rows, b_rows, starts, scales = [], [], [0], []
         for span, group in zip(self.spans, groups, strict=True):
-            a = span.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
-            if a is None:
+            b = span.adapter.rows.get((group, module, "lora_b")) if group >= 0 else None
+            if b is None:
                 starts.append(starts[-1])
                 scales.append(0.0)
                 continue
-            a_rows.append(a)
-            b_rows.append(span.adapter.rows[group, module, "lora_b"])
-            starts.append(starts[-1] + a.segments[0][2].shape[0])
+            rows = span.adapter.rows  # up_proj of experts may have gate_proj's A
+            a_rows.append(rows.get((group, module, "lora_a")) or rows[group, "gate_proj", "lora_a"])
+            b_rows.append(b)
+            starts.append(starts[-1] + b.segments[0][2].shape[0])
             scales.append(span.adapter.scales[group, module])
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 

@@ -225,10 +225,12 @@ class Experts:
             per_token=spec.per_token,
             normalised=spec.normalised,
         )
-        self._add_up = linears.add_up
+        self._layer, self._add_up = layer, linears.add_up
 
     def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
-        y_TD = step.ops.experts(x_TD, self.weights)
+        adapters, pool = step.batch.adapters, step.pool.tensor
+        lora, offset = adapters.layer(self._layer).lora, step.offset(self._layer)
+        y_TD = step.ops.experts(x_TD, self.weights, pool, lora, adapters.segments, offset)
         self._add_up(y_TD)
         return y_TD
 
