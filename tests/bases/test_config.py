@@ -153,8 +153,9 @@ def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:
             OF_QWEN3 | {"mlp_only_layers": [0]},
             r"\(mlp_only_layers, decoder_sparse_step\) are not supported",
         ),
-        ("Mistral", {"sliding_window": 32}, r"sliding-window attention \(window 32\) is not supported"),
-        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True}, r"sliding-window attention \(window 32\)"),
+        ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported in Gemma3ForCausalLM"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "with use_bidirectional_attention are not supported"),
+        ("Gemma3", {"attn_logit_softcapping": 50.0}, "with attn_logit_softcapping are not supported"),
     ],
 )
 def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any], why: str) -> None:
@@ -172,6 +173,56 @@ def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any]
 )
 def test_a_familys_checkpoint_is_served(family: str, fields: dict[str, Any]) -> None:
     assert config_of(family, **fields) == config_of(family)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "windows"),
+    [
+        ("Mistral", {"sliding_window": 32}, (32, 32)),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, (None, 32)),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True}, (None, None)),  # from layer 28 on
+        (
+            "Qwen3",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full"]},
+            (8, None),
+        ),
+        ("Gemma2", {"sliding_window": 32}, (32, None)),
+        ("Gemma3", {"sliding_window": 32}, (32, 32)),  # five of six
+        ("Gemma3", {"sliding_window": 32, "sliding_window_pattern": 2}, (32, None)),
+    ],
+)
+def test_windows_of_layers(family: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    config = config_of(family, **fields)
+    assert tuple(layer.window for layer in config.layers) == windows
+    assert config.window == (None if None in windows else max(w for w in windows if w))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ],
+)
+def test_the_two_ropes_of_gemma_3(fields: dict[str, Any]) -> None:
+    config = config_of("Gemma3", sliding_window=32, sliding_window_pattern=2, **fields)
+    assert config.ropes == (
+        RopeParameters(rope_type="linear", rope_theta=1e6, factor=8.0),
+        RopeParameters(rope_theta=1e4),
+    )
+    assert [layer.rope for layer in config.layers] == [1, 0]
+    assert config.tie_word_embeddings
+    assert (config.norm_offset, config.embedding_scale) == (1.0, 4.0)
+    fingerprints = {
+        canonical_config(c) for c in (config, replace(config, norm_offset=0.0), replace(config, other_ropes=()))
+    }
+    assert len(fingerprints) == 3
 
 
 def test_a_base_keeps_its_fingerprint() -> None:

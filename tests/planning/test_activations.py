@@ -154,12 +154,17 @@ def test_what_is_scaled_is_kept(tiny_base: Callable[..., BaseModel], adapter: di
         LONG,
     ],
 )
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_exactly(
     tiny_base: Callable[..., BaseModel], architecture: str, adapter: dict[str, Any], tied: bool
 ) -> None:
     base = tiny_base(architecture, tie_word_embeddings=tied)
+    if base.config.has_fused_modules and "target_modules" not in adapter:
+        adapter = {**adapter, "target_modules": ALL}
     spec = recipe(adapter=adapter)
     model = build_model(base, spec)
     found = count_parameters(model)

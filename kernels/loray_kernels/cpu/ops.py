@@ -160,15 +160,11 @@ class CpuOps(ReferenceOps):
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)
-        if f is None:
-            return super().silu_mul(gate_up_TM)
-        gate_up_TM = token_rows(gate_up_TM)
-        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
-        y_TM = gate_up_TM.new_empty(num_tokens, width)
-        f.silu_mul(
-            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
-        )
-        return y_TM
+        return super().silu_mul(gate_up_TM) if f is None else _gated(f.silu_mul, gate_up_TM)
+
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        f = self._for(gate_up_TM)
+        return super().gelu_mul(gate_up_TM) if f is None else _gated(f.gelu_mul, gate_up_TM)
 
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
@@ -210,11 +206,18 @@ class CpuOps(ReferenceOps):
         return y_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         f = self._for(pool, x_TD, weight_D)
         if f is None:
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
         x_TD = token_rows(x_TD)
         num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
         width = x_TD.shape[-1]
@@ -232,6 +235,7 @@ class CpuOps(ReferenceOps):
             width,
             weight_D.data_ptr(),
             eps,
+            weight_offset,
             y_TD.data_ptr(),
             _address_at(pool, layer_offset),
             tokens,
@@ -249,14 +253,17 @@ class CpuOps(ReferenceOps):
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
         slot_mapping_T, threads = step.attention.slot_mapping_T.contiguous(), torch.get_num_threads()
-        num_tokens, _, d = q_THd.shape
-        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        (num_tokens, _, d), turned = q_THd.shape, cos_Td.shape[1]
+        assert cos_Td.shape == sin_Td.shape
+        assert cos_Td.shape[0] == num_tokens
+        assert turned <= d
+        assert turned % 2 == 0
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, layout.head_dim)
         assert slot_mapping_T.shape == (num_tokens,)
         out_THd, keys_TKd = _like(q_THd), _like(k_TKd)
         for x, y in ((q_THd, out_THd), (k_TKd, keys_TKd)):
             tables = cos_Td.data_ptr(), sin_Td.data_ptr()
-            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, *tables, y.data_ptr(), threads)
+            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, turned, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
@@ -273,11 +280,19 @@ class CpuOps(ReferenceOps):
         return out_THd
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         f = self._for(pool, q_THd)
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
         num_heads = q_THd.shape[1]
@@ -295,6 +310,8 @@ class CpuOps(ReferenceOps):
             layer,
             packed.address,
             scale,
+            window or 0,
+            soft_cap or 0.0,
             torch.get_num_threads(),
         )
         return out_THd
@@ -478,6 +495,14 @@ class CpuOps(ReferenceOps):
             assert width <= matrix.data.shape[1]
             weights = matrix.prepared[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _gated(function: Any, gate_up_TM: Tensor) -> Tensor:
+    gate_up_TM = token_rows(gate_up_TM)
+    num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+    y_TM = gate_up_TM.new_empty(num_tokens, width)
+    function(gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads())
+    return y_TM
 
 
 def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

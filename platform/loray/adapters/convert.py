@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.peft_format import PREFIX, write_folder
+from loray.adapters.peft_format import MODULES, PREFIX, write_folder
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, plain_name, read_tensors
 from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
@@ -22,7 +22,7 @@ from loray.bases.registry import BaseModel, is_copied
 from loray.errors import ConflictError, UnsupportedError
 from loray.methods.expert_lora import EXPERTS, ExpertLoraWeights
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ModuleWeights
-from loray.spec import LINEAR_MODULES, QuantizationSpec
+from loray.spec import QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)],
+        "target_modules": [m for m in MODULES if any(key.module == m for key in weights.modules)],
         "modules_to_save": sorted(whole) or None,
         "inference_mode": True,
     }
@@ -80,8 +80,9 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
 
 _SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
+_LINEAR = tuple(f".{module}.weight" for module in MODULES)
+# The last ones are older checkpoints'.
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 
 
 class RoundedBase(NamedTuple):
@@ -187,7 +188,7 @@ def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype:
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     if weights.rope is not None:
         config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
-        config["rope_parameters"] = weights.rope.to_hf()
+        config["rope_parameters"] = base.config.hf_rope(weights.rope)
         assert weights.context_length is not None
         config["max_position_embeddings"] = weights.context_length
     if weights.embedding is not None:
@@ -219,6 +220,10 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
 
     _check_active(weights)
     _check_linear(weights)
+    if base.has_fused_modules:
+        raise UnsupportedError(
+            f"GGUF-LoRA of {base.architecture} is not written: take the adapter merged, or in PEFT's form"
+        )
     architecture = ARCHITECTURES[base.architecture].gguf
     modules = _as_lora(weights, base)
     alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from loray.adapters.files import MAX_CONFIG_BYTES, read_header
 from loray.bases.checkpoint import plain_name
-from loray.bases.config import ModelConfig
+from loray.bases.config import FUSED, ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
 from loray.methods import METHODS_OF_PEFT
 from loray.methods.base import StoredModule
@@ -38,8 +38,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of a transformers model's parameters
 ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # after the embedding's path, where only changed rows are stored
 
+MODULES = (*LINEAR_MODULES, *FUSED)  # that adapters have
 _LINEAR = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(LINEAR_MODULES) + r")\.(?P<part>.+)"
+    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(MODULES) + r")\.(?P<part>.+)"
 )
 # Of all of a layer's experts, or, in older files, of one.
 _EXPERTS = re.compile(
@@ -51,7 +52,8 @@ _EXPERT = re.compile(
     + r"))\.(?P<part>lora_[AB])\.weight"
 )
 _NORM = re.compile(
-    r"model\.(?P<path>norm|layers\.\d+\.(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm))\.weight"
+    r"model\.(?P<path>norm|layers\.\d+\."
+    r"(?:input_layernorm|(?:post_attention|pre_feedforward|post_feedforward)_layernorm|self_attn\.[qk]_norm))\.weight"
 )
 # Options that change what PEFT computes, with the values for which they change nothing.
 _INERT: Mapping[str, tuple[Any, ...]] = {
@@ -235,6 +237,8 @@ def parse_adapter(
 
     def read(key: ModuleKey) -> ModuleWeights:
         path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
+        if key.module in FUSED and not base.has_fused_modules:
+            raise BaseMismatch(f"{label}: this base has no such module; the adapter is for another base model")
         rank, alpha = ranks.value(path, config.get("r", 0)), alphas.value(path, config.get("lora_alpha", 0.0))
         return method.read(StoredModule(label, parts[key], config, rank, alpha, base.module_shape(key.module)[1]))
 
@@ -366,6 +370,8 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
             raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
         if path.endswith(("q_norm", "k_norm")) and not base.layers[int(path.split(".")[1])].qk_norm:
             raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
+        if path.endswith("feedforward_layernorm") and base.layers[int(path.split(".")[1])].norms != "sandwich":
+            raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
         width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
         yield f"norm {path}", tuple(norm.shape), (width,)
     if w.embedding is not None:
@@ -382,7 +388,7 @@ MAX_CHARACTERS = 512
 MAX_STEPS = 1 << 20  # of one adapter
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-_PARTS = {"model", "layers", "self_attn", "mlp", *LINEAR_MODULES}
+_PARTS = {"model", "layers", "self_attn", "mlp", *MODULES}
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _CLASSES = {"d": frozenset(string.digits), "w": _WORD}
 _ANY = frozenset(map(chr, range(32, 127)))  # of which the paths of modules consist

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -24,6 +24,8 @@ from loray.telemetry import StageProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loray_kernels.ops import Weight
 
 
 # The format's codes → torch's names.
@@ -167,11 +169,6 @@ def plain_name(name: str) -> str:
     return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read what `read_tensors` does, by the decoder's names."""
-    return ((plain_name(name), tensor) for name, tensor in read_tensors(folder))
-
-
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Read (name, tensor) over all shards, sorted by name, in the stored dtypes."""
     from safetensors import safe_open
@@ -257,7 +254,14 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     the decoder does not use or a dtype that it does not read (quantized checkpoints).
     """
     expected = expected_shapes(config)
-    infos = {plain_name(info.name): info for info in tensor_infos(folder)}
+    infos: dict[str, TensorInfo] = {}
+    for stored in tensor_infos(folder):
+        parts = fused_parts(stored.name, config)
+        if parts and stored.shape[0] != (rows := max(own.stop for own in parts.values())):
+            raise BaseMismatch(f"{folder}: {stored.name} has {stored.shape[0]} rows, its config.json says {rows}")
+        infos |= {p: stored._replace(shape=(own.stop - own.start, *stored.shape[1:])) for p, own in parts.items()}
+        if not parts:
+            infos[plain_name(stored.name)] = stored
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         infos.pop("lm_head.weight", None)
@@ -274,6 +278,24 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
 
 
+def fused_parts(name: str, config: ModelConfig) -> dict[str, slice]:
+    """Find the tensors that a checkpoint has as rows of the tensor `name`; none where that is a module's own."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return {name.replace(module, part): rows for part, rows in config.fused.get(module, {}).items()}
+
+
+def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Iterator[tuple[str, Weight]]:
+    """Yield a checkpoint's tensors by the names of `expected_shapes`."""
+    from loray_kernels.ops import QuantizedWeight
+
+    for name, tensor in tensors:
+        parts = fused_parts(name, config)
+        for part, rows in parts.items():
+            yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
+        if not parts:
+            yield plain_name(name), tensor
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List the shape of every tensor by its `plain_name`, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
@@ -286,6 +308,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        if spec.norms == "sandwich":
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (h,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (h,)
         for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if spec.qkv_bias and module != "o_proj":

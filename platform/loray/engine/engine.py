@@ -149,8 +149,14 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        checkpoint = CheckpointReader(base.path)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
+        packer = Packer(
+            pool.geometry,
+            pool.tensor.dtype,
+            model.embedding_VD,
+            CheckpointReader(base.path),
+            base.config.fused,
+            pinned=pool.tensor.is_cuda,
+        )
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -174,6 +180,7 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
+            window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}
@@ -434,7 +441,7 @@ class Engine:
         adapters, as the books of scheduler, adapter manager and pool say. Between steps.
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
-        kv = Counter(block for request in scheduler.running for block in request.blocks)
+        kv = Counter(block for request in scheduler.running for block in request.held_blocks)
         kv.update(scheduler.prefix_cache.blocks())
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())

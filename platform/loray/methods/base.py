@@ -6,13 +6,13 @@ Shapes: R rank, I input width, O output width of a linear module.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel
 
-from loray.bases.config import ModelConfig
+from loray.bases.config import FUSED, ModelConfig
 from loray.errors import IntegrityError, UnsupportedError, shown
 from loray.methods.expert_lora import peft_targets
 from loray.methods.pairs import PairKey
@@ -205,10 +205,28 @@ class Method(ABC):
 
 
 def shapes(spec: AdapterSpec, model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of the target modules."""
-    return {module: model.module_shape(module) for module in spec.target_modules}
+    """Return (O, I) of the target modules, as the base has them."""
+    return {m: model.module_shape(m) for m in stored_modules(spec.target_modules, model.fused)}
+
+
+def stored_modules(modules: Sequence[str], found: Container[str]) -> tuple[str, ...]:
+    """Name `modules` as a base has them that has those of `found`: where q, k and v are one, qkv_proj.
+
+    Raises UnsupportedError where that has other modules, too.
+    """
+    names = dict.fromkeys(modules)
+    for fused, parts in FUSED.items():
+        own = [part for part in parts if part in names]
+        if fused in found and own:
+            if len(own) < len(parts):
+                raise UnsupportedError(
+                    f"this base has {', '.join(parts)} as one module, {fused}, and adapter.target_modules has only "
+                    f"{', '.join(own)}: name all of them or none"
+                )
+            names = dict.fromkeys(fused if name in parts else name for name in names)
+    return tuple(names)
 
 
 def input_of(module: str) -> tuple[str, ...]:
     """Return the modules that have the same input as `module`, itself included."""
-    return next(modules for modules in MODULES_BY_INPUT if module in modules)
+    return next((modules for modules in MODULES_BY_INPUT if module in modules), (module,))

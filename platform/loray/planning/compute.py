@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.methods import method_of
+from loray.methods.base import shapes
 from loray.planning.devices import Device
 from loray.planning.run import RunShape, count_quantized, halo_plan
 from loray.planning.sequence import ring_elements, ulysses_elements
@@ -318,7 +319,7 @@ def _eager_bytes(run: RunShape) -> float:
     norm = 4 * e + 28  # read, written in fp32, squared, averaged, scaled, written, weighted
     width = 2 * norm * model.hidden_size + 6 * e * model.hidden_size
     width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
-    width += 5 * e * sum(model.module_shape(module)[0] for module in run.adapter.target_modules)
+    width += 5 * e * sum(out for out, _ in shapes(run.adapter, model).values())
     width += 5 * e * model.num_active_mlps * model.intermediate_size
     if model.experts is not None:  # tokens are put together by expert, and their results are added up
         width += 4 * e * model.num_active_mlps * model.hidden_size

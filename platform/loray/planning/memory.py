@@ -229,7 +229,8 @@ def _share(nbytes: int, shards: int) -> int:
 #
 # Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
 # with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
-# attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
+# attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row
+# length, but for attention with a soft cap.
 
 
 def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
@@ -241,7 +242,7 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
     adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
-    widths = [(1, model.hidden_size)] * 2
+    widths = [(1, model.hidden_size)] * (4 if model.layers[0].norms == "sandwich" else 2)
     widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []
     trained = e if run.adapter.train_norms else 0
     norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
@@ -250,6 +251,8 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
     is_copied = is_copied and "o_proj" in run.adapter.target_modules
     attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
+    if model.attention_soft_cap is not None:  # op by op: capped scores, weights in fp32, and again in the dtype
+        attention += model.num_heads * run.padded_length * (2 * e + _FP32)
     mlp = e * model.num_active_mlps * model.intermediate_size  # of each of gate, silu(gate) and up
     # Of experts also their results, which shares multiply, and what the router computes in fp32.
     routed = (

@@ -97,7 +97,7 @@ def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[s
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
     if rope is not None:
-        config.rope_parameters = rope.to_hf()
+        config.rope_parameters = base.config.hf_rope(rope)
     for name, value in fields.items():
         setattr(config, name, value)
     return config
@@ -193,7 +193,9 @@ def without_weights(config: Any, *, dtype: DType, attention: str) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     for path, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # RoPE's frequencies
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # RoPE's frequencies
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, type(module)(config=model.config))
     return model.eval()

@@ -65,9 +65,11 @@ struct Experts {
 template <class T>
 struct LayerWeights {
     const T *attention_norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be missing
+    const T *post_attention_norm, *post_mlp_norm;          // of results, may be missing
     Matrix<T> qkv, o, gate_up, down;
     i64 num_heads;
-    double eps, scale;
+    double eps, scale, norm_offset, soft_cap;
+    i64 window, is_gelu;
     const Experts<T>* experts;  // may be missing; else gate_up and down are the first one's
 };
 
@@ -118,7 +120,7 @@ struct Group {
 
 template <class T>
 struct LayerTables {
-    OwnRows attention_norm, q_norm, k_norm, mlp_norm;
+    OwnRows attention_norm, q_norm, k_norm, mlp_norm, post_attention_norm, post_mlp_norm;
     Group<T> qkv, o, gate_up, down;
 };
 
@@ -131,6 +133,7 @@ struct StepInputs {
     const Meta* meta;
     const i64* slots;
     const Spans* spans;
+    i64 turned;  // elements of a head that RoPE turns
 };
 
 // -- the kernels of a layer; each is instantiated for bf16 and float in its source --
@@ -156,8 +159,11 @@ template <class T>
 void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
 
 template <class T>
-void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
-              const T* pool, const OwnRows& own, int threads);
+void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
+
+template <class T>
+void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps,
+              float offset, T* y, const T* pool, const OwnRows& own, int threads);
 
 template <class T>
 void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, const OwnRows& own, int threads);
@@ -167,8 +173,8 @@ void turn_rows(T* y, i64 y_stride, i64 width, const T* pool, const OwnRows& own,
                int threads);
 
 template <class T>
-void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
-          int threads);
+void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i64 turned, const T* cos, const T* sin,
+          T* y, int threads);
 
 template <class T>
 void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride, i64 width,
@@ -176,7 +182,7 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
-                     const Meta& meta, float scale, int threads);
+                     const Meta& meta, float scale, i64 window, float soft_cap, int threads);
 
 template <class T>
 void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,

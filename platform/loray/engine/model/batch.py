@@ -120,16 +120,18 @@ class AdapterBatch:
         tables = []
         numbered = list(zip(self.spans, groups, strict=True))
 
-        def pair_of(item: tuple[AdapterSpan, Group]) -> ResidentProjection | None:
+        def pair_of(item: tuple[AdapterSpan, Group]) -> tuple[ResidentProjection | None, int]:
             span, group = item
-            return span.adapter.pair if (group, module, "vera_d") in span.adapter.rows else None
+            has = (group, module, "vera_d") in span.adapter.rows
+            return (span.adapter.pair, int(span.adapter.scales.get((group, module), 0))) if has else (None, 0)
 
-        for pair, stretch in groupby(numbered, key=pair_of):
+        for (pair, first), stretch in groupby(numbered, key=pair_of):
             if pair is not None:
                 spans = list(stretch)
+                b_OR = pair.b_OR.rows(first, pair.b_OR.data.shape[0]) if first else pair.b_OR
                 d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in spans])
                 b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in spans])
-                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
+                tables.append(VeraTable(pair.a_RI, b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
         return tables
 
     def _scales(self, module: str, members: Sequence[tuple[AdapterSpan, Group]]) -> list[ScaleTable]:

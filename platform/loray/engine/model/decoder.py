@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import expected_shapes
+from loray.bases.checkpoint import expected_shapes, unfused
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import AdapterBatch, Batch, ChunkInput, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
@@ -120,7 +120,7 @@ def load_layers(
     left = Counter(_layer_of(name) for name in missing)
     taken: defaultdict[int | None, dict[str, Weight]] = defaultdict(dict)
     layers: dict[int, L] = {}
-    for name, tensor in tensors:
+    for name, tensor in unfused(tensors, config):
         if name not in missing:
             continue
         missing.remove(name)
@@ -185,7 +185,9 @@ def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
 
 
 class Rope:
-    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's in place of the
+    base's first one.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
@@ -209,8 +211,10 @@ class Rope:
         inverse_d, factor = self._frequencies(rope)
         return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Compute cos and sin, (T, d), for each RoPE of the base."""
         positions_T = batch.positions_T.float()
+        others = (self._turns(*self._angles(positions_T, rope)) for rope in self._config.other_ropes)
         if (vectors := batch.own_vectors) is None:
             angles_Th, factor_T = self._angles(positions_T, self._config.rope)
         else:
@@ -220,6 +224,9 @@ class Rope:
             if span.adapter.rope is not None:
                 own = slice(span.start, span.stop)
                 angles_Th[own], factor_T[own] = self._angles(positions_T[own], span.adapter.rope)
+        return self._turns(angles_Th, factor_T), *others
+
+    def _turns(self, angles_Th: Tensor, factor_T: Tensor) -> tuple[Tensor, Tensor]:
         factor_T1 = factor_T.unsqueeze(1)
         cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
         return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
@@ -231,7 +238,7 @@ class Rope:
     def _frequencies(self, rope: RopeParameters) -> Frequencies:
         found = self._known.get(rope)
         if found is None:
-            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            inverse_d, factor = frequencies(rope, self._config.rotary_dim)
             found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
         return found
 
@@ -267,7 +274,8 @@ class Decoder:
         )
         self.embedding_VD = others[_EMBEDDING]
         self._head = ops.pack_linear([self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"]])
-        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config)
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     @property
     def can_capture(self) -> bool:
@@ -368,9 +376,10 @@ class Decoder:
 
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops
-        cos_Td, sin_Td = self.rope(batch)
-        step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
+        step = ForwardContext.of(batch, pool, ops, self.rope(batch))
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
+        if self._embedding_scale != 1.0:
+            x_TD *= self._embedding_scale
         part, added_TD = logits_part(batch), None
         x_TD = through(self._layers if part is None else self._layers[:-1], x_TD, step)
         if part is not None:
@@ -384,4 +393,5 @@ class Decoder:
         return self._logits(x_TD[batch.logits_T])
 
     def _logits(self, x_RD: Tensor) -> Tensor:
-        return self.ops.logits(x_RD, self._head)
+        logits_RV, cap = self.ops.logits(x_RD, self._head), self.config.logit_soft_cap
+        return logits_RV if cap is None else logits_RV.div_(cap).tanh_().mul_(cap)

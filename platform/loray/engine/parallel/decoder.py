@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import read_weights
+from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.layers import ForwardContext, Linear, Linears
@@ -73,7 +73,7 @@ class ShardedDecoder(Decoder):
         shard, device = communicator.shard, local_device(spec, communicator.shard.rank)
         super().__init__(
             local_config(base.config, shard),
-            local_tensors(read_weights(base.path), base.config, shard),
+            local_tensors(read_tensors(base.path), base.config, shard),
             backend("auto", device),
             dtype=getattr(torch, spec.dtype),
             device=device,
