@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, get_args
 
+from loray.bases.quantization import Quantization
 from loray.errors import UnsupportedError
 from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
 
@@ -31,7 +32,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-shaped decoder. Widths in elements, lengths in tokens."""
+    """A Llama-shaped decoder. Widths in elements, lengths in tokens. `quantization`: of linear modules, if they are."""
 
     architecture: str
     vocab_size: int
@@ -46,6 +47,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:
@@ -76,6 +78,14 @@ class ModelConfig:
         layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
+    def matrix_bytes(self, element_bytes: int) -> int:
+        """Count the bytes of `num_matrix_elements` in an engine whose dtype has `element_bytes`."""
+        if self.quantization is None:
+            return element_bytes * self.num_matrix_elements
+        shapes = map(self.module_shape, LINEAR_MODULES)
+        layer = sum(self.quantization.served_bytes(out * width, width, element_bytes) for out, width in shapes)
+        return self.num_layers * layer + element_bytes * self.vocab_size * self.hidden_size
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
@@ -102,15 +112,19 @@ class ModelConfig:
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             layers=architecture.layers(hf),
+            quantization=Quantization.from_hf(hf),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Give the fields for a JSON document. Bases are fingerprinted with them: those of a family stay as they are.
 
-        `layers` is among them where layers differ, or have more than the two fields that stand beside their number.
+        `layers` is among them where layers differ, or have more than the two fields that stand beside their number, and
+        `quantization` where linear modules are quantised.
         """
         fields, first = asdict(self), self.layers[0]
         layers = fields.pop("layers")
+        if self.quantization is None:
+            del fields["quantization"]
         fields |= {
             "rope": self.rope.to_hf(),
             "num_layers": self.num_layers,

@@ -11,8 +11,8 @@ from itertools import chain
 
 import torch
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.metrics import Counters, EngineStats
@@ -149,8 +149,8 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        checkpoint = CheckpointReader(base.path)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
+        weights = WeightSource(base.path, base.config)
+        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, weights, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -390,7 +390,7 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
+        base_bytes = self.base.config.matrix_bytes(self.pool.tensor.itemsize)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:

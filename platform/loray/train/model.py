@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.quantized import check_installed, linear_4bit, numel
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.methods.attach import BASE_ROWS, attach
 from loray.methods.lora_module import begin_all
 from loray.planning.run import SHARDS_WEIGHTS
@@ -154,21 +154,21 @@ class BaseWeights:
     """Tensors of a base's checkpoint in `dtype`, by the names of a model's parameters, with an adapter or without."""
 
     def __init__(self, base: BaseModel, dtype: DType) -> None:
-        self._reader = CheckpointReader(base.path)
+        self._source = WeightSource(base.path, base.config)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._is_tied = base.config.tie_word_embeddings
 
     def has(self, name: str) -> bool:
         """True where the parameter is the base's and not the adapter's."""
-        return self._stored(name) in self._reader
+        return self._stored(name) in self._source
 
     def read(self, name: str) -> Tensor:
         """Read the whole tensor; a view of the mapped file where it is stored in the dtype."""
-        return self._reader.read(self._stored(name)).to(self._dtype)
+        return self._source.dense(self._stored(name)).to(self._dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read its rows from `start` up to `stop` alone."""
-        return self._reader.read_rows(self._stored(name), start, stop).to(self._dtype)
+        return self._source.dense_rows(self._stored(name), start, stop).to(self._dtype)
 
     def _stored(self, name: str) -> str:
         stored = name.replace(".base_layer.", ".")  # PEFT's and VeRA's modules around the base's
