@@ -60,10 +60,12 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     ProjectionMatrix,
+    QuantizedWeight,
     ScaleTable,
     StepInputs,
     Turn,
     VeraTable,
+    Weight,
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Change, Chooser, Chosen, Drawn, Draws, TokenEdits, TokenSet, TokenSlots
@@ -101,6 +103,7 @@ __all__ = [
     "Pair",
     "Parts",
     "ProjectionMatrix",
+    "QuantizedWeight",
     "RowOverrides",
     "RowTables",
     "ScaleTable",
@@ -113,6 +116,7 @@ __all__ = [
     "Turn",
     "VectorShape",
     "VeraTable",
+    "Weight",
     "available",
     "backend",
     "descriptor_words",

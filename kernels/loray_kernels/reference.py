@@ -31,9 +31,12 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     ProjectionMatrix,
+    QuantizedWeight,
     StepInputs,
     TablesOf,
     VeraTable,
+    Weight,
+    join_weights,
 )
 from loray_kernels.sampling import Chooser, Drawn, Draws, ReferenceChooser, TokenSlots, sample
 
@@ -58,6 +61,45 @@ def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int =
         period_R1, first_R1 = (~offsets_R[start:stop, None]) >> 32, (~offsets_R[start:stop, None]) & 0xFFFFFFFF
         parts.append((torch.arange(width, device=pool.device) % period_R1 == first_R1).float())
     return torch.cat(parts, dim=1)
+
+
+def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Quantise activations: q (T, I), and the scale of each row, fp32 (T, 1), with x ≈ scale · q.
+
+    The scale is max|x| / 127 for int8, / 448 for float8_e4m3fn, and q is x · (127 / max|x|) in fp32, rounded to
+    nearest, ties to even. A row of zeros has q = 0; one that is not finite has the scale NaN and q = 0, so all that
+    comes of it is NaN.
+    """
+    most = 127 if dtype is torch.int8 else torch.finfo(dtype).max
+    x32_TI = x_TI.float()
+    largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
+    is_finite_T1 = largest_T1.isfinite()
+    scale_T1 = torch.where(is_finite_T1, largest_T1 / most, torch.nan)
+    # So small a maximum that its inverse is infinite counts as zero.
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most / largest_T1, 0.0)
+    q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
+    return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
+
+
+def quantized_linear(x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias of activations that are quantised row by row, as `quantize_rows`, in x's dtype, (T, O).
+
+    With the columns k of a group g:  y = scale_x · Σ_g scale_g · (Σ_k q_x · (q − zero_g)) + bias. For int8 and int4 the
+    inner sums are exact, since zeros are whole numbers; what is outside of them is in fp32, in this order, and rounded
+    once at the end. Weights in float8 meet activations in float8.
+    """
+    is_float = weight.q_OI.dtype.is_floating_point
+    q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
+    exact = torch.float32 if is_float else torch.float64
+    values_GOg = weight.values().to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    zeros_GO1 = weight.zeros().to(exact).T.unsqueeze(-1)
+    q_GTg = q_TI.to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    sums_GTO = q_GTg @ (values_GOg - zeros_GO1).transpose(1, 2)
+    y_TO = torch.zeros_like(sums_GTO[0], dtype=torch.float32)
+    for sums_TO, scale_O in zip(sums_GTO.float(), weight.scale_OG.T, strict=True):
+        y_TO += sums_TO * scale_O
+    y_TO *= scale_T1
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
 class ReferenceOps:
@@ -87,12 +129,21 @@ class ReferenceOps:
         """
         return None
 
-    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-        """Put the matrix into the layout that `linear` and `logits` read; the original may be freed."""
-        return LinearWeights(weight_OI.shape[1], weight_OI.shape[0], weight_OI, bias_O)
+    def has_kernel(self, weight: QuantizedWeight) -> bool:
+        """Say whether `pack_linear` keeps this weight quantised; else it is to be dequantised before."""
+        return True
+
+    def pack_linear(self, weights: Sequence[Weight], bias_O: Tensor | None = None) -> LinearWeights:
+        """Put matrices of one input side by side, in the layout that `linear` and `logits` read; the originals may be
+        freed. ValueError if they are quantised in different ways.
+        """
+        joined = join_weights(weights)
+        return LinearWeights(joined.shape[1], joined.shape[0], joined, bias_O)
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
-        """y = x Wᵀ + bias, (T, O)."""
+        """y = x Wᵀ + bias, (T, O); of a quantised weight as `quantized_linear`."""
+        if isinstance(weights.data, QuantizedWeight):
+            return quantized_linear(x_TI, weights.data, weights.bias_O)
         return F.linear(x_TI, weights.data, weights.bias_O)
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
@@ -309,6 +360,7 @@ class ReferenceOps:
             y_TO[tokens_C] = (y_CO + rows_CO * y_CO + turn_CO * y_CO.gather(1, partner_CO)).to(y_TO.dtype)
 
 
+_LEAST = 1e-30  # of the largest element of a row, below which the row counts as zeros
 _SCALED_AT_ONCE = 1 << 24  # outputs: a prompt's in fp32, and their partners' numbers, are many times the step's memory
 
 

@@ -37,9 +37,12 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     ProjectionMatrix,
+    QuantizedWeight,
     StepInputs,
     TablesOf,
     VeraTable,
+    Weight,
+    join_weights,
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Drawn, Draws, TokenSlots, log_share
@@ -70,28 +73,47 @@ class CpuOps(ReferenceOps):
         assert pool.is_cpu
         return self._functions.get(dtype)
 
-    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-        return self._packed(weight_OI, bias_O, self._pages.zeros)
+    def has_kernel(self, weight: QuantizedWeight) -> bool:
+        return False
+
+    def pack_linear(self, weights: Sequence[Weight], bias_O: Tensor | None = None) -> LinearWeights:
+        joined = join_weights(weights)
+        if isinstance(joined, QuantizedWeight):
+            return super().pack_linear(weights, bias_O)
+        return self._packed(joined, bias_O, self._pages.zeros)
 
     def _packed(self, weight_OI: Tensor, bias_O: Tensor | None, zeros: Callable[..., Tensor]) -> LinearWeights:
         f = self._for(weight_OI)
         if f is None:
-            return super().pack_linear(weight_OI, bias_O)
+            return super().pack_linear([weight_OI], bias_O)
         weight_OI = weight_OI.contiguous()
         out_features, in_features = weight_OI.shape
         packed = zeros(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
         f.pack_linear(weight_OI.data_ptr(), in_features, out_features, packed.data_ptr(), torch.get_num_threads())
         return LinearWeights(in_features, out_features, packed, None if bias_O is None else bias_O.contiguous())
 
+    def _reads(self, weights: LinearWeights, x_TI: Tensor) -> SimpleNamespace | None:
+        """The kernels for a product with these weights; None if it goes to the reference."""
+        data = weights.data
+        return None if isinstance(data, QuantizedWeight) or data.dim() != 1 else self._for(data, x_TI)
+
+    def _reads_layer(self, weights: LayerWeights, x_TD: Tensor) -> bool:
+        key = (self.isa, x_TD.dtype)
+        found: bool | None = weights.prepared.get(key)
+        if found is None:
+            matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+            found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
+        return found
+
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
-        f = self._for(weights.data, x_TI)
-        if f is None or weights.data.dim() != 1:
+        f = self._reads(weights, x_TI)
+        if f is None:
             return super().linear(x_TI, weights)
         return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
-        f = self._for(weights.data, x_TD)
-        if f is None or weights.data.dim() != 1:
+        f = self._reads(weights, x_TD)
+        if f is None:
             return super().logits(x_TD, weights)
         return self._multiply(f.logits, x_TD, weights, torch.float32)
 
@@ -236,9 +258,8 @@ class CpuOps(ReferenceOps):
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
-        matrices = [m.data for w in weights for m in (w.qkv, w.o, w.gate_up, w.down)]
-        f = self._for(step.pool, x_TD, step.cos_Td, *matrices)
-        if f is None or step.layout.head_dim % 16 or any(m.dim() != 1 for m in matrices):
+        f = self._for(step.pool, x_TD, step.cos_Td)
+        if f is None or step.layout.head_dim % 16 or not all(self._reads_layer(w, x_TD) for w in weights):
             return None
         inputs = pack_step(step)
         numbers = range(first, min(first + len(weights) + 1, step.layout.num_layers))  # the next one's rows as well

@@ -108,6 +108,7 @@ def pack_layout(layout: KvLayout) -> CStruct:
 
 def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
     """The words of a Matrix, or of its first `width` outputs."""
+    assert isinstance(weights.data, Tensor)
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
     assert width is None or width <= weights.out_features
     return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,11 @@ from loray_kernels import (
     LoraTable,
     Ops,
     ProjectionMatrix,
+    QuantizedWeight,
     RowTables,
     TokenSlots,
     VeraTable,
+    Weight,
 )
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -101,11 +103,11 @@ def _width(columns: _Columns) -> int:
 
 
 def load_layers(
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Weight]],
     config: ModelConfig,
-    take: Callable[[str, Tensor], Tensor],
-    make: Callable[[int, Mapping[str, Tensor]], L],
-) -> tuple[list[L], Mapping[str, Tensor]]:
+    take: Callable[[str, Weight], Weight],
+    make: Callable[[int, Mapping[str, Any]], L],
+) -> tuple[list[L], Mapping[str, Any]]:
     """Make the layers, each when the last of its tensors has been taken; also returns the tensors of no layer.
 
     A layer packs its matrices into other memory; what it was made from is given up with it. In the order of a
@@ -116,7 +118,7 @@ def load_layers(
     if config.tie_word_embeddings:
         missing.discard("lm_head.weight")
     left = Counter(_layer_of(name) for name in missing)
-    taken: defaultdict[int | None, dict[str, Tensor]] = defaultdict(dict)
+    taken: defaultdict[int | None, dict[str, Weight]] = defaultdict(dict)
     layers: dict[int, L] = {}
     for name, tensor in tensors:
         if name not in missing:
@@ -137,10 +139,14 @@ def _layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch.device) -> Weight:
     """The tensor on the device. Matrices are packed into other memory later. The others are copied if they are views of
-    a mapped checkpoint: one view would keep all of the checkpoint in memory.
+    a mapped checkpoint: one view would keep all of the checkpoint in memory. A quantised weight is dequantised where
+    `ops` have no kernel for it.
     """
+    if isinstance(tensor, QuantizedWeight):
+        tensor = tensor.to(device)
+        return tensor if ops.has_kernel(tensor) and name != _EMBEDDING else tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
     return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken
@@ -239,7 +245,7 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Iterable[tuple[str, Weight]],
         ops: Ops,
         *,
         dtype: torch.dtype,
@@ -256,11 +262,11 @@ class Decoder:
         self._layers, others = load_layers(
             tensors,
             config,
-            lambda name, tensor: _take(name, tensor, dtype, device),
+            lambda name, tensor: _take(name, tensor, ops, dtype, device),
             lambda layer, own: Layer(layer, config, own, ops, linears),
         )
         self.embedding_VD = others[_EMBEDDING]
-        self._head = ops.pack_linear(self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"])
+        self._head = ops.pack_linear([self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"]])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from loray_kernels import (
     RowOverrides,
     StepInputs,
     VeraTable,
+    Weight,
 )
 
 
@@ -55,14 +56,14 @@ class Linear:
     Where the module is spread over several ranks, `parallel.decoder` overrides the hooks below.
     """
 
-    def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
+    def __init__(self, layer: int, weights: Mapping[str, Weight], biases: Mapping[str, Tensor], ops: Ops) -> None:
         self._layer = layer
         self.modules = tuple(weights)
         self._field = layer * len(INPUTS) + INPUTS.index(self.modules)
         self._widths = [w.shape[0] for w in weights.values()]
         self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
-        self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
+        self.weights = ops.pack_linear(list(weights.values()), bias_O)
 
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
@@ -125,8 +126,8 @@ class Linear:
 class Linears(NamedTuple):
     """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
 
-    column: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
-    row: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
+    column: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
+    row: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
 
 
 LOCAL = Linears(Linear, Linear)  # every module completely on this rank
@@ -159,9 +160,7 @@ class RMSNorm:
 
 
 class Attention:
-    def __init__(
-        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears
-    ) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
@@ -194,7 +193,7 @@ class Attention:
 
 
 class MLP:
-    def __init__(self, layer: int, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears) -> None:
+    def __init__(self, layer: int, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.mlp"
         gate_up = {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}
         self.gate_up = linears.column(layer, gate_up, {}, ops)
@@ -205,10 +204,10 @@ class MLP:
 
 
 class Layer:
-    """x + attention(norm(x)), then x + MLP(norm(x)), op by op."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), op by op. `tensors`: matrices are a `Weight`, others a Tensor."""
 
     def __init__(
-        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears = LOCAL
+        self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears = LOCAL
     ) -> None:
         prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
         name = "input_layernorm"

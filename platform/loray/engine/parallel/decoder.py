@@ -25,7 +25,7 @@ from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import local_config, local_device, local_tensors, split_inputs
 from loray.engine.pool.pool import Pool, ResidentProjection
 from loray.spec import ServeSpec
-from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, backend
+from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, Weight, backend
 
 
 def parallel_linears(communicator: Communicator) -> Linears:
@@ -40,7 +40,7 @@ class _ParallelLinear(Linear):
         self,
         communicator: Communicator,
         layer: int,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Weight],
         biases: Mapping[str, Tensor],
         ops: Ops,
     ) -> None:
