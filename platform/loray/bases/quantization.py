@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"]
 WeightKind = Literal["int8", "fp8", "int4", "nf4", "fp4"]
+RoundedTo = Literal["int8", "fp8", "int4"]  # of a 16-bit base, see `bases.rounding`
 
 _WORD = 32  # bits, of packed values
 _BITS: Mapping[WeightKind, int] = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4, "fp4": 4}

@@ -1,4 +1,5 @@
-"""`WeightSource`: the weights of a base by the names of plain parameters, however its checkpoint stores them.
+"""`WeightSource`: the weights of a base by the names of plain parameters, however its checkpoint stores them; and
+`write_tensors`, which writes a checkpoint.
 
 Shapes: O outputs, I inputs, G groups of inputs that share a scale. W is scale · (q − zero); `bases.quantization` has the
 tensors of each layout. Packed values stand in words of 32 bits from the lowest bits on, AWQ's in an order of their own.
@@ -6,16 +7,19 @@ tensors of each layout. Packed values stand in words of 32 bits from the lowest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.bases.checkpoint import TensorInfo, tensor_infos
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_infos
 from loray.bases.config import ModelConfig
 from loray.bases.quantization import Layout, Quantization, StoredWeight, state_of, stored_weights
 from loray.errors import IntegrityError
@@ -102,8 +106,6 @@ class WeightSource:
 
 
 def _open(file: Path) -> Any:
-    from safetensors import safe_open
-
     return safe_open(str(file), framework="pt")
 
 
@@ -111,6 +113,41 @@ def _tensor(info: TensorInfo) -> Tensor:
     with _open(info.file) as f:
         found: Tensor = f.get_tensor(info.name)
     return found
+
+
+_SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write files of up to `_SHARD_BYTES`, with an index where there are several, as transformers does."""
+    shards: list[dict[str, str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def write() -> None:
+        nonlocal size
+        path = folder / f"shard-{len(shards)}.safetensors"
+        save_file({name: t.contiguous() for name, t in held.items()}, path, metadata={"format": "pt"})
+        shards.append(dict.fromkeys(held, path.name))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > _SHARD_BYTES:
+            write()
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / SINGLE_FILE)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}.safetensors").rename(folder / name)
+    weight_map = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------

@@ -326,7 +326,9 @@ def base(s: Situation) -> CheckResult:
         else:
             check_tensors(found.path, found.config)
     except (LorayError, OSError, ValueError) as e:
-        source = found.source.removeprefix("hf:")
+        source, is_form, whole = found.source.removeprefix("hf:").partition(" of ")
+        if found.of is not None and is_form:  # as `bases.rounding` says it: int8 of NAME (FINGERPRINT)
+            source = f"{whole.split()[0]} --quantise {source}"
         return error(f"the base model {name} is damaged: {e}", f"loray base add {source} --name {name}")
     return ok(f"base model {name}{', every byte' if s.deep else ''}")
 
@@ -383,7 +385,7 @@ def _serving(spec: ServeSpec, config: ModelConfig, machine: Machine) -> str:
         flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
     elements = config.num_matrix_elements
     prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
-    step = max(spec.element_bytes * elements / bandwidth, 2.0 * elements * _REQUESTS / flops)
+    step = max(config.matrix_bytes(spec.element_bytes) / bandwidth, 2.0 * elements * _REQUESTS / flops)
     tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
     return f"{told}; {_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
 
@@ -394,7 +396,7 @@ def _about(value: float) -> str:
 
 
 def catalog(s: Situation) -> CheckResult:
-    from loray.catalog.database import HEAD, revision_of, shown_url
+    from loray.catalog.database import HEAD, OLDEST, revision_of, shown_url
 
     url = s.settings.catalog
     try:
@@ -406,9 +408,9 @@ def catalog(s: Situation) -> CheckResult:
         return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else mend)
     if revision is None:
         return ok("the catalog is empty; its tables are made at first use")
-    if revision == HEAD:
+    if OLDEST <= revision <= HEAD:
         return ok(f"catalog {shown_url(url)} answers")
-    if revision < HEAD:
+    if revision < OLDEST:
         return error(
             f"the catalog was made before the first release (revision {revision})",
             "LORAY_CATALOG=sqlite:///$HOME/.loray/new.db loray adapters import FOLDER --name NAME  (for each adapter)",

@@ -103,7 +103,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
     if adapter is not None:
-        adapter.check_base(base.name, base.fingerprint)
+        adapter.check_base(base.name, base.fingerprint, base.of)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:

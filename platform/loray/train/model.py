@@ -82,7 +82,14 @@ def load_model(
     rope           None: the base's RoPE
     attention      name of an implementation that is registered with transformers
     config_fields  further fields of the model's configuration
+
+    A quantised base is dequantised: it computes with the values that it has, in 16 or 32 bits.
     """
+    if base.config.quantization is not None:
+        weights = BaseWeights(base, dtype)
+        model = without_weights(model_config(base, rope, config_fields), dtype=dtype, attention=attention)
+        replace_parameters(model, lambda name, _: weights.read(name).clone())
+        return model
     return AutoModelForCausalLM.from_pretrained(
         base.path,
         config=model_config(base, rope, config_fields),
@@ -95,6 +102,8 @@ def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[s
     """Make transformers' configuration of a base without a KV cache. `rope` None: the base's RoPE."""
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # weights are read dequantised
     if rope is not None:
         config.rope_parameters = rope.to_hf()
     for name, value in fields.items():
