@@ -127,7 +127,7 @@ class ModelResolver:
         return (self.bases[prefix], name) if colon and prefix in self.bases else (None, model)
 
     def _base_of(self, ref: AdapterRef, wanted: BaseModel | None, principal: Principal) -> BaseModel:
-        """Find the base that an adapter is served on. Raises BaseMismatch where none is, or not the one that was named."""
+        """Find the base that an adapter is served on. Raises BaseMismatch where none is, or not the named one."""
         if wanted is not None:
             ref.check_base(wanted.name, wanted.fingerprint, wanted.of)
             return wanted

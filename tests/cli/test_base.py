@@ -22,7 +22,9 @@ def test_a_form_is_added_with_what_it_costs(loray: Loray, base: BaseModel, home:
     form = get_base(home, "tiny-int8")
     assert (made["name"], made["fingerprint"], made["of"]) == ("tiny-int8", form.fingerprint, base.fingerprint)
     assert made["quantization"] == "int8 (compressed-tensors)"
-    whole, named = (next(b for b in loray("base", "ls", "--json").json if b["name"] == n) for n in ("tiny", "tiny-int8"))
+    whole, named = (
+        next(b for b in loray("base", "ls", "--json").json if b["name"] == n) for n in ("tiny", "tiny-int8")
+    )
     assert named["num_parameters"] == whole["num_parameters"]
     assert named["nbytes"] < whole["nbytes"]
     assert [e["layer"] for e in made["errors"]] == [0, 1]

@@ -99,11 +99,11 @@ def merge_adapter(
 ) -> None:
     """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
 
-    A quantised base is dequantised. With `trained_on` the base's linear layers have the values that they had, quantized, while the adapter was trained;
-    else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
-    `weights.rope` and `context_length` replace the base's in `config.json`, and trained norms the base's. If the
-    adapter has an input embedding and the base's output head is tied, the checkpoint has both the adapter's embedding
-    and the base's head.
+    A quantised base is dequantised. With `trained_on` a 16-bit base's linear layers have the values that they had,
+    quantized, while the adapter was trained; else they are the base's own, as where the adapter is served. Sums are
+    computed in fp32 and rounded once. `weights.rope` and `context_length` replace the base's in `config.json`, and
+    trained norms the base's. If the adapter has an input embedding and the base's output head is tied, the checkpoint
+    has both the adapter's embedding and the base's head.
 
     Raises ConflictError where `folder` exists and is not empty, and UnsupportedError for aLoRA.
     """

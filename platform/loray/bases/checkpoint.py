@@ -223,8 +223,8 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
             raise BaseMismatch(f"{folder}: {name} has shape {found.shape}, its config.json says {shape}")
         if isinstance(found, TensorInfo) and found.dtype not in _DTYPES:
             raise UnsupportedError(
-                f"{folder}: {name} is {found.dtype}; only {', '.join(_DTYPES)} weights are supported, and quantized ones "
-                "whose quantization_config in config.json says how"
+                f"{folder}: {name} is {found.dtype}; only {', '.join(_DTYPES)} weights are supported, and quantised "
+                "ones as quantization_config in config.json says"
             )
     rest = [*quantized, *(name for name in infos if not _UNUSED.fullmatch(name))]
     if rest:

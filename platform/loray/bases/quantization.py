@@ -2,8 +2,8 @@
 and the tensors that stand in place of a weight.
 
 Four layouts are read: compressed-tensors, which llm-compressor writes, AutoGPTQ's, AutoAWQ's, and bitsandbytes' 4 bits.
-The module's path and these suffixes name the tensors; O outputs, I inputs, G groups of inputs that share a scale,
-n values of `bits` bits in a word of 32:
+The module's path and these suffixes name the tensors; O outputs, I inputs, G groups of inputs that share a scale, n
+values in a word of 32 bits:
 
     compressed-tensors   weight (O, I), or weight_packed (O, I/n) with weight_shape (2); weight_scale (1), (O, 1), (O, G)
                          or, of square blocks, (O/block, I/block); weight_zero_point, weight_g_idx (I)
@@ -41,7 +41,7 @@ _BITSANDBYTES_BLOCK = 64
 class Quantization:
     """The storage of a checkpoint's quantised linear modules. It is a part of the base's fingerprint.
 
-    group_size  inputs that share a scale, or both sides of a square block that does; None: all inputs of a row share one
+    group_size  inputs that share a scale, or the sides of a square block that does; None: all inputs of a row do
     """
 
     layout: Layout

@@ -4,8 +4,8 @@ int8, fp8  a scale a row, the row's largest magnitude over 127 or 448; products 
 int4       a scale a group of 128, 64 or 32 inputs: of several, the one with the least squared error
 nf4, fp4   as QLoRA rounds its base (Dettmers et al., 2023)
 
-The first three are written as llm-compressor writes them (compressed-tensors), the last as transformers does. Embeddings,
-norms, biases and the output head stay as they are.
+The first three are written as llm-compressor writes them (compressed-tensors), the last as transformers does.
+Embeddings, norms, biases and the output head stay as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from loray.errors import SpecError, UnsupportedError
 from loray.files import file_lock
 from loray.spec import LINEAR_MODULES, DType, QuantizationSpec, TrainSpec
 from loray.telemetry import Progress
+
 
 class QloraBase(NamedTuple):
     """The base on which QLoRA trains: its quantization, and the dtype that it is read in and dequantised to."""

@@ -1,8 +1,9 @@
 """`WeightSource`: the weights of a base by the names of plain parameters, however its checkpoint stores them; and
 `write_tensors`, which writes a checkpoint.
 
-Shapes: O outputs, I inputs, G groups of inputs that share a scale. W is scale · (q − zero); `bases.quantization` has the
-tensors of each layout. Packed values stand in words of 32 bits from the lowest bits on, AWQ's in an order of their own.
+Shapes: O outputs, I inputs, G groups of inputs that share a scale. W is scale · (q − zero); `bases.quantization` has
+the tensors of each layout. Packed values stand in words of 32 bits from the lowest bits on, AWQ's in an order of their
+own.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ _Read = Callable[[TensorInfo], Tensor]
 
 
 def unpacked(words_XW: Tensor, bits: int, order: tuple[int, ...] = _SAME_ORDER) -> Tensor:
-    """Take the values out of words of 32 bits, uint8 (X, n W) with n values a word. Value i of a word is the `order[i]`-
-    th of its n columns.
+    """Take the values out of words of 32 bits, uint8 (X, n W) with n values a word. Value i of a word is its column
+    `order[i]` of n.
     """
     num = 32 // bits
     shifts_n = torch.arange(0, 32, bits, dtype=torch.int32)

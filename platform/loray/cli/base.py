@@ -36,9 +36,7 @@ def base() -> None:
 @click.option("--data", metavar="FILE", help="--quantise: what perplexity is measured on (default: Python's manual).")
 @click.option("--of", metavar="NAME", help="The 16-bit base whose quantised form it is, and whose adapters it serves.")
 @json_option
-def add(
-    source: str, name: str | None, rounded_to: str | None, data: str | None, of: str | None, as_json: bool
-) -> None:
+def add(source: str, name: str | None, rounded_to: str | None, data: str | None, of: str | None, as_json: bool) -> None:
     """Add SOURCE: `smollm2`, a folder with a Hugging Face checkpoint, or a Hugging Face id (OWNER/NAME).
 
     Llama, Mistral, Qwen2 and Qwen3 checkpoints in safetensors are covered, in 16 bits or quantised (compressed-tensors,

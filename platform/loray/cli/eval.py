@@ -447,7 +447,9 @@ def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluat
 def _as_json(
     target: EvaluatedModel, options: Options, measured: _Evaluations, on_whole: _Evaluations, took: _Took
 ) -> dict[str, Any]:
-    compared = {} if target.whole is None or not on_whole else {"base": target.whole.name, "evaluations": _dumped(on_whole)}
+    compared = (
+        {} if target.whole is None or not on_whole else {"base": target.whole.name, "evaluations": _dumped(on_whole)}
+    )
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,

@@ -215,8 +215,8 @@ class AdapterRef:
         )
 
     def check_base(self, name: str, fingerprint: str, of: str | None = None) -> None:
-        """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint, or on
-        the one whose quantised form it is, which has the fingerprint `of`.
+        """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint, or
+        on the one whose quantised form that is, which has the fingerprint `of`.
         """
         if self.base_fingerprint not in (fingerprint, of):
             raise BaseMismatch(
