@@ -34,6 +34,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Any, bool]] = {
         q.fp8_blocks,
         False,
     ),
+    "fp8 in blocks, as published": (
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        partial(q.fp8_blocks, block=32, scale_name="weight_scale_inv"),
+        True,
+    ),
     "W4A16": (PACKED, q.int4_packed, True),
     "W4A16 asymmetric": (PACKED, partial(q.int4_packed, symmetric=False), True),
     "W4A16 by activation order": (PACKED, partial(q.int4_packed, mixed=True), False),
@@ -85,7 +90,11 @@ def test_symmetric_zeros_are_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "fp8"}, "quantized by fp8, which is not read; loray reads compressed-tensors, gptq, awq"),
+        (
+            {"quant_method": "hqq"},
+            "quantized by hqq, which is not read; loray reads compressed-tensors, fp8, gptq",
+        ),
+        ({"quant_method": "fp8"}, "fp8 with blocks of None"),
         (q.compressed_tensors("marlin-24"), "the format marlin-24 is not read"),
         (q.compressed_tensors("nvfp4-pack-quantized", num_bits=4, type="float"), "nvfp4-pack-quantized"),
         (q.compressed_tensors("pack-quantized", num_bits=2), "group_0 with 2-bit int weights is not read"),
@@ -106,6 +115,18 @@ def test_other_ways_are_refused_by_name(config: dict[str, Any], message: str, tm
     with pytest.raises(UnsupportedError, match=message):
         add_base(str(folder), home=tmp_path / "home")
     assert not (tmp_path / "home").exists()
+
+
+def test_biases_of_zeros_are_of_no_account(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    q.store(folder, GPTQ, q.gptq)
+    path, name = folder / "model.safetensors", "model.layers.0.mlp.up_proj.bias"
+    whole = load_file(path)
+    save_file(whole | {name: torch.zeros(128)}, path)
+    checked_config(folder)
+    save_file(whole | {name: torch.arange(128.0)}, path)
+    with pytest.raises(UnsupportedError, match=rf"tensor {name} is no part of LlamaForCausalLM"):
+        checked_config(folder)
 
 
 def test_missing_and_misshapen_parts_are_named(tmp_path: Path) -> None:

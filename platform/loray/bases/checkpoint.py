@@ -226,9 +226,18 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
                 f"{folder}: {name} is {found.dtype}; only {', '.join(_DTYPES)} weights are supported, and quantised "
                 "ones as quantization_config in config.json says"
             )
-    rest = [*quantized, *(name for name in infos if not _UNUSED.fullmatch(name))]
+    rest = [*quantized, *(name for name, info in infos.items() if not _UNUSED.fullmatch(name) and not _adds_zero(info))]
     if rest:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
+
+
+def _adds_zero(info: TensorInfo) -> bool:
+    """True of a bias of zeros, which old exporters of GPTQ give every module."""
+    if not info.name.endswith("_proj.bias"):
+        return False
+    with info.file.open("rb") as f:
+        f.seek(info.start)
+        return not any(f.read(info.stop - info.start))
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

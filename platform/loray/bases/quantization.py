@@ -1,12 +1,14 @@
 """How a checkpoint stores the weights of quantised linear modules: what `quantization_config` of its config.json says,
 and the tensors that stand in place of a weight.
 
-Four layouts are read: compressed-tensors, which llm-compressor writes, AutoGPTQ's, AutoAWQ's, and bitsandbytes' 4 bits.
+These layouts are read: compressed-tensors, which llm-compressor writes, AutoGPTQ's, AutoAWQ's, bitsandbytes' 4 bits,
+and blocks of float8 as DeepSeek and Qwen publish them.
 The module's path and these suffixes name the tensors; O outputs, I inputs, G groups of inputs that share a scale, n
 values in a word of 32 bits:
 
-    compressed-tensors   weight (O, I), or weight_packed (O, I/n) with weight_shape (2); weight_scale (1), (O, 1), (O, G)
-                         or, of square blocks, (O/block, I/block); weight_zero_point, weight_g_idx (I)
+    compressed-tensors   weight (O, I), or weight_packed (O, I/n) with weight_shape (2); weight_scale (1), (O, 1),
+                         (O, G) or, of square blocks, (O/block, I/block); weight_zero_point, weight_g_idx (I)
+    fp8                  weight (O, I), weight_scale_inv (O/block, I/block)
     gptq, gptq_v2        qweight (I/n, O), qzeros (G, O/n), scales (G, O), g_idx (I)
     awq                  qweight (I, O/8), qzeros (G, O/8), scales (G, O)
     bitsandbytes         weight (O·I/2, 1), weight.absmax, weight.quant_map (16), weight.nested_absmax and
@@ -28,7 +30,7 @@ from loray.errors import IntegrityError, UnsupportedError
 if TYPE_CHECKING:
     from loray.bases.checkpoint import TensorInfo
 
-Layout = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"]
+Layout = Literal["compressed-tensors", "fp8", "gptq", "gptq_v2", "awq", "bitsandbytes"]
 WeightKind = Literal["int8", "fp8", "int4", "nf4", "fp4"]
 RoundedTo = Literal["int8", "fp8", "int4"]  # of a 16-bit base, see `bases.rounding`
 
@@ -128,6 +130,12 @@ def _compressed_group(name: str, group: Mapping[str, Any], advice: str) -> tuple
     return kinds[found], int(size) if size and size > 0 else None
 
 
+def _fp8(fields: Mapping[str, Any]) -> Quantization:
+    sides = set(fields.get("weight_block_size") or ())
+    _refuse_unless(len(sides) == 1, f"fp8 with blocks of {fields.get('weight_block_size')}", "square blocks are")
+    return Quantization("fp8", "fp8", int(sides.pop()))
+
+
 def _gptq(fields: Mapping[str, Any]) -> Quantization:
     bits, layout = fields.get("bits"), fields.get("checkpoint_format") or "gptq"
     kinds: dict[Any, WeightKind] = {4: "int4", 8: "int8"}
@@ -159,6 +167,7 @@ def _bitsandbytes(fields: Mapping[str, Any]) -> Quantization:
 
 _PARSERS: Mapping[Any, Callable[[Mapping[str, Any]], Quantization]] = {
     "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
@@ -173,6 +182,7 @@ _PARTS: Mapping[Layout, tuple[str, ...]] = {
         *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"),
         *("input_scale", "input_zero_point", "output_scale"),
     ),
+    "fp8": ("weight", "weight_scale_inv", "input_scale"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "gptq_v2": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
@@ -183,6 +193,7 @@ _PARTS: Mapping[Layout, tuple[str, ...]] = {
 }
 _MARKS: Mapping[Layout, str] = {  # of a module whose weight is quantised
     "compressed-tensors": "weight_scale",
+    "fp8": "weight_scale_inv",
     "gptq": "qweight",
     "gptq_v2": "qweight",
     "awq": "qweight",
@@ -223,7 +234,7 @@ def _shape(quantization: Quantization, parts: Mapping[str, TensorInfo]) -> tuple
     """(O, I). Raises KeyError, which has the suffix of a part that is missing."""
     in_word = _WORD // quantization.bits
     match quantization.layout:
-        case "compressed-tensors":
+        case "compressed-tensors" | "fp8":
             if "weight_packed" in parts:
                 out, words = parts["weight_packed"].shape
                 _ = parts["weight_shape"]

@@ -195,7 +195,8 @@ def _mixed(group_I: Tensor | None, width: int, num_groups: int) -> Tensor | None
 
 def _compressed_tensors(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> Weight:
     parts = {suffix: tensor(info) for suffix, info in stored.parts.items()}
-    (out, width), scale, zero = stored.shape, parts["weight_scale"].float(), parts.get("weight_zero_point")
+    (out, width), zero = stored.shape, parts.get("weight_zero_point")
+    scale = parts["weight_scale_inv" if quantization.layout == "fp8" else "weight_scale"].float()
     is_packed = "weight_packed" in parts
     if is_packed and zero is not None:
         zero = unpacked(zero.t(), quantization.bits).t()[:out]
@@ -259,6 +260,7 @@ def _bitsandbytes(quantization: Quantization, stored: StoredWeight, tensor: _Rea
 
 _DECODERS: Mapping[Layout, Callable[[Quantization, StoredWeight, _Read], Weight]] = {
     "compressed-tensors": _compressed_tensors,
+    "fp8": _compressed_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq,
     "awq": _awq,
