@@ -78,12 +78,11 @@ class ModelConfig:
         layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
-    def matrix_bytes(self, element_bytes: int) -> int:
+    def matrix_bytes(self, element_bytes: int, *, on_gpu: bool = False) -> int:
         """Count the bytes of `num_matrix_elements` in an engine whose dtype has `element_bytes`."""
-        if self.quantization is None:
+        if self.quantization is None or not self.quantization.is_kept(on_gpu=on_gpu):
             return element_bytes * self.num_matrix_elements
-        shapes = map(self.module_shape, LINEAR_MODULES)
-        layer = sum(self.quantization.served_bytes(out * width, width, element_bytes) for out, width in shapes)
+        layer = sum(out * self.quantization.row_bytes(width) for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + element_bytes * self.vocab_size * self.hidden_size
 
     @classmethod

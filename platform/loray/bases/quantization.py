@@ -71,20 +71,19 @@ class Quantization:
     def bits(self) -> int:
         return _BITS[self.kind]
 
-    @property
-    def is_served_dequantized(self) -> bool:
-        """True where W is not scale · (q − zero), the form that engines keep quantised."""
-        return self.layout == "bitsandbytes"
+    def is_kept(self, *, on_gpu: bool) -> bool:
+        """Say whether engines there keep such weights and round activations to 8 bits; else they dequantise them."""
+        if on_gpu:
+            return self.kind in ("int8", "fp8") and self.group_size is None
+        return self.kind in ("int8", "int4")
 
     def __str__(self) -> str:
         groups = "" if self.group_size is None else f", groups of {self.group_size}"
         return f"{self.kind} ({self.layout}{groups})"
 
-    def served_bytes(self, num_elements: int, width: int, element_bytes: int) -> int:
-        """Count the bytes that an engine keeps for `num_elements` in rows of `width` inputs."""
-        if self.is_served_dequantized:
-            return element_bytes * num_elements
-        return num_elements * self.bits // 8 + 4 * num_elements // min(self.group_size or width, width)
+    def row_bytes(self, width: int) -> int:
+        """Count the bytes of a row of `width` inputs, with scales in fp32, where engines keep it."""
+        return width * self.bits // 8 + 4 * -(-width // (self.group_size or width))
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------

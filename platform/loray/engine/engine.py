@@ -390,7 +390,8 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.matrix_bytes(self.pool.tensor.itemsize)
+        pool = self.pool.tensor
+        base_bytes = self.base.config.matrix_bytes(pool.itemsize, on_gpu=pool.is_cuda)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:

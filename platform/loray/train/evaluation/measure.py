@@ -101,11 +101,11 @@ def load(
             with stand_ins(model, source):
                 attach(model, trained_by.adapter.published, seed=trained_by.seed)
             load_weights(model, weights)
-        _round_activations(model, base)
+        _round_activations(model, base, device)
         sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
         return sharded.eval()
     model = load_model(base, dtype=dtype, rope=measured.rope)
-    _round_activations(model, base)
+    _round_activations(model, base, device)
     if weights is not None:
         from peft import PeftConfig, PeftModel  # takes a second, and bases do not need it
 
@@ -119,12 +119,12 @@ def load(
     return Measured(model.requires_grad_(False), mesh).to(device).eval()
 
 
-def _round_activations(model: nn.Module, base: BaseModel) -> None:
-    """Round the inputs of linear modules as engines do that multiply 8 bits with 8 bits."""
-    kind = None if base.config.quantization is None else base.config.quantization.kind
-    if kind not in ("int8", "fp8"):
+def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) -> None:
+    """Round the inputs of linear modules as engines do on such a device."""
+    quantization = base.config.quantization
+    if quantization is None or not quantization.is_kept(on_gpu=device.type == "cuda"):
         return
-    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    dtype = torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8
 
     def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         q_TI, scale_T1 = quantize_rows(inputs[0].flatten(0, -2), dtype)
