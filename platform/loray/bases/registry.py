@@ -268,9 +268,10 @@ def add_filled(
             _check_form(config, of, name)
         tokenizer.write(target)
         copied = None if origin is None else _read_record(origin)
+        said = None if copied is None else copied.of
         record = _Record(
             source=source,
-            of=of.fingerprint if of is not None else copied and copied.of,
+            of=said if of is None else of.fingerprint,
             fingerprint=checkpoint.fingerprint(
                 target, checkpoint.canonical_config(config), partial(progress, "fingerprinting")
             ),

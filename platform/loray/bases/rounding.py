@@ -171,7 +171,7 @@ class _Rows:
     def parts(self, weight_OI: Tensor) -> dict[str, Tensor]:
         w_OI, most = weight_OI.float(), _LARGEST[self.label]
         if self._group_size is not None:
-            return self._packed(w_OI.unflatten(1, (-1, self._group_size)), weight_OI.dtype)
+            return self._packed(w_OI.reshape(len(w_OI), -1, self._group_size), weight_OI.dtype)
         scale_O1 = _positive(w_OI.abs().amax(dim=1, keepdim=True) / most)
         scaled_OI = (w_OI / scale_O1).clamp(-most, most)
         is_float = self.label == "fp8"
@@ -187,7 +187,7 @@ class _Rows:
             scale_OG1 = torch.where(error_OG1 < best_OG1, tried_OG1, scale_OG1)
             best_OG1 = torch.minimum(error_OG1, best_OG1)
         values_OI = (_levels(w_OGg, scale_OG1) + 8).flatten(1).to(torch.int32)
-        words_OWn = values_OI.unflatten(1, (-1, 8)) << torch.arange(0, 32, 4, dtype=torch.int32)
+        words_OWn = values_OI.reshape(len(values_OI), -1, 8) << torch.arange(0, 32, 4, dtype=torch.int32)
         return {
             "weight_packed": words_OWn.sum(dim=2, dtype=torch.int32),
             "weight_scale": scale_OG1.squeeze(2).to(dtype),
@@ -249,8 +249,8 @@ def rounding_errors(base: BaseModel, form: BaseModel) -> list[RoundingError]:
     for info in tensor_infos(base.path):
         if is_rounded(info.name, info.shape):
             w_OI, r_OI = weights.dense(info.name).double(), rounded.dense(info.name).double()
-            _, _, layer, module = info.name.removesuffix(".weight").split(".", 3)
-            squares[int(layer)][module] = float((r_OI - w_OI).square().sum()), float(w_OI.square().sum())
+            _, _, number, module = info.name.removesuffix(".weight").split(".", 3)
+            squares[int(number)][module] = float((r_OI - w_OI).square().sum()), float(w_OI.square().sum())
     found = []
     for layer, modules in sorted(squares.items()):
         error, whole = (sum(pair[i] for pair in modules.values()) for i in (0, 1))

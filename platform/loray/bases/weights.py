@@ -102,7 +102,7 @@ class WeightSource:
         assert self._quantization is not None
         try:
             return _DECODERS[self._quantization.layout](self._quantization, stored, tensor)
-        except (KeyError, RuntimeError, ValueError) as e:
+        except (IndexError, KeyError, RuntimeError, ValueError) as e:
             raise IntegrityError(f"{name} is not stored as config.json's quantization_config says: {e}") from e
 
 
@@ -185,12 +185,16 @@ def _packed_weight(
     return QuantizedWeight(centred_OI, scale_OG, None if zero_OG is None else zero_OG - middle)
 
 
-def _mixed(group_I: Tensor | None, width: int, num_groups: int) -> Tensor | None:
-    """The groups of inputs, None where each group's are neighbours."""
+def _uneven(quantization: Quantization, scale_OG: Tensor, width: int, group_I: Tensor | None = None) -> Tensor | None:
+    """The group of each input; None where groups are as many neighbours each."""
+    size = quantization.group_size or width
+    neighbours_I = torch.arange(width) // size
     if group_I is None or bool((group_I < 0).all()):
+        group_I = neighbours_I
+    num_groups = scale_OG.shape[1]
+    if num_groups == 1 or (torch.equal(group_I.long(), neighbours_I) and num_groups * size == width):
         return None
-    neighbours_I = torch.arange(width) // (width // num_groups)
-    return None if torch.equal(group_I.long(), neighbours_I) else group_I.long()
+    return group_I.long()
 
 
 def _compressed_tensors(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> Weight:
@@ -203,14 +207,14 @@ def _compressed_tensors(quantization: Quantization, stored: StoredWeight, tensor
     scale_OG = _by_row(scale, out, width, quantization.group_size)
     zero_OG = None if zero is None else _by_row(zero.float(), out, width, quantization.group_size)
     if is_packed:
-        bits, group_I = quantization.bits, _mixed(parts.get("weight_g_idx"), width, scale_OG.shape[1])
+        bits, group_I = quantization.bits, _uneven(quantization, scale_OG, width, parts.get("weight_g_idx"))
         return _packed_weight(unpacked(parts["weight_packed"], bits), scale_OG, zero_OG, bits, group_I)
     if zero_OG is not None and not bool(zero_OG.any()):
         zero_OG = None
     q_OI = parts["weight"]
-    if width % scale_OG.shape[1]:  # the last block is cut
-        group_I = torch.arange(width) // (quantization.group_size or width)
-        return q_OI.float() * scale_OG[:, group_I]
+    if (group_I := _uneven(quantization, scale_OG, width)) is not None:
+        values_OI = q_OI.float() if zero_OG is None else q_OI.float() - zero_OG[:, group_I]
+        return values_OI * scale_OG[:, group_I]
     return QuantizedWeight(q_OI, scale_OG, zero_OG)
 
 
@@ -233,14 +237,16 @@ def _gptq(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> We
     if quantization.layout == "gptq":
         zero_OG = zero_OG + 1  # its first format stores zeros less one
     scale_OG = parts["scales"].t()
-    group_I = _mixed(parts.get("g_idx"), stored.shape[1], scale_OG.shape[1])
+    group_I = _uneven(quantization, scale_OG, stored.shape[1], parts.get("g_idx"))
     return _packed_weight(values_OI, scale_OG, zero_OG, bits, group_I)
 
 
 def _awq(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> Weight:
     parts = {suffix: tensor(info) for suffix, info in stored.parts.items()}
     values_IO, zero_GO = (unpacked(parts[suffix], 4, _AWQ_ORDER) for suffix in ("qweight", "qzeros"))
-    return _packed_weight(values_IO.t(), parts["scales"].t(), zero_GO.t(), 4, None)
+    scale_OG = parts["scales"].t()
+    group_I = _uneven(quantization, scale_OG, stored.shape[1])
+    return _packed_weight(values_IO.t(), scale_OG, zero_GO.t(), 4, group_I)
 
 
 def _bitsandbytes(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> Weight:

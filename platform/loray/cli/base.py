@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast, get_args
 
 import click
@@ -107,7 +108,7 @@ def _perplexities(whole: BaseModel, form: BaseModel, data: str | None, progress:
     spec = PerplexitySpec(context_lengths=(length,), stride=length, max_windows=_WINDOWS)
     found: list[Evaluation] = []
     for base in (whole, form):
-        told: Progress = lambda stage, share, name=base.name: progress(f"{name}: {stage}", share)  # noqa: E731
+        told = partial(_told, progress, base.name)
         found += measure(
             base,
             [MeasuredModel("base")],
@@ -119,6 +120,10 @@ def _perplexities(whole: BaseModel, form: BaseModel, data: str | None, progress:
             kept=KeptFigures(Settings.from_env().home),
         )
     return tuple(found)
+
+
+def _told(progress: Progress, name: str, stage: str, share: float) -> None:
+    progress(f"{name}: {stage}", share)
 
 
 def _manual() -> list[str]:
