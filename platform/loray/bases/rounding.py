@@ -1,7 +1,7 @@
 """Quantised forms of a 16-bit base: their linear modules rounded to int8, float8 or int4, or to bitsandbytes' 4 bits.
 
 int8, fp8  a scale a row, the row's largest magnitude over 127 or 448; products may round activations row by row, too
-int4       a scale a group of 128, 64 or 32 inputs: of several, the one with the least squared error
+int4       a scale a group of 128, 64 or 32 inputs: the value of largest magnitude over −8, shrunk to the least error
 nf4, fp4   as QLoRA rounds its base (Dettmers et al., 2023)
 
 The first three are written as llm-compressor writes them (compressed-tensors), the last as transformers does.
@@ -40,10 +40,10 @@ class QloraBase(NamedTuple):
     dtype: DType
 
 
-_LARGEST: Mapping[RoundedTo, float] = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
+_LARGEST: Mapping[RoundedTo, float] = {"int8": 127.0, "fp8": 448.0}
 _QUIET: Progress = lambda stage, share: None  # noqa: E731
 _GROUPS = (128, 64, 32)
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's scale: what is cut off costs less than coarse steps do
+_SHRINKS = tuple(1.05 - 0.025 * i for i in range(16))  # what is cut off may cost less than coarse steps do
 
 
 def add_rounded(
@@ -169,20 +169,21 @@ class _Rows:
         }
 
     def parts(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        w_OI, most = weight_OI.float(), _LARGEST[self.label]
+        w_OI = weight_OI.float()
         if self._group_size is not None:
             return self._packed(w_OI.reshape(len(w_OI), -1, self._group_size), weight_OI.dtype)
-        scale_O1 = _positive(w_OI.abs().amax(dim=1, keepdim=True) / most)
+        most = _LARGEST[self.label]
+        scale_O1 = _usable(w_OI.abs().amax(dim=1, keepdim=True) / most)
         scaled_OI = (w_OI / scale_O1).clamp(-most, most)
         is_float = self.label == "fp8"
         q_OI = scaled_OI.to(torch.float8_e4m3fn) if is_float else scaled_OI.round().to(torch.int8)
         return {"weight": q_OI, "weight_scale": scale_O1}
 
     def _packed(self, w_OGg: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        widest_OG1 = w_OGg.abs().amax(dim=2, keepdim=True) / _LARGEST["int4"]
+        widest_OG1 = w_OGg.gather(2, w_OGg.abs().argmax(dim=2, keepdim=True)) / -8
         best_OG1 = scale_OG1 = torch.full_like(widest_OG1, math.inf)
         for shrink in _SHRINKS:
-            tried_OG1 = _positive((shrink * widest_OG1).to(dtype).float())  # as it is stored
+            tried_OG1 = _usable((shrink * widest_OG1).to(dtype).float())  # as it is stored
             error_OG1 = (_levels(w_OGg, tried_OG1) * tried_OG1 - w_OGg).square().sum(dim=2, keepdim=True)
             scale_OG1 = torch.where(error_OG1 < best_OG1, tried_OG1, scale_OG1)
             best_OG1 = torch.minimum(error_OG1, best_OG1)
@@ -199,7 +200,7 @@ def _levels(w_OGg: Tensor, scale_OG1: Tensor) -> Tensor:
     return (w_OGg / scale_OG1).round().clamp(-8, 7)
 
 
-def _positive(scale: Tensor) -> Tensor:
+def _usable(scale: Tensor) -> Tensor:
     """Scales of rows of zeros, which any does for, are not zero."""
     return scale.masked_fill(scale == 0, 1.0)
 
