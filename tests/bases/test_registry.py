@@ -107,7 +107,7 @@ def test_fingerprint_covers_every_byte(checkpoint: Path, tmp_path: Path) -> None
     ("fields", "error", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedError, "GPT2LMHeadModel"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "GPTQ with None bits is not read"),
         ({"num_hidden_layers": 3}, IntegrityError, r"model\.layers\.2\..* is missing"),
         ({"num_hidden_layers": 1}, UnsupportedError, r"model\.layers\.1\."),
         ({"intermediate_size": 64}, BaseMismatch, r"has shape \(\d+, \d+\)"),

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
+from loray.bases.quantization import Quantization
 from loray.errors import UnsupportedError
-from loray.spec import ATTENTION_MODULES, MLP_MODULES, RopeParameters, RopeScaling, RopeType
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, MLP_MODULES, RopeParameters, RopeScaling, RopeType
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class ModelConfig:
     embedding_scale     of the embedding's rows
     rotary_factor       of a head, what RoPE turns of it
     attention_soft_cap  c: a score s is c · tanh(s / c); None: it is s. logit_soft_cap: of logits, likewise
+    quantization        of linear modules, if they are
     has_fused_modules   checkpoints and PEFT have the modules of FUSED as one; here they are modules of their own
     """
 
@@ -90,6 +92,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
+    quantization: Quantization | None = None
     other_ropes: tuple[RopeParameters, ...] = ()
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
@@ -184,6 +187,17 @@ class ModelConfig:
         router = 0 if self.experts is None else self.experts.num * self.hidden_size
         return self.num_layers * (attention + num_mlps * mlp + router) + self.vocab_size * self.hidden_size
 
+    def matrix_bytes(self, element_bytes: int, *, on_gpu: bool = False) -> int:
+        """Count the bytes of `num_matrix_elements` in an engine whose dtype has `element_bytes`."""
+        if self.quantization is None or not self.quantization.is_kept(on_gpu=on_gpu):
+            return element_bytes * self.num_matrix_elements
+        num_mlps, router = (1, 0) if self.experts is None else (self.experts.num, self.experts.num * self.hidden_size)
+        layer = element_bytes * router
+        for module in LINEAR_MODULES:
+            out, width = self.module_shape(module)
+            layer += (num_mlps if module in MLP_MODULES else 1) * out * self.quantization.row_bytes(width)
+        return self.num_layers * layer + element_bytes * self.vocab_size * self.hidden_size
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
@@ -211,6 +225,7 @@ class ModelConfig:
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             layers=architecture.layers(hf),
+            quantization=Quantization.from_hf(hf),
         )
         return replace(found, **fields)
 
@@ -218,7 +233,8 @@ class ModelConfig:
         """Give the fields for a JSON document. Bases are fingerprinted with them: those of a family stay as they are.
 
         `layers` is among them where layers differ, or have more than the two fields that stand beside their number.
-        Fields that not every family has are among them where they are not the default.
+        Fields that not every family has are among them where they are not the default, and `quantization` where linear
+        modules are quantised.
         """
         first = self.layers[0]
         document = _not_default(self) | {

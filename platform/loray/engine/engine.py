@@ -11,8 +11,8 @@ from itertools import chain
 
 import torch
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.metrics import Counters, EngineStats
@@ -103,7 +103,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
     if adapter is not None:
-        adapter.check_base(base.name, base.fingerprint)
+        adapter.check_base(base.name, base.fingerprint, base.of)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
@@ -153,7 +153,7 @@ class Engine:
             pool.geometry,
             pool.tensor.dtype,
             model.embedding_VD,
-            CheckpointReader(base.path),
+            WeightSource(base.path, base.config),
             base.config.fused,
             pinned=pool.tensor.is_cuda,
         )
@@ -397,7 +397,8 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
+        pool = self.pool.tensor
+        base_bytes = self.base.config.matrix_bytes(pool.itemsize, on_gpu=pool.is_cuda)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
