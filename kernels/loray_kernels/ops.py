@@ -244,12 +244,17 @@ def join_weights(weights: Sequence[Weight]) -> Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`."""
+    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
+
+    bits, group  of packed integers: of each, and how many columns share a scale
+    """
 
     in_features: int
     out_features: int
     data: Weight
     bias_O: Tensor | None = None
+    bits: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,8 +42,16 @@ from loray_kernels.cuda.upload import PageUploader
 from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
-from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
-from loray_kernels.reference import ReferenceOps
+from loray_kernels.ops import (
+    AdapterSegments,
+    LinearWeights,
+    LoraTable,
+    ProjectionMatrix,
+    QuantizedWeight,
+    StepInputs,
+    VeraTable,
+)
+from loray_kernels.reference import ReferenceOps, quantize_rows
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -51,6 +59,7 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
 
 
 THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
+_LEAST_INT8 = 32  # rows of torch's product of int8, which takes no fewer than 17
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
 _SILU_COLUMNS = 8 * THREADS
 _ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
@@ -58,7 +67,7 @@ _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 
 
 class CudaOps(ReferenceOps):
-    """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
+    """`linear` and `logits` are torch's: cuBLAS, its products of int8, and those of float8 with a scale a row."""
 
     def __init__(
         self, launch: Launcher, tiles: Tiles, flash: FlashPrompts | None = None, *, num_processors: int = 132
@@ -67,6 +76,32 @@ class CudaOps(ReferenceOps):
         self._launch, self._tiles, self._flash = launch, tiles, flash
         self._decode_attention = DecodeAttention(launch, num_processors)
         self._sampling: Sampling | None = None
+
+    def has_kernel(self, weight: QuantizedWeight) -> bool:
+        """int8, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16 divides."""
+        if (
+            weight.is_int4
+            or weight.scale_OG.shape[1] > 1
+            or weight.zero_OG is not None
+            or any(n % 16 for n in weight.shape)
+        ):
+            return False
+        q_OI = weight.q_OI
+        return q_OI.dtype is torch.int8 or (q_OI.is_cuda and torch.cuda.get_device_capability(q_OI.device) >= (8, 9))
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        weight = weights.data
+        if not isinstance(weight, QuantizedWeight):
+            return super().linear(x_TI, weights)
+        q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype)
+        if weight.q_OI.dtype is torch.int8:
+            padded_TI = F.pad(q_TI, (0, 0, 0, max(0, _LEAST_INT8 - len(q_TI))))
+            sums_TO = torch._int_mm(padded_TI, weight.q_OI.T)[: len(q_TI)]
+            y_TO = sums_TO.float() * weight.scale_OG.T * scale_T1
+        else:
+            scales = scale_T1, weight.scale_OG.T
+            y_TO = torch._scaled_mm(q_TI, weight.q_OI.T, *scales, out_dtype=torch.bfloat16).float()
+        return (y_TO if weights.bias_O is None else y_TO + weights.bias_O.float()).to(x_TI.dtype)
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._launch, pool) if pool.is_cuda else super().page_writer(pool)

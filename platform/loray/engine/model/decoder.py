@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from loray.engine.pool.pool import Pool, PoolDescriptors, input_shapes
 from loray.engine.request import Chunk
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
+from loray.telemetry import get_logger
 from loray_kernels import (
     AdapterSegments,
     CapturedDecoding,
@@ -44,6 +46,7 @@ from loray_kernels import (
     Weight,
 )
 
+_log = get_logger(__name__)
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 32  # a tile
@@ -146,10 +149,23 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
     """
     if isinstance(tensor, QuantizedWeight):
         tensor = tensor.to(device)
-        return tensor if ops.has_kernel(tensor) and name != _EMBEDDING else tensor.dequantized(slice(None), dtype)
+        if name != _EMBEDDING:
+            if ops.has_kernel(tensor):
+                return tensor
+            _warn_dequantized(tensor.q_OI.dtype, tensor.group, dtype)
+        return tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
     return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken
+
+
+@cache
+def _warn_dequantized(kind: torch.dtype, group: int, dtype: torch.dtype) -> None:
+    _log.warning(
+        "weights in %s with a scale for %d columns are dequantised to %s: no kernel here multiplies them as they are, "
+        "so the base takes as much memory as if it were not quantised",
+        *(str(kind).removeprefix("torch."), group, str(dtype).removeprefix("torch.")),
+    )
 
 
 # -- RoPE --------------------------------------------------------------------------------------------------------------
