@@ -256,6 +256,11 @@ class LinearWeights:
     bits: int = 0
     group: int = 0
 
+    @property
+    def are_integers(self) -> bool:
+        is_quantized = isinstance(self.data, QuantizedWeight)
+        return self.bits > 0 or (is_quantized and not self.data.q_OI.dtype.is_floating_point)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):

@@ -45,6 +45,7 @@ from loray_kernels import (
     VeraTable,
     Weight,
 )
+from loray_kernels.reference import quantize_rows
 
 _log = get_logger(__name__)
 _EMBEDDING = "model.embed_tokens.weight"
@@ -282,8 +283,16 @@ class Decoder:
             lambda layer, own: Layer(layer, config, own, ops, linears),
         )
         self.embedding_VD = others[_EMBEDDING]
-        self._head = ops.pack_linear([self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"]])
+        self._head = ops.pack_linear([self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+
+    def _tied_head(self) -> Weight:
+        """The embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties them
+        cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
+        """
+        if not self._layers[0].weights.qkv.are_integers:
+            return self.embedding_VD
+        return QuantizedWeight(*quantize_rows(self.embedding_VD))
 
     @property
     def can_capture(self) -> bool:
