@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels.quantized [--tokens 1 32 512] [--isa avx2] [--repeats 9] [--json FILE]
 
-A figure is the median time of one step's linears: all of SmolLM2-135M's layers and the output head, which multiplies at
-most 32 tokens; activations are quantised in it. The floor is the larger of bytes ÷ read bandwidth and operations ÷ rate,
-both measured in the same run. The rate in bf16 is that of torch's fastest matrix product, and that of integers twice as
-much: an instruction has twice the multiply-adds.
+A figure is the median time of one step's linears: all of SmolLM2-135M's layers and the output head, which multiplies
+at most 32 tokens; activations are quantised in it. The floor is the larger of bytes ÷ read bandwidth and operations ÷
+rate, both measured in the same run. The rate in bf16 is that of torch's fastest matrix product, and that of integers
+twice as much: an instruction has twice the multiply-adds.
 """
 
 from __future__ import annotations
