@@ -5,14 +5,11 @@ Shapes: T tokens, I input width, O output width, G groups of columns.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import pytest
 import torch
 from torch import Tensor
 
 from loray_kernels import Ops, QuantizedWeight
-from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.ops import join_weights
 from loray_kernels.reference import quantize_rows, quantized_linear
 from tests.kernels.backends import INTEGER, make_ops
@@ -195,41 +192,3 @@ def test_what_has_no_kernel_is_the_reference_s(native: Ops) -> None:
     ):
         assert not native.has_kernel(weight)
         assert torch.equal(native.linear(x_TI, native.pack_linear([weight])), quantized_linear(x_TI, weight))
-
-
-# -- cuda --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda() -> Ops:
-    """Its products are torch's, which multiplies on a CPU too."""
-    return CudaOps(cast(Any, None), cast(Any, None))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 17, 40])
-def test_int8_on_a_gpu_is_the_reference_s(cuda: Ops, num_tokens: int) -> None:
-    weight, x_TI, bias_O = quantized("int8", (48, 64))[0], randn(1, num_tokens, 64).bfloat16(), randn(2, 48).bfloat16()
-    assert cuda.has_kernel(weight)
-    got_TO = cuda.linear(x_TI, cuda.pack_linear([weight], bias_O))
-    assert torch.equal(got_TO, quantized_linear(x_TI, weight, bias_O))
-
-
-def test_float8_on_a_gpu_is_torch_s_scaled_product(cuda: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x_TI, bias_O = quantized("fp8", (48, 64))[0], randn(1, 5, 64).bfloat16(), randn(2, 48).bfloat16()
-    expected_TO = quantized_linear(x_TI, weight, bias_O)
-
-    def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-        assert (a.dtype, b.dtype) == (torch.float8_e4m3fn,) * 2
-        assert b.stride(0) == 1  # column by column, as cuBLAS takes it
-        assert (scale_a.shape, scale_b.shape) == ((len(a), 1), (1, b.shape[1]))
-        return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
-
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    got_TO = cuda.linear(x_TI, cuda.pack_linear([weight], bias_O))
-    torch.testing.assert_close(got_TO, expected_TO, rtol=8e-3, atol=1e-2)
-
-
-def test_what_torch_does_not_multiply_has_no_kernel_on_a_gpu(cuda: Ops) -> None:
-    assert not any(cuda.has_kernel(quantized(kind, (48, 64))[0]) for kind in ("int8 groups", "int4", "int4 zeros"))
-    assert not cuda.has_kernel(quantized("int8", (50, 64))[0])
-    assert not cuda.has_kernel(quantized("fp8", (48, 64))[0])  # on a CPU, which has no capability of a GPU

@@ -51,7 +51,7 @@ from loray_kernels.ops import (
     StepInputs,
     VeraTable,
 )
-from loray_kernels.reference import ReferenceOps, quantize_rows
+from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -59,9 +59,8 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
 
 
 THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
-_LEAST_INT8 = 32  # rows of torch's product of int8, which takes no fewer than 17
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
-_SILU_COLUMNS = 8 * THREADS
+_ROW_COLUMNS = 8 * THREADS
 _ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 
@@ -90,18 +89,39 @@ class CudaOps(ReferenceOps):
         return q_OI.dtype is torch.int8 or (q_OI.is_cuda and torch.cuda.get_device_capability(q_OI.device) >= (8, 9))
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
-        weight = weights.data
+        weight, bias_O = weights.data, weights.bias_O
         if not isinstance(weight, QuantizedWeight):
             return super().linear(x_TI, weights)
-        q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype)
-        if weight.q_OI.dtype is torch.int8:
-            padded_TI = F.pad(q_TI, (0, 0, 0, max(0, _LEAST_INT8 - len(q_TI))))
-            sums_TO = torch._int_mm(padded_TI, weight.q_OI.T)[: len(q_TI)]
-            y_TO = sums_TO.float() * weight.scale_OG.T * scale_T1
-        else:
-            scales = scale_T1, weight.scale_OG.T
-            y_TO = torch._scaled_mm(q_TI, weight.q_OI.T, *scales, out_dtype=torch.bfloat16).float()
-        return (y_TO if weights.bias_O is None else y_TO + weights.bias_O.float()).to(x_TI.dtype)
+        if x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
+            return super().linear(x_TI, weights)
+        x_TI, kind = token_rows(x_TI), weight.q_OI.dtype
+        (num_tokens, width), suffix = x_TI.shape, SUFFIX[x_TI.dtype]
+        is_int8 = kind is torch.int8
+        # Torch's product of int8 takes no fewer than 17 rows.
+        q_TI = torch.empty(max(num_tokens, 32 if is_int8 else 0), width, dtype=kind, device=x_TI.device)
+        scale_T1 = torch.empty(num_tokens, 1, device=x_TI.device)
+        most = np.float32(127 if is_int8 else torch.finfo(kind).max)
+        arguments = x_TI.data_ptr(), x_TI.stride(0), width, most, q_TI.data_ptr(), scale_T1.data_ptr()
+        self._launch(f"quantize_rows_{suffix}", (num_tokens, 1, 1), NORM_THREADS, arguments)
+        if not is_int8:
+            y_TO = torch._scaled_mm(q_TI, weight.q_OI.T, scale_T1, weight.scale_OG.T, out_dtype=torch.bfloat16)
+            return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+        sums_TO = torch._int_mm(q_TI, weight.q_OI.T)
+        y_TO = x_TI.new_empty(num_tokens, weights.out_features)
+        self._launch(
+            f"scale_sums_{suffix}",
+            (num_tokens, -(-weights.out_features // _ROW_COLUMNS), 1),
+            THREADS,
+            (
+                sums_TO.data_ptr(),
+                weight.scale_OG.data_ptr(),
+                scale_T1.data_ptr(),
+                0 if bias_O is None else bias_O.data_ptr(),
+                y_TO.data_ptr(),
+                weights.out_features,
+            ),
+        )
+        return y_TO
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._launch, pool) if pool.is_cuda else super().page_writer(pool)
@@ -133,7 +153,7 @@ class CudaOps(ReferenceOps):
         y_TM = gate_up_TM.new_empty(num_tokens, width)
         self._launch(
             f"silu_mul_{SUFFIX[y_TM.dtype]}",
-            (num_tokens, -(-width // _SILU_COLUMNS), 1),
+            (num_tokens, -(-width // _ROW_COLUMNS), 1),
             THREADS,
             (gate_up_TM.data_ptr(), gate_up_TM.stride(0), y_TM.data_ptr(), width),
         )
