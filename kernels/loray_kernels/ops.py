@@ -258,8 +258,9 @@ class LinearWeights:
 
     @property
     def are_integers(self) -> bool:
-        is_quantized = isinstance(self.data, QuantizedWeight)
-        return self.bits > 0 or (is_quantized and not self.data.q_OI.dtype.is_floating_point)
+        if isinstance(self.data, QuantizedWeight):
+            return not self.data.q_OI.dtype.is_floating_point
+        return self.bits > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
