@@ -91,6 +91,10 @@ struct PanelFetch {
     }
 };
 
+// A function with the loops of a tile: one for all that is done with its sums, into which all it calls is inlined, so that
+// sums stay in registers.
+#define TILE __attribute__((noinline, flatten))
+
 // The inputs of the tokens from `first` on, `stride` apart.
 template <class Operand>
 struct Inputs {
@@ -141,8 +145,8 @@ struct PlainProduct {
 
     // The first NV vectors of a panel.
     template <int NT, int NV>
-    __attribute__((always_inline)) inline void multiply(const Inputs<Operand>& inputs, i64 token, const char* at,
-                                                        PanelFetch& fetch, Vec (&sums)[NT][NV]) const {
+    TILE void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
+                       Vec (&sums)[NT][NV]) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
         const T* const panel = (const T*)at;
@@ -197,7 +201,7 @@ struct Linear {
     // The first NV vectors of a panel; only the last panel may have fewer than all.
     template <int NT, int NV>
     inline void tile(const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column, PanelFetch& fetch) const {
-        Vec sums[NT][NV];  // of which `finish` may take the address
+        Vec sums[NT][NV];
         product.template multiply<NT, NV>(inputs, token, panel, fetch, sums);
         if (column + NV * W <= w.out)
             finish<NT, NV>(sums, token, column, [](int) { return Whole{}; });

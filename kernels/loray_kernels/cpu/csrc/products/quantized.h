@@ -90,8 +90,8 @@ struct QuantizedProduct {
     Inputs<Operand> inputs(i64 first, i64) const { return {rows.at + first * rows.stride, rows.stride, first}; }
 
     template <int NT, int NV>
-    __attribute__((always_inline)) inline void multiply(const Inputs<Operand>& inputs, i64 token, const char* at,
-                                                        PanelFetch& fetch, Vec (&total)[NT][NV]) const {
+    TILE void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
+                       Vec (&total)[NT][NV]) const {
         using S = ByteStep;
         typedef uint8_t Bytes __attribute__((vector_size(W)));
         constexpr i64 STEP = COLUMNS * S::STEP;  // bytes
@@ -103,8 +103,8 @@ struct QuantizedProduct {
             const uint8_t* panel = (const uint8_t*)at + HEADER;
             Ints acc[NT][NV];
             each<NT * NV>([&](auto i) { acc[i / NV][i % NV] = Ints{}; });
-            const auto unit = [&](i64 u) __attribute__((always_inline)) {
-                const auto step = [&](const S::Weights(&weights)[NV], i64 input) __attribute__((always_inline)) {
+            const auto unit = [&](i64 u) {
+                const auto step = [&](const S::Weights(&weights)[NV], i64 input) {
                     each<NT>([&](auto t) {
                         const auto value = S::input(from + t * stride + input);
                         each<NV>([&](auto v) { acc[t][v] = S::mac(acc[t][v], weights[v], value); });

@@ -14,32 +14,30 @@ static inline Vec to_floats(Ints v) { return __builtin_convertvector(v, Vec); }
 // the first one's weights in their lower halves.
 //
 // Where an `Operand` has 16 bits, so have the weights in registers: sums of two products of bytes would not fit 16 bits.
-// `weights` gives the bytes less SUBTRACTED.
+// `weights` gives the bytes less SUBTRACTED. AVX2's instructions are written out, as in `fma_here`: a compiler that is free
+// to choose makes several products before their additions, and moves sums to memory and back.
 struct ByteStep {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
     static constexpr int STEP = 4, SUBTRACTED = 0;
     using Operand = int8_t;
+    using Weights = Ints;
 #if defined(__AVX512VNNI__)
-    using Weights = __m512i;
-    static inline Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
-    static inline void halves(const uint8_t* p, Weights& first, Weights& second) {
-        const __m512i both = weights(p), lower = _mm512_set1_epi8(15);
-        first = _mm512_and_si512(both, lower), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), lower);
-    }
-    static inline Weights input(const Operand* x) { return _mm512_set1_epi32(four(x)); }
-    static inline Ints mac(Ints sums, Weights w, Weights x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sums, w, x); }
-#else
-    using Weights = __m256i;
-    static inline Weights weights(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-    static inline void halves(const uint8_t* p, Weights& first, Weights& second) {
-        const __m256i both = weights(p), lower = _mm256_set1_epi8(15);
-        first = _mm256_and_si256(both, lower), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), lower);
-    }
-    static inline Weights input(const Operand* x) { return _mm256_set1_epi32(four(x)); }
+    static inline Weights weights(const uint8_t* p) { return (Ints)_mm512_loadu_si512(p); }
+    static inline Weights input(const Operand* x) { return (Ints)_mm512_set1_epi32(four(x)); }
     static inline Ints mac(Ints sums, Weights w, Weights x) {
-        return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, w, x);
+        return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+    }
+#else
+    static inline Weights weights(const uint8_t* p) { return (Ints)_mm256_loadu_si256((const __m256i*)p); }
+    static inline Weights input(const Operand* x) { return (Ints)_mm256_set1_epi32(four(x)); }
+    static inline Ints mac(Ints sums, Weights w, Weights x) {
+        return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
     }
 #endif
+    static inline void halves(const uint8_t* p, Weights& first, Weights& second) {
+        const Ints both = weights(p);
+        first = both & 0x0f0f0f0f, second = both >> 4 & 0x0f0f0f0f;
+    }
 #elif defined(__AVX2__)
     static constexpr int STEP = 2, SUBTRACTED = 0;
     using Operand = int16_t;
@@ -50,7 +48,11 @@ struct ByteStep {
         first = _mm256_and_si256(both, _mm256_set1_epi16(15)), second = _mm256_srli_epi16(both, 4);
     }
     static inline Weights input(const Operand* x) { return _mm256_set1_epi32(four(x)); }
-    static inline Ints mac(Ints sums, Weights w, Weights x) { return sums + (Ints)_mm256_madd_epi16(w, x); }
+    static inline Ints mac(Ints sums, Weights w, Weights x) {
+        Ints two;
+        asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(two) : "x"(w), "x"(x));
+        return sums;
+    }
 #elif defined(__SSE2__)
     static constexpr int STEP = 2, SUBTRACTED = 0;
     using Operand = int16_t;
