@@ -245,12 +245,23 @@ def join_weights(weights: Sequence[Weight]) -> Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`."""
+    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
+
+    bits, group  of packed integers: of each, and how many columns share a scale
+    """
 
     in_features: int
     out_features: int
     data: Weight
     bias_O: Tensor | None = None
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def are_integers(self) -> bool:
+        if isinstance(self.data, QuantizedWeight):
+            return not self.data.q_OI.dtype.is_floating_point
+        return self.bits > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -77,9 +77,10 @@ def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
     is_finite_T1 = largest_T1.isfinite()
-    scale_T1 = torch.where(is_finite_T1, largest_T1 / most, torch.nan)
+    most_T1 = torch.full_like(largest_T1, most)  # torch would take the inverse of one operand that is a number
+    scale_T1 = torch.where(is_finite_T1, largest_T1 / most_T1, torch.nan)
     # So small a maximum that its inverse is infinite counts as zero.
-    inverse_T1 = torch.where(largest_T1 >= _LEAST, most / largest_T1, 0.0)
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / largest_T1, 0.0)
     q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
     return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
 
