@@ -10,13 +10,24 @@ import pytest
 
 from loray.engine.request import Chunk, Request, StepWork
 from loray.engine.scheduling.speculation import MAX_GUESSES, MAX_MATCH, HitRates, NgramIndex, Speculation
-from loray.spec import GenerateRequest, SamplingParams
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from tests.fixtures.guesses import FixedCosts
+from tests.fixtures.scheduling import adapter
 
 
-def made(prompt: Sequence[int], output: Sequence[int] = (), number: int = 0, **params: object) -> Request:
+def made(
+    prompt: Sequence[int],
+    output: Sequence[int] = (),
+    number: int = 0,
+    name: str = "r",
+    adapter_ref: AdapterRef | None = None,
+    tenant: str = "",
+    cache_salt: str = "",
+    **params: object,
+) -> Request:
     own = SamplingParams(max_tokens=1000).model_copy(update=params)
-    request = Request(GenerateRequest(str(number), tuple(prompt), own), number, output_ids=list(output))
+    spec = GenerateRequest(name, tuple(prompt), own, adapter_ref, tenant=tenant, cache_salt=cache_salt)
+    request = Request(spec, number, output_ids=list(output))
     request.num_computed = request.num_tokens - 1
     return request
 
@@ -157,6 +168,44 @@ def test_a_step_that_is_bound_by_operations_guesses_nothing() -> None:
 
 def test_before_a_step_has_been_measured_nothing_is_guessed() -> None:
     assert [*Speculation(FixedCosts(StepWork())).guesses([chunk_of(made([1, 2, 1, 2]))], StepWork(1, 1), 99)] == []
+
+
+def test_an_answer_is_guessed_from_the_latest_ones_of_its_owner() -> None:
+    """Of the same tenant, adapter and cache salt; what was learned of these guesses tells what is like them."""
+    answer = [11, 12, 13, 14, 15, 16, 17]
+    speculation = Speculation(FixedCosts(StepWork(num_steps=1.0, num_decoded=0.01)))
+
+    def guessed(name: str, digest: str, **own: str) -> list[int]:
+        request = made([90, 91, 92, 93], answer[:3], adapter_ref=adapter(digest), name=name, **own)
+        found = [*speculation.guesses([chunk_of(request)], StepWork(1, 1), 99)]
+        if not found:
+            return []
+        ((place, guesses),) = found
+        assert place == 0
+        return [*guesses]
+
+    assert not guessed("first", "a")
+    done = made([90, 91, 92, 93], adapter_ref=adapter("a"), name="done")
+    speculation.ended(done)  # it has guessed nothing yet: nothing is kept
+    assert not guessed("second", "a")
+    assert not [*speculation.guesses([chunk_of(done)], StepWork(1, 1), 99)]
+    done.output_ids += answer
+    speculation.ended(done)
+    assert guessed("third", "a") == answer[3:5]  # as many as are likely with what little is known
+    assert not guessed("other adapter", "b")
+    assert not guessed("other tenant", "a", tenant="t")
+    assert not guessed("other salt", "a", cache_salt="s")
+
+
+def test_of_many_owners_the_latest_are_kept() -> None:
+    speculation = Speculation(FixedCosts(StepWork(num_steps=1.0, num_decoded=0.01)))
+    for i in range(1000):
+        request = made([1, 2, 3], [4, 5], tenant=str(i))
+        [*speculation.guesses([chunk_of(request)], StepWork(1, 1), 99)]
+        request.output_ids += range(700)
+        speculation.ended(request)
+    assert {len(tokens) for tokens in speculation._answers.values()} == {512}
+    assert [tenant for tenant, *_ in speculation._answers] == [str(i) for i in range(744, 1000)]
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,8 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
             self.output_lengths.observe(len(request.output_ids))
+            if self.speculation is not None:
+                self.speculation.ended(request)
             self._release(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)

@@ -22,8 +22,12 @@ MAX_MATCH = 8  # tokens; longer matches are as good
 _LEAST_CHANCE = 0.2  # of a guess; below, the chances are known too badly to gain by it
 _CANDIDATES = 16  # places that are compared for the longest match
 _PIECE = 4096  # tokens of a prompt that are taken in a step
+_LEAD, _KEPT, _MOST_OWNERS = 4, 512, 256  # tokens before an answer, and of the answers that are kept, and of how many
 _KEEP, _KEEP_ALL = 0.9, 0.99  # weight of what was seen before, with each token: of one request, and of all
 _PRIOR = 2.0  # tokens that what is known of all requests weighs for one of them
+
+
+_Owner = tuple[str, str | None, str]
 
 
 class HitRates:
@@ -59,17 +63,21 @@ class NgramIndex:
     bounded time, however long the text is; while the next token is the guessed one, the match only moves on.
     """
 
-    def __init__(self, others: HitRates) -> None:
+    def __init__(self, others: HitRates, earlier: Sequence[int] = ()) -> None:
+        """`earlier`: tokens that are looked at as if they stood before the prompt."""
         self.rates = HitRates(others)
+        self._num_earlier = len(earlier)
         self._tokens: list[int] = []
         self._before: list[int] = []  # by place: where the pair that ends there ended before; 0: nowhere
         self._latest: dict[int, int] = {}  # by pair: where it ended last
         self._next = 0  # the place after the match: what stands there is guessed
         self.length = 0  # of the match; 0: there is none
+        for token in earlier:
+            self._append(token)
 
     def read(self, request: Request) -> bool:
         """Take in what is new of its prompt and output; False if there is more, for a later call."""
-        known, first_output = len(self._tokens), request.num_prompt_tokens
+        known, first_output = len(self._tokens) - self._num_earlier, request.num_prompt_tokens
         stop = min(request.num_tokens, known + _PIECE)
         new = request.tokens(known, stop)
         num_prompt = max(0, min(first_output, stop) - known)
@@ -141,6 +149,9 @@ class NgramIndex:
 class Speculation:
     """Says which tokens a step guesses. It owns the `ngrams` of requests.
 
+    A request also looks at the latest answers to its tenant with its adapter and cache salt: what such an adapter
+    writes, an object's keys or an address, is often the same. The salt keeps apart who may not notice it by the time.
+
     allowed  leaves of a request's guesses the first ones that its constraint allows
     """
 
@@ -150,6 +161,7 @@ class Speculation:
         allowed: Callable[[Request, Sequence[int]], Sequence[int]] = lambda request, guesses: guesses,
     ) -> None:
         self._steps, self._allowed, self._rates = steps, allowed, HitRates()
+        self._answers: dict[_Owner, list[int]] = {}  # the owner of the latest one is last
 
     def guesses(self, chunks: Sequence[Chunk], work: StepWork, most: int) -> Iterator[tuple[int, Sequence[int]]]:
         """Give the places of chunks that guess, and their guesses: of all together at most `most`, so many that the
@@ -176,6 +188,16 @@ class Speculation:
             if num and (found := self._allowed(request, request.ngrams.guesses(num))):
                 yield i, found
 
+    def ended(self, request: Request) -> None:
+        """Keep the answer of a request that guessed, or could have."""
+        if not isinstance(request.ngrams, NgramIndex):
+            return
+        text = request.tokens(max(0, request.num_prompt_tokens - _LEAD), request.num_tokens)
+        owner = _owner(request)
+        self._answers[owner] = [*self._answers.pop(owner, ()), *text][-_KEPT:]
+        if len(self._answers) > _MOST_OWNERS:
+            del self._answers[next(iter(self._answers))]
+
     def most(self, chunk: Chunk) -> int:
         """Return how many tokens the chunk's request may guess: none beyond its last one, while tokens are in flight,
         or where what changes its logits depends on the tokens before.
@@ -190,5 +212,9 @@ class Speculation:
         if not most:
             return ()
         if not isinstance(request.ngrams, NgramIndex):
-            request.ngrams = NgramIndex(self._rates)
+            request.ngrams = NgramIndex(self._rates, self._answers.get(_owner(request), ()))
         return request.ngrams.chances(least, most) if request.ngrams.read(request) else ()
+
+
+def _owner(request: Request) -> _Owner:
+    return request.tenant, request.adapter_digest, request.spec.cache_salt
