@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.request import Request
-from loray.spec import Constraint, GenerateRequest
+from loray.spec import Constraint, GenerateRequest, TokenLogprobs
 from tests.fixtures.engines import BLOCK_BYTES, empty, fill_up, ids, make_engine, outputs, request, run
 from tests.fixtures.guesses import Told, guess_freely
 from tests.fixtures.peft_adapters import (
@@ -56,13 +56,14 @@ Results = dict[str, list[tuple[Any, ...]]]
 
 
 def results(engine: Engine, requests: Sequence[GenerateRequest]) -> Results:
-    """All that each request is told, without the times."""
+    """All that each request is told: tokens with their scores and what ended it, then the scores of its prompt."""
     out: Results = {r.request_id: [] for r in requests}
+    scores: dict[str, list[TokenLogprobs]] = {r.request_id: [] for r in requests}
     for o in outputs(engine, *requests):
-        error = None if o.error is None else (type(o.error), str(o.error))
-        scores = None if o.prompt_logprobs is None else len(o.prompt_logprobs)
-        out[o.request_id].append((o.token_id, o.logprobs, o.finish_reason, error, scores))
-    return out
+        scores[o.request_id] += o.prompt_logprobs or ()
+        if o.token_id is not None or o.error is not None:
+            out[o.request_id].append((o.token_id, o.logprobs, o.finish_reason, repr(o.error)))
+    return {name: [*own, (None, *scores[name])] for name, own in out.items()}
 
 
 def random_requests(rng: random.Random, models: Sequence[TestAdapter | None], num: int) -> list[GenerateRequest]:
@@ -110,21 +111,25 @@ def test_random_requests_are_answered_as_without_guesses(
 
 
 def test_an_engine_that_repeats_itself_takes_fewer_steps(base: BaseModel, adapters: Adapters) -> None:
-    """Guesses from prompt and answer; a row of guesses costs little. The prefix cache has what was accepted alone."""
-    prompt = [*ids(20), *ids(20), *ids(20)]
-    models = [None, *adapters.values()]
-    requests = [request(str(i), prompt, a, max_tokens=100) for i, a in enumerate(models)]
+    """Each request is asked twice, and the second answer guessed from the first. Blocks of what was accepted are found
+    again, and hold what they should.
+    """
+    prompt, models = ids(40), [None, *adapters.values()]
     plain, engine = make_engine(base, list(adapters.values())), make_engine(base, list(adapters.values()))
-    expected = run(plain, requests, together=True)
     guess_freely(engine)
-    assert run(engine, requests, together=True) == expected
+    expected = run(plain, [request(str(i), prompt, a, max_tokens=100) for i, a in enumerate(models)], together=True)
+    assert run(engine, [request(str(i), prompt, a, max_tokens=100) for i, a in enumerate(models)]) == expected
+    before = engine.stats()
+    again = {name: [request(name, prompt, models[int(name)], max_tokens=100)] for name in expected}
+    assert {name: run(engine, asked)[name] for name, asked in again.items()} == expected
     stats = engine.stats()
-    assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
-    assert stats.num_steps < 0.8 * plain.stats().num_steps
-    longer = {r.request_id: [*prompt, *expected[r.request_id][:60]] for r in requests}
-    again = [request(f"again {name}", longer[name], models[int(name)]) for name in longer]
-    assert run(engine, again) == run(plain, again)
-    assert engine.stats().prefix_cache_hits >= plain.stats().prefix_cache_hits > 0
+    num_right = stats.num_accepted_tokens - before.num_accepted_tokens
+    assert 0 < num_right <= stats.num_draft_tokens - before.num_draft_tokens
+    assert stats.num_steps - before.num_steps == sum(map(len, expected.values())) - num_right
+    assert num_right > 0.6 * sum(map(len, expected.values()))
+    longer = [request(f"{i}", [*prompt, *expected[str(i)][:60]], a) for i, a in enumerate(models)]
+    assert run(engine, longer) == run(plain, longer)
+    assert engine.stats().prefix_cache_hits - stats.prefix_cache_hits >= len(models) * 80
     empty(engine)
 
 

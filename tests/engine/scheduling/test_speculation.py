@@ -159,7 +159,7 @@ def test_the_expected_tokens_of_a_second_are_most(row_s: float) -> None:
 
 def test_a_step_that_is_bound_by_operations_guesses_nothing() -> None:
     chunks = [chunk_of(made([1, 2, 3, 1, 2], number=i)) for i in range(20)]
-    speculation = Chances(StepWork(num_steps=0.001, num_decoded=0.01), [[1.0, 1.0]] * 20)
+    speculation = Chances(StepWork(num_steps=0.001, num_decoded=0.01), [[0.9, 0.8]] * 20)
     assert [*speculation.guesses(chunks[:1], StepWork(1, 1), 99)] == []
     speculation = Chances(StepWork(num_steps=0.1, num_decoded=0.001), [[1.0, 1.0]] * 20)
     assert [*speculation.guesses(chunks[:1], StepWork(1, 1), 99)] == [(0, [3, 1])]
