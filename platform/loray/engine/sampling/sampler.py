@@ -191,7 +191,7 @@ class Sampler:
             None if masks is None else torch.from_numpy(masks.words_MW),
         )
 
-    def _uniform(self, request: Request, number: int) -> float:
+    def _uniform(self, request: Request, number: int = 0) -> float:
         """A number in [0, 1): a function of the token's position and the seed, or the request if it has no seed.
         `number`: of its next tokens.
         """
