@@ -74,8 +74,8 @@ class Ran(NamedTuple):
 
 def _quotes(num: int, greedy: SamplingParams) -> list[Asked]:
     pages = [path.read_text(encoding="utf-8") for path in sorted(_GUIDE.glob("*.md"))]
-    parts = [part for page in pages for part in page.split("\n\n") if len(part) > 600 and part[0].isalpha()]
-    asked = "Summarise this text in sentences that you quote from it:\n\n{}"
+    parts = [part for page in pages for part in page.split("\n\n") if len(part) > 400 and part[0].isalpha()]
+    asked = "Summarise this text: quote its most important sentences, word for word.\n\n{}"
     return [Asked(asked.format(part), greedy) for part in parts[:num]]
 
 
