@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from loray.engine.request import Chunk, Request, StepWork
-from loray.engine.scheduling.speculation import MAX_GUESSES, MAX_MATCH, HitRates, NgramIndex, Speculation
+from loray.engine.scheduling.speculation import MAX_GUESSES, MAX_MATCH, NgramIndex, Speculation, new_rates
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from tests.fixtures.guesses import FixedCosts
 from tests.fixtures.scheduling import adapter
@@ -59,7 +59,7 @@ def test_the_longest_match_is_found_token_by_token() -> None:
     for text in texts(rng):
         num_prompt = rng.randint(1, len(text) - 1)
         request = made(text[:num_prompt])
-        index = NgramIndex(HitRates())
+        index = NgramIndex(new_rates())
         for n in range(num_prompt, len(text) + 1):
             request.output_ids[:] = text[num_prompt:n]
             assert index.read(request)
@@ -73,20 +73,20 @@ def test_the_longest_match_is_found_token_by_token() -> None:
 
 
 def test_of_equal_matches_the_last_one_counts() -> None:
-    index = NgramIndex(HitRates())
+    index = NgramIndex(new_rates())
     index.read(made([1, 2, 3, 0, 1, 2, 4, 0, 0, 1, 2]))
     assert index.guesses(3) == [4, 0, 0]
 
 
 def test_a_text_that_repeats_itself_goes_on() -> None:
-    index = NgramIndex(HitRates())
+    index = NgramIndex(new_rates())
     index.read(made([9, 1, 2, 3, 1, 2, 3, 1, 2]))
     assert index.guesses(7) == [3, 1, 2, 3, 1, 2, 3]
 
 
 def test_a_long_prompt_is_taken_in_parts() -> None:
     text = [*range(5000), *range(70)]
-    index, request = NgramIndex(HitRates()), made(text)
+    index, request = NgramIndex(new_rates()), made(text)
     assert not index.read(request)
     assert index.read(request)
     assert (index.length, index.guesses(2)) == (MAX_MATCH, [70, 71])
@@ -97,7 +97,7 @@ def test_chances_follow_what_came() -> None:
     rng = random.Random(1)
     prompt = [rng.randrange(1000) for _ in range(200)]
     copying, free = made(prompt), made(prompt)
-    indexes = [NgramIndex(HitRates()) for _ in range(2)]
+    indexes = [NgramIndex(new_rates()) for _ in range(2)]
     for i in range(62):  # the free text has pairs of the prompt, each with another token after it
         place = rng.randrange(190)
         copying.output_ids.append(prompt[i])
@@ -112,15 +112,20 @@ def test_chances_follow_what_came() -> None:
 
 
 def test_a_new_request_is_expected_to_be_like_the_others() -> None:
-    others = HitRates()
-    for _ in range(50):
-        others.observe(5, hit=True)
-    assert HitRates(others)[5] > 0.9
-    assert HitRates(others)[2] == 0.5
-    one = HitRates(others)
-    for _ in range(4):
-        one.observe(5, hit=False)
-    assert one[5] < 0.4
+    of_all, free = new_rates(), list(range(100, 200))
+    for _ in range(20):
+        index, request = NgramIndex(of_all), made([*range(40)])
+        for token in (*range(12), *free[:3]):
+            request.output_ids.append(token)
+            index.read(request)
+    assert of_all[MAX_MATCH] > 0.6
+    assert NgramIndex(of_all).rates == of_all
+    assert of_all[2] > 0.5
+    other, request = NgramIndex(of_all), made([*range(40)])
+    for i in range(6):
+        request.output_ids += [4 * i, 4 * i + 1, free[i]]
+        other.read(request)
+    assert other.rates[2] < 0.4 < of_all[2]
 
 
 class Chances(Speculation):
@@ -132,7 +137,7 @@ class Chances(Speculation):
 
     def _chances(self, chunk: Chunk, least: float) -> Sequence[float]:
         request = chunk.request
-        request.ngrams = index = NgramIndex(HitRates())
+        request.ngrams = index = NgramIndex(new_rates())
         index.read(request)
         return [c for c in self._given[request.arrival] if c > least]
 

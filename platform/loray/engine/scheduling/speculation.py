@@ -20,40 +20,18 @@ from loray.engine.scheduling.step_budget import MIN_CHUNK, StepTimeModel
 MAX_GUESSES = MIN_CHUNK - 1
 MAX_MATCH = 8  # tokens; longer matches are as good
 _LEAST_CHANCE = 0.2  # of a guess; below, the chances are known too badly to gain by it
-_CANDIDATES = 16  # places that are compared for the longest match
+_CANDIDATES = 8  # places that are compared for the longest match
 _PIECE = 4096  # tokens of a prompt that are taken in a step
 _LEAD, _KEPT, _MOST_OWNERS = 4, 512, 256  # tokens before an answer, and of the answers that are kept, and of how many
-_KEEP, _KEEP_ALL = 0.9, 0.99  # weight of what was seen before, with each token: of one request, and of all
-_PRIOR = 2.0  # tokens that what is known of all requests weighs for one of them
+_NEW, _NEW_OF_ALL = 0.2, 0.02  # weight of what has just come in a rate of one request, and in one of all
 
 
 _Owner = tuple[str, str | None, str]
 
 
-class HitRates:
-    """How often the token after a match was the one that came, by the match's length; older ones weigh less.
-
-    Nothing needs to be computed for that: what would have been guessed is compared with what came, guessed or not. So a
-    request that stops repeating itself costs nothing, and one that begins is noticed at once.
-    """
-
-    def __init__(self, others: HitRates | None = None) -> None:
-        """`others`: the rates of all requests, for what is not known of this one; they are told what this one is."""
-        self._others, self._keep = others, _KEEP_ALL if others is None else _KEEP
-        self._hits, self._num = [0.0] * (MAX_MATCH + 1), [0.0] * (MAX_MATCH + 1)
-
-    def observe(self, length: int, *, hit: bool) -> None:
-        """The next token after a match of that length was `hit`."""
-        i = min(length, MAX_MATCH)
-        self._hits[i] = self._keep * self._hits[i] + hit
-        self._num[i] = self._keep * self._num[i] + 1
-        if self._others is not None:
-            self._others.observe(length, hit=hit)
-
-    def __getitem__(self, length: int) -> float:
-        i = min(length, MAX_MATCH)
-        prior = 0.5 if self._others is None else self._others[i]
-        return (self._hits[i] + _PRIOR * prior) / (self._num[i] + _PRIOR)
+def new_rates() -> list[float]:
+    """Give the rates before anything has come, by the length of a match up to MAX_MATCH."""
+    return [0.5] * (MAX_MATCH + 1)
 
 
 class NgramIndex:
@@ -61,17 +39,24 @@ class NgramIndex:
 
     Each pair of tokens knows where the same pair ended before it, as in LZ77 with hash chains. So a token costs a
     bounded time, however long the text is; while the next token is the guessed one, the match only moves on.
+
+    length  of the match; 0: there is none
+    rates   by the length of a match, how often the token after it was the one that came. Nothing is computed for that:
+            what would have been guessed is compared with what comes, guessed or not. So a request that stops repeating
+            itself costs nothing, and one that begins is noticed at once.
     """
 
-    def __init__(self, others: HitRates, earlier: Sequence[int] = ()) -> None:
-        """`earlier`: tokens that are looked at as if they stood before the prompt."""
-        self.rates = HitRates(others)
+    def __init__(self, of_all: list[float], earlier: Sequence[int] = ()) -> None:
+        """`of_all`: the rates of all requests, with which this one begins, and which it changes. `earlier`: tokens that
+        are looked at as if they stood before the prompt.
+        """
+        self.rates, self._of_all = [*of_all], of_all
         self._num_earlier = len(earlier)
         self._tokens: list[int] = []
         self._before: list[int] = []  # by place: where the pair that ends there ended before; 0: nowhere
         self._latest: dict[int, int] = {}  # by pair: where it ended last
         self._next = 0  # the place after the match: what stands there is guessed
-        self.length = 0  # of the match; 0: there is none
+        self.length = 0
         for token in earlier:
             self._append(token)
 
@@ -86,11 +71,13 @@ class NgramIndex:
         if num_prompt and stop >= first_output:
             self._find()
         for token in islice(new, num_prompt, None):
-            hit = self.length > 0 and self._tokens[self._next] == token
+            is_hit = False
             if self.length:
-                self.rates.observe(self.length, hit=hit)
+                is_hit, i = self._tokens[self._next] == token, min(self.length, MAX_MATCH)
+                self.rates[i] += _NEW * (is_hit - self.rates[i])
+                self._of_all[i] += _NEW_OF_ALL * (is_hit - self._of_all[i])
             self._append(token)
-            if hit:
+            if is_hit:
                 self._next += 1
                 self.length += 1
             else:
@@ -103,8 +90,8 @@ class NgramIndex:
         """
         out: list[float] = []
         chance = 1.0
-        for i in range(most if self.length else 0):
-            chance *= self.rates[self.length + i]
+        for length in range(self.length, self.length + most) if self.length else ():
+            chance *= self.rates[min(length, MAX_MATCH)]
             if chance <= least:
                 break
             out.append(chance)
@@ -160,7 +147,7 @@ class Speculation:
         steps: StepTimeModel,
         allowed: Callable[[Request, Sequence[int]], Sequence[int]] = lambda request, guesses: guesses,
     ) -> None:
-        self._steps, self._allowed, self._rates = steps, allowed, HitRates()
+        self._steps, self._allowed, self._rates = steps, allowed, new_rates()
         self._answers: dict[_Owner, list[int]] = {}  # the owner of the latest one is last
 
     def guesses(self, chunks: Sequence[Chunk], work: StepWork, most: int) -> Iterator[tuple[int, Sequence[int]]]:
