@@ -27,6 +27,7 @@ from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
+from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
@@ -200,6 +201,12 @@ class Engine:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
 
+    def guess_tokens(self) -> None:
+        """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
+        captured: each with guesses would be computed launch by launch.
+        """
+        self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
+
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Count the tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
 
@@ -313,21 +320,23 @@ class Engine:
 
     @torch.inference_mode()
     def _results(self, results: StepResults) -> list[TokenOutput]:
-        requests = [request for request, _ in results.outcomes]
-        broken = {r.request_id: r for r, sampled in results.outcomes if sampled is None}
+        requests = list(dict.fromkeys(request for request, *_ in results.outcomes))
+        broken = {r.request_id: r for r, sampled, _ in results.outcomes if sampled is None}
         for part, logprobs in results.scores:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
                 part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
-        outputs = [
-            self._fail(r, sampled)
-            if isinstance(sampled, RequestError)
-            else self._postprocess(r, sampled.token, sampled.logprobs)
-            for r, sampled in results.outcomes
-            if sampled is not None and r.request_id not in broken
-        ]
+        outputs: list[TokenOutput] = []
+        for request, sampled, was_guessed in results.outcomes:
+            if sampled is None or request.request_id in broken or request.state is RequestState.FINISHED:
+                continue
+            if isinstance(sampled, RequestError):
+                outputs.append(self._fail(request, sampled))
+            else:
+                request.num_computed += was_guessed
+                outputs.append(self._postprocess(request, sampled.token, sampled.logprobs))
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
@@ -426,6 +435,8 @@ class Engine:
             adapters_loading=loading,
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
             step_seconds=counters.step_seconds.counts(),
             step_tokens=counters.step_tokens.counts(),
             step_adapters=counters.step_adapters.counts(),
