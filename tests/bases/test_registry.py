@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprint, read_tensors, unfused
+from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprint, read_tensors
 from loray.bases.config import ARCHITECTURES
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, read_config, verify_base
+from loray.bases.weights import unfused
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, SpecError, UnsupportedError
 from tests.fixtures.tiny import write_checkpoint
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -24,8 +24,6 @@ from loray.telemetry import StageProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from loray_kernels.ops import Weight
 
 
 # The format's codes → torch's names.
@@ -265,18 +263,6 @@ def fused_parts(name: str, config: ModelConfig) -> dict[str, slice]:
     """Find the tensors that a checkpoint has as rows of the tensor `name`; none where that is a module's own."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     return {name.replace(module, part): rows for part, rows in config.fused.get(module, {}).items()}
-
-
-def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Iterator[tuple[str, Weight]]:
-    """Yield a checkpoint's tensors by the names of `expected_shapes`."""
-    from loray_kernels.ops import QuantizedWeight
-
-    for name, tensor in tensors:
-        parts = fused_parts(name, config)
-        for part, rows in parts.items():
-            yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
-        if not parts:
-            yield plain_name(name), tensor
 
 
 def _adds_zero(info: TensorInfo) -> bool:

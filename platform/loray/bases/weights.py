@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, plain_name, tensor_infos
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, fused_parts, plain_name, tensor_infos
 from loray.bases.config import ModelConfig
 from loray.bases.quantization import Layout, Quantization, StoredWeight, state_of, stored_weights
 from loray.errors import IntegrityError
@@ -111,6 +111,16 @@ class WeightSource:
             return _DECODERS[self._quantization.layout](self._quantization, stored, tensor)
         except (IndexError, KeyError, RuntimeError, ValueError) as e:
             raise IntegrityError(f"{name} is not stored as config.json's quantization_config says: {e}") from e
+
+
+def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Iterator[tuple[str, Weight]]:
+    """Yield a checkpoint's tensors by the names of `expected_shapes`."""
+    for name, tensor in tensors:
+        parts = fused_parts(name, config)
+        for part, rows in parts.items():
+            yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
+        if not parts:
+            yield plain_name(name), tensor
 
 
 def _open(file: Path) -> Any:

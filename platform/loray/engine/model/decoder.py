@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import expected_shapes, unfused
+from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.model.batch import AdapterBatch, Batch, ChunkInput, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.bases.checkpoint import unfused
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
 from loray.engine.pool.loader import LoadAdapter
