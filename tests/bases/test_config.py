@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loray.bases.checkpoint import canonical_config, expected_shapes
-from loray.bases.config import ARCHITECTURES, LayerSpec, ModelConfig, scaled
+from loray.bases.checkpoint import canonical_config, expected_shapes, plain_name
+from loray.bases.config import ARCHITECTURES, Experts, LayerSpec, ModelConfig, scaled
 from loray.engine.model.decoder import frequencies
 from loray.errors import UnsupportedError
 from loray.spec import RopeParameters, RopeScaling
@@ -108,12 +108,51 @@ def test_a_familys_layers(family: str, layer: LayerSpec) -> None:
     assert ("model.layers.1.self_attn.k_norm.weight" in shapes) == layer.qk_norm
 
 
+OF_MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+OF_QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
+
+
+def test_a_familys_experts() -> None:
+    mixtral, qwen3 = config_of("Mixtral", **OF_MIXTRAL), config_of("Qwen3Moe", **OF_QWEN3, norm_topk_prob=True)
+    assert mixtral.layers == (LayerSpec(experts=Experts(6, 2)),) * 2
+    assert qwen3.layers == (LayerSpec(qk_norm=True, experts=Experts(8, 3)),) * 2
+    assert config_of("Qwen3Moe", **OF_QWEN3).experts == Experts(8, 3, normalised=False)
+    assert (mixtral.intermediate_size, qwen3.intermediate_size) == (24, 10)
+    shapes = expected_shapes(qwen3)
+    assert shapes["model.layers.1.mlp.gate.weight"] == (8, 16)
+    assert shapes["model.layers.1.mlp.experts.7.down_proj.weight"] == (16, 10)
+    assert "model.layers.1.mlp.down_proj.weight" not in shapes
+    attention = 16 * 16 + 2 * 8 * 16 + 16 * 16
+    for num, elements in ((8, qwen3.num_matrix_elements), (3, qwen3.num_active_elements)):
+        assert elements == 2 * (attention + num * 3 * 16 * 10 + 8 * 16) + 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("model.layers.3.block_sparse_moe.gate.weight", "model.layers.3.mlp.gate.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w1.weight", "model.layers.3.mlp.experts.5.gate_proj.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w2.weight", "model.layers.3.mlp.experts.5.down_proj.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w3.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
+        ("model.layers.3.mlp.experts.5.up_proj.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
+    ],
+)
+def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "why"),
     [
         ("Llama", {"mlp_bias": True}, "Llama checkpoints with attention_bias or mlp_bias are not supported"),
         ("Qwen3", {"attention_bias": True}, "Qwen3 checkpoints with attention_bias are not supported"),
         ("Qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only silu is"),
+        ("Mixtral", OF_MIXTRAL | {"num_experts_per_tok": 7}, "gives a token 7 of 6 experts"),
+        (
+            "Qwen3Moe",
+            OF_QWEN3 | {"mlp_only_layers": [0]},
+            r"\(mlp_only_layers, decoder_sparse_step\) are not supported",
+        ),
         ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported in Gemma3ForCausalLM"),
         ("Gemma3", {"use_bidirectional_attention": True}, "with use_bidirectional_attention are not supported"),
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "with attn_logit_softcapping are not supported"),

@@ -42,7 +42,7 @@ def tensors(num_tokens: int, size: tuple[int, int], dtype: torch.dtype) -> tuple
 
 
 def packed(ops: Ops, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-    weights = ops.pack_linear(weight_OI, bias_O)
+    weights = ops.pack_linear([weight_OI], bias_O)
     assert (weights.out_features, weights.in_features) == weight_OI.shape
     return weights
 

@@ -15,6 +15,7 @@ from loray_kernels.descriptors import RowOverrides, RowTables, row_size
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -108,9 +109,22 @@ def pack_layout(layout: KvLayout) -> CStruct:
 
 def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
     """The words of a Matrix, or of its first `width` outputs."""
+    assert isinstance(weights.data, Tensor)
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
     assert width is None or width <= weights.out_features
-    return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
+    outputs, kind = width or weights.out_features, (weights.bits, weights.group)
+    return [weights.in_features, outputs, weights.data.data_ptr(), bias, *kind]
+
+
+@prepare_once
+def pack_experts(weights: ExpertWeights) -> CStruct:
+    """widths: (hidden)."""
+    kept = Kept()
+    words = pack_matrix(weights.router)
+    for matrices in (weights.gate_up, weights.down):
+        words.append(kept.words([word for matrix in matrices for word in pack_matrix(matrix)]))
+    words += (len(weights.down), weights.per_token, weights.normalised)
+    return CStruct(kept.words(words), kept, (weights.router.in_features,))
 
 
 @prepare_once
@@ -125,6 +139,7 @@ def pack_layer_weights(weights: LayerWeights) -> CStruct:
     numbers = (weights.eps, weights.scale, weights.norm_offset, weights.soft_cap or 0.0)
     words += [weights.num_heads, *unpack("4q", pack("4d", *numbers))]
     words += [weights.window or 0, weights.activation == "gelu_tanh"]
+    words.append(0 if weights.experts is None else kept.struct(pack_experts(weights.experts)))
     return CStruct(kept.words(words), kept, (weights.qkv.in_features,))
 
 

@@ -12,8 +12,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
+from loray.bases.quantization import Quantization
 from loray.errors import UnsupportedError
-from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, MLP_MODULES, RopeParameters, RopeScaling, RopeType
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts that a layer has in the place of its MLP: `num` MLPs. A router, which is a linear module, gives each
+    token one logit for each of them. The token passes those with the `per_token` largest, and their results are added
+    up in shares, which are a softmax of the logits.
+
+    normalised  over the token's own experts, so that its shares add up to 1; else over all experts
+    """
+
+    num: int
+    per_token: int
+    normalised: bool = True
+
 
 # Modules that some families have as one, their rows one after the other.
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +52,7 @@ class LayerSpec:
     activation       of the MLP's gate
     window           tokens that a token attends to, itself included; None: all up to it
     rope             which of ModelConfig.ropes
+    experts          in the place of one MLP; None: the layer is dense
     """
 
     qkv_bias: bool = False
@@ -45,17 +62,20 @@ class LayerSpec:
     activation: Activation = "silu"
     window: int | None = None
     rope: int = 0
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-shaped decoder. Widths in elements, lengths in tokens.
+    """A Llama-shaped decoder. Widths in elements, lengths in tokens; `intermediate_size` is each expert's where layers
+    have experts.
 
     rope                what an adapter's own RoPE replaces; other_ropes: of layers with another one
     norm_offset         what RMSNorm adds to its weight
     embedding_scale     of the embedding's rows
     rotary_factor       of a head, what RoPE turns of it
     attention_soft_cap  c: a score s is c · tanh(s / c); None: it is s. logit_soft_cap: of logits, likewise
+    quantization        of linear modules, if they are
     has_fused_modules   checkpoints and PEFT have the modules of FUSED as one; here they are modules of their own
     """
 
@@ -72,6 +92,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerSpec, ...]
+    quantization: Quantization | None = None
     other_ropes: tuple[RopeParameters, ...] = ()
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
@@ -106,12 +127,24 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of a layer, which are the same in all; None where they are dense."""
+        return self.layers[0].experts
+
+    @property
+    def num_active_mlps(self) -> int:
+        """MLPs of a layer that a token passes: its experts, or one."""
+        return 1 if self.experts is None else self.experts.per_token
+
     def attention_scale(self, layer: int) -> float:
         scale = self.layers[layer].attention_scale
         return float(self.head_dim**-0.5) if scale is None else scale
 
     def module_shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of a linear module by its last name, for example `q_proj`, or of one of FUSED."""
+        """(out, in) of a linear module by its last name, for example `q_proj`, or of one of FUSED; of an expert's where
+        there are some.
+        """
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         h, m = self.hidden_size, self.intermediate_size
         shapes = {
@@ -138,9 +171,32 @@ class ModelConfig:
 
     @property
     def num_matrix_elements(self) -> int:
-        """The elements of all matrices that a token is multiplied with: linear modules and the output head."""
-        layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+        """The elements of all matrices: linear modules, those of every expert, routers and the output head."""
+        return self._matrix_elements(1 if self.experts is None else self.experts.num)
+
+    @property
+    def num_active_elements(self) -> int:
+        """The elements of all matrices that a token is multiplied with: of experts those of its own."""
+        return self._matrix_elements(self.num_active_mlps)
+
+    def _matrix_elements(self, num_mlps: int) -> int:
+        attention, mlp = (
+            sum(math.prod(self.module_shape(module)) for module in modules)
+            for modules in (ATTENTION_MODULES, MLP_MODULES)
+        )
+        router = 0 if self.experts is None else self.experts.num * self.hidden_size
+        return self.num_layers * (attention + num_mlps * mlp + router) + self.vocab_size * self.hidden_size
+
+    def matrix_bytes(self, element_bytes: int, *, on_gpu: bool = False) -> int:
+        """Count the bytes of `num_matrix_elements` in an engine whose dtype has `element_bytes`."""
+        if self.quantization is None or not self.quantization.is_kept(on_gpu=on_gpu):
+            return element_bytes * self.num_matrix_elements
+        num_mlps, router = (1, 0) if self.experts is None else (self.experts.num, self.experts.num * self.hidden_size)
+        layer = element_bytes * router
+        for module in LINEAR_MODULES:
+            out, width = self.module_shape(module)
+            layer += (num_mlps if module in MLP_MODULES else 1) * out * self.quantization.row_bytes(width)
+        return self.num_layers * layer + element_bytes * self.vocab_size * self.hidden_size
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
@@ -159,7 +215,7 @@ class ModelConfig:
             architecture=name,
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
+            intermediate_size=hf.get("moe_intermediate_size") or hf["intermediate_size"],
             num_heads=hf["num_attention_heads"],
             num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
@@ -169,6 +225,7 @@ class ModelConfig:
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             layers=architecture.layers(hf),
+            quantization=Quantization.from_hf(hf),
         )
         return replace(found, **fields)
 
@@ -176,7 +233,8 @@ class ModelConfig:
         """Give the fields for a JSON document. Bases are fingerprinted with them: those of a family stay as they are.
 
         `layers` is among them where layers differ, or have more than the two fields that stand beside their number.
-        Fields that not every family has are among them where they are not the default.
+        Fields that not every family has are among them where they are not the default, and `quantization` where linear
+        modules are quantised.
         """
         first = self.layers[0]
         document = _not_default(self) | {
@@ -353,6 +411,25 @@ def _phi3() -> Architecture:
     return Architecture("Phi3ForCausalLM", "phi3", layers, refuses, fields, ropes=("default", "longrope"))
 
 
+def _experts(dense: Architecture, experts: Callable[[Mapping[str, Any]], Experts]) -> Architecture:
+    """Make a family that differs from `dense` in that every layer has experts."""
+
+    def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+        return tuple(replace(layer, experts=experts(hf)) for layer in dense.layers(hf))
+
+    def refuses(hf: Mapping[str, Any]) -> str | None:
+        if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+            return (
+                "layers without experts among those with them (mlp_only_layers, decoder_sparse_step) are not supported"
+            )
+        own = experts(hf)
+        if not 0 < own.per_token <= own.num:
+            return f"config.json gives a token {own.per_token} of {own.num} experts"
+        return dense.refuses(hf)
+
+    return dense._replace(layers=layers, refuses=refuses)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
@@ -363,6 +440,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _gemma("Gemma2ForCausalLM", "gemma2", qk_norm=False, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
         _gemma("Gemma3ForCausalLM", "gemma3", qk_norm=True, pattern=6, thetas=(1e6, 1e4), soft_caps=(None, None)),
         _phi3(),
+        _experts(
+            _dense("MixtralForCausalLM", "llama", has_window=True),
+            lambda hf: Experts(hf["num_local_experts"], hf["num_experts_per_tok"]),
+        ),
+        _experts(
+            _dense("Qwen3MoeForCausalLM", "qwen3moe", LayerSpec(qk_norm=True), biases=("attention_bias",)),
+            lambda hf: Experts(
+                hf.get("num_experts") or hf["num_local_experts"],
+                hf["num_experts_per_tok"],
+                normalised=bool(hf.get("norm_topk_prob", False)),
+            ),
+        ),
     )
 }
 

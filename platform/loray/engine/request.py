@@ -60,6 +60,7 @@ class Request:
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
+    ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
     """
@@ -88,6 +89,7 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
 
@@ -211,16 +213,19 @@ class StepWork(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Compute tokens [start, start + num_tokens) of `request` in this step."""
+    """Compute tokens [start, start + num_tokens) of `request` in this step. The last of them are `guesses`: what may
+    follow its newest token. Of those that are wrong, keys and values are written again.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
         """The chunk reaches the request's newest token, so that its logits are sampled."""
-        return self.start + self.num_tokens == self.request.num_tokens
+        return self.start + self.num_tokens == self.request.num_tokens + len(self.guesses)
 
     @property
     def parts(self) -> tuple[Chunk, ...]:
@@ -228,7 +233,7 @@ class Chunk(NamedTuple):
         at, stop = self.request.active_from, self.start + self.num_tokens
         if not self.start < at < stop:
             return (self,)
-        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at)
+        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at, self.guesses)
 
     @property
     def scored(self) -> range:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from loray.errors import UnsupportedError
 from loray.methods import keeps_fp32, method_of
 from loray.methods.base import ADAPTER, stored_modules
+from loray.methods.expert_lora import ExpertLoraWeights, has_experts
 from loray.methods.weights import AdapterWeights
-from loray.spec import AdapterSpec
+from loray.spec import MLP_MODULES, AdapterSpec
 
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
 
@@ -54,6 +55,8 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 def on_model(model: Any, spec: AdapterSpec) -> AdapterSpec:
     """Give `spec` with its target modules as `model` has them. Raises UnsupportedError where it lacks one."""
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if method_of(spec).adapts_experts and has_experts(model):
+        names |= {*MLP_MODULES}
     modules = stored_modules(spec.target_modules, names)
     if missing := [m for m in modules if m not in names]:
         raise UnsupportedError(f"the model has no modules {', '.join(missing)}; take them out of target_modules")
@@ -81,6 +84,10 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     inner = model.base_model
     parameters = {peft_name(name): parameter for name, parameter in inner.named_parameters()}
     for key, module in weights.modules.items():
+        if isinstance(module, ExpertLoraWeights):
+            for name, tensor in module.parts.items():
+                parameters[f"layers.{key.layer}.{name}"].copy_(tensor)
+            continue
         owner: Any = inner.get_submodule(key.path)
         own = owner.own_parts(module.parts) if hasattr(owner, "own_parts") else module.parts
         for part, tensor in own.items():

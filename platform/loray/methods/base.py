@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from loray.bases.config import FUSED, ModelConfig
 from loray.errors import IntegrityError, UnsupportedError, shown
+from loray.methods.expert_lora import peft_targets
 from loray.methods.pairs import PairKey
 from loray.methods.weights import AdapterWeights, ModuleWeights, Role
-from loray.spec import MODULES_BY_INPUT, AdapterSpec, Default
+from loray.spec import MLP_MODULES, MODULES_BY_INPUT, AdapterSpec, Default
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Method(ABC):
     products_backward    products with A and B in a backward pass, for each in a forward pass
     keeps_embedding_rows PEFT can store the changed rows of an embedding alone
     has_variants         PEFT has some that are not served, of which LoRA can be made
+    adapts_experts       where a base has them in the place of MLPs
     """
 
     name: ClassVar[AdapterMethod]
@@ -100,6 +102,7 @@ class Method(ABC):
     products_backward: ClassVar[int] = 2
     keeps_embedding_rows: ClassVar[bool] = True
     has_variants: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = False
 
     def rank(self, spec: Any) -> int:
         """Return the rank of the adapter's matrices; 0 for a method without."""
@@ -107,7 +110,12 @@ class Method(ABC):
 
     def problems(self, spec: Any, model: ModelConfig) -> Iterator[str]:
         """Say why `spec` could not be trained on this base."""
-        yield from ()
+        own = [module for module in MLP_MODULES if module in spec.target_modules]
+        if model.experts is not None and own and not self.adapts_experts:
+            yield (
+                f"this base has experts in the place of MLPs, which {self.name} does not adapt: leave "
+                f"{', '.join(own)} out of adapter.target_modules"
+            )
 
     # -- what it costs --
 
@@ -155,7 +163,7 @@ class Method(ABC):
         """
         from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+        inject_adapter_in_model(self.peft_config(spec, **peft_targets(spec, model)), model, adapter_name=ADAPTER)
 
     @abstractmethod
     def peft_config(self, spec: Any, **options: Any) -> PeftConfig:

@@ -68,6 +68,8 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
     """
     for problem in method_of(spec.adapter).problems(spec.adapter, model):
         raise SpecError(problem)
+    if spec.quantization is not None and model.quantization is not None:
+        raise SpecError(f"the base {spec.base} is quantised already ({model.quantization}): leave quantization out")
     original = context = model.max_position_embeddings
     scaling, rope = spec.rope_scaling, None
     if scaling is not None:

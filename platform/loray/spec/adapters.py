@@ -218,9 +218,11 @@ class AdapterRef:
             (i for i in starts if prompt_ids[i] == first and tuple(prompt_ids[i : i + len(wanted)]) == wanted), NEVER
         )
 
-    def check_base(self, name: str, fingerprint: str) -> None:
-        """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint."""
-        if self.base_fingerprint != fingerprint:
+    def check_base(self, name: str, fingerprint: str, of: str | None = None) -> None:
+        """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint, or
+        on the one whose quantised form that is, which has the fingerprint `of`.
+        """
+        if self.base_fingerprint not in (fingerprint, of):
             raise BaseMismatch(
                 f"adapter {self.label} was trained on another base than {name!r} "
                 f"(fingerprints {self.base_fingerprint[:12]} and {fingerprint[:12]})"

@@ -28,6 +28,7 @@ from torch import Tensor
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.methods import keeps_fp32, method_of
+from loray.methods.expert_lora import peft_targets
 from loray.spec import (
     LOSS,
     AdapterSpec,
@@ -253,6 +254,8 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     }
     if token_ids is not None:
         options["trainable_token_indices"] = token_ids
+    if method.adapts_experts:
+        options |= peft_targets(spec, model)
     return AdapterFiles(_fields(method.peft_config(spec, **options)), tensors)
 
 

@@ -36,6 +36,7 @@ from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.guesses import Told
 from tests.fixtures.parity import configs_for
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
 from tests.fixtures.tiny import byte_tokenizer
@@ -111,6 +112,18 @@ def test_ranks_give_what_one_gives(world: World) -> None:
     assert one.stats().max_adapters_in_step == len(world.adapters)
     for i, logits in alone.logits.items():
         torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_compute_what_is_guessed(world: World) -> None:
+    requests = for_each([None, *world.adapters], max_tokens=12)
+    expected = run(world.one(), requests, together=True)
+    Told(world.engine, expected)
+    before = world.engine.stats()
+    try:
+        assert run(world.engine, requests) == expected
+    finally:
+        world.engine.scheduler.speculation = None
+    assert world.engine.stats().num_accepted_tokens > before.num_accepted_tokens
 
 
 def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:

@@ -47,10 +47,22 @@ struct Target {
 
 // -- a layer --
 
+// Weights of T if `bits` is 0, else whole numbers of so many bits, of which `group` inputs share a scale.
 template <class T>
 struct Matrix {
     i64 in, out;
-    const T *packed, *bias;
+    const void* packed;
+    const T* bias;
+    i64 bits, group;
+};
+
+// A token passes the experts with its `per_token` largest logits of the router; its shares of their results are a
+// softmax over these, where they are `normalised`, else over all.
+template <class T>
+struct Experts {
+    Matrix<T> router;
+    const Matrix<T> *gate_up, *down;  // of each expert
+    i64 num, per_token, normalised;
 };
 
 template <class T>
@@ -61,6 +73,7 @@ struct LayerWeights {
     i64 num_heads;
     double eps, scale, norm_offset, soft_cap;
     i64 window, is_gelu;
+    const Experts<T>* experts;  // may be missing; else gate_up and down are the first one's
 };
 
 // Tokens with a row of an adapter: the weight of a norm, or scales of outputs; `num` is 0 if there are none.
@@ -143,6 +156,10 @@ void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, 
 
 template <class T>
 void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
+
+// y (tokens, hidden) ← the sums of the results of each token's experts; x and y may be the same.
+template <class T>
+void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
 
 template <class T>
 void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);

@@ -124,11 +124,15 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     add(x, w.post_attention_norm ? narrow : normed, n * hidden, threads);
 
     norm(x, w.mlp_norm, tables.mlp_norm, normed);
-    linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
-    add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
-    (w.is_gelu ? gelu_mul<T> : silu_mul<T>)(wide, w.gate_up.out, n, middle, turned, threads);
-    linear(turned, middle, n, w.down, normed, threads, during(1, next));
-    add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
+    if (w.experts) {
+        experts(normed, n, *w.experts, normed, threads);
+    } else {
+        linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
+        add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
+        (w.is_gelu ? gelu_mul<T> : silu_mul<T>)(wide, w.gate_up.out, n, middle, turned, threads);
+        linear(turned, middle, n, w.down, normed, threads, during(1, next));
+        add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
+    }
     if (w.post_mlp_norm) norm(normed, w.post_mlp_norm, tables.post_mlp_norm, narrow);
     add(x, w.post_mlp_norm ? narrow : normed, n * hidden, threads);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from loray.engine.model.batch import Batch
 from loray.engine.pool.pool import Pool, ResidentProjection
 from loray_kernels import (
     INPUTS,
+    ExpertWeights,
     LayerWeights,
     Ops,
     RowOverrides,
     StepInputs,
     VeraTable,
+    Weight,
 )
 
 
@@ -59,14 +61,14 @@ class Linear:
     Where the module is spread over several ranks, `parallel.decoder` overrides the hooks below.
     """
 
-    def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
+    def __init__(self, layer: int, weights: Mapping[str, Weight], biases: Mapping[str, Tensor], ops: Ops) -> None:
         self._layer = layer
         self.modules = tuple(weights)
         self._field = layer * len(INPUTS) + INPUTS.index(self.modules)
         self._widths = [w.shape[0] for w in weights.values()]
         self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
-        self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
+        self.weights = ops.pack_linear(list(weights.values()), bias_O)
 
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
@@ -127,13 +129,16 @@ class Linear:
 
 
 class Linears(NamedTuple):
-    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
+    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`.
+    `add_up` adds up the ranks' parts of what experts give, in place.
+    """
 
-    column: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
-    row: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
+    column: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
+    row: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
+    add_up: Callable[[Tensor], None]
 
 
-LOCAL = Linears(Linear, Linear)  # every module completely on this rank
+LOCAL = Linears(Linear, Linear, lambda y_TD: None)  # every module completely on this rank
 
 
 class RMSNorm:
@@ -167,9 +172,7 @@ class RMSNorm:
 
 
 class Attention:
-    def __init__(
-        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears
-    ) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
@@ -203,9 +206,7 @@ class Attention:
 
 
 class MLP:
-    def __init__(
-        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears
-    ) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.mlp"
         self._is_gelu = config.layers[layer].activation == "gelu_tanh"
         gate_up = {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}
@@ -217,13 +218,41 @@ class MLP:
         return self.down(step.ops.gelu_mul(gate_up_TM) if self._is_gelu else step.ops.silu_mul(gate_up_TM), step)
 
 
+class Experts:
+    """A layer's experts, each of which is an MLP on this rank, or the rank's columns of it; see `Experts` in
+    `loray.bases.config`.
+    """
+
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
+        spec, prefix = config.layers[layer].experts, f"model.layers.{layer}.mlp"
+        assert spec is not None
+        own = [f"{prefix}.experts.{expert}" for expert in range(spec.num)]
+        self.weights = ExpertWeights(
+            router=ops.pack_linear([tensors[f"{prefix}.gate.weight"]]),
+            gate_up=tuple(
+                ops.pack_linear([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in own
+            ),
+            down=tuple(ops.pack_linear([tensors[f"{e}.down_proj.weight"]]) for e in own),
+            per_token=spec.per_token,
+            normalised=spec.normalised,
+        )
+        self._layer, self._add_up = layer, linears.add_up
+
+    def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
+        adapters, pool = step.batch.adapters, step.pool.tensor
+        lora, offset = adapters.layer(self._layer).lora, step.offset(self._layer)
+        y_TD = step.ops.experts(x_TD, self.weights, pool, lora, adapters.segments, offset)
+        self._add_up(y_TD)
+        return y_TD
+
+
 class Layer:
     """x + attention(norm(x)), then x + MLP(norm(x)), op by op; with sandwich norms x + norm(attention(norm(x))),
-    likewise.
+    likewise. `tensors`: matrices are a `Weight`, others a Tensor.
     """
 
     def __init__(
-        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears = LOCAL
+        self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears = LOCAL
     ) -> None:
         def norm(name: str) -> RMSNorm:
             return RMSNorm(layer, name, tensors[f"model.layers.{layer}.{name}.weight"], config)
@@ -240,8 +269,15 @@ class Layer:
             self._post_mlp_norm = norm("post_feedforward_layernorm")
         else:
             self._mlp_norm = norm("post_attention_layernorm")
-        self._mlp = MLP(layer, config, tensors, ops, linears)
-        attention, mlp = self._attention, self._mlp
+        attention, experts = self._attention, None
+        self._mlp: Callable[[Tensor, ForwardContext], Tensor]
+        if spec.experts is None:
+            self._mlp = mlp = MLP(layer, config, tensors, ops, linears)
+            gate_up, down = mlp.gate_up.weights, mlp.down.weights
+        else:
+            self._mlp = mixture = Experts(layer, config, tensors, ops, linears)
+            experts = mixture.weights
+            gate_up, down = experts.gate_up[0], experts.down[0]
         self.weights = LayerWeights(
             attention_norm_D=self._attention_norm.weight_D,
             qkv=attention.qkv.weights,
@@ -249,8 +285,8 @@ class Layer:
             k_norm_d=None if attention.k_norm is None else attention.k_norm.weight_D,
             o=attention.o.weights,
             mlp_norm_D=self._mlp_norm.weight_D,
-            gate_up=mlp.gate_up.weights,
-            down=mlp.down.weights,
+            gate_up=gate_up,
+            down=down,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -262,6 +298,7 @@ class Layer:
             activation=spec.activation,
             post_attention_norm_D=None if self._post_attention_norm is None else self._post_attention_norm.weight_D,
             post_mlp_norm_D=None if self._post_mlp_norm is None else self._post_mlp_norm.weight_D,
+            experts=experts,
         )
 
     def __call__(

@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
+from loray.bases.checkpoint import DTYPE_CODES
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
@@ -141,7 +142,7 @@ class Packer:
     """Packs adapters for one engine's pool.
 
     embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
-    checkpoint    the base's, for the norms that DoRA divides by
+    weights       the base's, for the norms that DoRA divides by
     fused         see ModelConfig.fused; the pool has the modules apart
     pinned        pack into page-locked memory, which a device can read directly
     memory        that adapters are read and packed into
@@ -150,7 +151,7 @@ class Packer:
     geometry: Geometry
     dtype: torch.dtype
     embedding_VD: Tensor
-    checkpoint: CheckpointReader | None = None
+    weights: WeightSource | None = None
     fused: Mapping[str, Mapping[str, slice]] = field(default_factory=dict)
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
@@ -226,8 +227,8 @@ class Packer:
         """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the
         pool's dtype as the outputs.
         """
-        assert self.checkpoint is not None, "DoRA needs the base's weights"
-        weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
+        assert self.weights is not None, "DoRA needs the base's weights"
+        weight_OI = self.weights.dense(f"model.{key.path}.weight").to(self.dtype)
         return (module.output_scale(weight_OI) - 1)[None]
 
 

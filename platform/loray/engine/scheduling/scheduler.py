@@ -26,7 +26,8 @@ from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
-from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
+from loray.engine.scheduling.speculation import Speculation
+from loray.engine.scheduling.step_budget import MIN_CHUNK, Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
@@ -289,6 +290,8 @@ class Scheduler(Generic[P, R]):
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.speculation: Speculation | None = None  # the engine sets it
+        self._allocator = allocator
 
     @property
     def has_work(self) -> bool:
@@ -316,6 +319,8 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
             self.output_lengths.observe(len(request.output_ids))
+            if self.speculation is not None:
+                self.speculation.ended(request)
             self._release(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
@@ -343,6 +348,8 @@ class Scheduler(Generic[P, R]):
             self.preempt(one)
         budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
         chunks, failed = self._decode(budget), Failures()
+        if self.speculation is not None:
+            self._guess(self.speculation, chunks, budget)
         self._admission.stepped()
         for request, error in chain.from_iterable(late() for late in (self._targets.refuse_late, self._limits.overdue)):
             self.waiting.refuse(request)
@@ -380,6 +387,20 @@ class Scheduler(Generic[P, R]):
         seconds = map(self._estimate.prompt_seconds, prompts)
         budget.in_burst = self._burst.goes_on(now - oldest, len(chunks), num_prompts, seconds)
         return chunks
+
+    def _guess(self, speculation: Speculation, chunks: list[Chunk], budget: StepBudget) -> None:
+        """Add guessed tokens to the chunks of requests that decode; prompts keep the least that they are given.
+
+        No request is preempted for them: they take blocks only where one is left for each request that runs.
+        """
+        for i, guesses in speculation.guesses(chunks, budget.work, budget.num_left - MIN_CHUNK):
+            request = chunks[i].request
+            if self._allocator.num_free + self.prefix_cache.num_idle > len(self.running):
+                self.kv_cache.extend(request, request.num_tokens + len(guesses))
+            room = len(request.blocks) * self._allocator.geometry.block_tokens - request.num_tokens
+            if own := tuple(guesses[:room]):
+                budget.guess(len(own))
+                chunks[i] = Chunk(request, chunks[i].start, chunks[i].num_tokens + len(own), own)
 
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
         """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
