@@ -323,12 +323,12 @@ def _gemma(
     name: str,
     gguf: str,
     *,
-    qk_norm: bool,
+    layer: LayerSpec,
     pattern: int,
     thetas: tuple[float, ...],
     soft_caps: tuple[float | None, float | None],
 ) -> Architecture:
-    """A Gemma: GeGLU, norms on both sides, 1 + weight in norms, and in most layers a window.
+    """A Gemma: layers like `layer` with GeGLU, and most with a window; 1 + weight in norms.
 
     What config.json does not say:
     pattern    each so many layers one without a window
@@ -350,13 +350,12 @@ def _gemma(
         return None
 
     def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-        own, scale = hf.get("sliding_window_pattern") or pattern, hf.get("query_pre_attn_scalar", 256) ** -0.5
+        own, scale = hf.get("sliding_window_pattern") or pattern, hf.get("query_pre_attn_scalar")
         types = hf.get("layer_types") or [_WINDOWED if (i + 1) % own else _FULL for i in range(hf["num_hidden_layers"])]
         return tuple(
-            LayerSpec(
-                qk_norm=qk_norm,
-                attention_scale=scale,
-                norms="sandwich",
+            replace(
+                layer,
+                attention_scale=scale and scale**-0.5,
                 activation="gelu_tanh",
                 window=window,
                 rope=int(len(thetas) > 1 and kind == _WINDOWED),
@@ -380,6 +379,9 @@ def _gemma(
         }
 
     return Architecture(name, gguf, layers, refuses, fields)
+
+
+_SANDWICH = LayerSpec(norms="sandwich")
 
 
 def _phi3() -> Architecture:
@@ -437,8 +439,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _dense("MistralForCausalLM", "llama", has_window=True),
         _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True)),
         _dense("Qwen3ForCausalLM", "qwen3", LayerSpec(qk_norm=True), biases=("attention_bias",)),
-        _gemma("Gemma2ForCausalLM", "gemma2", qk_norm=False, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
-        _gemma("Gemma3ForCausalLM", "gemma3", qk_norm=True, pattern=6, thetas=(1e6, 1e4), soft_caps=(None, None)),
+        _gemma("GemmaForCausalLM", "gemma", layer=LayerSpec(), pattern=1, thetas=(1e4,), soft_caps=(None, None)),
+        _gemma("Gemma2ForCausalLM", "gemma2", layer=_SANDWICH, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
+        _gemma(
+            "Gemma3ForCausalLM",
+            "gemma3",
+            layer=replace(_SANDWICH, qk_norm=True),
+            pattern=6,
+            thetas=(1e6, 1e4),
+            soft_caps=(None, None),
+        ),
         _phi3(),
         _experts(
             _dense("MixtralForCausalLM", "llama", has_window=True),
