@@ -263,7 +263,7 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
 def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
     rate = device.flops * device.matmul_share
     elements, layers, method = model.num_matrix_elements, model.num_layers, method_of(adapter)
-    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
+    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * model.num_active_elements / rate)
     read = NUM_ROWS * count_trained(model, adapter).adapter + layers * method.pair_reads(adapter, model)
     computing = 2.0 * NUM_ROWS * method.factors(adapter, model) * layers / rate
     return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))

@@ -11,8 +11,8 @@ from itertools import chain
 
 import torch
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.metrics import Counters, EngineStats
@@ -104,7 +104,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
     if adapter is not None:
-        adapter.check_base(base.name, base.fingerprint)
+        adapter.check_base(base.name, base.fingerprint, base.of)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
@@ -150,8 +150,14 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        checkpoint = CheckpointReader(base.path)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
+        packer = Packer(
+            pool.geometry,
+            pool.tensor.dtype,
+            model.embedding_VD,
+            WeightSource(base.path, base.config),
+            base.config.fused,
+            pinned=pool.tensor.is_cuda,
+        )
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -175,6 +181,7 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
+            window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}
@@ -399,7 +406,8 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
+        pool = self.pool.tensor
+        base_bytes = self.base.config.matrix_bytes(pool.itemsize, on_gpu=pool.is_cuda)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
@@ -445,7 +453,7 @@ class Engine:
         adapters, as the books of scheduler, adapter manager and pool say. Between steps.
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
-        kv = Counter(block for request in scheduler.running for block in request.blocks)
+        kv = Counter(block for request in scheduler.running for block in request.held_blocks)
         kv.update(scheduler.prefix_cache.blocks())
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())

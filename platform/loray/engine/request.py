@@ -50,7 +50,7 @@ class Request:
     `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     active_from         the token from which its adapter is active, see `AdapterRef.active_from`; 0 without an adapter
-    blocks              a list that only grows: where a block is replaced or moved there is a new list
+    blocks              a list that only grows: where a block is replaced, moved or freed there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
@@ -76,6 +76,7 @@ class Request:
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    num_freed_blocks: int = 0  # the first of `blocks`, behind the window of every layer: they are not its own any more
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     decoding_since: float = math.inf
     start_by: float = math.inf
@@ -117,6 +118,10 @@ class Request:
         does not invoke.
         """
         return None if self.active_from == NEVER else self.adapter_digest
+
+    @property
+    def held_blocks(self) -> list[int]:
+        return self.blocks[self.num_freed_blocks :]
 
     @property
     def needs_prompt_logits(self) -> bool:

@@ -94,7 +94,7 @@ class AdapterBatch:
                 if g == group:
                     found.setdefault(role, set()).add(module)
         return LayerTables(
-            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
+            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_b", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
             norms={m: self._own_rows(m, "norm", members) for m in sorted(found.get("norm", ()))},
             scales={m: self._scales(m, members) for m in sorted({*found.get("dora", ()), *found.get("scale", ())})},
@@ -103,14 +103,15 @@ class AdapterBatch:
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
         a_rows, b_rows, starts, scales = [], [], [0], []
         for span, group in zip(self.spans, groups, strict=True):
-            a = span.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
-            if a is None:
+            b = span.adapter.rows.get((group, module, "lora_b")) if group >= 0 else None
+            if b is None:
                 starts.append(starts[-1])
                 scales.append(0.0)
                 continue
-            a_rows.append(a)
-            b_rows.append(span.adapter.rows[group, module, "lora_b"])
-            starts.append(starts[-1] + a.segments[0][2].shape[0])
+            rows = span.adapter.rows  # up_proj of experts may have gate_proj's A
+            a_rows.append(rows.get((group, module, "lora_a")) or rows[group, "gate_proj", "lora_a"])
+            b_rows.append(b)
+            starts.append(starts[-1] + b.segments[0][2].shape[0])
             scales.append(span.adapter.scales[group, module])
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 
@@ -119,16 +120,18 @@ class AdapterBatch:
         tables = []
         numbered = list(zip(self.spans, groups, strict=True))
 
-        def pair_of(item: tuple[AdapterSpan, Group]) -> ResidentProjection | None:
+        def pair_of(item: tuple[AdapterSpan, Group]) -> tuple[ResidentProjection | None, int]:
             span, group = item
-            return span.adapter.pair if (group, module, "vera_d") in span.adapter.rows else None
+            has = (group, module, "vera_d") in span.adapter.rows
+            return (span.adapter.pair, int(span.adapter.scales.get((group, module), 0))) if has else (None, 0)
 
-        for pair, stretch in groupby(numbered, key=pair_of):
+        for (pair, first), stretch in groupby(numbered, key=pair_of):
             if pair is not None:
                 spans = list(stretch)
+                b_OR = pair.b_OR.rows(first, pair.b_OR.data.shape[0]) if first else pair.b_OR
                 d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in spans])
                 b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in spans])
-                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
+                tables.append(VeraTable(pair.a_RI, b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
         return tables
 
     def _scales(self, module: str, members: Sequence[tuple[AdapterSpan, Group]]) -> list[ScaleTable]:

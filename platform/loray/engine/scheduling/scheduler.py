@@ -130,7 +130,7 @@ class Admission(Generic[P, R]):
         self.emptied = False  # the pool, in this step
 
     def fits_at_all(self, request: Request) -> bool:
-        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
+        needed = self._adapter_blocks(request) + self._kv_cache.most_blocks(request.max_tokens, request.num_tokens)
         return needed <= self._allocator.geometry.num_blocks
 
     def why_not(self, request: Request) -> str:
@@ -225,11 +225,13 @@ class Admission(Generic[P, R]):
         return False
 
     def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
-        num_output = len(request.output_ids)
+        num_output, block_tokens = len(request.output_ids), self._allocator.geometry.block_tokens
+        num_freed = request.num_freed_blocks
         if num_shared_blocks is None:
-            num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
+            num_shared_blocks = max(0, (request.num_cached_tokens or 0) // block_tokens - num_freed)
         remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
-        return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
+        held = request.num_tokens - num_freed * block_tokens
+        return Growth(held, len(request.held_blocks), num_shared_blocks, _SHARE * remaining)
 
 
 class Scheduler(Generic[P, R]):
@@ -241,6 +243,7 @@ class Scheduler(Generic[P, R]):
     ttft_slo_s      for requests without one of their own; None: they may wait forever
     clock           seconds
     places_ahead    adapters of waiting requests are copied into free blocks before their turn
+    window          see KVCacheManager
     """
 
     def __init__(
@@ -258,6 +261,7 @@ class Scheduler(Generic[P, R]):
         clock: Callable[[], float] = time.monotonic,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
+        window: int | None = None,
     ) -> None:
         self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
@@ -267,6 +271,7 @@ class Scheduler(Generic[P, R]):
             adapter_manager,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
+            window=window,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
@@ -414,6 +419,7 @@ class Scheduler(Generic[P, R]):
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
             self.kv_cache.share(request)
+            self.kv_cache.free_behind_window(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
@@ -451,6 +457,7 @@ class Scheduler(Generic[P, R]):
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
         self.kv_cache.share(request)
+        self.kv_cache.free_behind_window(request)
         while not self.kv_cache.extend(request, request.num_tokens):
             self.preempt(last := self.running[-1])
             if last is request:
