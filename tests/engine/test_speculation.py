@@ -141,6 +141,8 @@ def test_bases_of_every_family_answer_as_without_guesses(tiny_base: Callable[...
 
 FORMS: dict[str, tuple[dict[str, Any], Callable[..., q.Made]]] = {
     "int8": (q.compressed_tensors("int-quantized", num_bits=8, type="int", strategy="channel"), q.int8_rows),
+    "fp8": (q.compressed_tensors("float-quantized", type="float", strategy="tensor"), q.fp8_whole),
+    "NF4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, q.nf4),
     "int4": ({"quant_method": "gptq", "bits": 4, "group_size": q.GROUP, "desc_act": False}, q.gptq),
 }
 
@@ -259,4 +261,7 @@ def test_masks_that_are_late_are_not_waited_for(base: BaseModel, monkeypatch: py
 
 def test_speculation_is_off_where_it_is_not_wanted(base: BaseModel) -> None:
     assert make_engine(base).scheduler.speculation is None
-    assert make_engine(base, speculation="auto").scheduler.speculation is not None
+    for dtype in ("float32", "float16"):  # the kernels for CPUs have no float16
+        engine = make_engine(base, speculation="auto", dtype=dtype)
+        is_exact = engine._model.ops.is_batch_invariant(getattr(torch, dtype))
+        assert (engine.scheduler.speculation is not None) == is_exact == (dtype == "float32")
