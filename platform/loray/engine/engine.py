@@ -203,7 +203,8 @@ class Engine:
 
     def guess_tokens(self) -> None:
         """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
-        captured: each with guesses would be computed launch by launch.
+        captured: each with guesses would be computed launch by launch. Nor where what is beside a token changes its
+        bits: with guesses there might be another token.
         """
         self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
 
