@@ -283,10 +283,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed, chunk.request.history = chunk.start, None
         largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
-        for request in (chunk.request for chunk in chunks if chunk is not largest):
-            # A prompt that this step would have ended is served by turns again; others go on where they were.
-            if request.num_pending > 1 and request not in self.scheduler.waiting.begun:
-                self.scheduler.preempt(request)
+        self.scheduler.undo(chunk.request for chunk in chunks if chunk is not largest)
         total = sum(chunk.num_tokens for chunk in chunks)
         _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
         return self._fail(

@@ -49,10 +49,13 @@ class PrefixCache:
     An adapter that is active from a later token on (aLoRA) is a branch of the base's tree: the blocks before the one
     with that token are the base's, which the base and all such adapters share.
 
-    Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that
-    holds a block of the tree holds all blocks before it. The cache holds one reference to each of its blocks; each
-    request that uses a block holds another one. A block that no request holds is idle. Idle blocks are evicted by their
-    value, see `eviction`, and the end of a prefix before its beginning.
+    Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A block of a
+    prompt is known as soon as the step that fills it is scheduled: in each layer a step writes the keys and values of
+    all its tokens before any of them attends, so requests of that step share it too.
+
+    A request that holds a block of the tree holds all blocks before it. The cache holds one reference to each of its
+    blocks; each request that uses a block holds another one. A block that no request holds is idle. Idle blocks are
+    evicted by their value, see `eviction`, and the end of a prefix before its beginning.
 
     A request that has called `store` releases its KV blocks with `release`, not with the allocator.
 
@@ -78,6 +81,7 @@ class PrefixCache:
         self._idle: set[_Node] = set()
         self._ends: PriorityQueue[_Node] = PriorityQueue()  # idle blocks after which none is known, by rank
         self._num_released = 0
+        self._unwritten: list[_Node] = []  # known, and not computed before the step that is being scheduled
 
     @property
     def num_idle(self) -> int:
@@ -90,18 +94,29 @@ class PrefixCache:
         least = self._ends.peek()
         return None if least is None else least[0][0]
 
-    def match(self, digest: str | None, tokens: Sequence[int], salt: str = "", active_from: int = 0) -> list[int]:
+    def match(
+        self,
+        digest: str | None,
+        tokens: Sequence[int],
+        salt: str = "",
+        active_from: int = 0,
+        known: Sequence[int] = (),
+    ) -> list[int]:
         """Return the full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used
         when `used` is told that its request runs: one that waits for blocks looks again and again.
 
         active_from  token from which the adapter is active; those before it are the base's
+        known        blocks of the tree that the caller holds, with the tokens before `tokens`
         """
-        node = self._root.children.get(None if active_from else digest)
-        if salt and node is not None:
-            node = node.children.get(salt)
+        if known:
+            node: _Node | None = self._nodes[known[-1]]
+        else:
+            node = self._root.children.get(None if active_from else digest)
+            if salt and node is not None:
+                node = node.children.get(salt)
         branch = self._branch(digest, active_from)
         blocks: list[int] = []
-        for i, key in enumerate(self._keys(tokens)):
+        for i, key in enumerate(self._keys(tokens), len(known)):
             if node is not None and i in branch:
                 node = node.children.get(branch[i])
             node = None if node is None else node.children.get(key)
@@ -127,11 +142,16 @@ class PrefixCache:
         salt: str = "",
         num_known: int = 0,
         active_from: int = 0,
+        *,
+        ahead: bool = False,
     ) -> list[int]:
         """Add `blocks`, of which the tree has the first `num_known`; the others hold the keys and values of `tokens`.
 
         Returns what the request holds from now on: `blocks` itself, or, if the tree already has blocks of the same
         tokens, a new list with those in place of the request's.
+
+        ahead  The step that is being scheduled will write them, see `unwritten`. A block whose tokens the tree has
+               already is left out with those after it, since the request would write to the tree's.
         """
         if not self.enabled or len(tokens) < self._block_tokens:
             return blocks
@@ -152,6 +172,10 @@ class PrefixCache:
                 self._nodes[blocks[i]] = known
                 self._use(known)
                 self._allocator.retain_kv((blocks[i],))
+                if ahead:
+                    self._unwritten.append(known)
+            elif known.block != blocks[i] and ahead:
+                break
             elif known.block != blocks[i]:
                 self._retain(known)
                 self._use(known)
@@ -175,6 +199,19 @@ class PrefixCache:
                 self._idle.add(node)
                 if not node.children:
                     self._ends.set(node, node.rank)
+
+    def step_begins(self) -> None:
+        """The last step has written its blocks."""
+        self._unwritten.clear()
+
+    def drop_unwritten(self) -> frozenset[int]:
+        """The step that should have written them has failed: forget these blocks, and return them."""
+        dropped = [node for node in reversed(self._unwritten) if self._nodes.get(node.block) is node]
+        for node in dropped:
+            self._detach(node)
+            self._drop(node)
+        self._unwritten.clear()
+        return frozenset(node.block for node in dropped)
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` idle blocks; returns how many."""
@@ -329,21 +366,56 @@ class KVCacheManager:
                 self.num_queries += request.num_prompt_tokens
             self.num_hits += request.num_cached_tokens
 
-    def share(self, request: Request) -> None:
-        """Add the blocks that have become full to the prefix cache, if it is enabled."""
+    def share(self, request: Request, num_ahead: int = 0) -> None:
+        """Add the blocks that have become full to the prefix cache, if it is enabled.
+
+        num_ahead  further tokens, which the step that is being scheduled computes
+        """
         if not self.prefix_cache.enabled:
             return  # it forgets what it is given, and would be given the whole context with each block
         block_tokens = self._allocator.geometry.block_tokens
-        full = request.num_computed // block_tokens
+        full = (request.num_computed + num_ahead) // block_tokens
         known = request.num_shared_blocks
         if full > known:
             if known and request.blocks[known - 1] not in self.prefix_cache:
                 known = 0  # the adapter's prefixes were forgotten
             tokens = request.tokens(known * block_tokens, full * block_tokens)
             request.blocks = self.prefix_cache.store(
-                request.kv_digest, tokens, request.blocks, request.spec.cache_salt, known, request.active_from
+                request.kv_digest,
+                tokens,
+                request.blocks,
+                request.spec.cache_salt,
+                known,
+                request.active_from,
+                ahead=num_ahead > 0,
             )
-            request.num_shared_blocks = full
+            while num_ahead and known < full and request.blocks[known] in self.prefix_cache:
+                known += 1
+            request.num_shared_blocks = known if num_ahead else full
+
+    def take_more(self, request: Request) -> None:
+        """Share what the request has computed of its prompt, and take what others have computed of it meanwhile."""
+        self.share(request)
+        known, block_tokens = request.num_shared_blocks, self._allocator.geometry.block_tokens
+        if not self.prefix_cache.enabled or request.needs_prompt_logits:
+            return
+        if known and request.blocks[known - 1] not in self.prefix_cache:
+            return
+        tokens = request.tokens(known * block_tokens, request.num_tokens - 1)
+        found = self.prefix_cache.match(
+            request.kv_digest, tokens, request.spec.cache_salt, request.active_from, request.blocks[:known]
+        )
+        if not found:
+            return
+        self.prefix_cache.used(found)
+        own, request.num_shared_blocks = request.blocks, known + len(found)
+        request.blocks = [*own[:known], *found, *own[request.num_shared_blocks :]]
+        self._allocator.release_kv(own[known : request.num_shared_blocks])
+        before = max(request.num_computed, request.charged_until)
+        request.num_computed = request.num_shared_blocks * block_tokens
+        num_hits = max(0, min(request.num_computed, request.num_prompt_tokens) - before)
+        request.num_cached_tokens = (request.num_cached_tokens or 0) + num_hits
+        self.num_hits += num_hits
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Allocate blocks for `num_tokens` tokens in all; False, and nothing changed, if blocks are short."""

@@ -324,12 +324,23 @@ class Scheduler(Generic[P, R]):
         self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
 
+    def undo(self, requests: Iterable[Request]) -> None:
+        """The last step has failed, in which these requests had chunks. A prompt that it would have ended is served by
+        turns again, and who took blocks that it should have written computes them; others go on where they were.
+        """
+        unwritten = self.prefix_cache.drop_unwritten()
+        for request in requests:
+            ends_prompt = request.num_pending > 1 and request not in self.waiting.begun
+            if ends_prompt or not unwritten.isdisjoint(request.blocks):
+                self.preempt(request)
+
     def next_deadline(self) -> float:
         """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
 
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
+        self.prefix_cache.step_begins()
         changed = self._adapter_manager.poll(at_once=not self.running)
         for request in self.running:
             self.waiting.fair.charge_output(request)
@@ -386,13 +397,16 @@ class Scheduler(Generic[P, R]):
                 is_blocked = not self._admit(request, failed)
                 if request.state is RequestState.WAITING:
                     continue
+            else:
+                self.kv_cache.take_more(request)
             n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
             if not n:
                 return
             if not is_blocked:
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
-            self.kv_cache.share(request)
+            if n > 1 and not request.num_in_flight:  # a step of single tokens may be computed in parts
+                self.kv_cache.share(request, n)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
