@@ -14,6 +14,7 @@ import torch
 from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
+from loray.engine.memory.kv_cache import HostTier
 from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
@@ -176,6 +177,8 @@ class Engine:
             places_ahead=pool.tensor.is_cuda,
         )
         pool.on_kv_moved = self.scheduler.moved
+        if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
+            self.scheduler.prefix_cache.host = HostTier(self.adapter_manager.host, pool.copies)
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
         self._runner = ModelRunner(
@@ -415,6 +418,7 @@ class Engine:
             adapters_loading=loading,
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
+            prefixes=scheduler.prefix_cache.told(),
             step_seconds=counters.step_seconds.counts(),
             step_tokens=counters.step_tokens.counts(),
             step_adapters=counters.step_adapters.counts(),
@@ -432,7 +436,7 @@ class Engine:
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
         kv = Counter(block for request in scheduler.running for block in request.blocks)
-        kv.update(scheduler.prefix_cache.blocks())
+        kv.update(chain(scheduler.prefix_cache.blocks(), scheduler.kv_cache.fetched()))
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())
         adapter_manager.check_integrity()
@@ -449,6 +453,7 @@ class Engine:
 
     def close(self) -> None:
         self._loads.close()
+        self.pool.copies.close()
         self._grammars.close()
         if self._workers is not None:
             self._workers.stop()

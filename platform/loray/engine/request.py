@@ -58,6 +58,7 @@ class Request:
     virtual_finish      see fairness; infinite until it could run for the first time
     charged_until       tokens of its prompt that have been computed or found in the prefix cache, now or before
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
+    prefix_is_coming    from host memory: None before that was looked for, False when it has come
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
@@ -75,6 +76,7 @@ class Request:
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    prefix_is_coming: bool | None = None
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     decoding_since: float = math.inf
     start_by: float = math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loray.engine.request import Request
 from tests.fixtures.scheduling import Simulation, adapter
@@ -25,11 +25,11 @@ class Talk(NamedTuple):
     ttft_s: float
 
 
-def talk(*, cached: bool) -> Talk:
+def talk(*, cached: bool = True, num_blocks: int = NUM_BLOCKS, **options: Any) -> Talk:
     """Each user thinks for some seconds before the next turn, which repeats what was said."""
     rng = random.Random(0)
     sim = Simulation(
-        num_blocks=NUM_BLOCKS,
+        num_blocks=num_blocks,
         block_tokens=16,
         max_num_seqs=32,
         max_num_batched_tokens=512,
@@ -37,6 +37,7 @@ def talk(*, cached: bool) -> Talk:
         checks=False,
         step_s=0.008,
         token_s=0.0008,
+        **options,
     )
     refs = [adapter(f"a{i}", ADAPTER_BLOCKS) for i in range(ADAPTERS)]
     system = [tuple(range(1000 * (i + 1), 1000 * (i + 1) + SYSTEM)) for i in range(ADAPTERS)]
@@ -70,7 +71,22 @@ def talk(*, cached: bool) -> Talk:
 
 
 def test_the_next_turn_finds_what_was_computed_for_the_last_one() -> None:
-    with_cache, without = talk(cached=True), talk(cached=False)
+    with_cache, without = talk(), talk(cached=False)
     assert with_cache.hits >= 0.9 * with_cache.known
     assert with_cache.ttft_s <= 0.3 * without.ttft_s
     assert without.hits == 0
+
+
+def test_a_host_tier_finds_what_a_third_of_the_pool_does_not_hold() -> None:
+    small, tiered = talk(num_blocks=NUM_BLOCKS // 3), talk(num_blocks=NUM_BLOCKS // 3, has_host_tier=True)
+    assert small.hits < 0.7 * small.known
+    assert tiered.hits >= 0.9 * tiered.known
+    assert tiered.ttft_s < 0.7 * small.ttft_s
+
+
+def test_the_host_tier_keeps_within_its_bytes_and_gives_way_to_adapters() -> None:
+    """A byte of an adapter is loaded again in a longer time than a block is computed."""
+    bounded = talk(num_blocks=NUM_BLOCKS // 3, has_host_tier=True, host_bytes=400)
+    unbounded = talk(num_blocks=NUM_BLOCKS // 3, has_host_tier=True)
+    none = talk(num_blocks=NUM_BLOCKS // 3)
+    assert none.hits < bounded.hits < unbounded.hits

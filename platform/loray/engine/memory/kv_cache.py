@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from loray.engine.memory.adapter_manager import AdapterManager
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
+from loray.engine.memory.host_memory import BlockCopy, HostMemory
 from loray.engine.request import Request
+from loray.policy.prefixes import TOLD_BLOCKS, activated, chained, started, told
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+_MOST_SAVED = 256  # blocks that are copied to the host at once
+_MOST_TOLD = 4096  # names: 32 KiB of a report
 
 
 class _Activation(NamedTuple):
@@ -28,7 +38,9 @@ class _Node:
     that have a text as key for salts; neither holds a block, nor does an activation.
 
     uses  requests that computed it or found it
+    depth  blocks up to this one
     rank  since it is idle: its value; of equal ones what was released first
+    name  see `policy.prefixes`, and what it depends on; empty before they were asked for
     """
 
     key: _Key
@@ -36,7 +48,41 @@ class _Node:
     parent: _Node | None
     children: dict[_Key, _Node] = field(default_factory=dict)
     uses: int = 0
+    depth: int = 0
     rank: tuple[float, int] = (0.0, 0)
+    name: str = ""
+    owners: frozenset[str | None] = frozenset()
+
+
+class BlockCopies(Protocol):
+    """Copies blocks of keys and values between the pool and host memory, beside the steps.
+
+    host_bytes  that a block's copy takes
+    """
+
+    @property
+    def host_bytes(self) -> int: ...
+
+    def save(self, blocks: Sequence[int]) -> Future[list[Any]]:
+        """Begin to copy blocks that are computed, or will be by the steps that have been launched. Blocks that are
+        given to others meanwhile are read as they are then.
+        """
+        ...
+
+    def restore(self, copies: Mapping[int, Any]) -> Callable[[], bool]:
+        """Begin to copy these into blocks. Returns what says whether all are there; before that, whatever reads them
+        calls `wait`.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Let the next step see what is restored. Nobody waits here."""
+        ...
+
+
+class HostTier(NamedTuple):
+    memory: HostMemory[Any]
+    copies: BlockCopies
 
 
 class PrefixCache:
@@ -58,6 +104,10 @@ class PrefixCache:
     evicted by their value, see `eviction`, and the end of a prefix before its beginning.
 
     A request that has called `store` releases its KV blocks with `release`, not with the allocator.
+
+    With a host tier, idle blocks are copied to host memory by and by, beginning with a prefix's first ones, so that
+    they have a copy when they are evicted. There a block is known by its name, which is a digest of its tokens. A block
+    that is evicted or moved before its copy has been made has none: what was read may be another's.
 
     inflation      of the pool's blocks
     token_seconds  to compute a token of a prompt again; 0 while that is not known: then a block has no value
@@ -81,6 +131,11 @@ class PrefixCache:
         self._idle: set[_Node] = set()
         self._ends: PriorityQueue[_Node] = PriorityQueue()  # idle blocks after which none is known, by rank
         self._num_released = 0
+        self.host: HostTier | None = None
+        self._unsaved: deque[_Node] = deque()  # idle ones that have no copy; some have gone since
+        self._saving: tuple[Future[list[Any]], list[tuple[int, _Node | None]]] | None = None
+        self._untold: list[_Node] = []  # new ones whose names routers are to be told
+        self._told: OrderedDict[str, None] = OrderedDict()  # those that were used longest ago first
         self._unwritten: list[_Node] = []  # known, and not computed before the step that is being scheduled
 
     @property
@@ -129,7 +184,12 @@ class PrefixCache:
     def used(self, blocks: Sequence[int]) -> None:
         """A request that has begun to run found these."""
         for block in blocks:
-            self._use(self._nodes[block])
+            node = self._nodes[block]
+            self._use(node)
+            if (name := told(node.name)) in self._told:
+                self._told.move_to_end(name)
+            if self.host is not None:
+                self.host.memory.touch(self._name(node), self._worth(node), self._before(node))
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
@@ -189,6 +249,7 @@ class PrefixCache:
     def release(self, blocks: Sequence[int]) -> None:
         """Release a request's references to its blocks, given in the order of its tokens."""
         block_seconds = self._block_tokens * self._token_seconds()
+        unsaved: list[_Node] = []
         for block in reversed(blocks):
             self._allocator.release_kv((block,))
             node = self._nodes.get(block)
@@ -199,6 +260,9 @@ class PrefixCache:
                 self._idle.add(node)
                 if not node.children:
                     self._ends.set(node, node.rank)
+                if self.host is not None and self.host.memory.block(node.name) is None:
+                    unsaved.append(node)
+        self._unsaved.extend(reversed(unsaved))
 
     def step_begins(self) -> None:
         """The last step has written its blocks."""
@@ -228,6 +292,8 @@ class PrefixCache:
         """Drop all prefixes of an adapter, or of the base with what adapters computed after it. Requests that hold
         blocks of them keep those blocks.
         """
+        if self.host is not None:
+            self.host.memory.forget_blocks(digest)
         own = [node for node in self._root.children.values() if node.key == digest]
         base = self._root.children.get(None)
         if digest is not None and base is not None:  # below the base alone adapters become active
@@ -240,6 +306,9 @@ class PrefixCache:
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """The contents of blocks have been copied from the keys of `moves` to its values."""
+        if self._saving is not None:
+            saved, saving = self._saving
+            self._saving = saved, [(block, None if block in moves else node) for block, node in saving]
         nodes = [(moves[block], self._nodes.pop(block)) for block in moves if block in self._nodes]
         for block, node in nodes:
             node.block = block
@@ -247,6 +316,88 @@ class PrefixCache:
 
     def blocks(self) -> list[int]:
         return list(self._nodes)
+
+    def told(self) -> tuple[str, ...]:
+        """Return names of prefixes that are known, which routers are told: the ones that were used last."""
+        for node in self._untold:
+            if self._nodes.get(node.block) is node:
+                self._told[told(self._name(node))] = None
+        self._untold.clear()
+        while len(self._told) > _MOST_TOLD:
+            self._told.popitem(last=False)
+        return tuple(self._told)
+
+    # -- the host tier ------------------------------------------------------------------------------------------------
+
+    def save_idle(self) -> None:
+        """Take the copies that have been made, and begin to make those of further idle blocks."""
+        if self.host is None or not (self._saving or self._unsaved):
+            return
+        memory, copies = self.host
+        if self._saving is not None:
+            saved, nodes = self._saving
+            if not saved.done():
+                return
+            self._saving = None
+            memory.end_reservation(copies.host_bytes * len(nodes))
+            if (error := saved.exception()) is not None:
+                _log.warning("idle prefixes were not copied to host memory: %r", error)
+                self._unsaved.clear()
+                return
+            for (block, node), values in zip(nodes, saved.result(), strict=True):
+                if node is not None and self._nodes.get(block) is node:
+                    copy = BlockCopy(values, copies.host_bytes, node.owners)
+                    memory.add_block(node.name, copy, self._worth(node), self._before(node))
+        found: dict[int, _Node] = {}
+        while self._unsaved and len(found) < _MOST_SAVED:
+            node = self._unsaved.popleft()
+            if self._nodes.get(node.block) is node and memory.block(self._name(node)) is None:
+                found[node.block] = node
+        if found:
+            memory.reserve(copies.host_bytes * len(found))
+            self._saving = copies.save([*found]), [*found.items()]
+
+    def on_host(
+        self, digest: str | None, tokens: Sequence[int], salt: str = "", active_from: int = 0, known: Sequence[int] = ()
+    ) -> dict[str, BlockCopy]:
+        """Find the copies of the blocks that follow `known`, by name and in order, up to the first that has none.
+        Arguments as in `match`.
+        """
+        found: dict[str, BlockCopy] = {}
+        if self.host is None:
+            return found
+        name = self._name(self._nodes[known[-1]]) if known else started(None if active_from else digest, salt)
+        branch = self._branch(digest, active_from)
+        for i, key in enumerate(self._keys(tokens), len(known)):
+            if i in branch:
+                name = activated(name, *branch[i])
+            name = chained(name, key)
+            copy = self.host.memory.block(name)
+            if copy is None:
+                break
+            found[name] = copy
+        return found
+
+    def _worth(self, node: _Node) -> float:
+        return self._reuse.expected(node.uses) * self._block_tokens * self._token_seconds()
+
+    def _before(self, node: _Node) -> str:
+        return node.parent.name if node.parent is not None else ""
+
+    def _name(self, node: _Node) -> str:
+        """Name it, and all before it."""
+        unnamed: list[_Node] = []
+        while not node.name and node.parent is not None:
+            unnamed.append(node)
+            node = node.parent
+        for below in reversed(unnamed):
+            if isinstance(below.key, _Activation):
+                below.name, below.owners = activated(node.name, *below.key), node.owners | {below.key.digest}
+            else:
+                below.name = chained(node.name, below.key)
+                below.owners = node.owners or frozenset([None if below.key is None else str(below.key)])
+            node = below
+        return node.name
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
@@ -286,7 +437,9 @@ class PrefixCache:
     def _child(self, parent: _Node, key: _Key, block: int) -> _Node:
         node = parent.children.get(key)
         if node is None:
-            node = parent.children[key] = _Node(key, block, parent)
+            node = parent.children[key] = _Node(key, block, parent, depth=parent.depth + (block >= 0))
+            if block >= 0 and node.depth % TOLD_BLOCKS == 0:
+                self._untold.append(node)
         return node
 
     def _retain(self, node: _Node) -> None:
@@ -313,6 +466,8 @@ class PrefixCache:
         self._ends.discard(node)
         del self._nodes[node.block]
         self._allocator.release_kv((node.block,))
+        if node.name and (self.host is None or self.host.memory.block(node.name) is None):
+            self._told.pop(told(node.name), None)
 
 
 def _below(node: _Node) -> Iterator[_Node]:
@@ -323,8 +478,23 @@ def _below(node: _Node) -> Iterator[_Node]:
         stack.extend(node.children.values())
 
 
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """Blocks on their way from host memory. As a request does, it holds them and the `num_known` blocks before them,
+    and stores them when they are there.
+    """
+
+    like: Request
+    tokens: list[int]
+    blocks: list[int]
+    num_known: int
+    names: Sequence[str]
+    is_there: Callable[[], bool]
+    waiting: list[Request] = field(default_factory=list)
+
+
 class KVCacheManager:
-    """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
+    """Writes `blocks`, `num_shared_blocks`, `num_computed`, `num_cached_tokens` and `prefix_is_coming` of requests.
 
     token_seconds  see PrefixCache
     num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
@@ -343,6 +513,8 @@ class KVCacheManager:
             allocator, enabled=enable_prefix_caching, inflation=adapter_manager.inflation, token_seconds=token_seconds
         )
         self.num_queries = self.num_hits = 0
+        self._fetches: list[_Fetch] = []
+        self._coming: dict[str, _Fetch] = {}  # by the names of its blocks
         self._allocator = allocator
         self._adapter_manager = adapter_manager
 
@@ -417,16 +589,76 @@ class KVCacheManager:
         request.num_cached_tokens = (request.num_cached_tokens or 0) + num_hits
         self.num_hits += num_hits
 
+    def fetch(self, request: Request) -> bool:
+        """Bring back from host memory what follows a request's cached blocks, if there are blocks for it; True if the
+        request waits for that. It looks once, so that it does not wait for ever where others take the blocks first.
+        """
+        host, known = self.prefix_cache.host, request.blocks
+        if host is None or request.needs_prompt_logits or request.prefix_is_coming is not None:
+            return False
+        tokens = request.tokens(len(known) * self._allocator.geometry.block_tokens, request.num_tokens - 1)
+        found = self.prefix_cache.on_host(
+            request.kv_digest, tokens, request.spec.cache_salt, request.active_from, known
+        )
+        if not found:
+            return False
+        fetch = self._coming.get(next(iter(found)))
+        if fetch is None:
+            blocks = self._allocate(len(found))
+            if blocks is None:
+                return False
+            self._allocator.retain_kv(known)
+            is_there = host.copies.restore(
+                {block: copy.values for block, copy in zip(blocks, found.values(), strict=True)}
+            )
+            fetch = _Fetch(request, tokens, [*known, *blocks], len(known), [*found], is_there)
+            self._fetches.append(fetch)
+            self._coming |= dict.fromkeys(found, fetch)
+        request.prefix_is_coming = True
+        fetch.waiting.append(request)
+        return True
+
+    def poll(self, *, at_once: bool) -> list[Request]:
+        """Take the blocks that have come from host memory, and return the requests that waited for them; copy idle ones
+        there. `at_once`: no step runs that a copy could hold up, so the next one may wait for what is on its way.
+        """
+        self.prefix_cache.save_idle()
+        if not self._fetches:
+            return []
+        there = [fetch for fetch in self._fetches if at_once or fetch.is_there()]
+        if at_once and self.prefix_cache.host is not None:
+            self.prefix_cache.host.copies.wait()
+        for fetch in there:
+            self._fetches.remove(fetch)
+            for name in fetch.names:
+                del self._coming[name]
+            blocks, known, like = fetch.blocks, fetch.num_known, fetch.like
+            if not known or blocks[known - 1] in self.prefix_cache:  # else the adapter's prefixes were forgotten
+                tokens = fetch.tokens[: len(fetch.names) * self._allocator.geometry.block_tokens]
+                salt = like.spec.cache_salt
+                blocks = self.prefix_cache.store(like.kv_digest, tokens, blocks, salt, known, like.active_from)
+            self.prefix_cache.release(blocks)
+        return [request for fetch in there for request in fetch.waiting]
+
+    def fetched(self) -> list[int]:
+        """The blocks that are held for what is on its way from host memory."""
+        return [block for fetch in self._fetches for block in fetch.blocks]
+
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Allocate blocks for `num_tokens` tokens in all; False, and nothing changed, if blocks are short."""
         missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
         if missing <= 0:
             return True
-        while (blocks := self._allocator.allocate_kv(missing)) is None:
-            if not self.make_room(missing - self._allocator.num_free):
-                return False
-        request.blocks.extend(blocks)
-        return True
+        blocks = self._allocate(missing)
+        if blocks is not None:
+            request.blocks.extend(blocks)
+        return blocks is not None
+
+    def _allocate(self, num_blocks: int) -> list[int] | None:
+        while (blocks := self._allocator.allocate_kv(num_blocks)) is None:
+            if not self.make_room(num_blocks - self._allocator.num_free):
+                return None
+        return blocks
 
     def make_room(self, num_blocks: int) -> bool:
         """Try to free that many blocks; False if there is nothing to evict.
@@ -450,5 +682,7 @@ class KVCacheManager:
     def moved(self, requests: Iterable[Request], moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
         self.prefix_cache.moved(moves)
+        for fetch in self._fetches:
+            fetch.blocks = [moves.get(block, block) for block in fetch.blocks]
         for request in requests:
             request.blocks = [moves.get(block, block) for block in request.blocks]

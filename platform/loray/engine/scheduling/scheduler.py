@@ -153,6 +153,10 @@ class Admission(Generic[P, R]):
         if running and not self._lasts(request, running):
             self._kv_cache.release(request)
             return False
+        if self._kv_cache.fetch(request):
+            self._short = None  # its prefix is on its way; blocks are not short
+            self._kv_cache.release(request)
+            return False
         if ref is not None:
             while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
@@ -320,7 +324,7 @@ class Scheduler(Generic[P, R]):
         """A running request waits again, and is computed again from what the prefix cache keeps of it."""
         self.running.remove(request)
         self._release(request)
-        request.state = RequestState.WAITING
+        request.state, request.prefix_is_coming = RequestState.WAITING, None
         self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
 
@@ -341,7 +345,7 @@ class Scheduler(Generic[P, R]):
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
         self.prefix_cache.step_begins()
-        changed = self._adapter_manager.poll(at_once=not self.running)
+        changed = self._poll()
         for request in self.running:
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
@@ -357,7 +361,7 @@ class Scheduler(Generic[P, R]):
         self._compute_prompts(budget, chunks, failed)
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
-        changed |= self._admission.emptied | self._adapter_manager.poll(at_once=not self.running)
+        changed |= self._admission.emptied | self._poll()
         return SchedulerOutput(chunks, failed, changed or self._adapter_manager.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -365,6 +369,14 @@ class Scheduler(Generic[P, R]):
         self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        """Take adapters and prefixes that have come; True if some have."""
+        at_once = not self.running
+        fetched = self.kv_cache.poll(at_once=at_once)
+        for request in fetched:
+            self.waiting.has_prefix(request)
+        return self._adapter_manager.poll(at_once=at_once) or bool(fetched)
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
         """The next token of each request that decodes, best priority and oldest first."""
@@ -434,6 +446,8 @@ class Scheduler(Generic[P, R]):
             failed += self.waiting.fail(request)
         elif request.adapter is not None and self._adapter_manager.tier(request.adapter).is_on_its_way:
             return True  # its rows are on their way, which nobody else waits for
+        elif request.prefix_is_coming:
+            return True
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
