@@ -7,14 +7,15 @@
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
-    REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
+    REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds; prefixes
+                       that it holds, and those that are gone
     AGAIN    gateway   a report was missed: the whole, please
     SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
     LOAD     replica   how many streams of other gateways it has
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
 one request; the gateway gives it a number that nobody can guess, and takes its frames from one connection. `pool`,
-`host` and `gone` are the eight bytes of each adapter's routing key.
+`host` and `gone` are the eight bytes of each adapter's routing key, prefixes those of their names.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def unpack_logprobs(packed: Sequence[Any]) -> TokenLogprobs:
 
 
 def pack_delta(delta: RoutingDelta) -> bytes:
-    keys = (bytes.fromhex("".join(kind)) for kind in (delta.in_pool, delta.on_host, delta.gone))
+    kinds = (delta.in_pool, delta.on_host, delta.gone, delta.prefixes, delta.prefixes_gone)
+    keys = (bytes.fromhex("".join(kind)) for kind in kinds)
     return frame(REPORT, delta.series, delta.number, delta.is_whole, *keys)
 
 
@@ -133,8 +135,8 @@ def unpack_delta(fields: Sequence[Any]) -> RoutingDelta:
     series, number, is_whole, *kinds = fields
     if not isinstance(series, str) or not isinstance(number, int) or not isinstance(is_whole, bool):
         raise TypeError("a report without its number")
-    in_pool, on_host, gone = map(_keys, kinds)
-    return RoutingDelta(series, number, is_whole, in_pool, on_host, gone)
+    in_pool, on_host, gone, prefixes, prefixes_gone = map(_keys, kinds)
+    return RoutingDelta(series, number, is_whole, in_pool, on_host, gone, prefixes, prefixes_gone)
 
 
 def _keys(packed: bytes) -> tuple[str, ...]:
