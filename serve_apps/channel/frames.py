@@ -5,6 +5,7 @@
     TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
     SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
+    EMBEDDED replica   stream, the prompt's embedding as little-endian floats of four bytes, before its finish reason
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds; prefixes
@@ -33,7 +34,7 @@ import msgpack
 from loray.policy.routing import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD = range(11)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD, EMBEDDED = range(12)
 MAX_FRAME = 1 << 20
 TOKEN_BYTES = 64  # of an address
 PERIOD_S = 5.0  # of the heartbeat
@@ -60,6 +61,8 @@ class Output(Protocol):
     def logprobs(self) -> TokenLogprobs | None: ...
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None: ...
+    @property
+    def embedding(self) -> tuple[float, ...] | None: ...
 
 
 def frame(kind: int, *fields: Any) -> bytes:
@@ -75,6 +78,8 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
     scored: list[tuple[Any, ...]] = []
     frames: list[bytes] = []
     for stream, out in outputs:
+        if out.embedding is not None:
+            frames.append(frame(EMBEDDED, stream, struct.pack(f"<{len(out.embedding)}f", *out.embedding)))
         item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
         if out.logprobs is None:
             plain.append(item)
@@ -122,6 +127,10 @@ class FrameReader:
 def unpack_logprobs(packed: Sequence[Any]) -> TokenLogprobs:
     logprob, rank, ids, values = packed
     return TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)), rank)
+
+
+def unpack_embedding(packed: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(packed) // 4}f", packed)
 
 
 def pack_delta(delta: RoutingDelta) -> bytes:

@@ -25,6 +25,7 @@ from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.engine.request import Chunk, Request, RequestState, TokenOutput
 from loray.engine.runner import ModelRunner, StepResults
 from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.pooling import embedding_of
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
@@ -110,6 +111,11 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
     params = request.params
+    if request.pooling is not None:
+        if params.max_tokens or request.output_ids:
+            raise RequestError("an embedding has no answer; give max_tokens 0 with `pooling`", param="max_tokens")
+        if params.prompt_logprobs is not None or params.structured is not None:
+            raise RequestError("an embedding has neither prompt_logprobs nor a constraint; leave them out")
     if not all(0 <= t < vocab for t in request.output_ids):
         raise RequestError(f"output_ids: a token id is outside the vocabulary of {vocab}", param="output_ids")
     if request.output_ids and len(request.output_ids) >= params.max_tokens:
@@ -325,8 +331,14 @@ class Engine:
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
-            if not request.num_pending and request.request_id not in broken:
+            if request.num_pending or request.request_id in broken:
+                continue
+            if request.spec.pooling is None:
                 outputs.append(self._output(request, None, None, "length"))
+            elif (embedding := embedding_of(request)) is not None:
+                outputs.append(self._output(request, None, None, "stop")._replace(embedding=embedding))
+            else:
+                broken[request.request_id] = request
         scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
         going_on = (r for r in scored if r.request_id not in broken and r.state is not RequestState.FINISHED)
         outputs += [self._output(r, None, None, None) for r in going_on]
@@ -334,7 +346,8 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
-        reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
+        what = "logits" if request.spec.pooling is None else "hidden states"
+        reason = f"{model} gave {what} that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
         self.scheduler.prefix_cache.forget(request.kv_digest)

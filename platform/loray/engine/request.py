@@ -18,7 +18,7 @@ class RequestState(Enum):
 
 class TokenOutput(NamedTuple):
     """The result of one step for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a
-    part of the prompt has been scored.
+    part of the prompt has been scored; an embedding with the finish reason.
 
     `prompt_logprobs` are those of the prompt's tokens from the second on, in parts: each step's are in its result, the
     last ones with the first token or the finish reason.
@@ -31,6 +31,7 @@ class TokenOutput(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
     @property
     def delta(self) -> TokenDelta:
@@ -40,6 +41,7 @@ class TokenOutput(NamedTuple):
             num_cached_tokens=self.num_cached_tokens,
             logprobs=None if self.logprobs is None else (self.logprobs,),
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
         )
 
 
@@ -60,6 +62,7 @@ class Request:
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     prefix_is_coming    from host memory: None before that was looked for, False when it has come
     num_overtaken       how often a later request whose adapter was in the pool went first
+    pooled              sums of hidden states, by the first token of the chunk; `sampling.pooling` writes it
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
@@ -89,6 +92,7 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    pooled: dict[int, object] = field(default_factory=dict)
     num_in_flight: int = 0
     awaits_mask: bool = False
 
@@ -120,9 +124,14 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """The prompt's tokens are to be scored: each is computed, and the prefix cache is not used."""
+        """The prompt's tokens are to be scored."""
         wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
         return wanted and self.num_scored < self.num_prompt_tokens - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Each token of the prompt is computed, and the prefix cache is not used."""
+        return self.needs_prompt_logits or self.spec.pooling == "mean"
 
     @property
     def has_constraint(self) -> bool:
@@ -237,6 +246,18 @@ class Chunk(NamedTuple):
             return range(0)
         first = max(self.start, request.num_scored)
         return range(first, max(first, min(self.start + self.num_tokens, request.num_prompt_tokens - 1)))
+
+    @property
+    def pooled(self) -> range:
+        """The tokens of the chunk whose hidden states the request's embedding is made of."""
+        stop = self.start + self.num_tokens
+        match self.request.spec.pooling:
+            case "mean":
+                return range(self.start, stop)
+            case "last" if self.is_last:
+                return range(stop - 1, stop)
+            case _:
+                return range(0)
 
     @property
     def work(self) -> StepWork:

@@ -27,6 +27,7 @@ from loray.engine.pool.pool import Pool
 from loray.engine.request import Chunk, Request, RequestState, StepWork
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
+from loray.engine.sampling.pooling import PooledStates
 from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
 from loray.spec import TokenLogprobs
 
@@ -91,7 +92,7 @@ class ModelRunner:
             self._last_chunks[-1], work = chunks, StepWork(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         scores = PromptScores(batch.scored)
-        logits_SV = self._model.forward(batch, self._pool, scores.add)
+        logits_SV = self._model.forward(batch, self._pool, scores.add, PooledStates(batch.pooled).add)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)

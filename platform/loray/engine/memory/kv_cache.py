@@ -520,7 +520,7 @@ class KVCacheManager:
 
     def take_cached(self, request: Request) -> None:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
-        if request.needs_prompt_logits:
+        if request.needs_whole_prompt:
             return
         tokens = request.tokens(0, request.num_tokens - 1)
         request.blocks = self.prefix_cache.match(
@@ -534,7 +534,7 @@ class KVCacheManager:
         self.prefix_cache.used(request.blocks[: request.num_shared_blocks])
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)
-            if self.prefix_cache.enabled and not request.needs_prompt_logits:
+            if self.prefix_cache.enabled and not request.needs_whole_prompt:
                 self.num_queries += request.num_prompt_tokens
             self.num_hits += request.num_cached_tokens
 
@@ -569,7 +569,7 @@ class KVCacheManager:
         """Share what the request has computed of its prompt, and take what others have computed of it meanwhile."""
         self.share(request)
         known, block_tokens = request.num_shared_blocks, self._allocator.geometry.block_tokens
-        if not self.prefix_cache.enabled or request.needs_prompt_logits:
+        if not self.prefix_cache.enabled or request.needs_whole_prompt:
             return
         if known and request.blocks[known - 1] not in self.prefix_cache:
             return
@@ -594,7 +594,7 @@ class KVCacheManager:
         request waits for that. It looks once, so that it does not wait for ever where others take the blocks first.
         """
         host, known = self.prefix_cache.host, request.blocks
-        if host is None or request.needs_prompt_logits or request.prefix_is_coming is not None:
+        if host is None or request.needs_whole_prompt or request.prefix_is_coming is not None:
             return False
         tokens = request.tokens(len(known) * self._allocator.geometry.block_tokens, request.num_tokens - 1)
         found = self.prefix_cache.on_host(
