@@ -7,7 +7,7 @@ it, and it gives a complete adapter. An adapter is pinned in the pool while a re
 stays there, idle, until its blocks are needed.
 
 Loads start in the order in which they were requested, as far as host memory allows. For a load, copies are dropped that
-no request waits for, least recently used first; then copies for which only requests wait that came later than those
+no request waits for, the lowest value first; then copies for which only requests wait that came later than those
 that wait for the load. So small adapters in demand cannot keep a large one out.
 """
 

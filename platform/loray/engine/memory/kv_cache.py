@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -109,6 +110,8 @@ class PrefixCache:
     they have a copy when they are evicted. There a block is known by its name, which is a digest of its tokens. A block
     that is evicted or moved before its copy has been made has none: what was read may be another's.
 
+    What is on the host too is worth the time to bring it back from there.
+
     inflation      of the pool's blocks
     token_seconds  to compute a token of a prompt again; 0 while that is not known: then a block has no value
     """
@@ -132,6 +135,7 @@ class PrefixCache:
         self._ends: PriorityQueue[_Node] = PriorityQueue()  # idle blocks after which none is known, by rank
         self._num_released = 0
         self.host: HostTier | None = None
+        self._restore_seconds = float("inf")  # of a block; not known yet
         self._unsaved: deque[_Node] = deque()  # idle ones that have no copy; some have gone since
         self._saving: tuple[Future[list[Any]], list[tuple[int, _Node | None]]] | None = None
         self._untold: list[_Node] = []  # new ones whose names routers are to be told
@@ -248,19 +252,18 @@ class PrefixCache:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Release a request's references to its blocks, given in the order of its tokens."""
-        block_seconds = self._block_tokens * self._token_seconds()
         unsaved: list[_Node] = []
         for block in reversed(blocks):
             self._allocator.release_kv((block,))
             node = self._nodes.get(block)
             if node is not None and self._allocator.references(block) == 1:
                 self._num_released += 1
-                value = self._inflation.value + self._reuse.expected(node.uses) * block_seconds
-                node.rank = (value, self._num_released)
+                is_saved = self.host is not None and self.host.memory.block(node.name) is not None
+                self._rank(node, self._num_released, is_saved=is_saved)
                 self._idle.add(node)
                 if not node.children:
                     self._ends.set(node, node.rank)
-                if self.host is not None and self.host.memory.block(node.name) is None:
+                if self.host is not None and not is_saved:
                     unsaved.append(node)
         self._unsaved.extend(reversed(unsaved))
 
@@ -348,6 +351,10 @@ class PrefixCache:
                 if node is not None and self._nodes.get(block) is node:
                     copy = BlockCopy(values, copies.host_bytes, node.owners)
                     memory.add_block(node.name, copy, self._worth(node), self._before(node))
+                    if node in self._idle:
+                        self._rank(node, node.rank[1], is_saved=True)
+                        if not node.children:
+                            self._ends.set(node, node.rank)
         found: dict[int, _Node] = {}
         while self._unsaved and len(found) < _MOST_SAVED:
             node = self._unsaved.popleft()
@@ -378,8 +385,17 @@ class PrefixCache:
             found[name] = copy
         return found
 
-    def _worth(self, node: _Node) -> float:
-        return self._reuse.expected(node.uses) * self._block_tokens * self._token_seconds()
+    def restored(self, seconds: float) -> None:
+        """It took so long to bring a block back."""
+        known = self._restore_seconds
+        self._restore_seconds = seconds if known == float("inf") else known + 0.1 * (seconds - known)
+
+    def _worth(self, node: _Node, *, is_saved: bool = False) -> float:
+        seconds = self._block_tokens * self._token_seconds()
+        return self._reuse.expected(node.uses) * (min(seconds, self._restore_seconds) if is_saved else seconds)
+
+    def _rank(self, node: _Node, number: int, *, is_saved: bool) -> None:
+        node.rank = (self._inflation.value + self._worth(node, is_saved=is_saved), number)
 
     def _before(self, node: _Node) -> str:
         return node.parent.name if node.parent is not None else ""
@@ -489,6 +505,7 @@ class _Fetch:
     blocks: list[int]
     num_known: int
     names: Sequence[str]
+    began: float
     is_there: Callable[[], bool]
     waiting: list[Request] = field(default_factory=list)
 
@@ -497,6 +514,7 @@ class KVCacheManager:
     """Writes `blocks`, `num_shared_blocks`, `num_computed`, `num_cached_tokens` and `prefix_is_coming` of requests.
 
     token_seconds  see PrefixCache
+    clock          seconds
     num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
                    request counts once.
     """
@@ -508,11 +526,13 @@ class KVCacheManager:
         token_seconds: Callable[[], float],
         *,
         enable_prefix_caching: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.prefix_cache = PrefixCache(
             allocator, enabled=enable_prefix_caching, inflation=adapter_manager.inflation, token_seconds=token_seconds
         )
         self.num_queries = self.num_hits = 0
+        self._clock = clock
         self._fetches: list[_Fetch] = []
         self._coming: dict[str, _Fetch] = {}  # by the names of its blocks
         self._allocator = allocator
@@ -611,7 +631,7 @@ class KVCacheManager:
             is_there = host.copies.restore(
                 {block: copy.values for block, copy in zip(blocks, found.values(), strict=True)}
             )
-            fetch = _Fetch(request, tokens, [*known, *blocks], len(known), [*found], is_there)
+            fetch = _Fetch(request, tokens, [*known, *blocks], len(known), [*found], self._clock(), is_there)
             self._fetches.append(fetch)
             self._coming |= dict.fromkeys(found, fetch)
         request.prefix_is_coming = True
@@ -638,6 +658,8 @@ class KVCacheManager:
                 salt = like.spec.cache_salt
                 blocks = self.prefix_cache.store(like.kv_digest, tokens, blocks, salt, known, like.active_from)
             self.prefix_cache.release(blocks)
+            if not at_once:
+                self.prefix_cache.restored((self._clock() - fetch.began) / len(fetch.names))
         return [request for fetch in there for request in fetch.waiting]
 
     def fetched(self) -> list[int]:

@@ -270,6 +270,7 @@ class Scheduler(Generic[P, R]):
             adapter_manager,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
+            clock=clock,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
