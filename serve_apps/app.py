@@ -77,7 +77,7 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     settings = Settings.from_env()
     bases = get_bases(settings.home, fleet.names)
     reserve_names(bases, settings)
-    fingerprints = {base.name: base.fingerprint for base in bases}
+    fingerprints = {base.name: base.fingerprint + (base.of or "") for base in bases}
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     where = {"label_selector": nodes} if (nodes := front_nodes(settings)) else {}
 
@@ -102,7 +102,8 @@ def _engine(
 ) -> Application:
     """Make the replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone.
 
-    `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
+    `fingerprint`: of the base that its name stands for here, and of the one whose form it is. Replicas of another one
+    are replaced.
     """
     has_ranks = spec.tensor_parallel_size > 1
     router = {"request_router_kwargs": {**routing.request_router_kwargs, "block_tokens": spec.block_tokens}}

@@ -155,7 +155,7 @@ def linears(num_tokens: int) -> Case:
 
     def step(ops: Ops) -> None:
         if ops not in packed:
-            packed[ops] = [ops.pack_linear(w) for w in weights], ops.pack_linear(head_VD)
+            packed[ops] = [ops.pack_linear([w]) for w in weights], ops.pack_linear([head_VD])
         matrices, head = packed[ops]
         for matrix in matrices:
             ops.linear(x[matrix.in_features], matrix)

@@ -55,15 +55,18 @@ from loray_kernels.descriptors import (
 from loray_kernels.kv import AttentionMeta, KvLayout, PageCopy, PageWriter, to_device
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerTables,
     LayerWeights,
     LinearWeights,
     LoraTable,
     ProjectionMatrix,
+    QuantizedWeight,
     ScaleTable,
     StepInputs,
     Turn,
     VeraTable,
+    Weight,
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Change, Chooser, Chosen, Drawn, Draws, TokenEdits, TokenSet, TokenSlots
@@ -88,6 +91,7 @@ __all__ = [
     "DescriptorAllocator",
     "Drawn",
     "Draws",
+    "ExpertWeights",
     "InputShape",
     "KvLayout",
     "LayerTables",
@@ -101,6 +105,7 @@ __all__ = [
     "Pair",
     "Parts",
     "ProjectionMatrix",
+    "QuantizedWeight",
     "RowOverrides",
     "RowTables",
     "ScaleTable",
@@ -113,6 +118,7 @@ __all__ = [
     "Turn",
     "VectorShape",
     "VeraTable",
+    "Weight",
     "available",
     "backend",
     "descriptor_words",

@@ -9,7 +9,7 @@ A row of A that sums every `period`-th column from column `first` on is not in t
 kind, and those that are summed have the `first` of their number and the period of the module's rank.
 
 Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
-d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
+d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks, G groups of a row's columns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loray_kernels.descriptors import RowOverrides, RowTables
@@ -120,23 +121,171 @@ class LayerTables(Preparable):
     scales: Mapping[str, Sequence[ScaleTable]] = field(default_factory=dict)
 
 
+Activation = Literal["silu", "gelu_tanh"]
 TablesOf = Callable[[int], LayerTables]  # of a layer, by its number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """W ≈ scale · (q − zero), q in groups of neighbouring columns that share a scale.
+
+    q_OI       int8 (O, I); int4 as uint8 (O, I/2), two columns a byte, the first in its lower half; or float8_e4m3fn
+               (O, I)
+    scale_OG   fp32 (O, G): G = 1 for a scale a row, or I / group
+    zero_OG    fp32 (O, G); None: 0, and 8 for int4, whose q is 0 to 15
+    """
+
+    q_OI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor | None = None
+
+    @property
+    def is_int4(self) -> bool:
+        return self.q_OI.dtype is torch.uint8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), of the whole matrix."""
+        rows, columns = self.q_OI.shape
+        return rows, 2 * columns if self.is_int4 else columns
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.shape[1] // self.scale_OG.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.q_OI, self.scale_OG) if self.zero_OG is None else (self.q_OI, self.scale_OG, self.zero_OG)
+        return sum(part.nbytes for part in parts)
+
+    def values(self) -> Tensor:
+        """q, (O, I); int4 as bytes from 0 to 15."""
+        if not self.is_int4:
+            return self.q_OI
+        return torch.stack((self.q_OI & 15, self.q_OI >> 4), dim=-1).flatten(1)
+
+    def zeros(self) -> Tensor:
+        """zero, fp32 (O, G), also where it is not given."""
+        if self.zero_OG is not None:
+            return self.zero_OG
+        return torch.full_like(self.scale_OG, 8 if self.is_int4 else 0)
+
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Compute rows of W, (rows, I), in fp32, and round them to `dtype`."""
+        part = self.rows(rows)
+        q_RGg = part.values().float().unflatten(1, (-1, self.group))
+        return ((q_RGg - part.zeros().unsqueeze(-1)) * part.scale_OG.unsqueeze(-1)).flatten(1).to(dtype)
+
+    @staticmethod
+    def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Put matrices of one input side by side along O. ValueError unless they are quantised in one way."""
+        kinds = {(part.q_OI.dtype, part.group) for part in parts}
+        if len(kinds) > 1:
+            found = " and ".join(sorted(f"{dtype} in groups of {group}" for dtype, group in kinds))
+            raise ValueError(f"modules that share an input must be quantised in one way, not as {found}")
+        zeros = [part.zeros() for part in parts] if any(part.zero_OG is not None for part in parts) else None
+        return QuantizedWeight(
+            torch.cat([part.q_OI for part in parts]),
+            torch.cat([part.scale_OG for part in parts]),
+            None if zeros is None else torch.cat(zeros),
+        )
+
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Take rows, as views."""
+        return self._each(lambda x, _: x[part])
+
+    def columns(self, part: slice) -> QuantizedWeight:
+        """Take columns, as views. ValueError where a group would be cut."""
+        start, stop, _ = part.indices(self.shape[1])
+        unit = (2 if self.is_int4 else 1) if self.scale_OG.shape[1] == 1 else self.group
+        if start % unit or stop % unit:
+            raise ValueError(f"columns {start} to {stop} of a weight quantised in groups of {unit} cut a group")
+
+        def cut(x: Tensor, columns: int) -> Tensor:
+            return x if columns == 1 else x[:, start * columns // self.shape[1] : stop * columns // self.shape[1]]
+
+        return self._each(cut)
+
+    def padded(self, rows: int) -> QuantizedWeight:
+        """Add so many rows of zeros."""
+
+        def pad(x: Tensor, _: int) -> Tensor:
+            return torch.cat((x, torch.zeros(rows, x.shape[1], dtype=x.dtype, device=x.device)))
+
+        return self._each(pad)
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        return self._each(lambda x, _: x.to(device))
+
+    def clone(self) -> QuantizedWeight:
+        return self._each(lambda x, _: x.clone())
+
+    def _each(self, f: Callable[[Tensor, int], Tensor]) -> QuantizedWeight:
+        """Apply `f` to each tensor and its number of columns."""
+        q, scale, zero = (None if x is None else f(x, x.shape[1]) for x in (self.q_OI, self.scale_OG, self.zero_OG))
+        assert q is not None
+        assert scale is not None
+        return QuantizedWeight(q, scale, zero)
+
+
+Weight = Tensor | QuantizedWeight  # (O, I)
+
+
+def join_weights(weights: Sequence[Weight]) -> Weight:
+    """Put matrices of one input side by side along O. If only some are quantised, these are dequantised."""
+    quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+    if len(weights) == 1:
+        return weights[0]
+    if len(quantized) == len(weights):
+        return QuantizedWeight.join(quantized)
+    dtype = next(w.dtype for w in weights if isinstance(w, Tensor))
+    return torch.cat([w.dequantized(slice(None), dtype) if isinstance(w, QuantizedWeight) else w for w in weights])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """A matrix in the layout of its backend, which only that backend can read."""
+    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
+
+    bits, group  of packed integers: of each, and how many columns share a scale
+    """
 
     in_features: int
     out_features: int
-    data: Tensor
+    data: Weight
     bias_O: Tensor | None = None
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def are_integers(self) -> bool:
+        if isinstance(self.data, QuantizedWeight):
+            return not self.data.q_OI.dtype.is_floating_point
+        return self.bits > 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights(Preparable):
+    """The experts of a layer, each an MLP; gate and up are one matrix, side by side.
+
+    router      has an output for each expert
+    per_token   experts that a token passes: those with the largest logits of the router
+    normalised  a token's shares of their results are a softmax over these logits; else over all
+    """
+
+    router: LinearWeights
+    gate_up: tuple[LinearWeights, ...]
+    down: tuple[LinearWeights, ...]
+    per_token: int
+    normalised: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
-    q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
+    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `scale`, `window` and
+    `soft_cap` are attention's, see `paged_attention`, and `norm_offset` is of all norms. Where the layer has `experts`,
+    gate_up and down are the first one's.
     """
 
     attention_norm_D: Tensor
@@ -152,11 +301,20 @@ class LayerWeights(Preparable):
     head_dim: int
     eps: float
     scale: float
+    norm_offset: float = 0.0
+    window: int | None = None
+    soft_cap: float | None = None
+    activation: Activation = "silu"
+    post_attention_norm_D: Tensor | None = None
+    post_mlp_norm_D: Tensor | None = None
+    experts: ExpertWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs(Preparable):
-    """The arguments that all layers of a step share."""
+    """The arguments that all layers of a step with the same RoPE share. cos and sin are as wide as what is rotated of a
+    head.
+    """
 
     pool: Tensor
     layout: KvLayout

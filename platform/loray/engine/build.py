@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.driver import start_ranks
@@ -21,7 +20,7 @@ from loray.machine import Gpu, hardware, serving_dtype
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 from loray.text.grammar import GrammarCompiler
-from loray_kernels import backend, use_device
+from loray_kernels import Weight, backend, use_device
 from loray_kernels.memory import keep_freed
 from loray_kernels.reference import ReferenceOps
 
@@ -32,7 +31,7 @@ def build_engine(
     spec: ServeSpec,
     base: BaseModel,
     load: LoadAdapter,
-    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    tensors: Iterable[tuple[str, Weight]] | None = None,
     start_workers: StartWorkers = LocalWorkers,
 ) -> Engine:
     """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the
@@ -53,7 +52,7 @@ def build_engine(
     dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
     if spec.fixed_pool_bytes is not None:
         cut_pool(spec, base.config)  # what cannot be is told before the base is loaded
-    tensors = read_tensors(base.path) if tensors is None else tensors
+    tensors = WeightSource(base.path, base.config) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
     spec = sized(spec, base.config, device)
     layout, num_blocks = cut_pool(spec, base.config)
@@ -82,6 +81,8 @@ def _ready(engine: Engine, model: Decoder) -> Engine:
     try:
         max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
         model.use_captures(pool, num_slots=spec.max_num_seqs, max_blocks=max_blocks)
+        if spec.speculation == "auto" and not model.can_capture:
+            engine.guess_tokens()
     except BaseException:
         engine.close()
         raise

@@ -11,11 +11,11 @@ from itertools import chain
 
 import torch
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
-from loray.engine.memory.kv_cache import HostTier
 from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.memory.prefix_cache import HostTier
 from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import RankWorkers
@@ -29,6 +29,7 @@ from loray.engine.sampling.pooling import embedding_of
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
+from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
@@ -105,7 +106,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
     if adapter is not None:
-        adapter.check_base(base.name, base.fingerprint)
+        adapter.check_base(base.name, base.fingerprint, base.of)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
@@ -156,8 +157,14 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        checkpoint = CheckpointReader(base.path)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
+        packer = Packer(
+            pool.geometry,
+            pool.tensor.dtype,
+            model.embedding_VD,
+            WeightSource(base.path, base.config),
+            base.config.fused,
+            pinned=pool.tensor.is_cuda,
+        )
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -181,6 +188,7 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
+            window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
         if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
@@ -201,6 +209,12 @@ class Engine:
     def warm_up(self) -> CaptureState | None:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
+
+    def guess_tokens(self) -> None:
+        """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
+        captured: each with guesses would be computed launch by launch.
+        """
+        self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Count the tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
@@ -312,21 +326,23 @@ class Engine:
 
     @torch.inference_mode()
     def _results(self, results: StepResults) -> list[TokenOutput]:
-        requests = [request for request, _ in results.outcomes]
-        broken = {r.request_id: r for r, sampled in results.outcomes if sampled is None}
+        requests = list(dict.fromkeys(request for request, *_ in results.outcomes))
+        broken = {r.request_id: r for r, sampled, _ in results.outcomes if sampled is None}
         for part, logprobs in results.scores:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
                 part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
-        outputs = [
-            self._fail(r, sampled)
-            if isinstance(sampled, RequestError)
-            else self._postprocess(r, sampled.token, sampled.logprobs)
-            for r, sampled in results.outcomes
-            if sampled is not None and r.request_id not in broken
-        ]
+        outputs: list[TokenOutput] = []
+        for request, sampled, was_guessed in results.outcomes:
+            if sampled is None or request.request_id in broken or request.state is RequestState.FINISHED:
+                continue
+            if isinstance(sampled, RequestError):
+                outputs.append(self._fail(request, sampled))
+            else:
+                request.num_computed += was_guessed
+                outputs.append(self._postprocess(request, sampled.token, sampled.logprobs))
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
@@ -403,7 +419,8 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
+        pool = self.pool.tensor
+        base_bytes = self.base.config.matrix_bytes(pool.itemsize, on_gpu=pool.is_cuda)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
@@ -432,6 +449,8 @@ class Engine:
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
             prefixes=scheduler.prefix_cache.told(),
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
             step_seconds=counters.step_seconds.counts(),
             step_tokens=counters.step_tokens.counts(),
             step_adapters=counters.step_adapters.counts(),
@@ -448,7 +467,7 @@ class Engine:
         adapters, as the books of scheduler, adapter manager and pool say. Between steps.
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
-        kv = Counter(block for request in scheduler.running for block in request.blocks)
+        kv = Counter(block for request in scheduler.running for block in request.held_blocks)
         kv.update(chain(scheduler.prefix_cache.blocks(), scheduler.kv_cache.fetched()))
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())

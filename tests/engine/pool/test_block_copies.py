@@ -7,7 +7,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.memory.kv_cache import HostTier
+from loray.engine.memory.prefix_cache import HostTier
 from loray.engine.pool.block_copies import TensorCopies
 from tests.fixtures.engines import BLOCK_BYTES, Spy, empty, ids, make_engine, outputs, request
 from tests.fixtures.peft_adapters import Adapters, TestAdapter

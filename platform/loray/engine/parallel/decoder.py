@@ -17,21 +17,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.layers import ForwardContext, Linear, Linears
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import local_config, local_device, local_tensors, split_inputs
 from loray.engine.pool.pool import Pool, ResidentProjection
 from loray.spec import ServeSpec
-from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, backend
+from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, Weight, backend
 
 
 def parallel_linears(communicator: Communicator) -> Linears:
     return Linears(
         column=partial(ColumnParallelLinear, communicator),
         row=partial(RowParallelLinear, communicator),
+        add_up=communicator.all_reduce,
     )
 
 
@@ -40,7 +41,7 @@ class _ParallelLinear(Linear):
         self,
         communicator: Communicator,
         layer: int,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Weight],
         biases: Mapping[str, Tensor],
         ops: Ops,
     ) -> None:
@@ -72,7 +73,7 @@ class ShardedDecoder(Decoder):
         shard, device = communicator.shard, local_device(spec, communicator.shard.rank)
         super().__init__(
             local_config(base.config, shard),
-            local_tensors(read_tensors(base.path), base.config, shard),
+            local_tensors(WeightSource(base.path, base.config), base.config, shard),
             backend("auto", device),
             dtype=getattr(torch, spec.dtype),
             device=device,

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
 from loray.engine.pool.loader import LoadAdapter
@@ -35,7 +36,7 @@ from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_ord
 from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError, UnsupportedError
 from loray.spec import LINEAR_MODULES, AdapterRef, ServeSpec
-from loray_kernels import INPUTS, InputShape
+from loray_kernels import INPUTS, InputShape, QuantizedWeight, Weight
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
@@ -86,17 +87,19 @@ def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
 
 
 def local_tensors(
-    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, shard: Shard
-) -> Iterator[tuple[str, Tensor]]:
-    """Cut the rank's parts from a checkpoint's tensors, with the same names."""
-    for name, tensor in tensors:
+    tensors: Iterable[tuple[str, Weight]], config: ModelConfig, shard: Shard
+) -> Iterator[tuple[str, Weight]]:
+    """Cut the rank's parts from a checkpoint's tensors, with the same names. SpecError if that cuts a group of columns
+    that share a scale.
+    """
+    for name, tensor in unfused(tensors, config):
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]
         if last in COLUMN_PARALLEL:
-            yield name, tensor[shard.slice(tensor.shape[0])].clone()  # a view would keep the whole tensor
+            yield name, _rows(tensor, shard.slice(tensor.shape[0]))
         elif last in ROW_PARALLEL:
             assert kind == "weight", "the decoder has no biases there"
-            yield name, tensor[:, shard.slice(tensor.shape[1])].clone()
+            yield name, _columns(name, tensor, shard)
         elif last == "lm_head":
             if not config.tie_word_embeddings:  # some checkpoints have one although it is tied
                 yield name, local_head(tensor, shard)
@@ -106,11 +109,32 @@ def local_tensors(
             yield "lm_head.weight", local_head(tensor, shard)
 
 
-def local_head(head_VD: Tensor, shard: Shard) -> Tensor:
+def _rows(weight: Weight, rows: slice) -> Weight:
+    """A copy of rows: a view would keep the whole tensor."""
+    return (weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows]).clone()
+
+
+def _columns(name: str, weight: Weight, shard: Shard) -> Weight:
+    """A copy of the rank's columns."""
+    columns = shard.slice(weight.shape[1])
+    if not isinstance(weight, QuantizedWeight):
+        return weight[:, columns].clone()
+    try:
+        return weight.columns(columns).clone()
+    except ValueError as e:
+        raise SpecError(f"tensor_parallel_size={shard.world_size} does not fit {name}: {e}; take fewer ranks") from e
+
+
+def local_head(head_VD: Weight, shard: Shard) -> Weight:
     """Cut the rank's rows from a vocabulary that is padded with zeros so that the ranks divide it."""
     padding = -head_VD.shape[0] % shard.world_size
-    padded = F.pad(head_VD, (0, 0, 0, padding)) if padding else head_VD
-    return padded[shard.slice(padded.shape[0])].clone()
+    if not padding:
+        return _rows(head_VD, shard.slice(head_VD.shape[0]))
+    if isinstance(head_VD, QuantizedWeight):
+        padded: Weight = head_VD.padded(padding)
+    else:
+        padded = F.pad(head_VD, (0, 0, 0, padding))
+    return _rows(padded, shard.slice(padded.shape[0]))
 
 
 def local_device(spec: ServeSpec, rank: int) -> torch.device:
@@ -144,11 +168,12 @@ class ShardedAdapter(PackedAdapter):
 
 def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
     """Give the `input_shapes` of a rank's part of adapters. `config` is the rank's."""
-    shapes = []
+    shapes, n = [], shard.world_size
     for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
         outputs, inputs = zip(*map(config.module_shape, modules), strict=True)
         if modules[0] in COLUMN_PARALLEL:
-            shapes.append(shape._replace(pair_rows=tuple(shard.rank * width for width in outputs)))
+            rows = zip(shape.pair_rows, outputs, strict=True)
+            shapes.append(shape._replace(pair_rows=tuple(n * first + shard.rank * width for first, width in rows)))
         else:
             shapes.append(shape._replace(pair_column=shard.rank * inputs[0]))
     return tuple(shapes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
-from loray.engine.memory.kv_cache import PrefixCache
+from loray.engine.memory.prefix_cache import PrefixCache
 from loray.policy.prefixes import told_names
 from loray.spec import NEVER
 
