@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -107,3 +110,66 @@ def test_a_copy_that_fails_costs_a_prefix_and_nothing_else(base: BaseModel, capl
     assert engine.adapter_manager.host_used == 0
     (out,) = outputs(engine, request("b", ids(40), max_tokens=1))
     assert out.num_cached_tokens == 32
+
+
+class Stream:
+    """In the place of CUDA's: what waits for what is written down, and copies are made at once."""
+
+    def __init__(self, device: object = None) -> None:
+        self.log: list[str] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.log.append("waits for steps" if other == "steps" else "waits for copies")
+
+    def wait_event(self, event: object) -> None:
+        self.log.append("waits for what was computed")
+
+    def synchronize(self) -> None:
+        self.log.append("is waited for")
+
+
+def test_steps_and_copies_wait_for_each_other_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = torch.arange(12.0)
+    copies, steps = TensorCopies(pool, 4), Stream()
+    copies._saves, copies._restores = saves, restores = Stream(), Stream()  # type: ignore[assignment]
+
+    class Event:
+        def record(self, stream: object) -> None:
+            self.on = stream
+
+        def query(self) -> bool:
+            return False
+
+    @contextmanager
+    def within(stream: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: steps if copies._is_written else "steps")
+    saved = copies.save([2, 0]).result(60)
+    assert [values.tolist() for values in saved] == [[8.0, 9.0, 10.0, 11.0], [0.0, 1.0, 2.0, 3.0]]
+    assert saves.log == ["waits for what was computed", "is waited for"]
+    is_there = copies.restore({1: saved[0]})
+    assert restores.log == ["waits for steps"]  # they may read what was there
+    assert not is_there()
+    assert pool[4:8].tolist() == [8.0, 9.0, 10.0, 11.0]
+    for _ in range(2):
+        copies.wait()
+    assert steps.log == ["waits for copies"]
+    copies.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_blocks_of_a_gpu_go_and_come_back() -> None:
+    pool = torch.randn(1 << 20, device="cuda")
+    want = pool.cpu().view(64, -1)
+    copies = TensorCopies(pool, 1 << 14)
+    saved = copies.save([3, 5]).result(60)
+    assert all(values.is_pinned() for values in saved)
+    copies.restore({10: saved[0], 11: saved[1]})
+    copies.wait()
+    got = pool.view(64, -1)[[10, 11]].clone()
+    assert torch.equal(got.cpu(), want[[3, 5]])
+    copies.close()
