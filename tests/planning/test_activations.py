@@ -143,6 +143,17 @@ def test_what_is_scaled_is_kept(tiny_base: Callable[..., BaseModel], adapter: di
     assert (long[1] - long[0]) - (short[1] - short[0]) == 2 * TOKENS * counted
 
 
+@pytest.mark.parametrize(("length", "has_mask"), [(24, False), (64, True)])
+def test_a_window_that_is_shorter_than_rows_has_a_mask(
+    tiny_base: Callable[..., BaseModel], length: int, has_mask: bool
+) -> None:
+    base = tiny_base("Gemma3ForCausalLM")  # with a window of 24
+    spec = recipe(data={"train": "x", "max_length": length})
+    plan = memory.plan_memory(shape_of(spec, base.config), bare())
+    masks = [item.nbytes for item in plan.items if item.name.startswith("masks of attention")]
+    assert masks == ([spec.batch.rows * length**2] if has_mask else [])
+
+
 @pytest.mark.parametrize(
     "adapter",
     [

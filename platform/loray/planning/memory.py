@@ -168,6 +168,10 @@ def _activations(run: RunShape, device: Device) -> Iterator[Item]:
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
+    windows = [layer.window for layer in run.model.layers if layer.window is not None]
+    if run.model.attention_soft_cap is not None or any(window < run.row_length for window in windows):
+        mask = run.num_sequences * run.padded_length**2
+        yield Item("masks of attention with a window or a soft cap", mask, alive, mask)
     if (shared := run.shared_dense) is not None:
         yield from _shared_dense(run, shared)
     elif run.sequence > 1:
@@ -230,7 +234,7 @@ def _share(nbytes: int, shards: int) -> int:
 # Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
 # with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
 # attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row
-# length, but for attention with a soft cap.
+# length, but for attention with a soft cap, and a mask where layers have a window.
 
 
 def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
