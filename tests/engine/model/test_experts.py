@@ -20,6 +20,7 @@ from loray.adapters.convert import merge_adapter
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from loray.bases.checkpoint import SINGLE_FILE, check_tensors
 from loray.bases.registry import BaseModel, add_base
+from loray.bases.rounding import add_rounded
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.spec import RopeParameters
 from loray.train.model import load_model
@@ -206,3 +207,24 @@ def test_experts_of_gpt_oss_are_not_adapted(tiny_base: Callable[..., BaseModel],
     adapter = make_adapter(base, tmp_path / "experts", ON_EXPERTS["experts"][0], seed=1)
     with pytest.raises(UnsupportedError, match=r"target_parameters=.* is not supported on this base"):
         read_adapter(adapter.folder, base.config)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_rounded_to_int8_are_served(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, architecture: str
+) -> None:
+    """Near the dequantised model, whose activations are not rounded; the same in any company, with LoRA on experts."""
+    plain = tiny_base(architecture)
+    form = add_rounded(plain, "int8", home=tmp_path)
+    adapter = make_adapter(plain, tmp_path / "all", ON_EXPERTS["all"][0], seed=5)
+    ids, logits = prompts(3)[2], []
+    for beside in ([], [request("other", prompts(2)[1], adapter)]):
+        engine = make_engine(form, [adapter])
+        spy = Spy(engine)
+        run(engine, [*beside, request("base", ids, max_tokens=1), request("all", ids, adapter, max_tokens=1)])
+        logits.append(torch.cat([spy.logits["base"][0], spy.logits["all"][0]]))
+    assert torch.equal(logits[0], logits[1])
+    with torch.no_grad():
+        expected = load_model(form, dtype="float32")(input_ids=torch.tensor([ids])).logits[0, -1]
+    got = logits[0][: len(expected)]
+    assert torch.cosine_similarity(got, expected, dim=0) > 0.99
