@@ -131,7 +131,7 @@ def test_a_familys_experts() -> None:
 def test_the_layers_of_gpt_oss() -> None:
     config = preset("gpt-oss-20b")
     assert config is not None
-    experts = Experts(32, 4, bias=True, limit=7.0)
+    experts = Experts(32, 4, bias=True, limit=7.0, by_turns=True)
     windowed = LayerSpec(qkv_bias=True, o_bias=True, has_sinks=True, window=128, experts=experts)
     assert config.layers == (windowed, replace(windowed, window=None)) * 12
     assert config.window is None

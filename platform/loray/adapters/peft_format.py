@@ -269,11 +269,7 @@ def _read_experts(
     """Read LoRA of experts from their tensors by layer and by name below it."""
     targets = config.get("target_parameters") or []
     known = tuple(f"{EXPERTS}.{name}" for name in PARAMETERS)
-    if (
-        base.experts is None
-        or base.experts.bias
-        or not all(isinstance(t, str) and f".{t}".endswith(_PARAMETERS) for t in targets)
-    ):
+    if base.experts is None or not all(isinstance(t, str) and f".{t}".endswith(_PARAMETERS) for t in targets):
         raise UnsupportedError(
             f"{source}: target_parameters={shown(targets)} is not supported on this base; {' and '.join(known)} are, "
             "where a base has experts"
@@ -303,6 +299,7 @@ def _read_experts(
                 alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
                 base.experts.num,
                 module,
+                by_turns=base.experts.by_turns,
             )
             if weights.rank != rank:
                 raise IntegrityError(

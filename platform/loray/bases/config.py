@@ -26,6 +26,7 @@ class Experts:
     normalised  over the token's own experts, so that its shares add up to 1; else over all experts
     bias        of router and experts
     limit       of gpt-oss's gate and up, whose product is another one than SwiGLU's; None: it is SwiGLU's
+    by_turns    where gate and up are one matrix, in checkpoints and PEFT's files, it has their outputs so
     """
 
     num: int
@@ -33,6 +34,7 @@ class Experts:
     normalised: bool = True
     bias: bool = False
     limit: float | None = None
+    by_turns: bool = False
 
 
 # Modules that some families have as one, their rows one after the other.
@@ -482,7 +484,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _experts(
             _gpt_oss(),
             lambda hf: Experts(
-                hf["num_local_experts"], hf["num_experts_per_tok"], bias=True, limit=hf.get("swiglu_limit", 7.0)
+                hf["num_local_experts"],
+                hf["num_experts_per_tok"],
+                bias=True,
+                limit=hf.get("swiglu_limit", 7.0),
+                by_turns=True,
             ),
         ),
     )

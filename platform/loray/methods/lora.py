@@ -41,8 +41,6 @@ class Lora(Method):
         if model.experts is not None and (own := {*MLP_MODULES} & {*spec.target_modules}):
             if len(own & {"gate_proj", "up_proj"}) == 1:
                 yield "gate_proj and up_proj of experts are one parameter: name both in adapter.target_modules, or none"
-            if model.experts.bias:
-                yield f"experts of {model.architecture} are not adapted: leave {', '.join(sorted(own))} out"
             if spec.dropout:
                 yield "adapter.dropout is not for experts, whose weights PEFT changes: set it to 0"
             if spec.init is not None:

@@ -59,8 +59,7 @@ def case(
 ) -> Case:
     architecture, fields = BASES[request.param]
     base = tiny_base(architecture, **fields)
-    configs = ON_ATTENTION if architecture == "GptOssForCausalLM" else ON_ATTENTION | ON_EXPERTS
-    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), configs)
+    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), ON_ATTENTION | ON_EXPERTS)
     return base, adapters, Oracle(base, adapters)
 
 
@@ -95,10 +94,8 @@ def test_an_adapter_of_a_dense_base_is_refused(case: Case, tiny_base: Callable[.
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 def test_ranks_give_what_one_gives(tiny_base: Callable[..., BaseModel], tmp_path: Path, architecture: str) -> None:
     base = tiny_base(architecture, num_attention_heads=4, num_key_value_heads=2)
-    configs = {name: ON_ATTENTION[name] for name in ("r16", "dora", "longlora", "ia3")}
-    if architecture != "GptOssForCausalLM":
-        configs |= {name: ON_EXPERTS[name] for name in ("all", "down")}
-    adapters = make_adapters(base, tmp_path, configs)
+    configs = ON_ATTENTION | ON_EXPERTS
+    adapters = make_adapters(base, tmp_path, {k: configs[k] for k in ("r16", "dora", "longlora", "ia3", "all", "down")})
     requests = for_each([None, *adapters, None], max_tokens=4)
     one = make_engine(base, adapters, num_threads=1)
     alone = Spy(one)
@@ -202,11 +199,11 @@ def test_experts_in_mxfp4_are_read_as_bf16(tiny_base: Callable[..., BaseModel], 
     assert torch.equal(trained.gate_up_proj, dense["model.layers.1.mlp.experts.gate_up_proj"])
 
 
-def test_experts_of_gpt_oss_are_not_adapted(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+def test_lora_of_gpt_oss_experts_is_not_merged(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
     base = tiny_base("GptOssForCausalLM")
     adapter = make_adapter(base, tmp_path / "experts", ON_EXPERTS["experts"][0], seed=1)
-    with pytest.raises(UnsupportedError, match=r"target_parameters=.* is not supported on this base"):
-        read_adapter(adapter.folder, base.config)
+    with pytest.raises(UnsupportedError, match="LoRA of the experts of GptOssForCausalLM is not merged"):
+        merge_adapter(base, adapter.load(base), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
