@@ -179,6 +179,14 @@ class ReferenceOps:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.gelu(gate_TM, approximate="tanh") * up_TM
 
+    def clamped_mul(self, gate_up_TM: Tensor, limit: float) -> Tensor:
+        """gpt-oss's g · σ(1.702 g) · (u + 1) with g = min(gate, limit) and u = up within ± limit, in fp32; shapes as of
+        `silu_mul`.
+        """
+        gate_TM, up_TM = gate_up_TM.float().chunk(2, dim=-1)
+        gate_TM = gate_TM.clamp(max=limit)
+        return (gate_TM * torch.sigmoid(1.702 * gate_TM) * (up_TM.clamp(-limit, limit) + 1)).to(gate_up_TM.dtype)
+
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         """Give each token's experts, (T, K), the one with the largest logit first, of equal ones the first; and its
         shares of their results, (T, K) in fp32: a softmax over these logits, or over all unless it is `normalised`.
@@ -221,7 +229,9 @@ class ReferenceOps:
             return y_PO
 
         gate_up_PM = products(x_TD[groups.tokens_P], weights.gate_up, "gate_proj", "up_proj")
-        y_PD = products(self.silu_mul(gate_up_PM), weights.down, "down_proj")
+        limit = weights.limit
+        middle_PM = self.silu_mul(gate_up_PM) if limit is None else self.clamped_mul(gate_up_PM, limit)
+        y_PD = products(middle_PM, weights.down, "down_proj")
         return groups.summed(y_PD, shares_TK)
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
@@ -308,11 +318,13 @@ class ReferenceOps:
         scale: float,
         window: int | None = None,
         soft_cap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each sequence's last tokens over its cache; (T, H, d).
 
         window    tokens that a token attends to, itself included; blocks behind all windows are not read
         soft_cap  c: a score s, scaled, is c · tanh(s / c)
+        sinks_H   of each head the score of one more key, whose value is 0
         """
         cache = _kv(pool, layout)[:, layer]
         out_THd = torch.empty_like(q_THd)
@@ -335,13 +347,18 @@ class ReferenceOps:
                 mask = key_C <= position_Q1
                 if window is not None:
                     mask &= key_C > position_Q1 - window
-            if soft_cap is None:
+            if soft_cap is None and sinks_H is None:
                 attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
             else:
-                score_KQC = soft_cap * torch.tanh((q_KQd.float() @ k_KCd.float().mT) * (scale / soft_cap))
+                score_KQC = (q_KQd.float() @ k_KCd.float().mT) * scale
+                if soft_cap is not None:
+                    score_KQC = soft_cap * torch.tanh(score_KQC / soft_cap)
                 if mask is not None:
                     score_KQC = score_KQC.masked_fill(~mask, -math.inf)
-                attended = (score_KQC.softmax(-1) @ v_KCd.float()).to(q_THd.dtype)
+                if sinks_H is not None:
+                    sinks_KQ1 = sinks_H.float().view(-1, group).repeat_interleave(num_queries, dim=1).unsqueeze(-1)
+                    score_KQC = torch.cat((score_KQC, sinks_KQ1), dim=-1)
+                attended = (score_KQC.softmax(-1)[..., : k_KCd.shape[1]] @ v_KCd.float()).to(q_THd.dtype)
             out_THd[start:stop] = attended.reshape(-1, num_queries, layout.head_dim).transpose(0, 1)
         return out_THd
 
