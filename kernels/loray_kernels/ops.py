@@ -173,7 +173,7 @@ class QuantizedWeight:
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Compute rows of W, (rows, I), in fp32, and round them to `dtype`."""
         part = self.rows(rows)
-        q_RGg = part.values().float().unflatten(1, (-1, self.group))
+        q_RGg = part.values().float().reshape(len(part.q_OI), -1, self.group)
         return ((q_RGg - part.zeros().unsqueeze(-1)) * part.scale_OG.unsqueeze(-1)).flatten(1).to(dtype)
 
     @staticmethod
@@ -244,12 +244,23 @@ def join_weights(weights: Sequence[Weight]) -> Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`."""
+    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
+
+    bits, group  of packed integers: of each, and how many columns share a scale
+    """
 
     in_features: int
     out_features: int
     data: Weight
     bias_O: Tensor | None = None
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def are_integers(self) -> bool:
+        if isinstance(self.data, QuantizedWeight):
+            return not self.data.q_OI.dtype.is_floating_point
+        return self.bits > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

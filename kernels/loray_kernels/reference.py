@@ -74,9 +74,10 @@ def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
     is_finite_T1 = largest_T1.isfinite()
-    scale_T1 = torch.where(is_finite_T1, largest_T1 / most, torch.nan)
+    most_T1 = torch.full_like(largest_T1, most)  # torch would take the inverse of one operand that is a number
+    scale_T1 = torch.where(is_finite_T1, largest_T1 / most_T1, torch.nan)
     # So small a maximum that its inverse is infinite counts as zero.
-    inverse_T1 = torch.where(largest_T1 >= _LEAST, most / largest_T1, 0.0)
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / largest_T1, 0.0)
     q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
     return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
 
@@ -91,9 +92,10 @@ def quantized_linear(x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | Non
     is_float = weight.q_OI.dtype.is_floating_point
     q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
     exact = torch.float32 if is_float else torch.float64
-    values_GOg = weight.values().to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    in_groups = (weight.scale_OG.shape[1], weight.group)
+    values_GOg = weight.values().to(exact).reshape(-1, *in_groups).transpose(0, 1)
     zeros_GO1 = weight.zeros().to(exact).T.unsqueeze(-1)
-    q_GTg = q_TI.to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    q_GTg = q_TI.to(exact).view(-1, *in_groups).transpose(0, 1)
     sums_GTO = q_GTg @ (values_GOg - zeros_GO1).transpose(1, 2)
     y_TO = torch.zeros_like(sums_GTO[0], dtype=torch.float32)
     for sums_TO, scale_O in zip(sums_GTO.float(), weight.scale_OG.T, strict=True):

@@ -36,8 +36,13 @@ _FLAGS = (
 )
 # From slow to fast, with the compiler's flags; host.cpp knows them by their index.
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
-ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
+_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16", "vnni"))
+ISA_FLAGS = {
+    "generic": (),
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),  # products of bytes: newer CPUs without AVX-512 have them
+    "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512"),
+}
 # Where torch is held to a slower one by its own variable, so are these kernels.
 _HELD_TO = {"default": "generic", "avx2": "avx2"}
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -232,3 +237,18 @@ def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) ->
     function = _function(_library(isa), f"packed_size_{isa}", (_I, _I, _I, _P))
     function(in_features, out_features, itemsize, ctypes.addressof(size))
     return size.value
+
+
+@cache
+def packed_bytes(isa: str, in_features: int, out_features: int, bits: int, group: int) -> int:
+    """Count the bytes of a packed matrix of integers."""
+    size = ctypes.c_int64()
+    function = _function(_library(isa), f"packed_bytes_{isa}", (_I, _I, _I, _I, _P))
+    function(in_features, out_features, bits, group, ctypes.addressof(size))
+    return size.value
+
+
+@cache
+def pack_integers(isa: str) -> Any:
+    """csrc/linear.cpp: packs a matrix of integers, whatever the activations' dtype is."""
+    return _function(_library(isa), f"pack_integers_{isa}", (_P, _P, _P, _I, _I, _I, _I, _P, _N))

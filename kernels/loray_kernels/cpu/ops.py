@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.build import functions, packed_size, sample_function, supported
+from loray_kernels.cpu.build import functions, pack_integers, packed_bytes, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
     pack_layer_tables,
     pack_layer_weights,
@@ -56,7 +57,7 @@ class CpuOps(ReferenceOps):
     """
 
     def __init__(self, isa: str | None = None) -> None:
-        """`isa`: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
+        """`isa`: "generic", "avx2", "avxvnni" or "avx512"; by default the fastest that this CPU has.
 
         BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
         """
@@ -74,13 +75,35 @@ class CpuOps(ReferenceOps):
         return self._functions.get(dtype)
 
     def has_kernel(self, weight: QuantizedWeight) -> bool:
-        return False
+        """Integers have kernels, with a scale a row or one for 16 columns or a multiple, and with whole zeros."""
+        if weight.q_OI.dtype.is_floating_point or (weight.group % 16 and weight.scale_OG.shape[1] > 1):
+            return False
+        zero_OG, lowest = weight.zeros(), 0 if weight.is_int4 else -128
+        return bool(((zero_OG == zero_OG.round()) & (zero_OG >= lowest) & (zero_OG <= lowest + 255)).all())
 
     def pack_linear(self, weights: Sequence[Weight], bias_O: Tensor | None = None) -> LinearWeights:
         joined = join_weights(weights)
-        if isinstance(joined, QuantizedWeight):
-            return super().pack_linear(weights, bias_O)
-        return self._packed(joined, bias_O, self._pages.zeros)
+        if not isinstance(joined, QuantizedWeight):
+            return self._packed(joined, bias_O, self._pages.zeros)
+        if not self.has_kernel(joined):
+            return super().pack_linear([joined], bias_O)
+        (out_features, in_features), bits, group = joined.shape, 4 if joined.is_int4 else 8, joined.group
+        packed = self._pages.zeros(packed_bytes(self.isa, in_features, out_features, bits, group), torch.uint8)
+        q_OI, scale_OG, zero_OG = (x.contiguous() for x in (joined.q_OI, joined.scale_OG, joined.zeros()))
+        assert scale_OG.dtype is zero_OG.dtype is torch.float32
+        pack_integers(self.isa)(
+            q_OI.data_ptr(),
+            scale_OG.data_ptr(),
+            zero_OG.data_ptr(),
+            in_features,
+            out_features,
+            bits,
+            group,
+            packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        bias_O = None if bias_O is None else bias_O.contiguous()
+        return LinearWeights(in_features, out_features, packed, bias_O, bits, group)
 
     def _packed(self, weight_OI: Tensor, bias_O: Tensor | None, zeros: Callable[..., Tensor]) -> LinearWeights:
         f = self._for(weight_OI)
@@ -94,6 +117,8 @@ class CpuOps(ReferenceOps):
 
     def _reads(self, weights: LinearWeights, x_TI: Tensor) -> SimpleNamespace | None:
         """The kernels for a product with these weights; None if it goes to the reference."""
+        if weights.bits:
+            return self._functions.get(x_TI.dtype)
         data = weights.data
         return None if isinstance(data, QuantizedWeight) or data.dim() != 1 else self._for(data, x_TI)
 
@@ -107,6 +132,9 @@ class CpuOps(ReferenceOps):
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
         f = self._reads(weights, x_TI)
+        if f is None and weights.bits:  # activations of another dtype
+            bias_O = None if weights.bias_O is None else weights.bias_O.float()
+            return self.linear(x_TI.float(), replace(weights, bias_O=bias_O)).to(x_TI.dtype)
         if f is None:
             return super().linear(x_TI, weights)
         return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
@@ -121,6 +149,7 @@ class CpuOps(ReferenceOps):
         x_TI = token_rows(x_TI)
         num_tokens, width = x_TI.shape
         assert width == weights.in_features
+        assert weights.bias_O is None or weights.bias_O.dtype is x_TI.dtype
         y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
         matrix, threads = _words(pack_matrix(weights)), torch.get_num_threads()
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), threads)

@@ -111,7 +111,8 @@ def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
     assert isinstance(weights.data, Tensor)
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
     assert width is None or width <= weights.out_features
-    return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
+    outputs, kind = width or weights.out_features, (weights.bits, weights.group)
+    return [weights.in_features, outputs, weights.data.data_ptr(), bias, *kind]
 
 
 @prepare_once

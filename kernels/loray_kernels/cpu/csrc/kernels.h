@@ -47,10 +47,13 @@ struct Target {
 
 // -- a layer --
 
+// Weights of T if `bits` is 0, else whole numbers of so many bits, of which `group` inputs share a scale.
 template <class T>
 struct Matrix {
     i64 in, out;
-    const T *packed, *bias;
+    const void* packed;
+    const T* bias;
+    i64 bits, group;
 };
 
 template <class T>

@@ -63,7 +63,7 @@ static inline bf16 round_bf16(float x) {
 
 static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
-static inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+static constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512BF16__)
 
