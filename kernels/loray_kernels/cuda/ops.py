@@ -42,7 +42,15 @@ from loray_kernels.cuda.upload import PageUploader
 from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
-from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
+from loray_kernels.ops import (
+    AdapterSegments,
+    LinearWeights,
+    LoraTable,
+    ProjectionMatrix,
+    QuantizedWeight,
+    StepInputs,
+    VeraTable,
+)
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
@@ -52,13 +60,13 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
 
 THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
-_SILU_COLUMNS = 8 * THREADS
+_ROW_COLUMNS = 8 * THREADS
 _ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 
 
 class CudaOps(ReferenceOps):
-    """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
+    """`linear` and `logits` are torch's: cuBLAS, its products of int8, and those of float8 with a scale a row."""
 
     def __init__(
         self, launch: Launcher, tiles: Tiles, flash: FlashPrompts | None = None, *, num_processors: int = 132
@@ -67,6 +75,53 @@ class CudaOps(ReferenceOps):
         self._launch, self._tiles, self._flash = launch, tiles, flash
         self._decode_attention = DecodeAttention(launch, num_processors)
         self._sampling: Sampling | None = None
+
+    def has_kernel(self, weight: QuantizedWeight) -> bool:
+        """int8, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16 divides."""
+        if (
+            weight.is_int4
+            or weight.scale_OG.shape[1] > 1
+            or weight.zero_OG is not None
+            or any(n % 16 for n in weight.shape)
+        ):
+            return False
+        q_OI = weight.q_OI
+        return q_OI.dtype is torch.int8 or (q_OI.is_cuda and torch.cuda.get_device_capability(q_OI.device) >= (8, 9))
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        weight, bias_O = weights.data, weights.bias_O
+        if not isinstance(weight, QuantizedWeight):
+            return super().linear(x_TI, weights)
+        if x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
+            return super().linear(x_TI, weights)
+        x_TI, kind = token_rows(x_TI), weight.q_OI.dtype
+        (num_tokens, width), suffix = x_TI.shape, SUFFIX[x_TI.dtype]
+        is_int8 = kind is torch.int8
+        # Torch's product of int8 takes no fewer than 17 rows.
+        q_TI = torch.empty(max(num_tokens, 32 if is_int8 else 0), width, dtype=kind, device=x_TI.device)
+        scale_T1 = torch.empty(num_tokens, 1, device=x_TI.device)
+        most = np.float32(127 if is_int8 else torch.finfo(kind).max)
+        arguments = x_TI.data_ptr(), x_TI.stride(0), width, most, q_TI.data_ptr(), scale_T1.data_ptr()
+        self._launch(f"quantize_rows_{suffix}", (num_tokens, 1, 1), NORM_THREADS, arguments)
+        if not is_int8:
+            y_TO = torch._scaled_mm(q_TI, weight.q_OI.T, scale_T1, weight.scale_OG.T, out_dtype=torch.bfloat16)
+            return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+        sums_TO = torch._int_mm(q_TI, weight.q_OI.T)
+        y_TO = x_TI.new_empty(num_tokens, weights.out_features)
+        self._launch(
+            f"scale_sums_{suffix}",
+            (num_tokens, -(-weights.out_features // _ROW_COLUMNS), 1),
+            THREADS,
+            (
+                sums_TO.data_ptr(),
+                weight.scale_OG.data_ptr(),
+                scale_T1.data_ptr(),
+                0 if bias_O is None else bias_O.data_ptr(),
+                y_TO.data_ptr(),
+                weights.out_features,
+            ),
+        )
+        return y_TO
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._launch, pool) if pool.is_cuda else super().page_writer(pool)
@@ -98,7 +153,7 @@ class CudaOps(ReferenceOps):
         y_TM = gate_up_TM.new_empty(num_tokens, width)
         self._launch(
             f"silu_mul_{SUFFIX[y_TM.dtype]}",
-            (num_tokens, -(-width // _SILU_COLUMNS), 1),
+            (num_tokens, -(-width // _ROW_COLUMNS), 1),
             THREADS,
             (gate_up_TM.data_ptr(), gate_up_TM.stride(0), y_TM.data_ptr(), width),
         )

@@ -1,5 +1,5 @@
 // Rows: norms, SwiGLU, RoPE with new keys and values into the cache, embedding rows of adapters, host pages into blocks,
-// scales of outputs.
+// scales of outputs, activations to int8 and float8 and sums of integers back.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -67,6 +67,53 @@ template <class T> __device__ void silu_mul(const T *gate_up, i64 stride, T *y, 
     if (i >= width) return;
     const float value = to_float(gate[i]), activated = rounded<T>(value / (1.0f + expf(-value)));
     store(y + blockIdx.x * width + i, activated * to_float(gate[width + i]));
+  }
+}
+
+// float8_e4m3fn of a value up to 448, to nearest even.
+__device__ inline unsigned to_float8(float v) {
+  const unsigned bits = __float_as_uint(v), sign = bits >> 24 & 0x80, u = bits & 0x7fffffff;
+  if (u < 0x3c800000) return sign | static_cast<unsigned>(rintf(__uint_as_float(u) * 512.0f)); // below 2⁻⁶: steps of 2⁻⁹
+  const unsigned rounded = u + 0x7ffff + (u >> 20 & 1);
+  return sign | ((rounded >> 23) - 120) << 3 | (rounded >> 20 & 7);
+}
+
+// q and scales of rows, as `quantize_rows` of reference.py has them: int8 with `most` 127, float8_e4m3fn with 448. Grid
+// (rows), NORM_THREADS threads.
+template <class T>
+__device__ void quantize_rows(const T *x, i64 x_stride, i64 width, float most, unsigned char *q, float *scales) {
+  __shared__ unsigned largest[NORM_THREADS / 32];
+  const T *from = x + blockIdx.x * x_stride;
+  unsigned bits = 0; // of |x|, which are in the order of the values, and those that are not finite above all
+  for (i64 i = threadIdx.x; i < width; i += NORM_THREADS)
+    bits = max(bits, __float_as_uint(to_float(from[i])) & 0x7fffffffu);
+#pragma unroll
+  for (int lane = 16; lane; lane >>= 1) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = bits;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < NORM_THREADS / 32; w++) bits = max(bits, largest[w]);
+  const bool is_finite = bits < 0x7f800000u;
+  const float value = __uint_as_float(bits), inverse = is_finite && value >= 1e-30f ? most / value : 0.0f;
+  for (i64 i = threadIdx.x; i < width; i += NORM_THREADS) {
+    const float scaled = is_finite ? max(-most, min(most, to_float(from[i]) * inverse)) : 0.0f;
+    q[blockIdx.x * width + i] = most == 127.0f ? static_cast<int>(rintf(scaled)) & 0xff : to_float8(scaled);
+  }
+  if (threadIdx.x == 0) scales[blockIdx.x] = is_finite ? value / most : __uint_as_float(0x7fc00000u);
+}
+
+// y = sum · column's scale · row's scale + bias, in this order; `bias` may be null. Grid (rows, tiles of 8 · THREADS
+// columns), THREADS threads.
+template <class T>
+__device__ void scale_sums(const int *sums, const float *of_columns, const float *of_rows, const T *bias, T *y,
+                           i64 width) {
+  const float of_row = of_rows[blockIdx.x];
+#pragma unroll
+  for (int n = 0; n < 8; n++) {
+    const i64 i = (blockIdx.y * 8 + n) * static_cast<i64>(THREADS) + threadIdx.x;
+    if (i >= width) return;
+    const float scaled = __fmul_rn(__fmul_rn(static_cast<float>(sums[blockIdx.x * width + i]), of_columns[i]), of_row);
+    store(y + blockIdx.x * width + i, bias ? __fadd_rn(scaled, to_float(bias[i])) : scaled);
   }
 }
 
@@ -188,6 +235,17 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
                               const i64 *tiles, const i64 *words, const i64 *starts) {                                 \
     scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles, words, starts);                                \
   }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
+      quantize_rows_##suffix(const T *x, i64 x_stride, i64 width, float most, unsigned char *q, float *scales) {       \
+    quantize_rows<T>(x, x_stride, width, most, q, scales);                                                             \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      scale_sums_##suffix(const int *sums, const float *of_columns, const float *of_rows, const T *bias, T *y,         \
+                          i64 width) {                                                                                 \
+    scale_sums<T>(sums, of_columns, of_rows, bias, y, width);                                                          \
+  }                                                                                                                    \
+  LORAY_EXPORT(quantize_rows_##suffix)                                                                                 \
+  LORAY_EXPORT(scale_sums_##suffix)                                                                                    \
   LORAY_EXPORT(rms_norm_##suffix)                                                                                      \
   LORAY_EXPORT(silu_mul_##suffix)                                                                                      \
   LORAY_EXPORT(rope_kv_##suffix)                                                                                       \
