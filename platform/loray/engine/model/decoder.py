@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from loray.engine.pool.pool import Pool, PoolDescriptors, input_shapes
 from loray.engine.request import Chunk
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
+from loray.telemetry import get_logger
 from loray_kernels import (
     AdapterSegments,
     CapturedDecoding,
@@ -43,7 +45,9 @@ from loray_kernels import (
     VeraTable,
     Weight,
 )
+from loray_kernels.reference import quantize_rows
 
+_log = get_logger(__name__)
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 32  # a tile
@@ -146,10 +150,23 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
     """
     if isinstance(tensor, QuantizedWeight):
         tensor = tensor.to(device)
-        return tensor if ops.has_kernel(tensor) and name != _EMBEDDING else tensor.dequantized(slice(None), dtype)
+        if name != _EMBEDDING:
+            if ops.has_kernel(tensor):
+                return tensor
+            _warn_dequantized(tensor.q_OI.dtype, dtype)
+        return tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
     return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken
+
+
+@cache
+def _warn_dequantized(kind: torch.dtype, dtype: torch.dtype) -> None:
+    _log.warning(
+        "%s weights are dequantised to %s: no kernel here multiplies them as they are, so the base takes as much "
+        "memory as if it were not quantised",
+        *(str(each).removeprefix("torch.") for each in (kind, dtype)),
+    )
 
 
 # -- RoPE --------------------------------------------------------------------------------------------------------------
@@ -265,9 +282,18 @@ class Decoder:
             lambda name, tensor: _take(name, tensor, ops, dtype, device),
             lambda layer, own: Layer(layer, config, own, ops, linears),
         )
-        self.embedding_VD = others[_EMBEDDING]
-        self._head = ops.pack_linear([self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"]])
+        self.embedding_VD: Tensor = others[_EMBEDDING]
+        head: Weight = self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]
+        self._head = ops.pack_linear([head])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+
+    def _tied_head(self) -> Weight:
+        """The embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties them
+        cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
+        """
+        if not self._layers[0].weights.qkv.are_integers:
+            return self.embedding_VD
+        return QuantizedWeight(*quantize_rows(self.embedding_VD))
 
     @property
     def can_capture(self) -> bool:
