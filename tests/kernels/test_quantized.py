@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loray_kernels import Ops, QuantizedWeight
 from loray_kernels.ops import join_weights
-from loray_kernels.reference import quantize_rows, quantized_linear
+from loray_kernels.reference import quantize_activations, quantize_rows, quantized_linear
 from tests.fixtures.quantized import KINDS, drawn, randn
 from tests.kernels.backends import INTEGER, make_ops
 
@@ -66,6 +66,22 @@ def test_activations_are_quantised_row_by_row() -> None:
     assert quantized_linear(x_TI, drawn("int8", (3, 4))[0])[2].isnan().all()
 
 
+def test_an_outlier_takes_no_digits_from_its_row() -> None:
+    x_TI = randn(3, 6, 512)
+    x_TI[1, 7], x_TI[2, :3], x_TI[3] = 1000, 50, 0
+    x_TI[3, 9], x_TI[4, 5] = -1e30, torch.nan
+    q_TI, scale_T1 = quantize_activations(x_TI)
+    mean_T1 = x_TI.abs().double().mean(dim=1, keepdim=True)
+    assert q_TI[0].abs().max() == 127
+    assert [int((row.abs() > 127).sum()) for row in q_TI] == [0, 1, 3, 1, 0, 0]
+    for row in (0, 1, 2, 3, 5):
+        assert float(scale_T1[row]) <= 8.02 * float(mean_T1[row]) / 127
+        error_I = (q_TI[row].double() * scale_T1[row].double() - x_TI[row].double()).abs()
+        assert bool((error_I <= scale_T1[row] * 0.501 + 1e-6 * x_TI[row].abs()).all())
+        assert q_TI[row].abs().sum() <= 127 * 512
+    assert scale_T1[4].isnan()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_differs_from_fp64_by_the_rounding_of_activations(kind: str, dtype: torch.dtype) -> None:
@@ -76,7 +92,7 @@ def test_the_reference_differs_from_fp64_by_the_rounding_of_activations(kind: st
     x_TI, bias_O = randn(1, 9, 96).to(dtype), randn(2, 48).to(dtype)
     got_TO = quantized_linear(x_TI, weight, bias_O)
     assert got_TO.dtype == dtype
-    q_TI, scale_T1 = quantize_rows(x_TI, torch.float8_e4m3fn if kind == "fp8" else torch.int8)
+    q_TI, scale_T1 = quantize_rows(x_TI, torch.float8_e4m3fn) if kind == "fp8" else quantize_activations(x_TI)
     near_TI = q_TI.double() * scale_T1.double()
     expected_TO = near_TI @ whole_OI.T + bias_O.double()
     rounding = 2e-6 * (near_TI.abs() @ whole_OI.T.abs() + 1) + (
@@ -114,6 +130,9 @@ def test_the_kernels_give_the_reference_s_bits(
     bias_O, wide_TI = randn(2, out_features).to(dtype), (randn(1, 150, in_features + 8) * 3).to(dtype)
     x_TI = wide_TI[:, :in_features]
     x_TI[3], x_TI[5, 0] = 0, torch.inf
+    x_TI[7, in_features // 2] *= 1000  # outliers: one, all there is of a row, as many as there may be
+    x_TI[8], x_TI[8, -1] = 0, -5
+    x_TI[9], x_TI[9, :: min(10, in_features)] = 0.01, 3
     plain, biased = native.pack_linear([weight]), native.pack_linear([weight], bias_O)
     expected_TO, biased_TO = quantized_linear(x_TI, weight), quantized_linear(x_TI, weight, bias_O)
     assert expected_TO[5].isnan().all()

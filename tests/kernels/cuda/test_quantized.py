@@ -26,7 +26,7 @@ def test_int8_has_the_reference_s_bits(gathers: CudaOps, num_tokens: int, dtype:
     assert gathers.has_kernel(weight)
     for bias in (None, bias_O):
         got_TO = gathers.linear(x_TI, gathers.pack_linear([weight], bias))
-        expected_TO = quantized_linear(x_TI, weight, bias)
+        expected_TO = quantized_linear(x_TI, weight, bias, keeps_outliers=False)
         assert got_TO[0].isnan().all()
         assert torch.equal(got_TO[1:], expected_TO[1:])
     assert gathers.logits(x_TI, gathers.pack_linear([weight])).dtype is torch.float32
