@@ -77,7 +77,7 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     settings = Settings.from_env()
     bases = get_bases(settings.home, fleet.names)
     reserve_names(bases, settings)
-    fingerprints = {base.name: base.fingerprint for base in bases}
+    fingerprints = {base.name: base.fingerprint + (base.of or "") for base in bases}
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     where = {"label_selector": nodes} if (nodes := front_nodes(settings)) else {}
 
@@ -102,9 +102,11 @@ def _engine(
 ) -> Application:
     """Make the replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone.
 
-    `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
+    `fingerprint`: of the base that its name stands for here, and of the one whose form it is. Replicas of another one
+    are replaced.
     """
     has_ranks = spec.tensor_parallel_size > 1
+    router = {"request_router_kwargs": {**routing.request_router_kwargs, "block_tokens": spec.block_tokens}}
     scaling = autoscaling_config(spec, runs=_is_scaled(engine_of(spec.base)))
     engine = serve.deployment(
         EngineReplica,
@@ -112,7 +114,7 @@ def _engine(
         **({"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
         max_ongoing_requests=_slots(spec),
         max_queued_requests=_slots(spec),
-        request_router_config=routing,
+        request_router_config=routing.model_copy(update=router),
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": 1 if spec.device.startswith("cuda") else 0,

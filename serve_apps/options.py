@@ -85,16 +85,18 @@ def check_keys(host: str, settings: Settings) -> None:
 def reserve_names(bases: Iterable[BaseModel], settings: Settings) -> None:
     """Reserve the names of bases that are going to be served, so that no adapter is published under one of them.
 
-    Raises ConflictError where an adapter has the name, in whose place the base would answer. While the catalog is away
+    The catalog learns whose quantised forms they are. Raises ConflictError where an adapter has the name, in whose
+    place the base would answer, or where the catalog knows the base as another's form. While the catalog is away
     nothing is reserved, and the bases are served nevertheless.
     """
     try:
         catalog = Catalog(settings.catalog)
         try:
-            known = catalog.bases.fingerprints()
+            known, forms = catalog.bases.fingerprints(), catalog.bases.forms()
             for base in bases:
-                if base.name not in known:
-                    catalog.bases.add(base.name, base.fingerprint)
+                is_new_form = base.of is not None and forms.get(base.fingerprint) != base.of
+                if base.name not in known or is_new_form:
+                    catalog.bases.add(base.name, base.fingerprint, base.of)
         finally:
             catalog.close()
     except ConflictError as e:

@@ -30,6 +30,7 @@ from loray.catalog import Catalog
 from loray.errors import SpecError
 from loray.fetching import fetched
 from loray.methods import method_of
+from loray.methods.base import stored_modules
 from loray.methods.weights import AdapterWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan
@@ -63,7 +64,7 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
         yield f"its method is {weights.method}"
         return
     modules = {key.module for key in weights.modules}
-    if modules != set(spec.target_modules):
+    if modules != set(stored_modules(spec.target_modules, base.fused)):
         yield f"its target_modules are {', '.join(sorted(modules))}"
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"
@@ -99,7 +100,9 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
 
     assert spec.init_adapter is not None
     ref = catalog.adapters.resolve(spec.init_adapter)
-    ref.check_base(base.name, base.fingerprint)
+    forms = [form.fingerprint for form in list_bases(settings.home) if form.of == base.fingerprint]
+    if spec.quantization is None or ref.base_fingerprint not in forms:
+        ref.check_base(base.name, base.fingerprint)
     with tempfile.TemporaryDirectory(prefix="loray-initial-") as scratch:
         folder = Path(scratch) / "adapter"
         AdapterStore(open_store(settings.store)).fetch(ref.digest, folder)
@@ -168,6 +171,10 @@ def prepare(
     workers = workers_of(spec)
     spec, dtype_reason = on_hardware(spec, workers.hardware)
     recipe = recipe._replace(spec=spec)
+    if spec.quantization is not None:
+        from loray.bases.rounding import form_trained_on  # imports torch, which other recipes do not need here
+
+        form_trained_on(base, spec, settings.home, lambda stage, share: stages(stage, share, 1))
     max_length = resolve(spec, base.config).row_length
     measured_tokens = check_measurable(recipe, base, settings)
     stages("reading the data")

@@ -15,6 +15,7 @@ from jobs.events import Emit, PublishedEvent, Stages, appending, following
 from jobs.runs.folders import PUBLISHED, RunFolder
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base
+from loray.bases.rounding import form_trained_on
 from loray.catalog import Catalog
 from loray.errors import GateRefused, TrainingError
 from loray.publishing import Destination, publish
@@ -60,6 +61,7 @@ def publish_best(
     check_publishable(state)
     spec = _to_publish(state.recipe, recipe.spec)
     base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
+    form = form_trained_on(base, spec, settings.home)
     on_workers = recipe._replace(spec=_on_workers_of(spec, recipe.spec))
     with run.history() as (events, _), following(events, emit):
         measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, events, prompts)
@@ -83,16 +85,17 @@ def publish_best(
             created_at=state.saved_at,
         )
         whole = Catalog.of(settings)
-        whole.bases.add(base.name, base.fingerprint)
+        for each in (base, form):
+            whole.bases.add(each.name, each.fingerprint, each.of)
         catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None
         try:
             to = replace(plain, aliases=aliases, no_gate=spec.publish.no_gate)
-            version = publish(folder, base, to, details)
+            version = publish(folder, form, to, details)
         except GateRefused as e:  # the version can be measured again later, and promoted
             aliases, refusal = (), str(e)
-            version = publish(folder, base, plain, details)
+            version = publish(folder, form, plain, details)
     event: PublishedEvent = {
         "event": "published",
         "name": version.name,

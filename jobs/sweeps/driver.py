@@ -266,7 +266,8 @@ def sweep(
         prepared = _prepare(trials, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
         for warning in dict.fromkeys(warning for each in prepared for warning in each.warnings):
             emit({"event": "warning", "message": warning})
-        whole.bases.add(prepared[0].base.name, prepared[0].base.fingerprint)
+        base = prepared[0].base
+        whole.bases.add(base.name, base.fingerprint, base.of)
         for each in prepared:
             connect(each.spec, settings, job.interrupts)
         folder = folder or runs.new(name, job.job_id)

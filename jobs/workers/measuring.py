@@ -19,6 +19,7 @@ from jobs.events import SILENT, Emit, Stages
 from jobs.workers.reporting import EventSender
 from jobs.workers.worker import num_threads
 from loray.bases.registry import ensure_base
+from loray.bases.rounding import form_trained_on
 from loray.priority import compute_in_background
 from loray.spec import Evaluation, EvaluationSpec, RopeParameters, TrainSpec
 from loray.telemetry import Progress, configure_logging
@@ -79,7 +80,7 @@ def measure_here(measurement: Measurement, emit: Emit = lambda event: None) -> F
     if spec.use_gpu:
         device = ray.train.torch.get_device() if has_group else torch.device("cuda")
     mesh = Mesh.build(spec.parallel.sequence, device) if has_group else ALONE
-    base = ensure_base(home, spec.base, fingerprint=measurement.base_fingerprint)
+    base = form_trained_on(ensure_base(home, spec.base, fingerprint=measurement.base_fingerprint), spec, home)
     stages = Stages(emit) if mesh.world.rank == 0 else SILENT
     answers = Answers(base, measurement.prompts if mesh.world.rank == 0 else (), stages)
     with measurement.checkpoint.as_directory() as folder:

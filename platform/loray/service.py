@@ -97,12 +97,13 @@ class CatalogService:
 
     def bases(self) -> tuple[BaseResource, ...]:
         catalog = self.catalog
-        found = []
+        found, forms = [], catalog.bases.forms()
         for name, fingerprint in catalog.bases.fingerprints().items():
             projections = catalog.bases.projections(fingerprint)
             first = canonical_digests(projections)
             shown = (ProjectionResource(**p.model_dump(), canonical=p.sha256 in first) for p in projections)
-            found.append(BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown)))
+            of, pairs = forms.get(fingerprint), tuple(shown)
+            found.append(BaseResource(name=name, fingerprint=fingerprint, of=of, projections=pairs))
         return tuple(found)
 
     def adapters(self, **wanted: Unpack[AdapterFilter]) -> Iterator[AdapterResource]:

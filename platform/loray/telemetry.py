@@ -106,6 +106,8 @@ ENGINE_METRICS = _table(
     _counter("requests_aborted_total", "Requests refused as they could not have had their first token in time."),
     _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
     _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+    _counter("spec_decode_num_draft_tokens_total", "Guessed tokens that were computed."),
+    _counter("spec_decode_num_accepted_tokens_total", "Guessed tokens that were right."),
     _counter("engine_steps_total", "Steps of the engine."),
     _histogram("engine_step_seconds", "A step: batch, forward pass, sampling.", _STEP_SECONDS),
     _histogram("engine_step_tokens", "Tokens computed in a step.", _STEP_TOKENS),
@@ -118,7 +120,7 @@ ENGINE_METRICS = _table(
     ),
     _gauge("kv_cache_usage_ratio", "Share of the pool's blocks that hold requests' KV cache."),
     _gauge("adapters", "Adapters by where they are: pool, host (and not in the pool), loading.", "tier"),
-    _gauge("adapter_host_bytes", "Host memory of adapters."),
+    _gauge("adapter_host_bytes", "Host memory of adapters and prefixes."),
     _counter(
         "adapter_requests_total",
         "Requests for an adapter, by where it was when they came: pool, host, or store.",

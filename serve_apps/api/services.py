@@ -149,7 +149,7 @@ def _reserve_bases(catalog: Catalog, settings: Settings) -> None:
         return
     for base in bases:
         try:
-            catalog.bases.add(base.name, base.fingerprint)
+            catalog.bases.add(base.name, base.fingerprint, base.of)
         except ConflictError as e:
             _log.warning("%s", e)
 

@@ -51,7 +51,9 @@ class ModelResolver:
     def __init__(self, bases: Sequence[BaseModel], follower: CatalogWatcher, kept: SnapshotFile | None = None) -> None:
         """`bases`: different models, at least one."""
         self.bases = {base.name: base for base in bases}
-        self._by_fingerprint = {base.fingerprint: base for base in bases}
+        # An adapter is served on the base that it was trained on, else on the first quantised form of it.
+        forms = {base.of: base for base in reversed(bases) if base.of is not None}
+        self._by_fingerprint = forms | {base.fingerprint: base for base in bases}
         self.follower = follower
         self._snapshot: CatalogSnapshot | None = None
         self._looking = asyncio.Lock()
@@ -78,7 +80,11 @@ class ModelResolver:
 
     def _totals(self, base: BaseModel) -> BaseTotals:
         totals = {} if self._snapshot is None else self._snapshot.totals
-        return totals.get(base.fingerprint, BaseTotals())
+        own = totals.get(base.fingerprint, BaseTotals())
+        if base.of is None:
+            return own
+        of, is_instead = totals.get(base.of, BaseTotals()), self._by_fingerprint[base.of] is base
+        return BaseTotals(own.num_adapters + is_instead * of.num_adapters, {**of.contexts, **own.contexts})
 
     async def labels(self, digests: Collection[str]) -> dict[str, str]:
         """Map digests to `name@version`, as far as the catalog has them. A thread looks through all versions."""
@@ -121,9 +127,10 @@ class ModelResolver:
         return (self.bases[prefix], name) if colon and prefix in self.bases else (None, model)
 
     def _base_of(self, ref: AdapterRef, wanted: BaseModel | None, principal: Principal) -> BaseModel:
-        """Find the base of an adapter. Raises BaseMismatch where it is not served, or is not the one that was named."""
+        """Find the base that an adapter is served on. Raises BaseMismatch where none is, or not the named one."""
         if wanted is not None:
-            ref.check_base(wanted.name, wanted.fingerprint)
+            ref.check_base(wanted.name, wanted.fingerprint, wanted.of)
+            return wanted
         base = self._by_fingerprint.get(ref.base_fingerprint)
         if base is None:
             raise BaseMismatch(
@@ -156,7 +163,7 @@ class ModelResolver:
         if not arm.is_canary:
             return found, arm
         ref = entry.select(str(canary.version))
-        return ResolvedModel(self._base_of(ref, None, principal), ref), arm
+        return ResolvedModel(self._base_of(ref, found.base, principal), ref), arm
 
     def template(self, adapter: AdapterRef | None) -> str | None:
         """Return the chat template of an adapter that has its own; None: the base's is used."""
@@ -176,7 +183,7 @@ class ModelResolver:
             yield entry if is_served and may_ask(principal, entry.name) else None
 
     def base_of(self, ref: AdapterRef) -> BaseModel:
-        """Return the base of an adapter that `entries` yields."""
+        """Return the base on which an adapter is served that `entries` yields."""
         return self._by_fingerprint[ref.base_fingerprint]
 
     def entry(self, ref: AdapterRef) -> AdapterEntry:

@@ -151,7 +151,8 @@ class AdapterLoader:
 
     def _checked(self, ref: AdapterRef, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
         """Check the base, and add what only the manifest contains."""
-        manifest.ref(ref.digest, ref.name, ref.version).check_base(self.base.name, self.base.fingerprint)
+        trained = manifest.ref(ref.digest, ref.name, ref.version)
+        trained.check_base(self.base.name, self.base.fingerprint, self.base.of)
         return with_manifest(weights, manifest, ref.label)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Collection
 from typing import TYPE_CHECKING
 
-from loray.bases.registry import get_base
+from loray.bases.registry import BaseModel, get_base
 from loray.encryption import client_context
 from loray.errors import (
     BaseMismatch,
@@ -52,8 +52,8 @@ _CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 _ALONE = 0.2  # of the time, where no other replica takes requests, which wait meanwhile
 
 
-def warm_up(stream: AsyncEngine, records: DemandRecords, own: str, fingerprint: str, timeout_s: float) -> WarmStart:
-    """Load what is expected of the replica `own`, whose base has this fingerprint. Blocks for `timeout_s` at most, and
+def warm_up(stream: AsyncEngine, records: DemandRecords, own: str, base: BaseModel, timeout_s: float) -> WarmStart:
+    """Load what is expected of the replica `own`, which serves `base`. Blocks for `timeout_s` at most, and
     a call of the cluster. Does not raise: a replica that could not load anything starts as well.
     """
     began = time.monotonic()
@@ -61,7 +61,8 @@ def warm_up(stream: AsyncEngine, records: DemandRecords, own: str, fingerprint: 
         record = records.read()
         if record is None:
             return WarmStart()
-        wanted = [demand for demand in expected(record, own) if demand.ref.base_fingerprint == fingerprint]
+        served = (base.fingerprint, base.of)
+        wanted = [demand for demand in expected(record, own) if demand.ref.base_fingerprint in served]
         left_s = timeout_s * (1.0 if record.replicas else _ALONE) - (time.monotonic() - began)
         loaded = stream.prefetch([demand.ref for demand in wanted], left_s)
     except Exception:  # noqa: BLE001 - it only makes the first requests faster
@@ -94,7 +95,7 @@ class EngineReplica:
         self._stream = start_engine(spec, base, adapter_loader(base, settings, counts), RankActors)
         warm_start = None
         if spec.warm_start_s:
-            warm_start = warm_up(self._stream, _demand_records(), _replica_id(), base.fingerprint, spec.warm_start_s)
+            warm_start = warm_up(self._stream, _demand_records(), _replica_id(), base, spec.warm_start_s)
         self._metrics = ReplicaMetrics(loads=counts, warm_start=warm_start)
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
@@ -145,7 +146,7 @@ class EngineReplica:
 
     def _held(self) -> Held:
         stats = self._stream.stats()
-        return Held(stats.adapters_in_pool, stats.adapters_on_host)
+        return Held(stats.adapters_in_pool, stats.adapters_on_host, stats.prefixes)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report to Serve, which calls this if it scales the deployment and sends the report to its controller.

@@ -195,6 +195,21 @@ def test_a_member_takes_no_base_name(catalog: Catalog, acme: Catalog) -> None:
     catalog.bases.add("mistral", "1" * 64)  # another tenant's adapter is no obstacle
 
 
+def test_a_base_is_a_form_of_one_other(catalog: Catalog, acme: Catalog) -> None:
+    int8 = "8" * 64
+    catalog.bases.add("smollm2", BASE)
+    catalog.bases.add("smollm2-int8", int8)
+    acme.bases.add("smollm2-int8", int8, BASE)  # only an administrator says whose form it is
+    assert catalog.bases.forms() == {}
+    before = catalog.change_counter()
+    catalog.bases.add("smollm2-int8", int8, BASE)
+    assert catalog.change_counter() > before
+    catalog.bases.add("smollm2-int8", int8)  # who does not know it takes nothing away
+    catalog.bases.add("smollm2-fp8", "f" * 64, BASE)
+    assert catalog.bases.forms() == {int8: BASE, "f" * 64: BASE}
+    refused(ConflictError, "as a form of", catalog.bases.add, "smollm2-int8", int8, "0" * 64)
+
+
 def test_evaluations_and_pairs_stay_with_their_tenant(catalog: Catalog, acme: Catalog) -> None:
     beta = catalog.view(BETA)
     bring(beta, "copy", 1)

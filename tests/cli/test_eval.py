@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel, add_base
+from loray.bases.rounding import add_rounded
 from loray.catalog import Catalog
 from loray.cli import eval_tasks, pictures
 from loray.cli.eval_tasks import read_results
@@ -93,6 +94,29 @@ def test_a_base_and_the_base_scaled(loray: Loray, base: BaseModel, data: Path) -
     assert shown.code == 0
     for part in ("docs.jsonl, split=eval: 1 documents, 900 tokens", "a new one every 100 tokens", "mean loss", "BASE"):
         assert part in shown.out
+
+
+def test_a_quantised_form_is_compared_with_its_base(
+    loray: Loray, base: BaseModel, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    form = add_rounded(base, "int8", home=tmp_path / "home")
+    assert loray("adapters", "import", folder, "--name", "long").code == 0
+    line = ("--data", data, *EVAL, "-c", "256", "--compare")
+    bases = loray("eval", "perplexity", form.name, *line, "--json").json
+    assert ([e["subject"] for e in bases["evaluations"]], bases["of"]["base"]) == (["base"], "tiny")
+    both = loray("eval", "perplexity", "long", "--base", form.name, *line, "--json").json
+    assert (both["base"], both["recorded"], both["gate"]) == ("tiny-int8", False, None)
+    values = {(b, e["subject"]): e["value"] for b, found in ((0, both), (1, both["of"])) for e in found["evaluations"]}
+    assert len(values) == len(set(values.values())) == 6
+    for subject in ("base", "base_scaled", "adapter"):
+        assert values[0, subject] == pytest.approx(values[1, subject], rel=0.05)
+    assert values[1, "base"] == bases["of"]["evaluations"][0]["value"]
+    shown = loray("eval", "perplexity", "long", "--base", form.name, *line).out
+    assert all(column in shown for column in ("ADAPTER ON TINY-INT8", "ADAPTER ON TINY"))
+    assert json.loads(loray("adapters", "show", "long", "--json").out)["evaluations"] == []
+    other = add_base(str(write_checkpoint(tmp_path / "other", seed=1)), home=tmp_path / "home")
+    refused = loray("eval", "perplexity", "long", "--base", other.name, *line).failed
+    assert "adapter long@1 was trained on another base than 'other'" in refused
 
 
 def test_a_published_longlora_adapter_earns_its_alias(

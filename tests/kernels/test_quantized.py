@@ -12,7 +12,7 @@ from torch import Tensor
 from loray_kernels import Ops, QuantizedWeight
 from loray_kernels.ops import join_weights
 from loray_kernels.reference import quantize_activations, quantize_rows, quantized_linear
-from tests.fixtures.quantized import KINDS, drawn, randn
+from tests.fixtures.quantized_weights import KINDS, drawn, randn
 from tests.kernels.backends import INTEGER, make_ops
 
 

@@ -28,7 +28,10 @@ import torch
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
-_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
+_SOURCES = (
+    *("attention.cpp", "causal.cpp", "experts.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp"),
+    "vera.cpp",
+)
 # No contraction and no fast math: values are rounded only where the sources say.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
@@ -126,15 +129,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "logits": (_P, _I, _I, _P, _P, _N),
     "layers": (_P, _P, _P, _I, _P, _I, _I, _N),
     "silu_mul": (_P, _I, _I, _I, _P, _N),
+    "gelu_mul": (_P, _I, _I, _I, _P, _N),
+    "choose_experts": (_P, _I, _I, _I, _I, _P, _P, _N),
+    "experts": (_P, _I, _P, _P, _N),
     "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
     "lora_expand": (_P, _P, _P, _I, _P, _N),
     "vera_shrink": (_P, _I, _I, _P, _P, _N),
     "vera_expand": (_P, _I, _P, _I, _I, _P, _P, _P, _P, _N),
-    "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
-    "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _P, _P, _P, _I, _P, _N),
+    "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _I, _F, _N),
+    "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _F, _P, _P, _P, _I, _P, _N),
     "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
     "turn_rows": (_P, _I, _I, _P, _P, _I, _P, _P, _P, _N),
-    "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
+    "rope": (_P, _I, _I, _I, _I, _I, _P, _P, _P, _N),
     "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
 }
 

@@ -8,7 +8,7 @@ say how.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loray_kernels.cpu.build import functions, pack_integers, packed_bytes, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
+    pack_experts,
     pack_layer_tables,
     pack_layer_weights,
     pack_layout,
@@ -30,10 +31,12 @@ from loray_kernels.cpu.structs import (
     pack_step,
 )
 from loray_kernels.descriptors import RowOverrides, RowTables, token_rows
+from loray_kernels.experts import has_expert_lora
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -64,6 +67,9 @@ class CpuOps(ReferenceOps):
         self.isa = isa or supported()[-1]
         self._functions = functions(self.isa)
         self._pages = SharedPages()
+
+    def is_batch_invariant(self, dtype: torch.dtype) -> bool:
+        return dtype in self._functions
 
     def _for(self, pool: Tensor, *others: Tensor) -> SimpleNamespace | None:
         """The kernels for these tensors; None if the call goes to the reference."""
@@ -126,7 +132,9 @@ class CpuOps(ReferenceOps):
         key = (self.isa, x_TD.dtype)
         found: bool | None = weights.prepared.get(key)
         if found is None:
-            matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+            matrices = [weights.qkv, weights.o, weights.gate_up, weights.down]
+            if (experts := weights.experts) is not None:
+                matrices += (experts.router, *experts.gate_up, *experts.down)
             found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
         return found
 
@@ -184,22 +192,64 @@ class CpuOps(ReferenceOps):
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)
-        if f is None:
-            return super().silu_mul(gate_up_TM)
-        gate_up_TM = token_rows(gate_up_TM)
-        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
-        y_TM = gate_up_TM.new_empty(num_tokens, width)
-        f.silu_mul(
-            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
+        return super().silu_mul(gate_up_TM) if f is None else _gated(f.silu_mul, gate_up_TM)
+
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        f = self._for(gate_up_TM)
+        return super().gelu_mul(gate_up_TM) if f is None else _gated(f.gelu_mul, gate_up_TM)
+
+    def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+        f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
+        num_tokens, num_experts = logits_TE.shape
+        experts_TK = torch.empty(num_tokens, per_token, dtype=torch.int64)
+        shares_TK = torch.empty(num_tokens, per_token)
+        f.choose_experts(
+            logits_TE.data_ptr(),
+            num_tokens,
+            num_experts,
+            per_token,
+            normalised,
+            experts_TK.data_ptr(),
+            shares_TK.data_ptr(),
+            torch.get_num_threads(),
         )
-        return y_TM
+        return experts_TK, shares_TK
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights: ExpertWeights,
+        pool: Tensor,
+        lora: Mapping[str, LoraTable],
+        segments: AdapterSegments,
+        layer_offset: int,
+    ) -> Tensor:
+        key, f = (self.isa, x_TD.dtype), self._for(x_TD)
+        if key not in weights.prepared:
+            matrices = (weights.router, *weights.gate_up, *weights.down)
+            weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
+        if f is None or not weights.prepared[key] or has_expert_lora(lora):
+            return super().experts(x_TD, weights, pool, lora, segments, layer_offset)
+        x_TD = x_TD.contiguous()
+        packed = pack_experts(weights)
+        assert packed.widths == x_TD.shape[1:]
+        y_TD = torch.empty_like(x_TD)
+        f.experts(x_TD.data_ptr(), x_TD.shape[0], packed.address, y_TD.data_ptr(), torch.get_num_threads())
+        return y_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         f = self._for(pool, x_TD, weight_D)
         if f is None:
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
         x_TD = token_rows(x_TD)
         num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
         width = x_TD.shape[-1]
@@ -217,6 +267,7 @@ class CpuOps(ReferenceOps):
             width,
             weight_D.data_ptr(),
             eps,
+            weight_offset,
             y_TD.data_ptr(),
             _address_at(pool, layer_offset),
             tokens,
@@ -234,14 +285,17 @@ class CpuOps(ReferenceOps):
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
         slot_mapping_T, threads = step.attention.slot_mapping_T.contiguous(), torch.get_num_threads()
-        num_tokens, _, d = q_THd.shape
-        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        (num_tokens, _, d), turned = q_THd.shape, cos_Td.shape[1]
+        assert cos_Td.shape == sin_Td.shape
+        assert cos_Td.shape[0] == num_tokens
+        assert turned <= d
+        assert turned % 2 == 0
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, layout.head_dim)
         assert slot_mapping_T.shape == (num_tokens,)
         out_THd, keys_TKd = _like(q_THd), _like(k_TKd)
         for x, y in ((q_THd, out_THd), (k_TKd, keys_TKd)):
             tables = cos_Td.data_ptr(), sin_Td.data_ptr()
-            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, *tables, y.data_ptr(), threads)
+            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, turned, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
@@ -258,11 +312,19 @@ class CpuOps(ReferenceOps):
         return out_THd
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         f = self._for(pool, q_THd)
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
         num_heads = q_THd.shape[1]
@@ -280,6 +342,8 @@ class CpuOps(ReferenceOps):
             layer,
             packed.address,
             scale,
+            window or 0,
+            soft_cap or 0.0,
             torch.get_num_threads(),
         )
         return out_THd
@@ -289,6 +353,8 @@ class CpuOps(ReferenceOps):
     ) -> Tensor | None:
         f = self._for(step.pool, x_TD, step.cos_Td)
         if f is None or step.layout.head_dim % 16 or not all(self._reads_layer(w, x_TD) for w in weights):
+            return None
+        if any(w.experts is not None and has_expert_lora(tables(i).lora) for i, w in enumerate(weights, first)):
             return None
         inputs = pack_step(step)
         numbers = range(first, min(first + len(weights) + 1, step.layout.num_layers))  # the next one's rows as well
@@ -461,6 +527,14 @@ class CpuOps(ReferenceOps):
             assert width <= matrix.data.shape[1]
             weights = matrix.prepared[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _gated(function: Any, gate_up_TM: Tensor) -> Tensor:
+    gate_up_TM = token_rows(gate_up_TM)
+    num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+    y_TM = gate_up_TM.new_empty(num_tokens, width)
+    function(gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads())
+    return y_TM
 
 
 def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

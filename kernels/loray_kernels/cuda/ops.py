@@ -147,12 +147,16 @@ class CudaOps(ReferenceOps):
         return Choosing(self._launch, logits_SV.device)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
-        if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
-            return super().silu_mul(gate_up_TM)
+        return self._gated("silu_mul", gate_up_TM) if _is_plain(gate_up_TM) else super().silu_mul(gate_up_TM)
+
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        return self._gated("gelu_mul", gate_up_TM) if _is_plain(gate_up_TM) else super().gelu_mul(gate_up_TM)
+
+    def _gated(self, kernel: str, gate_up_TM: Tensor) -> Tensor:
         num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
         y_TM = gate_up_TM.new_empty(num_tokens, width)
         self._launch(
-            f"silu_mul_{SUFFIX[y_TM.dtype]}",
+            f"{kernel}_{SUFFIX[y_TM.dtype]}",
             (num_tokens, -(-width // _ROW_COLUMNS), 1),
             THREADS,
             (gate_up_TM.data_ptr(), gate_up_TM.stride(0), y_TM.data_ptr(), width),
@@ -183,11 +187,18 @@ class CudaOps(ReferenceOps):
         return x_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         if not _one_dtype(pool, x_TD, weight_D):
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
-        return self._norm(x_TD, None, weight_D, eps, pool, own, layer_offset)[1]
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
+        return self._norm(x_TD, None, weight_D, eps, pool, own, layer_offset, weight_offset)[1]
 
     def add_rms_norm(
         self,
@@ -198,10 +209,11 @@ class CudaOps(ReferenceOps):
         pool: Tensor,
         own: RowOverrides | None,
         layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         if not _one_dtype(pool, x_TD, added_TD, weight_D):
-            return super().add_rms_norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
-        return self._norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
+            return super().add_rms_norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
+        return self._norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
 
     def _norm(
         self,
@@ -212,6 +224,7 @@ class CudaOps(ReferenceOps):
         pool: Tensor,
         own: RowOverrides | None,
         layer_offset: int,
+        weight_offset: float,
     ) -> tuple[Tensor, Tensor]:
         """x + added, or x, and its norm."""
         x_TD, weight_D = token_rows(x_TD), weight_D.contiguous()
@@ -241,6 +254,7 @@ class CudaOps(ReferenceOps):
                 num_heads,
                 width,
                 np.float32(eps),
+                np.float32(weight_offset),
                 lanes,
                 pool[layer_offset:].data_ptr(),
                 *rows,
@@ -255,10 +269,11 @@ class CudaOps(ReferenceOps):
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
         slot_mapping_T = step.attention.slot_mapping_T.contiguous()  # the kernel skips negative ones
-        num_tokens, num_heads, d = q_THd.shape
-        assert d % 2 == 0
+        (num_tokens, num_heads, d), turned = q_THd.shape, cos_Td.shape[1]
+        assert turned % 2 == 0
+        assert turned <= d
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, d)
-        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, turned)
         assert slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         self._launch(
@@ -277,7 +292,8 @@ class CudaOps(ReferenceOps):
                 layout.num_kv_heads,
                 cos_Td.data_ptr(),
                 sin_Td.data_ptr(),
-                d // 2,
+                turned // 2,
+                d,
                 pool[layer * layout.layer_share :].data_ptr(),
                 layout.num_layers * layout.layer_share,
                 layout.block_tokens,
@@ -287,11 +303,19 @@ class CudaOps(ReferenceOps):
         return y_THd
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         d = layout.head_dim
         if not _one_dtype(pool, q_THd) or not _attends(d):
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
         q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d
@@ -301,9 +325,10 @@ class CudaOps(ReferenceOps):
             work: AttentionWork | None = meta.prepared.get(AttentionWork)
             if work is None:
                 work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
-            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale)
-        if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
-            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
+            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale, window, soft_cap)
+        flash = self._flash if window is None and soft_cap is None else None
+        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
+            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale, window, soft_cap)
         return out_THd
 
     def lora_shrink(
@@ -529,6 +554,10 @@ class CudaOps(ReferenceOps):
 
 def _samples(logits_SV: Tensor) -> bool:
     return logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1 and logits_SV.shape[1] <= MAX_VOCAB
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype in SUFFIX and x.stride(-1) == 1
 
 
 def _attends(head_dim: int) -> bool:

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.peft_format import PREFIX, write_folder
-from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
+from loray.adapters.peft_format import MODULES, PREFIX, write_folder
+from loray.bases.checkpoint import plain_name, stored_dtype
 from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
+from loray.bases.weights import WeightSource, write_tensors
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
-from loray.spec import LINEAR_MODULES, QuantizationSpec
+from loray.methods.expert_lora import EXPERTS, ExpertLoraWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ModuleWeights
+from loray.spec import QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)],
+        "target_modules": [m for m in MODULES if any(key.module == m for key in weights.modules)],
         "modules_to_save": sorted(whole) or None,
         "inference_mode": True,
     }
@@ -77,10 +78,10 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
 
 # -- merged -----------------------------------------------------------------------------------------------------------
 
-_SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
+_LINEAR = tuple(f".{module}.weight" for module in MODULES)
+# The last ones are older checkpoints'.
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 
 
 class RoundedBase(NamedTuple):
@@ -100,11 +101,11 @@ def merge_adapter(
 ) -> None:
     """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
 
-    With `trained_on` the base's linear layers have the values that they had, quantized, while the adapter was trained;
-    else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
-    `weights.rope` and `context_length` replace the base's in `config.json`, and trained norms the base's. If the
-    adapter has an input embedding and the base's output head is tied, the checkpoint has both the adapter's embedding
-    and the base's head.
+    A quantised base is dequantised. With `trained_on` a 16-bit base's linear layers have the values that they had,
+    quantized, while the adapter was trained; else they are the base's own, as where the adapter is served. Sums are
+    computed in fp32 and rounded once. `weights.rope` and `context_length` replace the base's in `config.json`, and
+    trained norms the base's. If the adapter has an input embedding and the base's output head is tied, the checkpoint
+    has both the adapter's embedding and the base's head.
 
     Raises ConflictError where `folder` exists and is not empty, and UnsupportedError for aLoRA.
     """
@@ -115,7 +116,7 @@ def merge_adapter(
     for path in sorted(base.path.iterdir()):
         if is_copied(path.name) and path.name != "config.json":
             shutil.copy2(path, folder / path.name)
-    _write_shards(_merged(base, weights, dtype, trained_on), folder)
+    write_tensors(_merged(base, weights, dtype, trained_on), folder)
     _write_config(base, weights, folder, dtype)
 
 
@@ -123,14 +124,24 @@ def _merged(
     base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
 ) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
-    adapted = {f"model.{key.path}": module for key, module in weights.modules.items()}
-    for name, stored in read_tensors(base.path):
-        tensor, kept = stored, dtype or stored.dtype
+    adapted: dict[str, ModuleWeights] = {}
+    for key, module in weights.modules.items():
+        if isinstance(module, ExpertLoraWeights):
+            path = f"model.layers.{key.layer}.{EXPERTS}"
+            adapted |= {f"{path}.{i}.{key.module}": module.expert(i) for i in range(module.num_experts)}
+        else:
+            adapted[f"model.{key.path}"] = module
+    of_quantized: torch.dtype = getattr(torch, stored_dtype(base.path))
+    for name, stored in WeightSource(base.path, base.config):
+        if isinstance(stored, Tensor):
+            tensor, kept = stored, dtype or stored.dtype
+        else:
+            tensor, kept = stored.dequantized(slice(None), torch.float32), dtype or of_quantized
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
-        if trained_on is not None and name.endswith(_LINEAR):
+        if trained_on is not None and name.endswith(_LINEAR) and ".experts." not in name:
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
-        path, _, kind = name.rpartition(".")
+        path, _, kind = plain_name(name).rpartition(".")
         if path in adapted:
             module = adapted[path]
             merged = module.merged_bias(tensor) if kind == "bias" else module.merged(tensor, weights.pair)
@@ -145,46 +156,16 @@ def _merged(
             yield name, norms.get(name, tensor).to(kept)
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Write files of up to `_SHARD_BYTES`, with an index where there are several, as transformers does."""
-    shards: list[dict[str, str]] = []
-    held: dict[str, Tensor] = {}
-    total = size = 0
-
-    def write() -> None:
-        nonlocal size
-        path = folder / f"shard-{len(shards)}.safetensors"
-        save_file({name: t.contiguous() for name, t in held.items()}, path, metadata={"format": "pt"})
-        shards.append(dict.fromkeys(held, path.name))
-        held.clear()
-        size = 0
-
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > _SHARD_BYTES:
-            write()
-        held[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    write()
-    if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / SINGLE_FILE)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(names):
-        (folder / f"shard-{i}.safetensors").rename(folder / name)
-    weight_map = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype: torch.dtype | None) -> None:
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     if weights.rope is not None:
         config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
-        config["rope_parameters"] = weights.rope.to_hf()
+        config["rope_parameters"] = base.config.hf_rope(weights.rope)
         assert weights.context_length is not None
         config["max_position_embeddings"] = weights.context_length
     if weights.embedding is not None:
         config["tie_word_embeddings"] = False
+    config.pop("quantization_config", None)
     if dtype is not None:
         config = {field: value for field, value in config.items() if field != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -212,6 +193,10 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
 
     _check_active(weights)
     _check_linear(weights)
+    if base.has_fused_modules:
+        raise UnsupportedError(
+            f"GGUF-LoRA of {base.architecture} is not written: take the adapter merged, or in PEFT's form"
+        )
     architecture = ARCHITECTURES[base.architecture].gguf
     modules = _as_lora(weights, base)
     alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}

@@ -12,11 +12,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from loray.bases.config import ModelConfig
+from loray.bases.quantization import StoredWeight, stored_weights
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.files import canonical_json
 from loray.spec import ATTENTION_MODULES, DTYPE_BYTES, MLP_MODULES, DType
@@ -37,6 +37,7 @@ DTYPES: Mapping[str, str] = {
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
     "BOOL": "bool",
 }
 DTYPE_CODES: Mapping[str, str] = {name: code for code, name in DTYPES.items()}
@@ -96,8 +97,9 @@ SINGLE_FILE = "model.safetensors"
 
 _CHUNK_BYTES = 8 << 20
 _DTYPES = ("BF16", "F16", "F32")  # of weights that the decoder reads
-# Old exporters store RoPE's frequencies, which are a function of the configuration.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Old exporters store RoPE's frequencies, which are a function of the configuration. Scales of a quantised KV cache are
+# of no use for one in 16 bits.
+_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.(rotary_emb\.inv_freq|[qkv]_scale)")
 
 
 class TensorInfo(NamedTuple):
@@ -148,14 +150,22 @@ def tensor_infos(folder: Path) -> list[TensorInfo]:
 
 
 def stored_dtype(folder: Path) -> DType:
-    """Find the dtype of most of the checkpoint's bytes. Raises UnsupportedError where the decoder does not read it."""
+    """Find the dtype of most of the bytes of the checkpoint's weights, of those that are not quantised."""
     nbytes: Counter[str] = Counter()
     for info in tensor_infos(folder):
-        nbytes[info.dtype] += info.stop - info.start
+        if info.dtype in _DTYPES and info.name.endswith(".weight"):
+            nbytes[info.dtype] += info.stop - info.start
     (code, _), *_ = nbytes.most_common(1)
-    if code not in _DTYPES:
-        raise UnsupportedError(f"{folder} is mostly {code}; only {', '.join(_DTYPES)} weights are supported")
     return cast("DType", DTYPES[code])
+
+
+_RENAMED = {"gate": "gate", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's
+_OF_MIXTRAL = re.compile(r"\.block_sparse_moe\.(?P<expert>(?:experts\.\d+\.)?)(?P<module>gate|w[123])\.")
+
+
+def plain_name(name: str) -> str:
+    """Name a stored tensor as the decoder does, which names experts as most families do: `mlp.experts.3.gate_proj`."""
+    return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -165,42 +175,6 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     handles: dict[Path, Any] = {file: safe_open(str(file), framework="pt") for file in weight_files(folder)}
     for info in tensor_infos(folder):
         yield info.name, handles[info.file].get_tensor(info.name)
-
-
-class CheckpointReader:
-    """Reads tensors of a checkpoint by name, whose files are opened at the first one. Any thread may use it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _files(self) -> dict[str, Path]:
-        return {info.name: info.file for info in tensor_infos(self._folder)}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor in its stored dtype, a view of the mapped file. Raises IntegrityError if there is none."""
-        with self._open(name) as f:
-            tensor: Tensor = f.get_tensor(name)
-        return tensor
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read its rows from `start` up to `stop`, likewise."""
-        with self._open(name) as f:
-            rows: Tensor = f.get_slice(name)[start:stop]
-        return rows
-
-    def _open(self, name: str) -> Any:
-        """A context manager over the file that has the tensor."""
-        from safetensors import safe_open
-
-        try:
-            file = self._files[name]
-        except KeyError:
-            raise IntegrityError(f"the checkpoint lacks the tensor {name!r}; add the base again") from None
-        return safe_open(str(file), framework="pt")
 
 
 def canonical_config(config: ModelConfig) -> str:
@@ -238,28 +212,70 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     """Check that the checkpoint holds exactly the tensors of `config`.
 
     Raises IntegrityError for a missing tensor, BaseMismatch for a wrong shape, and UnsupportedError for a tensor that
-    the decoder does not use or a dtype that it does not read (quantized checkpoints).
+    the decoder does not use or a dtype that it does not read.
     """
     expected = expected_shapes(config)
     infos = {info.name: info for info in tensor_infos(folder)}
+    quantized = {} if config.quantization is None else stored_weights(config.quantization, infos)
+    parts = {info.name for stored in quantized.values() for info in stored.parts.values()}
+    held: dict[str, TensorInfo | StoredWeight] = dict(quantized)
+    held |= {name: info for name, info in infos.items() if name not in parts}
+    held = dict(_unfused(held, config, folder))
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
-        infos.pop("lm_head.weight", None)
+        held.pop("lm_head.weight", None)
     for name, shape in expected.items():
-        info = infos.pop(name, None)
-        if info is None:
+        found = held.pop(name, None)
+        if found is None:
             raise IntegrityError(f"{folder} is incomplete: tensor {name} is missing")
-        if info.shape != shape:
-            raise BaseMismatch(f"{folder}: {name} has shape {info.shape}, its config.json says {shape}")
-        if info.dtype not in _DTYPES:
-            raise UnsupportedError(f"{folder}: {name} is {info.dtype}; only {', '.join(_DTYPES)} weights are supported")
-    rest = [name for name in infos if not _DERIVED.fullmatch(name)]
+        if found.shape != shape:
+            raise BaseMismatch(f"{folder}: {name} has shape {found.shape}, its config.json says {shape}")
+        if isinstance(found, TensorInfo) and found.dtype not in _DTYPES:
+            raise UnsupportedError(
+                f"{folder}: {name} is {found.dtype}; only {', '.join(_DTYPES)} weights are supported, and quantised "
+                "ones as quantization_config in config.json says"
+            )
+    rest = [
+        name
+        for name, found in held.items()
+        if isinstance(found, StoredWeight) or not (_UNUSED.fullmatch(name) or _adds_zero(found))
+    ]
     if rest:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
 
 
+def _unfused(
+    held: Mapping[str, TensorInfo | StoredWeight], config: ModelConfig, folder: Path
+) -> Iterator[tuple[str, TensorInfo | StoredWeight]]:
+    """Name what a checkpoint holds as `expected_shapes` does. Raises BaseMismatch where rows are too many or few."""
+    for name, stored in held.items():
+        parts = fused_parts(name, config)
+        if parts and stored.shape[0] != (rows := max(own.stop for own in parts.values())):
+            raise BaseMismatch(f"{folder}: {name} has {stored.shape[0]} rows, its config.json says {rows}")
+        for part, own in parts.items():
+            shape: Any = (own.stop - own.start, *stored.shape[1:])
+            yield part, stored._replace(shape=shape)
+        if not parts:
+            yield plain_name(name), stored
+
+
+def fused_parts(name: str, config: ModelConfig) -> dict[str, slice]:
+    """Find the tensors that a checkpoint has as rows of the tensor `name`; none where that is a module's own."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return {name.replace(module, part): rows for part, rows in config.fused.get(module, {}).items()}
+
+
+def _adds_zero(info: TensorInfo) -> bool:
+    """True of a bias of zeros, which old exporters of GPTQ give every module."""
+    if not info.name.endswith("_proj.bias"):
+        return False
+    with info.file.open("rb") as f:
+        f.seek(info.start)
+        return not any(f.read(info.stop - info.start))
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
+    """List the shape of every tensor by its `plain_name`, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),
@@ -270,12 +286,20 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        if spec.norms == "sandwich":
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (h,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (h,)
         for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if spec.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
-        for module in MLP_MODULES:
-            shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
+        mlps = [f"{layer}.mlp"]
+        if spec.experts is not None:
+            shapes[f"{layer}.mlp.gate.weight"] = (spec.experts.num, h)
+            mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(spec.experts.num)]
+        for mlp in mlps:
+            for module in MLP_MODULES:
+                shapes[f"{mlp}.{module}.weight"] = config.module_shape(module)
         if spec.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)

@@ -31,7 +31,7 @@ from loray.errors import (
     SpecError,
     UnsupportedError,
 )
-from loray.files import file_lock
+from loray.files import file_lock, replacing
 from loray.spec import Frozen, Name, Sha256
 from loray.telemetry import Progress, get_logger
 
@@ -47,7 +47,8 @@ class BaseModel:
     """A base model on this machine. `path` is a Hugging Face checkpoint with its tokenizer.
 
     `config.eos_token_ids` has the tokens of both config.json and generation_config.json: in chat checkpoints only the
-    latter names the token that ends a turn.
+    latter names the token that ends a turn. `of`: the fingerprint of the 16-bit base whose quantised form this is; its
+    adapters are served on this one, too.
     """
 
     name: str
@@ -55,6 +56,7 @@ class BaseModel:
     fingerprint: str
     config: ModelConfig
     source: str = ""
+    of: str | None = None
 
 
 class _Record(Frozen):
@@ -66,28 +68,44 @@ class _Record(Frozen):
     source: str
     fingerprint: Sha256
     licence: str | None = None
+    of: Sha256 | None = None
     created_at: str
 
+    def to_bytes(self) -> bytes:
+        return f"{self.model_dump_json(indent=2)}\n".encode()
 
-def add_base(source: str, *, home: Path, name: str | None = None, progress: Progress | None = None) -> BaseModel:
+
+def add_base(
+    source: str,
+    *,
+    home: Path,
+    name: str | None = None,
+    of: BaseModel | None = None,
+    progress: Progress | None = None,
+) -> BaseModel:
     """Add `source` to the base models of this machine. Adding the same one again changes nothing.
 
-    `source` is "smollm2", a folder with a Hugging Face checkpoint, or a model id of the Hugging Face hub.
+    source  "smollm2", a folder with a Hugging Face checkpoint, or a model id of the Hugging Face hub
+    of      the 16-bit base whose quantised form it is; a folder of another machine's bases says it itself
 
-    Raises UnsupportedError (another architecture, pickled or quantized weights) before anything is copied,
-    IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (other weights have the name).
+    Raises UnsupportedError (another architecture, pickled weights, a way of quantising that is not read) before
+    anything is copied, IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (other
+    weights have the name), BaseMismatch (no form of `of`).
     """
     progress = progress or (lambda stage, share: None)
     folder = Path(source).expanduser()
     if source == smollm2.NAME:
-        return _add(name or smollm2.NAME, smollm2.SOURCE, home, progress, smollm2.build, licence=smollm2.LICENCE)
+        licence = smollm2.LICENCE
+        return add_filled(name or smollm2.NAME, smollm2.SOURCE, home, progress, smollm2.build, licence=licence, of=of)
     if folder.is_dir():
         checked_config(folder)
         fill = partial(fill_from_folder, folder)
-        return _add(name or folder.resolve().name, str(folder.resolve()), home, progress, fill, origin=folder)
+        return add_filled(
+            name or folder.resolve().name, str(folder.resolve()), home, progress, fill, origin=folder, of=of
+        )
     if _HF_ID.fullmatch(source):
         fill = partial(fill_from_hub, source)
-        return _add(name or source.split("/")[1], f"hf:{source}", home, progress, fill)
+        return add_filled(name or source.split("/")[1], f"hf:{source}", home, progress, fill, of=of)
     raise BaseNotFound(f"{source!r} is neither {smollm2.NAME!r}, nor a folder, nor a Hugging Face id (OWNER/NAME)")
 
 
@@ -99,7 +117,7 @@ def get_base(home: Path, name: str) -> BaseModel:
         known = ", ".join(base.name for base in list_bases(home))
         hint = f"this machine has {known}" if known else "this machine has none"
         raise BaseNotFound(f"no base model {name!r} ({hint}); add it with `loray base add {name}`")
-    return BaseModel(name, folder, record.fingerprint, read_config(folder), record.source)
+    return BaseModel(name, folder, record.fingerprint, read_config(folder), record.source, record.of)
 
 
 def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
@@ -186,20 +204,23 @@ def verify_base(base: BaseModel, progress: Progress | None = None) -> None:
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-_Fill = Callable[[Path, Path, Progress], None]  # (checkpoint folder to fill, scratch folder, progress)
+Fill = Callable[[Path, Path, Progress], None]  # (checkpoint folder to fill, scratch folder, progress)
 
 
-def _add(
+def add_filled(
     name: str,
     source: str,
     home: Path,
     progress: Progress,
-    fill: _Fill,
+    fill: Fill,
     *,
     origin: Path | None = None,
     licence: str | None = None,
+    of: BaseModel | None = None,
 ) -> BaseModel:
-    """Fill a temporary folder, check and fingerprint it, and rename it into place."""
+    """Fill a temporary folder, check and fingerprint it, and rename it into place. The arguments beside `fill` and
+    `origin`, a folder that it copies, are those of the record.
+    """
     if not _is_name(name):
         raise SpecError(
             f"{name!r} cannot name a base model: letters, digits, '.', '_' and '-' only; choose another (--name)"
@@ -229,7 +250,13 @@ def _add(
                     raise _taken(existing, source)
             if not (existing.path / tokenizer.FILE).is_file():
                 tokenizer.write(existing.path)
-            return existing
+            if of is not None and existing.of != of.fingerprint:
+                _check_form(existing.config, of, name)
+                known = _read_record(existing.path)
+                assert known is not None
+                with replacing(existing.path / _Record.FILE) as f:
+                    f.write(known.model_copy(update={"of": of.fingerprint}).to_bytes())
+            return get_base(home, name)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
     try:
         target, scratch = temporary / "base", temporary / "scratch"
@@ -237,22 +264,38 @@ def _add(
         scratch.mkdir()
         fill(target, scratch, progress)
         config = checked_config(target)
+        if of is not None:
+            _check_form(config, of, name)
         tokenizer.write(target)
+        copied = None if origin is None else _read_record(origin)
+        said = None if copied is None else copied.of
         record = _Record(
             source=source,
+            of=said if of is None else of.fingerprint,
             fingerprint=checkpoint.fingerprint(
                 target, checkpoint.canonical_config(config), partial(progress, "fingerprinting")
             ),
             licence=licence,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        (target / _Record.FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (target / _Record.FILE).write_bytes(record.to_bytes())
         if damaged:
             (root / name).rename(temporary / "damaged")
         _move(target, root / name, record)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return get_base(home, name)
+
+
+def _check_form(config: ModelConfig, of: BaseModel, name: str) -> None:
+    """Raise SpecError or BaseMismatch unless a base of this configuration can be a quantised form of `of`."""
+    if config.quantization is None:
+        raise SpecError(f"{name} is not quantised, so it is no quantised form of {of.name}")
+    if of.config.quantization is not None:
+        raise SpecError(f"{name} is a form of the 16-bit base, not of {of.name}, which is quantised itself")
+    own, other = (checkpoint.canonical_config(replace(c, quantization=None)) for c in (config, of.config))
+    if own != other:
+        raise BaseMismatch(f"{name} cannot be a quantised form of {of.name}: their configurations differ")
 
 
 def _move(target: Path, final: Path, record: _Record) -> None:
@@ -320,7 +363,7 @@ _COPIED = (
 def read_config(folder: Path) -> ModelConfig:
     """Read the configuration of a checkpoint.
 
-    Raises UnsupportedError where the decoder does not cover it or where it is quantized.
+    Raises UnsupportedError where the decoder does not cover it or it is quantised in a way that is not read.
 
     End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
     ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
@@ -338,8 +381,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
     except (ValueError, TypeError, AttributeError) as e:
         raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
-    if raw.get("quantization_config"):
-        raise UnsupportedError(f"{folder} is a quantized checkpoint; add the bf16, fp16 or fp32 one")
     return replace(config, eos_token_ids=ends)
 
 

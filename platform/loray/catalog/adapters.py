@@ -363,21 +363,34 @@ class Bases:
 
     db: Database
 
-    def add(self, name: str, fingerprint: str) -> None:
+    def add(self, name: str, fingerprint: str, of: str | None = None) -> None:
         """Reserve `name` for a base model. Repeating it with the same fingerprint changes nothing.
 
-        Raises ConflictError where an adapter of the default tenant has the name, or the base has another fingerprint.
+        `of` is the fingerprint of the 16-bit base whose quantised form it is: adapters of that are served on this, too.
+        An administrator may add it later.
+
+        Raises ConflictError where an adapter of the default tenant has the name, or the base has another fingerprint or
+        is a form of another base.
         Only an administrator reserves names: PermissionDenied where the catalog has no base with this fingerprint.
         """
         check_name(name, "base name")
         with self.db.changing() as c:
-            known = c.execute(sa.select(bases.c.fingerprint).where(bases.c.name == name)).scalar()
+            known = c.execute(sa.select(bases).where(bases.c.name == name)).first()
             if known is not None:
-                if known != fingerprint:
+                if known.fingerprint != fingerprint:
                     raise ConflictError(
-                        f"the catalog knows base model {name!r} with fingerprint {known[:12]}, not {fingerprint[:12]}; "
-                        "add these weights under another name"
+                        f"the catalog knows base model {name!r} with fingerprint {known.fingerprint[:12]}, not "
+                        f"{fingerprint[:12]}; add these weights under another name"
                     )
+                if of is not None and known.of is not None and of != known.of:
+                    raise ConflictError(
+                        f"the catalog knows base model {name!r} as a form of {known.of[:12]}, not of {of[:12]}; add it "
+                        "under another name"
+                    )
+                if of is not None and known.of is None and self.db.principal.is_admin:
+                    c.execute(bases.update().where(bases.c.name == name).values(of=of))
+                    log(c, self.db.actor, "add_base", name, fingerprint=fingerprint, of=of)
+                    count_change(c)
                 return
             if not self.db.principal.is_admin:
                 if c.execute(sa.select(bases.c.name).where(bases.c.fingerprint == fingerprint)).first() is None:
@@ -387,14 +400,19 @@ class Bases:
                 return
             if c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).first():
                 raise ConflictError(f"{name!r} is an adapter's name already; a base model needs another")
-            c.execute(bases.insert().values(name=name, fingerprint=fingerprint, created_at=now()))
-            log(c, self.db.actor, "add_base", name, fingerprint=fingerprint)
+            c.execute(bases.insert().values(name=name, fingerprint=fingerprint, of=of, created_at=now()))
+            log(c, self.db.actor, "add_base", name, fingerprint=fingerprint, **({} if of is None else {"of": of}))
             count_change(c)
 
     def fingerprints(self) -> dict[str, str]:
         """Name → fingerprint of the base models, sorted by name."""
         with self.db.reading() as c:
             return {row.name: row.fingerprint for row in c.execute(sa.select(bases).order_by(bases.c.name))}
+
+    def forms(self) -> dict[str, str]:
+        """Fingerprint of a quantised base → that of the 16-bit base whose form it is."""
+        with self.db.reading() as c:
+            return {row.fingerprint: row.of for row in c.execute(sa.select(bases).where(bases.c.of.is_not(None)))}
 
     def projections(self, base_fingerprint: str) -> tuple[Projection, ...]:
         """The pairs of a base's adapters in the order of first registration. The first of a shape is canonical.

@@ -1,6 +1,6 @@
 """Backups of the catalog: all rows as JSON lines, and back.
 
-{"format": 1, "revision": "0014", "created_at": …}    the revision of the tables
+{"format": 1, "revision": "0015", "created_at": …}    the revision of the tables
 {"table": "tenants", "columns": ["name", …]}          then its rows, one a line
 ["default", …]
 """
@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import HEAD, Database
+from loray.catalog.database import HEAD, OLDEST, Database
 from loray.catalog.queries import now
 from loray.catalog.schema import (
     UtcTime,
@@ -75,7 +75,7 @@ class Backup:
         """Read a backup into this catalog, which must be empty, in one transaction. Its servers must not run.
 
         Raises ConflictError where it is not empty, DataError where there is no such file, IntegrityError where the file
-        is damaged or not whole, and UnsupportedError where another revision of the tables has made it.
+        is damaged or not whole, and UnsupportedError where it is of a revision of the tables that is not read.
         """
         try:
             with path.open("rb") as f, self.db.changing() as c:
@@ -111,10 +111,10 @@ def _read_header(line: Line) -> datetime:
     """The time at which the backup was made. Raises UnsupportedError where its tables are not of this revision."""
     if not isinstance(line, Mapping) or "format" not in line:
         raise IntegrityError("it is no backup of a catalog")
-    if line["format"] != _FORMAT or line["revision"] != HEAD:
+    if line["format"] != _FORMAT or not OLDEST <= str(line["revision"]) <= HEAD:
         raise UnsupportedError(
             f"the backup was made by another loray (format {line['format']}, revision {line['revision']}; this one "
-            f"reads format {_FORMAT}, revision {HEAD}): restore it with that one"
+            f"reads format {_FORMAT}, revisions {OLDEST} to {HEAD}): restore it with that one"
         )
     return datetime.fromisoformat(line["created_at"])
 

@@ -28,7 +28,8 @@ from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError
 from loray.files import file_lock
 from loray.spec import Principal
 
-HEAD = "0014"  # the revision in migrations/versions; those below it were made before the first release
+HEAD = "0015"  # the last revision in migrations/versions
+OLDEST = "0014"  # those below it were made before the first release
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -252,7 +253,7 @@ def _migrate(engine: sa.Engine) -> None:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         revision = _revision(connection)
-        if revision is not None and revision < HEAD:
+        if revision is not None and revision < OLDEST:
             raise CatalogError(
                 f"catalog {shown_url(engine.url)} was made before the first release (revision {revision}): make a new "
                 "catalog and import the adapters"

@@ -128,6 +128,7 @@ bases = Table(
     Column("name", String(96), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("of", String(64)),  # the fingerprint of the 16-bit base whose quantised form it is
 )
 
 adapters = Table(

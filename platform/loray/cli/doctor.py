@@ -30,7 +30,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.markup import escape
 
-from loray.bases.checkpoint import check_tensors, tensor_infos
+from loray.bases.checkpoint import check_tensors, stored_dtype, tensor_infos
 from loray.bases.config import ModelConfig
 from loray.bases.registry import get_base, verify_base
 from loray.cli.output import console, emit, json_option
@@ -56,7 +56,7 @@ from loray.planning.run import shape_of
 from loray.recipes.defaults import complete, size_of
 from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
-from loray.spec import FleetSpec, ServeSpec, TrainSpec, format_size, read_mapping
+from loray.spec import DTYPE_BYTES, FleetSpec, ServeSpec, TrainSpec, format_size, read_mapping
 
 _SHM = Path("/dev/shm")
 _LEAST_DISK = 1 << 30
@@ -222,9 +222,14 @@ def memory(s: Situation) -> CheckResult:
 
 
 def _weights(s: Situation, name: str) -> int:
-    """Returns the bytes of a base; 0 where it is missing, which another check says."""
+    """Returns the bytes of a base on a CPU; 0 where it is missing, which another check says."""
     try:
-        return sum(info.stop - info.start for info in tensor_infos(get_base(s.settings.home, name).path))
+        base = get_base(s.settings.home, name)
+        config, stored = base.config, sum(info.stop - info.start for info in tensor_infos(base.path))
+        if config.quantization is None or config.quantization.is_kept(on_gpu=False):
+            return stored
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        return DTYPE_BYTES[stored_dtype(base.path)] * (config.num_matrix_elements + embedding)  # it is dequantised
     except (LorayError, OSError, ValueError):
         return 0
 
@@ -326,7 +331,9 @@ def base(s: Situation) -> CheckResult:
         else:
             check_tensors(found.path, found.config)
     except (LorayError, OSError, ValueError) as e:
-        source = found.source.removeprefix("hf:")
+        source, is_form, whole = found.source.removeprefix("hf:").partition(" of ")
+        if found.of is not None and is_form:  # as `bases.rounding` says it: int8 of NAME (FINGERPRINT)
+            source = f"{whole.split()[0]} --quantise {source}"
         return error(f"the base model {name} is damaged: {e}", f"loray base add {source} --name {name}")
     return ok(f"base model {name}{', every byte' if s.deep else ''}")
 
@@ -381,9 +388,9 @@ def _serving(spec: ServeSpec, config: ModelConfig, machine: Machine) -> str:
     flops, bandwidth = rates.fastest, rates.bandwidth
     if use_gpu and rates.gpu is not None:
         flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
-    elements = config.num_matrix_elements
-    prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
-    step = max(spec.element_bytes * elements / bandwidth, 2.0 * elements * _REQUESTS / flops)
+    active = config.num_active_elements
+    prompts = 2.0 * (active - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
+    step = max(config.matrix_bytes(spec.element_bytes, on_gpu=use_gpu) / bandwidth, 2.0 * active * _REQUESTS / flops)
     tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
     return f"{told}; {_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
 
@@ -394,7 +401,7 @@ def _about(value: float) -> str:
 
 
 def catalog(s: Situation) -> CheckResult:
-    from loray.catalog.database import HEAD, revision_of, shown_url
+    from loray.catalog.database import HEAD, OLDEST, revision_of, shown_url
 
     url = s.settings.catalog
     try:
@@ -406,9 +413,9 @@ def catalog(s: Situation) -> CheckResult:
         return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else mend)
     if revision is None:
         return ok("the catalog is empty; its tables are made at first use")
-    if revision == HEAD:
+    if OLDEST <= revision <= HEAD:
         return ok(f"catalog {shown_url(url)} answers")
-    if revision < HEAD:
+    if revision < OLDEST:
         return error(
             f"the catalog was made before the first release (revision {revision})",
             "LORAY_CATALOG=sqlite:///$HOME/.loray/new.db loray adapters import FOLDER --name NAME  (for each adapter)",

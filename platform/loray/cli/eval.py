@@ -43,6 +43,7 @@ from loray.spec import (
     RopeScaling,
     retrieval_metric,
 )
+from loray.telemetry import Progress
 
 
 def numbers(kind: type[int] | type[float]) -> Callable[..., tuple[float, ...]]:
@@ -102,8 +103,12 @@ _MEASUREMENT = (
     ),
     click.option("--rope", "scaling", type=rope, help="Scale RoPE: linear:2, ntk:2 or yarn:4."),
     click.option("--original-context", type=int, help="What --rope extends (default: the base's window)."),
-    click.option("--base", "base_name", help="The base of a folder that does not say which."),
-    click.option("--compare", is_flag=True, help="Also the base as it is, and under the adapter's RoPE."),
+    click.option("--base", "base_name", help="The base of a folder, or a quantised form of an adapter's base."),
+    click.option(
+        "--compare",
+        is_flag=True,
+        help="Also the base as it is, under the adapter's RoPE, and, of a quantised form, all on the 16-bit base.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", *get_args(DType)]),
@@ -150,7 +155,9 @@ def measures(*others: Callable[..., Any]) -> Callable[[Callable[..., None]], Any
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """The model to measure. With `rope` None, RoPE and `context_length` are the base's. `version`: if published."""
+    """The model to measure. With `rope` None, RoPE and `context_length` are the base's. `version`: if published.
+    `whole`: the 16-bit base whose quantised form the base is, if this machine has it.
+    """
 
     label: str
     base: BaseModel
@@ -159,6 +166,12 @@ class EvaluatedModel:
     rope: RopeParameters | None = None
     adapter: Path | None = None
     version: AdapterVersion | None = None
+    whole: BaseModel | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """The figures are those of a published adapter on the base that it was trained on."""
+        return self.version is not None and self.version.manifest.base_fingerprint == self.base.fingerprint
 
     @property
     def default_context_lengths(self) -> tuple[int, ...]:
@@ -187,14 +200,15 @@ def opened(options: Options) -> Iterator[EvaluatedModel]:
     with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
         if os.sep in model:
             found = _folder(Path(model).expanduser(), settings, options.base_name)
-        elif options.base_name is not None:
-            raise SpecError("--base is for folders: a published adapter names its base")
         elif model in {base.name for base in list_bases(settings.home)}:
+            if options.base_name is not None:
+                raise SpecError(f"--base is for folders and published adapters; {model} is a base itself")
             base = get_base(settings.home, model)
             found = EvaluatedModel(model, base, base.config.max_position_embeddings)
         else:
-            found = _published(model, Path(scratch) / "adapter")
-        yield _scaled(found, options.scaling, options.original_context)
+            found = _published(model, Path(scratch) / "adapter", options.base_name)
+        whole = next((base for base in list_bases(settings.home) if base.fingerprint == found.base.of), None)
+        yield _scaled(replace(found, whole=whole), options.scaling, options.original_context)
 
 
 def _folder(folder: Path, settings: Settings, base_name: str | None) -> EvaluatedModel:
@@ -205,8 +219,8 @@ def _folder(folder: Path, settings: Settings, base_name: str | None) -> Evaluate
     return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
 
 
-def _published(model: str, folder: Path) -> EvaluatedModel:
-    """Fetches the adapter into `folder`."""
+def _published(model: str, folder: Path, base_name: str | None) -> EvaluatedModel:
+    """Fetches the adapter into `folder`. Raises BaseMismatch where `base_name` is not its base, nor a form of that."""
     with open_services() as services:
         try:
             ref = services.catalog.adapters.resolve(model)
@@ -216,7 +230,9 @@ def _published(model: str, folder: Path) -> EvaluatedModel:
             ) from e
         version = services.catalog.adapters.version(ref.name, ref.version)
         services.store.fetch(ref.digest, folder)
-        base = base_of(folder, services.settings.home)
+        home = services.settings.home
+        base = base_of(folder, home) if base_name is None else get_base(home, base_name)
+        ref.check_base(base.name, base.fingerprint, base.of)
     target = EvaluatedModel(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
     return target.described(version.manifest)
 
@@ -291,11 +307,11 @@ def perplexity(
 
         tokenizer = AutoTokenizer.from_pretrained(target.base.path)
         documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)
-        measured, took = _measure(target, options, documents=documents, perplexity=spec)
+        measured, on_whole, took = _measure(target, options, documents=documents, perplexity=spec)
         if options.as_json:
             counts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
             failures = _record(target, options, measured)
-            emit(_as_json(target, options, measured, took) | counts | {"gate": failures})
+            emit(_as_json(target, options, measured, on_whole, took) | counts | {"gate": failures})
             return
         out = console()
         out.print(
@@ -303,7 +319,7 @@ def perplexity(
             f"{documents.num_tokens:,} tokens\nwindows of the context length, a new one every {stride} tokens, "
             "mean loss over the whole window, dense attention"
         )
-        out.print(_perplexities(measured))
+        out.print(_perplexities(_columns(target, measured, on_whole)))
         failures = _record(target, options, measured)
         _print_end(target, options, took, "windows")
         if failures is not None:
@@ -349,18 +365,18 @@ def _retrieve(
         lengths = options.context_lengths or target.default_context_lengths
         fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
         spec = RetrievalSpec.parse(fields | ({"depths": depths} if depths else {}), source="the command")
-        measured, took = _measure(target, options, retrieval=[spec])
+        measured, on_whole, took = _measure(target, options, retrieval=[spec])
         title = f"{task} retrieval of {target.label}"
         if picture is not None:
             picture.write_text(draw_heat_maps(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
         if options.as_json:
             _record(target, options, measured)
-            emit(_as_json(target, options, measured, took) | {"heatmap": picture})
+            emit(_as_json(target, options, measured, on_whole, took) | {"heatmap": picture})
             return
         out = console()
         out.print(f"{title}, {samples} prompts a cell, seed {seed}: exact match, and log-likelihood of the key in nats")
-        for subject in dict.fromkeys(e.subject for e in measured):
-            out.print(_cells(task, subject, [e for e in measured if e.subject == subject]))
+        for name, column in _columns(target, measured, on_whole).items():
+            out.print(_cells(task, name, column))
         if picture is not None:
             click.echo(f"heat map: {picture}")
         _record(target, options, measured)
@@ -379,7 +395,11 @@ class _Took(NamedTuple):
     why: str
 
 
-def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
+_Evaluations = tuple[Evaluation, ...]
+
+
+def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[_Evaluations, _Evaluations, _Took]:
+    """Measures the target, and where it is compared the same on the 16-bit base, if it is on a quantised form."""
     import torch  # takes seconds
     from transformers.utils.logging import disable_progress_bar
 
@@ -390,8 +410,10 @@ def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[tup
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as e:
         raise SpecError(f"--device {options.device}: {str(e).splitlines()[0]}") from e
-    if options.compare and target.rope is None and target.adapter is None:
-        raise SpecError(f"there is nothing to compare {target.label} with: --compare is for adapters and for --rope")
+    if options.compare and target.rope is None and target.adapter is None and target.whole is None:
+        raise SpecError(
+            f"there is nothing to compare {target.label} with: --compare is for adapters, --rope and quantised forms"
+        )
     dtype, why = training_dtype(hardware(), use_gpu=device.type == "cuda")
     if options.dtype != "auto":
         dtype, why = options.dtype, ""
@@ -400,13 +422,19 @@ def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[tup
     with progress_bar() as tell:
         chosen = subjects(target.rope, target.adapter, compare=options.compare)
         measured = measure(target.base, chosen, dtype=dtype, device=device, progress=tell, kept=kept, **what)
-    return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken, dtype, why)
+        on_whole: _Evaluations = ()
+        if options.compare and (whole := target.whole) is not None:
+            also: Progress = lambda stage, share: tell(f"{whole.name}: {stage}", share)  # noqa: E731
+            on_whole = measure(whole, chosen, dtype=dtype, device=device, progress=also, kept=kept, **what)
+    return measured, on_whole, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken, dtype, why)
 
 
 def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
-    """Records the evaluations if asked to. Returns why the gate refuses an alias; None if the adapter is not gated."""
+    """Records the evaluations if asked to. Returns why the gate refuses an alias; None if the adapter is not gated, or
+    is not on the base that it was trained on.
+    """
     version = target.version
-    if version is None:
+    if version is None or not target.is_recorded:
         return None
     known = version.evaluations + tuple(measured)
     with open_services() as services:
@@ -416,36 +444,56 @@ def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluat
     return describe.objections(version.manifest, known, services.settings)
 
 
-def _as_json(target: EvaluatedModel, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:
+def _as_json(
+    target: EvaluatedModel, options: Options, measured: _Evaluations, on_whole: _Evaluations, took: _Took
+) -> dict[str, Any]:
+    compared = (
+        {} if target.whole is None or not on_whole else {"base": target.whole.name, "evaluations": _dumped(on_whole)}
+    )
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,
         "base": target.base.name,
         "rope_parameters": target.rope and target.rope.to_hf(),
         "dtype": took.dtype,
-        "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured],
-        "recorded": target.version is not None and options.record,
+        "evaluations": _dumped(measured),
+        **({"of": compared} if compared else {}),
+        "recorded": target.is_recorded and options.record,
         "seconds": round(took.seconds, 1),
         "num_computed": took.num_computed,
         "num_taken": took.num_taken,
     }
 
 
-def _perplexities(measured: Sequence[Evaluation]) -> Table:
+def _dumped(measured: _Evaluations) -> list[dict[str, Any]]:
+    return [e.model_dump(mode="json", exclude_none=True) for e in measured]
+
+
+def _columns(target: EvaluatedModel, measured: _Evaluations, on_whole: _Evaluations) -> dict[str, list[Evaluation]]:
+    """Sorts the figures by model: its subject, and the base's name where there are two."""
+    columns: dict[str, list[Evaluation]] = {}
+    for base, figures in ((target.base, measured), (target.whole, on_whole)):
+        for e in figures:
+            on = f" on {base.name}" if on_whole and base is not None else ""
+            columns.setdefault(e.subject.replace("_", " ") + on, []).append(e)
+    return columns
+
+
+def _perplexities(columns: dict[str, list[Evaluation]]) -> Table:
     """Shows one row per context length, one column per model."""
-    subjects = list(dict.fromkeys(e.subject for e in measured))
     by_length: dict[int, dict[str, Evaluation]] = {}
-    for e in measured:
-        by_length.setdefault(e.context_length or 0, {})[e.subject] = e
-    names = [subject.replace("_", " ").upper() for subject in subjects]
+    for name, column in columns.items():
+        for e in column:
+            by_length.setdefault(e.context_length or 0, {})[name] = e
+    names = [name.upper() for name in columns]
     rows = [
-        (f"{length:,}", next(iter(found.values())).count, *(f"{found[s].value:.4g}" for s in subjects))
+        (f"{length:,}", next(iter(found.values())).count, *(f"{found[name].value:.4g}" for name in columns))
         for length, found in by_length.items()
     ]
     return table(("CONTEXT", "WINDOWS", *names), rows, right=("CONTEXT", "WINDOWS", *names))
 
 
-def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
+def _cells(task: str, name: str, measured: Sequence[Evaluation]) -> Table:
     """Shows one row per depth, one column per context length."""
     exact, likelihood = (
         {(e.depth, e.context_length): e.value for e in measured if e.metric == retrieval_metric(task, metric)}
@@ -455,7 +503,7 @@ def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
     columns = [f"{length:,}" for length in lengths if length is not None]
     rows = [(f"{d:.0%}", *(f"{exact[d, n]:.0%}  {likelihood[d, n]:6.2f}" for n in lengths)) for d in depths]
     made = table(("DEPTH", *columns), rows, right=("DEPTH", *columns))
-    made.title, made.title_justify = subject.replace("_", " "), "left"
+    made.title, made.title_justify = name, "left"
     return made
 
 
@@ -463,6 +511,6 @@ def _print_end(target: EvaluatedModel, options: Options, took: _Took, what: str)
     if took.num_taken:
         total = took.num_computed + took.num_taken
         click.echo(f"{took.num_taken} of {total} {what} taken from earlier runs; --fresh computes all again")
-    recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
+    recorded = f"; recorded with {target.label}" if target.is_recorded and options.record else ""
     why = f" ({took.why})" if took.why else ""
     click.echo(f"{took.seconds:.1f} s, {took.dtype}{why}{recorded}")

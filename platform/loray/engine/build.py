@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.driver import start_ranks
@@ -52,7 +52,7 @@ def build_engine(
     dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
     if spec.fixed_pool_bytes is not None:
         cut_pool(spec, base.config)  # what cannot be is told before the base is loaded
-    tensors = read_tensors(base.path) if tensors is None else tensors
+    tensors = WeightSource(base.path, base.config) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
     spec = sized(spec, base.config, device)
     layout, num_blocks = cut_pool(spec, base.config)
@@ -81,6 +81,8 @@ def _ready(engine: Engine, model: Decoder) -> Engine:
     try:
         max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
         model.use_captures(pool, num_slots=spec.max_num_seqs, max_blocks=max_blocks)
+        if spec.speculation == "auto" and not model.can_capture and model.ops.is_batch_invariant(pool.tensor.dtype):
+            engine.guess_tokens()
     except BaseException:
         engine.close()
         raise

@@ -11,10 +11,11 @@ from itertools import chain
 
 import torch
 
-from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
-from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.memory.limits import check_length, max_model_len, tokens_of_a_request
+from loray.engine.memory.prefix_cache import HostTier
 from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import RankWorkers
@@ -24,9 +25,11 @@ from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.engine.request import Chunk, Request, RequestState, TokenOutput
 from loray.engine.runner import ModelRunner, StepResults
 from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.pooling import embedding_of
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
+from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
@@ -103,12 +106,17 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
     if adapter is not None:
-        adapter.check_base(base.name, base.fingerprint)
+        adapter.check_base(base.name, base.fingerprint, base.of)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
     params = request.params
+    if request.pooling is not None:
+        if params.max_tokens or request.output_ids:
+            raise RequestError("an embedding has no answer; give max_tokens 0 with `pooling`", param="max_tokens")
+        if params.prompt_logprobs is not None or params.structured is not None:
+            raise RequestError("an embedding has neither prompt_logprobs nor a constraint; leave them out")
     if not all(0 <= t < vocab for t in request.output_ids):
         raise RequestError(f"output_ids: a token id is outside the vocabulary of {vocab}", param="output_ids")
     if request.output_ids and len(request.output_ids) >= params.max_tokens:
@@ -149,8 +157,14 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        checkpoint = CheckpointReader(base.path)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
+        packer = Packer(
+            pool.geometry,
+            pool.tensor.dtype,
+            model.embedding_VD,
+            WeightSource(base.path, base.config),
+            base.config.fused,
+            pinned=pool.tensor.is_cuda,
+        )
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -174,8 +188,11 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
+            window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
+        if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
+            self.scheduler.prefix_cache.host = HostTier(self.adapter_manager.host, pool.copies)
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
         self._runner = ModelRunner(
@@ -193,6 +210,13 @@ class Engine:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
 
+    def guess_tokens(self) -> None:
+        """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
+        captured: each with guesses would be computed launch by launch. Nor where what is beside a token changes its
+        bits: with guesses there might be another token.
+        """
+        self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
+
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Count the tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
 
@@ -200,7 +224,8 @@ class Engine:
         """
         geometry, own = self.pool.geometry, 0 if adapter is None else self._loads.expected_blocks(adapter)
         context = adapter.context_length if adapter is not None else self.base.config.max_position_embeddings
-        return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
+        limit = tokens_of_a_request(self.base.config, geometry, geometry.num_blocks - own)
+        return max_model_len(self.spec, context, limit)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """Count the bytes that an adapter takes in the pool; its published size until it is loaded. From any thread."""
@@ -283,10 +308,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed, chunk.request.history = chunk.start, None
         largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
-        for request in (chunk.request for chunk in chunks if chunk is not largest):
-            # A prompt that this step would have ended is served by turns again; others go on where they were.
-            if request.num_pending > 1 and request not in self.scheduler.waiting.begun:
-                self.scheduler.preempt(request)
+        self.scheduler.undo(chunk.request for chunk in chunks if chunk is not largest)
         total = sum(chunk.num_tokens for chunk in chunks)
         _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
         return self._fail(
@@ -306,27 +328,35 @@ class Engine:
 
     @torch.inference_mode()
     def _results(self, results: StepResults) -> list[TokenOutput]:
-        requests = [request for request, _ in results.outcomes]
-        broken = {r.request_id: r for r, sampled in results.outcomes if sampled is None}
+        requests = list(dict.fromkeys(request for request, *_ in results.outcomes))
+        broken = {r.request_id: r for r, sampled, _ in results.outcomes if sampled is None}
         for part, logprobs in results.scores:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
                 part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
-        outputs = [
-            self._fail(r, sampled)
-            if isinstance(sampled, RequestError)
-            else self._postprocess(r, sampled.token, sampled.logprobs)
-            for r, sampled in results.outcomes
-            if sampled is not None and r.request_id not in broken
-        ]
+        outputs: list[TokenOutput] = []
+        for request, sampled, was_guessed in results.outcomes:
+            if sampled is None or request.request_id in broken or request.state is RequestState.FINISHED:
+                continue
+            if isinstance(sampled, RequestError):
+                outputs.append(self._fail(request, sampled))
+            else:
+                request.num_computed += was_guessed
+                outputs.append(self._postprocess(request, sampled.token, sampled.logprobs))
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
-            if not request.num_pending and request.request_id not in broken:
+            if request.num_pending or request.request_id in broken:
+                continue
+            if request.spec.pooling is None:
                 outputs.append(self._output(request, None, None, "length"))
+            elif (embedding := embedding_of(request)) is not None:
+                outputs.append(self._output(request, None, None, "stop")._replace(embedding=embedding))
+            else:
+                broken[request.request_id] = request
         scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
         going_on = (r for r in scored if r.request_id not in broken and r.state is not RequestState.FINISHED)
         outputs += [self._output(r, None, None, None) for r in going_on]
@@ -334,7 +364,8 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
-        reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
+        what = "logits" if request.spec.pooling is None else "hidden states"
+        reason = f"{model} gave {what} that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
         self.scheduler.prefix_cache.forget(request.kv_digest)
@@ -390,7 +421,8 @@ class Engine:
 
     def _token_weight(self, request: Request) -> float:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
-        base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
+        pool = self.pool.tensor
+        base_bytes = self.base.config.matrix_bytes(pool.itemsize, on_gpu=pool.is_cuda)
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
@@ -418,6 +450,9 @@ class Engine:
             adapters_loading=loading,
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
+            prefixes=scheduler.prefix_cache.told(),
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
             step_seconds=counters.step_seconds.counts(),
             step_tokens=counters.step_tokens.counts(),
             step_adapters=counters.step_adapters.counts(),
@@ -434,8 +469,8 @@ class Engine:
         adapters, as the books of scheduler, adapter manager and pool say. Between steps.
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
-        kv = Counter(block for request in scheduler.running for block in request.blocks)
-        kv.update(scheduler.prefix_cache.blocks())
+        kv = Counter(block for request in scheduler.running for block in request.held_blocks)
+        kv.update(chain(scheduler.prefix_cache.blocks(), scheduler.kv_cache.fetched()))
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())
         adapter_manager.check_integrity()
@@ -452,6 +487,7 @@ class Engine:
 
     def close(self) -> None:
         self._loads.close()
+        self.pool.copies.close()
         self._grammars.close()
         if self._workers is not None:
             self._workers.stop()

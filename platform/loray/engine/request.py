@@ -18,7 +18,7 @@ class RequestState(Enum):
 
 class TokenOutput(NamedTuple):
     """The result of one step for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a
-    part of the prompt has been scored.
+    part of the prompt has been scored; an embedding with the finish reason.
 
     `prompt_logprobs` are those of the prompt's tokens from the second on, in parts: each step's are in its result, the
     last ones with the first token or the finish reason.
@@ -31,6 +31,7 @@ class TokenOutput(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
     @property
     def delta(self) -> TokenDelta:
@@ -40,6 +41,7 @@ class TokenOutput(NamedTuple):
             num_cached_tokens=self.num_cached_tokens,
             logprobs=None if self.logprobs is None else (self.logprobs,),
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
         )
 
 
@@ -50,7 +52,7 @@ class Request:
     `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     active_from         the token from which its adapter is active, see `AdapterRef.active_from`; 0 without an adapter
-    blocks              a list that only grows: where a block is replaced or moved there is a new list
+    blocks              a list that only grows: where a block is replaced, moved or freed there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
@@ -58,8 +60,11 @@ class Request:
     virtual_finish      see fairness; infinite until it could run for the first time
     charged_until       tokens of its prompt that have been computed or found in the prefix cache, now or before
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
+    prefix_is_coming    from host memory: None before that was looked for, False when it has come
     num_overtaken       how often a later request whose adapter was in the pool went first
+    pooled              sums of hidden states, by the first token of the chunk; `sampling.pooling` writes it
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
+    ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
     """
@@ -75,6 +80,8 @@ class Request:
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    prefix_is_coming: bool | None = None
+    num_freed_blocks: int = 0  # the first of `blocks`, behind the window of every layer: they are not its own any more
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     decoding_since: float = math.inf
     start_by: float = math.inf
@@ -87,6 +94,8 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    pooled: dict[int, object] = field(default_factory=dict)
+    ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
 
@@ -117,10 +126,19 @@ class Request:
         return None if self.active_from == NEVER else self.adapter_digest
 
     @property
+    def held_blocks(self) -> list[int]:
+        return self.blocks[self.num_freed_blocks :]
+
+    @property
     def needs_prompt_logits(self) -> bool:
-        """The prompt's tokens are to be scored: each is computed, and the prefix cache is not used."""
+        """The prompt's tokens are to be scored."""
         wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
         return wanted and self.num_scored < self.num_prompt_tokens - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Each token of the prompt is computed, and the prefix cache is not used."""
+        return self.needs_prompt_logits or self.spec.pooling == "mean"
 
     @property
     def has_constraint(self) -> bool:
@@ -206,16 +224,19 @@ class StepWork(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Compute tokens [start, start + num_tokens) of `request` in this step."""
+    """Compute tokens [start, start + num_tokens) of `request` in this step. The last of them are `guesses`: what may
+    follow its newest token. Of those that are wrong, keys and values are written again.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
         """The chunk reaches the request's newest token, so that its logits are sampled."""
-        return self.start + self.num_tokens == self.request.num_tokens
+        return self.start + self.num_tokens == self.request.num_tokens + len(self.guesses)
 
     @property
     def parts(self) -> tuple[Chunk, ...]:
@@ -223,7 +244,7 @@ class Chunk(NamedTuple):
         at, stop = self.request.active_from, self.start + self.num_tokens
         if not self.start < at < stop:
             return (self,)
-        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at)
+        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at, self.guesses)
 
     @property
     def scored(self) -> range:
@@ -235,6 +256,18 @@ class Chunk(NamedTuple):
             return range(0)
         first = max(self.start, request.num_scored)
         return range(first, max(first, min(self.start + self.num_tokens, request.num_prompt_tokens - 1)))
+
+    @property
+    def pooled(self) -> range:
+        """The tokens of the chunk whose hidden states the request's embedding is made of."""
+        stop = self.start + self.num_tokens
+        match self.request.spec.pooling:
+            case "mean":
+                return range(self.start, stop)
+            case "last" if self.is_last:
+                return range(stop - 1, stop)
+            case _:
+                return range(0)
 
     @property
     def work(self) -> StepWork:

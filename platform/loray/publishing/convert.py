@@ -128,7 +128,7 @@ def merge_into_base(
 
     with _opened(ref, base, store) as (manifest, weights):
         recipe, trained_on = manifest.recipe, None
-        if as_trained:
+        if as_trained and base.config.quantization is None:  # else the base is the one that it was trained on
             if recipe is None or recipe.quantization is None:
                 raise SpecError(f"{ref.label} was not trained on a quantized base: leave out --as-trained")
             trained_on = RoundedBase(recipe.quantization, getattr(torch, recipe.chosen_dtype))

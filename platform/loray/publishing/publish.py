@@ -157,7 +157,7 @@ def _longest_context(manifest: AdapterManifest, base: BaseModel) -> int:
 
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
-    to.catalog.bases.add(base.name, base.fingerprint)  # refuses other weights under a known name
+    to.catalog.bases.add(base.name, base.fingerprint, base.of)  # refuses other weights under a known name
     canonical = read_canonical(folder)
     manifest = parse_manifest(canonical, source=str(folder))
     check_size(manifest, canonical)

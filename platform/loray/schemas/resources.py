@@ -119,6 +119,11 @@ class ProjectionResource(Resource):
 class BaseResource(Resource):
     name: str = Field(examples=["smollm2"])
     fingerprint: str = Field(examples=[_BASE])
+    of: str | None = Field(
+        default=None,
+        examples=[None],
+        description="of a quantised base: the fingerprint of the 16-bit base whose adapters are served on it, too",
+    )
     projections: tuple[ProjectionResource, ...] = ()
 
 

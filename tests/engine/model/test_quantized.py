@@ -27,7 +27,7 @@ from loray_kernels.reference import ReferenceOps, quantized_linear
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, outputs, prompts, request, run
 from tests.fixtures.peft_adapters import ALL, ATTENTION, Oracle, TestAdapter, hf_model, make_adapters
-from tests.fixtures.quantized import is_quantized, quantized, quantized_tensors
+from tests.fixtures.quantized_weights import is_quantized, quantized, quantized_tensors
 
 
 def make_engine(base: BaseModel, kind: str | None, adapters: Sequence[TestAdapter] = (), **spec: Any) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -65,6 +66,18 @@ def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: S
     assert (manifest.recipe.base, manifest.recipe.optimizer.learning_rate) == ("tiny", 0.01)
     assert manifest.recipe.data.max_length == 512
     assert manifest.licence == "CC0-1.0"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
+def test_what_qlora_trains_belongs_to_the_base_that_it_trained_on(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, dtype="float32", quantization={})
+    run, made = trained(recipe, settings, tmp_path)
+    publish_best(made, run, recipe, settings)
+    form, catalog = get_base(settings.home, "tiny-nf4"), Catalog(settings.catalog)
+    assert form.of == get_base(settings.home, "tiny").fingerprint
+    manifest = catalog.adapters.version("arithmetic", 1).manifest
+    assert (manifest.base, manifest.base_fingerprint) == (form.name, form.fingerprint)
+    assert catalog.bases.forms() == {form.fingerprint: form.of}
 
 
 Run = tuple[Recipe, RunFolder, Any]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import quantize_rows, quantized_linear
-from tests.fixtures.quantized import drawn, randn
+from tests.fixtures.quantized_weights import drawn, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

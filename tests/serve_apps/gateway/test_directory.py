@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.snapshot_file import SnapshotFile
-from loray.errors import AdapterNotFound, CatalogError
+from loray.errors import AdapterNotFound, BaseMismatch, CatalogError
 from loray.spec import OPERATOR
 from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelResolver, ResolvedModel
@@ -64,6 +65,31 @@ async def resolving(
     await directory.follower.refresh()
     watched.looks.clear()
     yield directory
+    directory.follower.close()
+
+
+async def test_adapters_are_served_on_quantised_forms_of_their_base(base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "tone", base.fingerprint)
+    register(catalog, "other", "0" * 64)
+    int8 = replace(base, name="int8", fingerprint="8" * 64, of=base.fingerprint)
+    fp8 = replace(int8, name="fp8", fingerprint="f" * 64)
+    stranger = replace(int8, name="stranger", of=None)
+    for bases, expected in (([int8, fp8], int8), ([int8, base], base), ([fp8, int8], fp8)):
+        directory = ModelResolver(bases, CatalogWatcher(Watched(catalog)))
+        await directory.follower.refresh()
+        found = await directory.resolve("tone", OPERATOR)
+        assert found.base == expected
+        assert found.adapter is not None
+        found.adapter.check_base(found.base.name, found.base.fingerprint, found.base.of)
+        assert (await directory.resolve("int8:tone", OPERATOR)).base == int8
+        assert [directory.num_adapters_of(b) for b in bases] == [int(b == expected) for b in bases]
+        assert {directory.longest_context(b) for b in bases} == {base.config.max_position_embeddings}
+        directory.follower.close()
+    directory = ModelResolver([stranger], CatalogWatcher(Watched(catalog)))
+    await directory.follower.refresh()
+    for name in ("tone", "stranger:tone"):
+        with pytest.raises(BaseMismatch, match="was trained on another base"):
+            await directory.resolve(name, OPERATOR)
     directory.follower.close()
 
 

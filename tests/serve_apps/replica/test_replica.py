@@ -47,7 +47,7 @@ class Place:
 
     def warm_up(self, timeout_s: float = 60.0) -> Any:
         records: Any = self
-        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s)
+        return warm_up(self.stream, records, "own", self.base, timeout_s)
 
     def stats(self) -> EngineStats:
         """Of now, while the stream's own may be a step old."""

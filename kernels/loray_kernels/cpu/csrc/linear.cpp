@@ -58,25 +58,39 @@ void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, 
         linear_of(x, x_stride, w, put, meanwhile)(num_tokens, threads);
 }
 
-// y = silu(g) · u, with silu(g) rounded before the product, as in torch.
-template <class T>
-void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
+// y = g σ(argument(g)) · u, with the first factor rounded before the product, as in torch.
+template <class T, class Argument>
+static void gated(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads, Argument argument) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > FEW_PRODUCTS / 8)
     for (i64 t = 0; t < num_tokens; t++) {
         const T *gate = x + t * x_stride, *up = gate + width;
         T* to = y + t * width;
         vectors(width, [&](i64 i, auto n) {
             const Vec g = load_n(gate + i, n), none = zero(), one = set1(1.0f);
-            const Vec e = exp(g < none ? g : none - g);  // e^−|g|, which cannot overflow
-            const Vec silu = rounded(g * (g < none ? e : one) / (one + e), x);
-            store_n(to + i, silu * load_n(up + i, n), n);
+            const Vec a = argument(g), e = exp(a < none ? a : none - a);  // e^−|a|, which cannot overflow
+            const Vec activated = rounded(g * (a < none ? e : one) / (one + e), x);
+            store_n(to + i, activated * load_n(up + i, n), n);
         });
     }
 }
 
+template <class T>
+void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
+    gated(x, x_stride, num_tokens, width, y, threads, [](Vec g) { return g; });
+}
+
+// ½ g (1 + tanh a) = g σ(2 a), where a = √(2/π) (g + 0.044715 g³) approximates the error function's argument.
+template <class T>
+void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
+    gated(x, x_stride, num_tokens, width, y, threads, [](Vec g) {
+        return set1(1.5957691216f) * fma(set1(0.044715f) * g * g, g, g);
+    });
+}
+
 #define LORAY_INSTANTIATE(T)                                                                  \
     template void linear<T, T>(const T*, i64, i64, const Matrix<T>&, T*, int, Meanwhile);                \
-    template void silu_mul<T>(const T*, i64, i64, i64, T*, int);
+    template void silu_mul<T>(const T*, i64, i64, i64, T*, int);                                         \
+    template void gelu_mul<T>(const T*, i64, i64, i64, T*, int);
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
@@ -115,6 +129,9 @@ LORAY_ENTRY(pack_integers_)
     }                                                                                                                \
     LORAY_ENTRY(silu_mul_##suffix##_)(const type* x, i64 x_stride, i64 num_tokens, i64 width, type* y, int threads) { \
         silu_mul(x, x_stride, num_tokens, width, y, threads);                                                        \
+    }                                                                                                                \
+    LORAY_ENTRY(gelu_mul_##suffix##_)(const type* x, i64 x_stride, i64 num_tokens, i64 width, type* y, int threads) { \
+        gelu_mul(x, x_stride, num_tokens, width, y, threads);                                                        \
     }
 
 LORAY_LINEAR(bf16, bf16)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.model.batch import AdapterBatch, Batch, ChunkInput, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through
@@ -124,7 +125,7 @@ def load_layers(
     left = Counter(_layer_of(name) for name in missing)
     taken: defaultdict[int | None, dict[str, Weight]] = defaultdict(dict)
     layers: dict[int, L] = {}
-    for name, tensor in tensors:
+    for name, tensor in unfused(tensors, config):
         if name not in missing:
             continue
         missing.remove(name)
@@ -202,7 +203,9 @@ def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
 
 
 class Rope:
-    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's in place of the
+    base's first one.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
@@ -226,8 +229,10 @@ class Rope:
         inverse_d, factor = self._frequencies(rope)
         return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Compute cos and sin, (T, d), for each RoPE of the base."""
         positions_T = batch.positions_T.float()
+        others = (self._turns(*self._angles(positions_T, rope)) for rope in self._config.other_ropes)
         if (vectors := batch.own_vectors) is None:
             angles_Th, factor_T = self._angles(positions_T, self._config.rope)
         else:
@@ -237,6 +242,9 @@ class Rope:
             if span.adapter.rope is not None:
                 own = slice(span.start, span.stop)
                 angles_Th[own], factor_T[own] = self._angles(positions_T[own], span.adapter.rope)
+        return self._turns(angles_Th, factor_T), *others
+
+    def _turns(self, angles_Th: Tensor, factor_T: Tensor) -> tuple[Tensor, Tensor]:
         factor_T1 = factor_T.unsqueeze(1)
         cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
         return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
@@ -248,7 +256,7 @@ class Rope:
     def _frequencies(self, rope: RopeParameters) -> Frequencies:
         found = self._known.get(rope)
         if found is None:
-            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            inverse_d, factor = frequencies(rope, self._config.rotary_dim)
             found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
         return found
 
@@ -285,7 +293,8 @@ class Decoder:
         self.embedding_VD: Tensor = others[_EMBEDDING]
         head: Weight = self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]
         self._head = ops.pack_linear([head])
-        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config)
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     def _tied_head(self) -> Weight:
         """The embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties them
@@ -302,16 +311,17 @@ class Decoder:
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """Make decode steps over `pool` those that can be captured, if the backend supports it. Before adapters are
-        placed.
+        placed. Those of experts are not captured: which tokens an expert has is known on the host alone.
 
         num_slots   requests that run at once
         max_blocks  the most that a request for the base may have
         """
 
         def forward(step: CapturedStep) -> Tensor:
-            return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
+            return self._forward(Batch.of_captured(step), pool)
 
-        self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
+        if self.config.experts is None:
+            self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
         if self._captures is not None:
             pool.descriptors = PoolDescriptors(
                 self._captures.descriptors,
@@ -378,24 +388,36 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
+        self,
+        batch: Batch | DecodeBatch,
+        pool: Pool,
+        on_scored: Callable[[Tensor], None] = lambda logits_RV: None,
+        on_pooled: Callable[[Tensor], None] = lambda x_PD: None,
     ) -> Tensor:
         """Compute the logits, fp32 (batch.logits_T, vocabulary), valid until the next call. Writes the step's keys and
         values into `pool`.
 
-        `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
+        `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order; `on_pooled` the hidden states of
+        batch.pooled_T after the final norm, (P, hidden size).
         """
         pool.wait_for(batch.residents)
         if isinstance(batch, Batch):
-            return self._forward(batch, pool, on_scored)
+            return self._forward(batch, pool, on_scored, on_pooled)
         assert self._captures is not None
         return self._captures(batch.step)
 
-    def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
+    def _forward(
+        self,
+        batch: Batch,
+        pool: Pool,
+        on_scored: Callable[[Tensor], None] = lambda logits_RV: None,
+        on_pooled: Callable[[Tensor], None] = lambda x_PD: None,
+    ) -> Tensor:
         ops = self.ops
-        cos_Td, sin_Td = self.rope(batch)
-        step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
+        step = ForwardContext.of(batch, pool, ops, self.rope(batch))
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
+        if self._embedding_scale != 1.0:
+            x_TD *= self._embedding_scale
         part, added_TD = logits_part(batch), None
         x_TD = through(self._layers if part is None else self._layers[:-1], x_TD, step)
         if part is not None:
@@ -403,10 +425,13 @@ class Decoder:
             x_TD, added_TD = self._layers[-1](x_TD, None, step, logits_step)
             batch, step = part, logits_step
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
+        if batch.pooled_T is not None:
+            on_pooled(x_TD[batch.pooled_T])
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):
                 on_scored(self._logits(x_TD[rows_R]))
         return self._logits(x_TD[batch.logits_T])
 
     def _logits(self, x_RD: Tensor) -> Tensor:
-        return self.ops.logits(x_RD, self._head)
+        logits_RV, cap = self.ops.logits(x_RD, self._head), self.config.logit_soft_cap
+        return logits_RV if cap is None else logits_RV.div_(cap).tanh_().mul_(cap)

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.layers import ForwardContext, Linear, Linears
 from loray.engine.parallel.communicator import Communicator
@@ -32,6 +32,7 @@ def parallel_linears(communicator: Communicator) -> Linears:
     return Linears(
         column=partial(ColumnParallelLinear, communicator),
         row=partial(RowParallelLinear, communicator),
+        add_up=communicator.all_reduce,
     )
 
 
@@ -72,7 +73,7 @@ class ShardedDecoder(Decoder):
         shard, device = communicator.shard, local_device(spec, communicator.shard.rank)
         super().__init__(
             local_config(base.config, shard),
-            local_tensors(read_tensors(base.path), base.config, shard),
+            local_tensors(WeightSource(base.path, base.config), base.config, shard),
             backend("auto", device),
             dtype=getattr(torch, spec.dtype),
             device=device,

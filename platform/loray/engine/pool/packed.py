@@ -27,19 +27,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
+from loray.bases.checkpoint import DTYPE_CODES
+from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, Role, SharedProjection
 from loray.spec import RopeParameters
-from loray_kernels import QuantizedWeight, Weight
 from loray_kernels.memory import Recycled
 
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _COMPARED_BYTES = 16 << 20  # of the base's rows at a time
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+_NORMS |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _FORMAT = 1  # of the file
 _PAGE = mmap.PAGESIZE
 
@@ -141,7 +142,8 @@ class Packer:
     """Packs adapters for one engine's pool.
 
     embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
-    checkpoint    the base's, for the norms that DoRA divides by
+    weights       the base's, for the norms that DoRA divides by
+    fused         see ModelConfig.fused; the pool has the modules apart
     pinned        pack into page-locked memory, which a device can read directly
     memory        that adapters are read and packed into
     """
@@ -149,7 +151,8 @@ class Packer:
     geometry: Geometry
     dtype: torch.dtype
     embedding_VD: Tensor
-    checkpoint: CheckpointReader | None = None
+    weights: WeightSource | None = None
+    fused: Mapping[str, Mapping[str, slice]] = field(default_factory=dict)
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
     _pairs: WeakValueDictionary[str, SharedProjection] = field(default_factory=WeakValueDictionary)
@@ -193,14 +196,15 @@ class Packer:
         for key, module in weights.modules.items():
             own = layers.setdefault(key.layer, {})
             for role, tensor, scale, changed in module.rows():
-                num_rows, width = tensor.shape
-                matrix = Matrix(changed or key.module, role, num_rows, width, scale)
                 if role == "dora":
                     assert isinstance(module, LoraWeights)
                     tensor = self._excess_scale(key, module)
-                if matrix in own:  # two scales of one output, each less one
-                    tensor = own[matrix] + tensor + own[matrix] * tensor
-                own[matrix] = tensor
+                for name, part, first in self._parts(changed or key.module, role, tensor):
+                    num_rows, width = part.shape
+                    matrix = Matrix(name, role, num_rows, width, first if role == "vera_b" else scale)
+                    if matrix in own:  # two scales of one output, each less one
+                        part = own[matrix] + part + own[matrix] * part
+                    own[matrix] = part
         flat: dict[Matrix, Tensor] = {}
         for path, norm in weights.norms.items():
             if path == "norm":
@@ -211,16 +215,20 @@ class Packer:
                 layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
         return layers, flat
 
+    def _parts(self, module: str, role: Role, tensor: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield what the parts of a fused module have of its rows, and the first output of each. A is the same for all
+        of them.
+        """
+        for name, outputs in self.fused.get(module, {module: slice(0, None)}).items():
+            is_of_outputs = role not in ("lora_a", "summed_a", "vera_d")
+            yield name, tensor[:, outputs] if is_of_outputs else tensor, outputs.start
+
     def _excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
         """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the
         pool's dtype as the outputs.
         """
-        assert self.checkpoint is not None, "DoRA needs the base's weights"
-        weight: Weight = self.checkpoint.read(f"model.{key.path}.weight")
-        if isinstance(weight, QuantizedWeight):
-            weight_OI = weight.dequantized(slice(None), self.dtype)
-        else:
-            weight_OI = weight.to(self.dtype)
+        assert self.weights is not None, "DoRA needs the base's weights"
+        weight_OI = self.weights.dense(f"model.{key.path}.weight").to(self.dtype)
         return (module.output_scale(weight_OI) - 1)[None]
 
 

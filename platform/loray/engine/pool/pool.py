@@ -20,6 +20,7 @@ from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix, RowTable, Table, columns, place
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.limits import pool_geometry
+from loray.engine.pool.block_copies import TensorCopies
 from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.methods.weights import Role, SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
@@ -78,7 +79,7 @@ class ResidentAdapter:
     """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
     rows        the table as tensors, by (group, module, role); group -1 holds rows without a layer
-    scales      LoRA's alpha/r, or the distance of a pair that is turned, by (group, module)
+    scales      the scale of Matrix, by (group, module)
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row   {token: offset of the adapter's embedding row for it}
     descriptor  on the device; None without one, see PoolDescriptors
@@ -112,9 +113,14 @@ class ResidentProjection:
 def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
     """Give the shapes of adapters' rows, which are cut at `capacity`: elements of a layer's share of a block."""
     shapes = [[config.module_shape(module) for module in modules] for modules in INPUTS]
+    firsts = {module: rows.start for parts in config.fused.values() for module, rows in parts.items()}
     return tuple(
-        InputShape(tuple(columns(of_input[0][1], capacity)), tuple(tuple(columns(o, capacity)) for o, _ in of_input))
-        for of_input in shapes
+        InputShape(
+            tuple(columns(of_input[0][1], capacity)),
+            tuple(tuple(columns(o, capacity)) for o, _ in of_input),
+            pair_rows=tuple(firsts.get(module, 0) for module in modules),
+        )
+        for modules, of_input in zip(INPUTS, shapes, strict=True)
     )
 
 
@@ -283,6 +289,7 @@ class Pool:
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
         self.tensor.zero_()  # touches the memory now, not during the first request
         self._writer = page_writer(self.tensor)
+        self.copies = TensorCopies(self.tensor, self.geometry.block_size)
         self._pairs: dict[str, ResidentProjection] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._copying: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
@@ -364,7 +371,7 @@ class Pool:
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
             for m in group.matrices
-            if m.role in ("lora_b", "turn")
+            if m.role in ("lora_b", "turn", "vera_b")
         }
         tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)
@@ -377,8 +384,9 @@ class Pool:
         return resident
 
     def wait_for_rows(self) -> None:
-        """Let whatever is queued after this call see all rows that have been placed."""
+        """Let whatever is queued after this call see all rows that have been placed, and blocks that have come back."""
         self._writer.wait()
+        self.copies.wait()
         self._copying.clear()
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:

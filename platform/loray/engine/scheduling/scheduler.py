@@ -22,11 +22,13 @@ from typing import Generic, NamedTuple
 from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.host_memory import P
-from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
+from loray.engine.memory.kv_cache import KVCacheManager
+from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
-from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
+from loray.engine.scheduling.speculation import Speculation
+from loray.engine.scheduling.step_budget import MIN_CHUNK, Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
@@ -129,7 +131,7 @@ class Admission(Generic[P, R]):
         self.emptied = False  # the pool, in this step
 
     def fits_at_all(self, request: Request) -> bool:
-        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
+        needed = self._adapter_blocks(request) + self._kv_cache.most_blocks(request.max_tokens, request.num_tokens)
         return needed <= self._allocator.geometry.num_blocks
 
     def why_not(self, request: Request) -> str:
@@ -151,6 +153,10 @@ class Admission(Generic[P, R]):
         ref = request.adapter
         self._kv_cache.take_cached(request)  # first: making room for the rest could evict these blocks
         if running and not self._lasts(request, running):
+            self._kv_cache.release(request)
+            return False
+        if self._kv_cache.fetch(request):
+            self._short = None  # its prefix is on its way; blocks are not short
             self._kv_cache.release(request)
             return False
         if ref is not None:
@@ -224,11 +230,13 @@ class Admission(Generic[P, R]):
         return False
 
     def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
-        num_output = len(request.output_ids)
+        num_output, block_tokens = len(request.output_ids), self._allocator.geometry.block_tokens
+        num_freed = request.num_freed_blocks
         if num_shared_blocks is None:
-            num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
+            num_shared_blocks = max(0, (request.num_cached_tokens or 0) // block_tokens - num_freed)
         remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
-        return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
+        held = request.num_tokens - num_freed * block_tokens
+        return Growth(held, len(request.held_blocks), num_shared_blocks, _SHARE * remaining)
 
 
 class Scheduler(Generic[P, R]):
@@ -240,6 +248,7 @@ class Scheduler(Generic[P, R]):
     ttft_slo_s      for requests without one of their own; None: they may wait forever
     clock           seconds
     places_ahead    adapters of waiting requests are copied into free blocks before their turn
+    window          see KVCacheManager
     """
 
     def __init__(
@@ -257,6 +266,7 @@ class Scheduler(Generic[P, R]):
         clock: Callable[[], float] = time.monotonic,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
+        window: int | None = None,
     ) -> None:
         self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
@@ -266,6 +276,8 @@ class Scheduler(Generic[P, R]):
             adapter_manager,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
+            window=window,
+            clock=clock,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
@@ -284,6 +296,8 @@ class Scheduler(Generic[P, R]):
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.speculation: Speculation | None = None  # the engine sets it
+        self._allocator = allocator
 
     @property
     def has_work(self) -> bool:
@@ -311,6 +325,8 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
             self.output_lengths.observe(len(request.output_ids))
+            if self.speculation is not None:
+                self.speculation.ended(request)
             self._release(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
@@ -320,9 +336,19 @@ class Scheduler(Generic[P, R]):
         """A running request waits again, and is computed again from what the prefix cache keeps of it."""
         self.running.remove(request)
         self._release(request)
-        request.state = RequestState.WAITING
+        request.state, request.prefix_is_coming = RequestState.WAITING, None
         self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
+
+    def undo(self, requests: Iterable[Request]) -> None:
+        """The last step has failed, in which these requests had chunks. A prompt that it would have ended is served by
+        turns again, and who took blocks that it should have written computes them; others go on where they were.
+        """
+        unwritten = self.prefix_cache.drop_unwritten()
+        for request in requests:
+            ends_prompt = request.num_pending > 1 and request not in self.waiting.begun
+            if ends_prompt or not unwritten.isdisjoint(request.blocks):
+                self.preempt(request)
 
     def next_deadline(self) -> float:
         """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
@@ -330,7 +356,8 @@ class Scheduler(Generic[P, R]):
 
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
-        changed = self._adapter_manager.poll(at_once=not self.running)
+        self.prefix_cache.step_begins()
+        changed = self._poll()
         for request in self.running:
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
@@ -338,6 +365,8 @@ class Scheduler(Generic[P, R]):
             self.preempt(one)
         budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
         chunks, failed = self._decode(budget), Failures()
+        if self.speculation is not None:
+            self._guess(self.speculation, chunks, budget)
         self._admission.stepped()
         for request, error in chain.from_iterable(late() for late in (self._targets.refuse_late, self._limits.overdue)):
             self.waiting.refuse(request)
@@ -346,7 +375,7 @@ class Scheduler(Generic[P, R]):
         self._compute_prompts(budget, chunks, failed)
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
-        changed |= self._admission.emptied | self._adapter_manager.poll(at_once=not self.running)
+        changed |= self._admission.emptied | self._poll()
         return SchedulerOutput(chunks, failed, changed or self._adapter_manager.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -354,6 +383,14 @@ class Scheduler(Generic[P, R]):
         self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        """Take adapters and prefixes that have come; True if some have."""
+        at_once = not self.running
+        fetched = self.kv_cache.poll(at_once=at_once)
+        for request in fetched:
+            self.waiting.has_prefix(request)
+        return self._adapter_manager.poll(at_once=at_once) or bool(fetched)
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
         """The next token of each request that decodes, best priority and oldest first."""
@@ -376,6 +413,20 @@ class Scheduler(Generic[P, R]):
         budget.in_burst = self._burst.goes_on(now - oldest, len(chunks), num_prompts, seconds)
         return chunks
 
+    def _guess(self, speculation: Speculation, chunks: list[Chunk], budget: StepBudget) -> None:
+        """Add guessed tokens to the chunks of requests that decode; prompts keep the least that they are given.
+
+        No request is preempted for them: they take blocks only where one is left for each request that runs.
+        """
+        for i, guesses in speculation.guesses(chunks, budget.work, budget.num_left - MIN_CHUNK):
+            request = chunks[i].request
+            if self._allocator.num_free + self.prefix_cache.num_idle > len(self.running):
+                self.kv_cache.extend(request, request.num_tokens + len(guesses))
+            room = len(request.blocks) * self._allocator.geometry.block_tokens - request.num_tokens
+            if own := tuple(guesses[:room]):
+                budget.guess(len(own))
+                chunks[i] = Chunk(request, chunks[i].start, chunks[i].num_tokens + len(own), own)
+
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
         """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
         is_blocked = False
@@ -386,13 +437,17 @@ class Scheduler(Generic[P, R]):
                 is_blocked = not self._admit(request, failed)
                 if request.state is RequestState.WAITING:
                     continue
+            else:
+                self.kv_cache.take_more(request)
             n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
             if not n:
                 return
             if not is_blocked:
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
-            self.kv_cache.share(request)
+            if n > 1 and not request.num_in_flight:  # a step of single tokens may be computed in parts
+                self.kv_cache.share(request, n)
+            self.kv_cache.free_behind_window(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
@@ -420,6 +475,8 @@ class Scheduler(Generic[P, R]):
             failed += self.waiting.fail(request)
         elif request.adapter is not None and self._adapter_manager.tier(request.adapter).is_on_its_way:
             return True  # its rows are on their way, which nobody else waits for
+        elif request.prefix_is_coming:
+            return True
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
@@ -430,6 +487,7 @@ class Scheduler(Generic[P, R]):
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
         self.kv_cache.share(request)
+        self.kv_cache.free_behind_window(request)
         while not self.kv_cache.extend(request, request.num_tokens):
             self.preempt(last := self.running[-1])
             if last is request:

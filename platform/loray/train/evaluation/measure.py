@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
@@ -20,6 +21,7 @@ from loray.methods.attach import attach, load_weights
 from loray.planning.memory import num_shards
 from loray.spec import (
     EXACT_MATCH,
+    LINEAR_MODULES,
     LOG_LIKELIHOOD,
     PERPLEXITY,
     DType,
@@ -38,6 +40,7 @@ from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import BaseWeights, load_model, model_config, stand_ins, without_weights
+from loray_kernels.reference import quantize_rows
 
 
 class MeasuredModel(NamedTuple):
@@ -98,9 +101,11 @@ def load(
             with stand_ins(model, source):
                 attach(model, trained_by.adapter.published, seed=trained_by.seed)
             load_weights(model, weights)
+        _round_activations(model, base, device)
         sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
         return sharded.eval()
     model = load_model(base, dtype=dtype, rope=measured.rope)
+    _round_activations(model, base, device)
     if weights is not None:
         from peft import PeftConfig, PeftModel  # takes a second, and bases do not need it
 
@@ -112,6 +117,22 @@ def load(
         if weights.invocation_tokens is not None:
             Activation(weights.invocation_tokens).put_into(model)
     return Measured(model.requires_grad_(False), mesh).to(device).eval()
+
+
+def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) -> None:
+    """Round the inputs of linear modules as engines do on such a device."""
+    quantization = base.config.quantization
+    if quantization is None or not quantization.is_kept(on_gpu=device.type == "cuda"):
+        return
+    dtype = torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8
+
+    def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        q_TI, scale_T1 = quantize_rows(inputs[0].flatten(0, -2), dtype)
+        return ((q_TI.float() * scale_T1).to(inputs[0].dtype).view_as(inputs[0]),)
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEAR_MODULES:
+            module.register_forward_pre_hook(rounded)
 
 
 _MAX_LOSS = 700.0  # exp of it is still finite; the loss of a uniform guess is the logarithm of the vocabulary's size

@@ -222,6 +222,13 @@ static inline Vec exp(Vec x) {
     return x < lowest ? zero() : scale2(p, n);
 }
 
+// To a few units of 2⁻²⁴, also where x is small.
+static inline Vec tanh(Vec x) {
+    const Vec none = zero(), one = set1(1.0f), twice = x + x;
+    const Vec e = exp(x < none ? twice : none - twice), size = (one - e) / (one + e);
+    return x < none ? none - size : size;
+}
+
 // One step of a dot product: STEP elements of both sides into W partial sums.
 template <class X, class T>
 struct Dot {

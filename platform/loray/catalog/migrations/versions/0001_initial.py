@@ -17,7 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # The next revision writes these tables out here: what it adds to the schema must not be made twice.
+    # Of today's schema: later revisions add what they add only where it is missing.
     c = op.get_bind()
     metadata.create_all(c, checkfirst=False)
     tenant = {"name": DEFAULT_TENANT, "blocked": False, "limits": "{}", "created_at": sa.func.now()}
