@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -143,9 +144,15 @@ def held_out_text() -> str:
 @pytest.mark.slow
 def test_smollm2_in_int8_predicts_as_well_as_in_bf16(smollm2: BaseModel) -> None:
     """Perplexity within 1 %, and the same first token of 95 of 100 prompts."""
-    ids: list[int] = AutoTokenizer.from_pretrained(smollm2.path)(held_out_text())["input_ids"]
+    tokenizer, text = AutoTokenizer.from_pretrained(smollm2.path), held_out_text()
+    ids: list[int] = tokenizer(text)["input_ids"]
     windows = [ids[i : i + 512] for i in range(0, 512 * 16, 512)]
-    starts = [ids[i : i + 40] for i in range(0, 60 * 100, 60)]
+    sentences = [s for s in re.split(r"(?<=[.:])\s+", text) if 40 < len(s) < 200][:100]
+    chats = []
+    for sentence in sentences:
+        messages = [{"role": "user", "content": f"What does this mean? {sentence}"}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        chats.append(tokenizer(rendered)["input_ids"])
     perplexity, first = {}, {}
     for kind in (None, "int8"):
         engine = make_engine(smollm2, kind, dtype="bfloat16", pool_bytes=256 << 20)
@@ -153,7 +160,7 @@ def test_smollm2_in_int8_predicts_as_well_as_in_bf16(smollm2: BaseModel) -> None
         found = [p.logprob for out in outputs(engine, *scored) for p in out.prompt_logprobs or ()]
         assert len(found) == 511 * len(windows)
         perplexity[kind] = math.exp(-sum(found) / len(found))
-        first[kind] = run(engine, [request(str(i), start, max_tokens=1) for i, start in enumerate(starts)])
+        first[kind] = run(engine, [request(str(i), chat, max_tokens=1) for i, chat in enumerate(chats)])
     same = sum(first[None][name] == first["int8"][name] for name in first[None])
     print(f"perplexity {perplexity[None]:.3f} in bf16, {perplexity['int8']:.3f} in int8; {same} of 100 first tokens")
     assert perplexity["int8"] <= 1.01 * perplexity[None]
