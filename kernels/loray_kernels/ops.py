@@ -174,7 +174,7 @@ class QuantizedWeight:
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Compute rows of W, (rows, I), in fp32, and round them to `dtype`."""
         part = self.rows(rows)
-        q_RGg = part.values().float().unflatten(1, (-1, self.group))
+        q_RGg = part.values().float().reshape(len(part.q_OI), -1, self.group)
         return ((q_RGg - part.zeros().unsqueeze(-1)) * part.scale_OG.unsqueeze(-1)).flatten(1).to(dtype)
 
     @staticmethod

@@ -67,37 +67,70 @@ def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int =
 
 
 def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Quantise activations: q (T, I), and the scale of each row, fp32 (T, 1), with x ≈ scale · q.
+    """Round rows so that the largest element is the largest value: q (T, I), and each row's scale, fp32 (T, 1).
 
-    The scale is max|x| / 127 for int8, / 448 for float8_e4m3fn, and q is x · (127 / max|x|) in fp32, rounded to
-    nearest, ties to even. A row of zeros has q = 0; one that is not finite has the scale NaN and q = 0, so all that
-    comes of it is NaN.
+    x ≈ scale · q; the scale is max|x| / 127 for int8, / 448 for float8_e4m3fn, and q is x · (127 / max|x|) in fp32,
+    rounded to nearest, ties to even. A row of zeros has q = 0; one that is not finite has the scale NaN and q = 0, so
+    all that comes of it is NaN.
     """
     most = 127 if dtype is torch.int8 else torch.finfo(dtype).max
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
+    q_TI, scale_T1 = _rounded(x32_TI, largest_T1, largest_T1, most, to_whole=dtype is torch.int8)
+    return q_TI.clamp_(-most, most).to(dtype), scale_T1
+
+
+def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows as `quantize_rows` does to int8, but with outliers: q, int32 (T, I), and each row's scale.
+
+    A few elements are a hundred times larger than the others of their row, and a scale by them would leave these no
+    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it. There are fewer than
+    I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of |x| · (32767 / max|x|)
+    rounded to whole numbers, whose sum has the same bits in any order.
+    """
+    x32_TI = x_TI.float()
+    largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
+    whole_TI, _ = _rounded(x32_TI.abs(), largest_T1, largest_T1, 32767, to_whole=True)
+    total_T1 = whole_TI.long().sum(dim=1, keepdim=True).float()
+    share_T1 = total_T1 / torch.full_like(total_T1, 32767 * x_TI.shape[1])
+    limit_T1 = torch.minimum(largest_T1, largest_T1 * (share_T1 * 8))
+    q_TI, scale_T1 = _rounded(x32_TI, largest_T1, limit_T1, 127, to_whole=True)
+    return q_TI.int(), scale_T1
+
+
+def _rounded(
+    x_TI: Tensor, largest_T1: Tensor, limit_T1: Tensor, most: float, *, to_whole: bool
+) -> tuple[Tensor, Tensor]:
+    """x · (most / limit), and limit / most, in fp32."""
     is_finite_T1 = largest_T1.isfinite()
     most_T1 = torch.full_like(largest_T1, most)  # torch would take the inverse of one operand that is a number
-    scale_T1 = torch.where(is_finite_T1, largest_T1 / most_T1, torch.nan)
+    scale_T1 = torch.where(is_finite_T1, limit_T1 / most_T1, torch.nan)
     # So small a maximum that its inverse is infinite counts as zero.
-    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / largest_T1, 0.0)
-    q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
-    return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / limit_T1, 0.0)
+    q_TI = torch.where(is_finite_T1, x_TI * inverse_T1, 0.0)
+    return (q_TI.round_() if to_whole else q_TI), scale_T1
 
 
-def quantized_linear(x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + bias of activations that are quantised row by row, as `quantize_rows`, in x's dtype, (T, O).
+def quantized_linear(
+    x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | None = None, *, keeps_outliers: bool = True
+) -> Tensor:
+    """y = x Wᵀ + bias of activations that are rounded row by row, in x's dtype, (T, O).
 
     With the columns k of a group g:  y = scale_x · Σ_g scale_g · (Σ_k q_x · (q − zero_g)) + bias. For int8 and int4 the
     inner sums are exact, since zeros are whole numbers; what is outside of them is in fp32, in this order, and rounded
-    once at the end. Weights in float8 meet activations in float8.
+    once at the end. Activations are rounded by `quantize_activations`, or by `quantize_rows`, which also rounds those
+    that meet weights in float8 to float8.
     """
     is_float = weight.q_OI.dtype.is_floating_point
-    q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
+    if is_float or not keeps_outliers:
+        q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
+    else:
+        q_TI, scale_T1 = quantize_activations(x_TI)
     exact = torch.float32 if is_float else torch.float64
-    values_GOg = weight.values().to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    in_groups = (weight.scale_OG.shape[1], weight.group)
+    values_GOg = weight.values().to(exact).reshape(-1, *in_groups).transpose(0, 1)
     zeros_GO1 = weight.zeros().to(exact).T.unsqueeze(-1)
-    q_GTg = q_TI.to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    q_GTg = q_TI.to(exact).view(-1, *in_groups).transpose(0, 1)
     sums_GTO = q_GTg @ (values_GOg - zeros_GO1).transpose(1, 2)
     y_TO = torch.zeros_like(sums_GTO[0], dtype=torch.float32)
     for sums_TO, scale_O in zip(sums_GTO.float(), weight.scale_OG.T, strict=True):

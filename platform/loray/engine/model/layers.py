@@ -69,7 +69,9 @@ class Linear:
         self._widths = [w.shape[0] for w in weights.values()]
         self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
-        self.weights = ops.pack_linear(list(weights.values()), bias_O)
+        # Several are copied when they are joined; one may be a view, which would keep the whole checkpoint in memory.
+        own = list(weights.values()) if len(weights) > 1 else [w.clone() for w in weights.values()]
+        self.weights = ops.pack_linear(own, bias_O)
 
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
