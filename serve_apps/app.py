@@ -106,6 +106,7 @@ def _engine(
     are replaced.
     """
     has_ranks = spec.tensor_parallel_size > 1
+    router = {"request_router_kwargs": {**routing.request_router_kwargs, "block_tokens": spec.block_tokens}}
     scaling = autoscaling_config(spec, runs=_is_scaled(engine_of(spec.base)))
     engine = serve.deployment(
         EngineReplica,
@@ -113,7 +114,7 @@ def _engine(
         **({"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
         max_ongoing_requests=_slots(spec),
         max_queued_requests=_slots(spec),
-        request_router_config=routing,
+        request_router_config=routing.model_copy(update=router),
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": 1 if spec.device.startswith("cuda") else 0,

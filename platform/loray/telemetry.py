@@ -120,7 +120,7 @@ ENGINE_METRICS = _table(
     ),
     _gauge("kv_cache_usage_ratio", "Share of the pool's blocks that hold requests' KV cache."),
     _gauge("adapters", "Adapters by where they are: pool, host (and not in the pool), loading.", "tier"),
-    _gauge("adapter_host_bytes", "Host memory of adapters."),
+    _gauge("adapter_host_bytes", "Host memory of adapters and prefixes."),
     _counter(
         "adapter_requests_total",
         "Requests for an adapter, by where it was when they came: pool, host, or store.",

@@ -5,16 +5,18 @@
     TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
     SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
+    EMBEDDED replica   stream, the prompt's embedding as little-endian floats of four bytes, before its finish reason
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
-    REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
+    REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds; prefixes
+                       that it holds, and those that are gone
     AGAIN    gateway   a report was missed: the whole, please
     SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
     LOAD     replica   how many streams of other gateways it has
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
 one request; the gateway gives it a number that nobody can guess, and takes its frames from one connection. `pool`,
-`host` and `gone` are the eight bytes of each adapter's routing key.
+`host` and `gone` are the eight bytes of each adapter's routing key, prefixes those of their names.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import msgpack
 from loray.policy.routing import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD = range(11)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD, EMBEDDED = range(12)
 MAX_FRAME = 1 << 20
 TOKEN_BYTES = 64  # of an address
 PERIOD_S = 5.0  # of the heartbeat
@@ -59,6 +61,8 @@ class Output(Protocol):
     def logprobs(self) -> TokenLogprobs | None: ...
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None: ...
+    @property
+    def embedding(self) -> tuple[float, ...] | None: ...
 
 
 def frame(kind: int, *fields: Any) -> bytes:
@@ -74,6 +78,8 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
     scored: list[tuple[Any, ...]] = []
     frames: list[bytes] = []
     for stream, out in outputs:
+        if out.embedding is not None:
+            frames.append(frame(EMBEDDED, stream, struct.pack(f"<{len(out.embedding)}f", *out.embedding)))
         item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
         if out.logprobs is None:
             plain.append(item)
@@ -123,8 +129,13 @@ def unpack_logprobs(packed: Sequence[Any]) -> TokenLogprobs:
     return TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)), rank)
 
 
+def unpack_embedding(packed: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(packed) // 4}f", packed)
+
+
 def pack_delta(delta: RoutingDelta) -> bytes:
-    keys = (bytes.fromhex("".join(kind)) for kind in (delta.in_pool, delta.on_host, delta.gone))
+    kinds = (delta.in_pool, delta.on_host, delta.gone, delta.prefixes, delta.prefixes_gone)
+    keys = (bytes.fromhex("".join(kind)) for kind in kinds)
     return frame(REPORT, delta.series, delta.number, delta.is_whole, *keys)
 
 
@@ -133,8 +144,8 @@ def unpack_delta(fields: Sequence[Any]) -> RoutingDelta:
     series, number, is_whole, *kinds = fields
     if not isinstance(series, str) or not isinstance(number, int) or not isinstance(is_whole, bool):
         raise TypeError("a report without its number")
-    in_pool, on_host, gone = map(_keys, kinds)
-    return RoutingDelta(series, number, is_whole, in_pool, on_host, gone)
+    in_pool, on_host, gone, prefixes, prefixes_gone = map(_keys, kinds)
+    return RoutingDelta(series, number, is_whole, in_pool, on_host, gone, prefixes, prefixes_gone)
 
 
 def _keys(packed: bytes) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class Inbox:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] | None = None
+        self._embedding: tuple[float, ...] | None = None
         self._finish_reason: FinishReason | None = None
         self._num_cached_tokens = 0
         self._error: Exception | None = None
@@ -98,6 +99,10 @@ class Inbox:
         if self._prompt_logprobs is None:
             self._prompt_logprobs = []
         self._prompt_logprobs.extend(logprobs)
+
+    def push_embedding(self, embedding: tuple[float, ...]) -> None:
+        """Take the prompt's embedding, which is in the delta with the finish reason."""
+        self._embedding = embedding
 
     def fail(self, error: Exception) -> None:
         """Have `take` raise this after what has arrived, unless the last token has arrived."""
@@ -129,8 +134,9 @@ class Inbox:
             self._num_cached_tokens,
             tuple(self._logprobs) if self._logprobs else None,
             None if self._prompt_logprobs is None else tuple(self._prompt_logprobs),
+            self._embedding,
         )
-        self._token_ids, self._logprobs, self._prompt_logprobs = [], [], None
+        self._token_ids, self._logprobs, self._prompt_logprobs, self._embedding = [], [], None, None
         self._finish_reason = None
         self._has_begun = True
         return delta

@@ -21,6 +21,7 @@ from loray.telemetry import get_logger
 from serve_apps.channel.frames import (
     AGAIN,
     ALIVE,
+    EMBEDDED,
     END,
     HELLO,
     LOAD,
@@ -38,6 +39,7 @@ from serve_apps.channel.frames import (
     abstract,
     frame,
     unpack_delta,
+    unpack_embedding,
     unpack_logprobs,
 )
 from serve_apps.channel.inbox import Inbox, Wakes
@@ -211,6 +213,11 @@ class Listener:
             inbox = self._of(stream, peer)
             if inbox is not None:
                 inbox.push_prompt(map(unpack_logprobs, part))
+        elif kind == EMBEDDED:
+            stream, packed = rest
+            inbox = self._of(stream, peer)
+            if inbox is not None:
+                inbox.push_embedding(unpack_embedding(packed))
         elif kind == REPORT:
             self._reported(peer, unpack_delta(rest))
         elif kind == LOAD:

@@ -146,7 +146,7 @@ class EngineReplica:
 
     def _held(self) -> Held:
         stats = self._stream.stats()
-        return Held(stats.adapters_in_pool, stats.adapters_on_host)
+        return Held(stats.adapters_in_pool, stats.adapters_on_host, stats.prefixes)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report to Serve, which calls this if it scales the deployment and sends the report to its controller.

@@ -268,6 +268,8 @@ class LocalStreams:
                 continue
             if out.prompt_logprobs is not None:
                 inbox.push_prompt(out.prompt_logprobs)
+            if out.embedding is not None:
+                inbox.push_embedding(out.embedding)
             inbox.push(out.token_id, out.finish_reason, out.num_cached_tokens, out.logprobs)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.client import Endpoint, Received, Request
 from benchmarks.report import Report, Verdict, main, quantile, renewed
-from benchmarks.serving import cold_start, host, invocations, speculation
+from benchmarks.serving import cold_start, conversations, host, invocations, speculation
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
@@ -77,6 +77,16 @@ def test_adapters_share_what_the_base_has_read(base: BaseModel, tmp_path: Path) 
     assert [(row[0], row[4]) for row in report.rows] == [(k, 10) for k in (1, 2, 3)]  # blocks of the base alone
     figures = json.loads(file.read_text())["more"]
     assert (figures["blocks"], figures["same_answers"]) == (10, 3)
+
+
+def test_conversations_find_what_was_said(base: BaseModel) -> None:
+    small = ["--users", "5", "--turns", "3", "--adapters", "2", "--think", "0", "--pool", "8000000"]
+    report = conversations.main([*small, "--model", base.name])
+    (on, off), names = report.rows, list(report.columns)
+    assert (on[0], off[0], off[1]) == ("on", "off", 0)
+    share = on[names.index("÷ without bound")]
+    assert isinstance(share, float)
+    assert 0.9 <= share <= 1
 
 
 def test_guesses_change_no_answer(base: BaseModel, tmp_path: Path) -> None:

@@ -286,6 +286,29 @@ def test_the_largest_prompt_fails_and_the_others_texts_are_exact(
 
 
 @pytest.mark.parametrize("where", ["forward", "sampler"])
+def test_who_took_what_the_failed_step_should_have_written_computes_it(base: BaseModel, where: str) -> None:
+    """All begin alike. The one that computes most of it fails with the step; one of the others lacks a token alone."""
+    prompt = ids(100, 2)
+    lengths = ((97, 3), (80, 5), (49, 0), (49, 0), (40, 3))
+    asked = [request(str(i), [*prompt[:n], *ids(own, i)], max_tokens=9) for i, (n, own) in enumerate(lengths)]
+    expected = {r.request_id: run(make_engine(base), [r])[r.request_id] for r in asked}
+    engine = make_engine(base, max_num_batched_tokens=512)
+    sizes: list[int] = []
+
+    def fails(chunks: Sequence[Chunk]) -> bool:
+        sizes.extend(chunk.num_tokens for chunk in chunks)
+        return len(sizes) == len(chunks)  # the first one
+
+    assert out_of_memory(engine, fails, where) == []
+    tokens, errors = recovered(engine, *asked)
+    assert sizes[:5] == [43, 17, 1, 37, 20]  # shortest first
+    assert [*errors] == ["4"]
+    assert {name: tokens[name] for name in expected.keys() - errors.keys()} == {
+        name: answer for name, answer in expected.items() if name not in errors
+    }
+
+
+@pytest.mark.parametrize("where", ["forward", "sampler"])
 def test_a_decode_step_fails_the_longest_request(base: BaseModel, where: str) -> None:
     requests = [request(str(i), ids(5 + 10 * i, i), max_tokens=12 + i, repetition_penalty=1.2) for i in range(4)]
     expected = {r.request_id: run(make_engine(base), [r])[r.request_id] for r in requests}

@@ -346,13 +346,14 @@ class Replica:
         return sent
 
     def change(self, in_pool: frozenset[str], on_host: frozenset[str], is_lost: bool = False) -> None:
-        self.held = Held(in_pool, on_host - in_pool)
+        prefixes = {routing_key(digest)[::-1] for digest in in_pool ^ on_host}
+        self.held = Held(in_pool, on_host - in_pool, prefixes)
         self.report(is_lost=is_lost)
 
-    def known(self) -> tuple[frozenset[str], frozenset[str]]:
+    def known(self) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
         known = self.gateway.of("r")
         assert known is not None
-        return known.report.in_pool, known.report.on_host
+        return known.report.in_pool, known.report.on_host, known.report.prefixes
 
 
 @given(events, digest_sets, st.integers(1, 4))
@@ -377,9 +378,48 @@ def test_whatever_is_lost_the_gateway_knows_what_the_replica_holds(
         assert replica.known() == whole(replica.held)
 
 
-def whole(held: Held) -> tuple[frozenset[str], frozenset[str]]:
+def whole(held: Held) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     in_pool = frozenset(map(routing_key, held.in_pool))
-    return in_pool, frozenset(map(routing_key, held.on_host)) - in_pool
+    return in_pool, frozenset(map(routing_key, held.on_host)) - in_pool, frozenset(held.prefixes)
+
+
+NAMES = [f"{i:016x}" for i in range(100, 112)]
+
+
+def test_who_holds_a_long_prefix_goes_before_who_holds_the_adapter_within_the_bounds_on_load() -> None:
+    among = replicas(4)
+    order = hash_order(ADAPTERS[0], among)
+    by_name = {r.id: r for r in among}
+    by_name[order[1]] = replace(by_name[order[1]], in_pool=frozenset(ADAPTERS[:1]))
+    by_name[order[2]] = replace(by_name[order[2]], prefixes=frozenset(NAMES[:4]))
+    by_name[order[3]] = replace(by_name[order[3]], prefixes=frozenset(NAMES[3:6]))
+
+    def ranked(prefix: Sequence[str], adapter: str | None = ADAPTERS[0]) -> list[Candidate]:
+        return Routing(POLICY).rank([*by_name.values()], adapter, now=0.0, prefix=prefix)
+
+    assert [c.replica for c in ranked(NAMES[:3])] == [order[i] for i in (1, 2, 0, 3)]  # too short to outweigh
+    assert ranked(NAMES[:4])[:3] == [(order[2], "prefix"), (order[3], "prefix"), (order[1], "pool")]
+    assert ranked(NAMES[:8])[:2] == [(order[3], "prefix"), (order[2], "prefix")]  # who holds the sixth holds the first
+    assert ranked(NAMES[:8], None)[:2] == [(order[3], "prefix"), (order[2], "prefix")]
+    assert {c.reason for c in ranked(NAMES[:8], None)[2:]} == {"base"}
+    for crowded in (replace(by_name[order[3]], load=90), replace(by_name[order[3]], unanswered=5000)):
+        by_name[order[3]] = crowded
+        assert ranked(NAMES[:8])[:2] == [(order[2], "prefix"), (order[1], "pool")]
+        assert ranked(NAMES[:8], None)[0] == (order[2], "prefix")
+
+
+def test_the_next_turn_follows_the_last_one_before_a_report_says_so() -> None:
+    among, routing = replicas(4), Routing(POLICY)
+    last = hash_order(ADAPTERS[0], among)[-1]
+    assert routing.rank(among, ADAPTERS[0], now=0.0, prefix=NAMES[:5])[0].replica != last
+    routing.sent(Candidate(last, "overflow"), ADAPTERS[0], now=0.0, prefix=NAMES[:5])
+    turn = {"prefix": NAMES[:9]}
+    assert routing.rank(among, ADAPTERS[0], now=1.0, **turn)[0] == (last, "prefix")
+    assert routing.rank(among, None, now=1.0, **turn)[0] == (last, "prefix")
+    assert routing.rank(among, ADAPTERS[0], now=POLICY.recent_s + 1.0, **turn)[0].reason == "hash"
+    routing.sent(Candidate(last, "overflow"), None, now=40.0, prefix=NAMES[:5])
+    routing.retain([r.id for r in among if r.id != last])
+    assert routing.rank(among, None, now=41.0, **turn)[0].reason == "base"
 
 
 def test_only_what_changes_is_told() -> None:

@@ -29,12 +29,13 @@ def test_the_choice_is_the_first_of_rank(seed: int) -> None:
     loads: dict[int, int] = {}
     unanswered: dict[int, list[SimulatedRequest]] = {}
     tiers: dict[int, dict[int, int]] = {}  # reported
+    said: dict[int, dict[int, int]] = {}  # by slot and conversation, the names that are known
     for step in range(300):
         now = 0.05 * step
         action = rng.random()
         if not names or (action < 0.06 and len(names) < NUM_SLOTS):
             slot = next(s for s in range(NUM_SLOTS) if s not in names)
-            names[slot], loads[slot], tiers[slot], unanswered[slot] = f"{slot}-{step}", 0, {}, []
+            names[slot], loads[slot], tiers[slot], unanswered[slot], said[slot] = f"{slot}-{step}", 0, {}, [], {}
             router.added(slot, names[slot])
         elif action < 0.09 and len(names) > 1:
             slot = rng.choice(list(names))
@@ -57,6 +58,10 @@ def test_the_choice_is_the_first_of_rank(seed: int) -> None:
             if tier < 2:
                 tiers[slot][adapter] = tier
                 routing.reported(names[slot], [KEYS[adapter]])
+        if names and rng.random() < 0.5:
+            slot, talk = rng.choice(list(names)), rng.randrange(4)
+            said[slot][talk] = rng.choice([0, 1, 3, 4, 5, 9])
+            router.said(slot, talk, 64 * said[slot][talk] + rng.randrange(64))
         if min(loads.values()) == LIMIT and rng.random() < 0.5:
             continue
         views = [
@@ -66,12 +71,17 @@ def test_the_choice_is_the_first_of_rank(seed: int) -> None:
                 LIMIT,
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 0),
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 1),
-                unanswered=sum(job.num_prompt for job in unanswered[slot]),
+                unanswered=sum(job.num_prompt - job.num_expected for job in unanswered[slot]),
+                prefixes=frozenset(f"{talk}:{i}" for talk, num in said[slot].items() for i in range(num)),
             )
             for slot in names
         ]
         job = SimulatedRequest(step, rng.choice([1, 20, 100, 4000]), 1, rng.randrange(NUM_ADAPTERS))
-        ranked = routing.rank(views, KEYS[job.adapter], now=now)[0]
+        job.talk = rng.choice([None, *range(4)])
+        if job.talk is not None:
+            job.num_prompt = 64 * rng.randint(9, 40) + 1
+        prefix = [f"{job.talk}:{i}" for i in range(job.num_prompt // 64)]
+        ranked = routing.rank(views, KEYS[job.adapter], now=now, prefix=prefix)[0]
         chosen = router.choose(job, now)
         assert names[chosen] == ranked.replica
         unanswered[chosen].append(job)

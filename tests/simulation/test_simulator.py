@@ -83,6 +83,40 @@ def test_affinity_loads_less_than_chance() -> None:
     assert loads["oracle"] == 0
 
 
+def test_a_conversation_goes_where_its_prefix_is() -> None:
+    scenario = Scenario(PROFILE, 6, 12, 4.0, utilization=0.5, fixed=True, turns=6, think_s=8.0)
+    made = scenario.requests()
+    assert made.talk_R is not None
+    said: dict[int, int] = {}
+    for prompt, output, talk in zip(made.prompt_R, made.output_R, made.talk_R, strict=True):
+        assert prompt > said.get(talk, 0) or prompt + output == PROFILE.context_length
+        said[talk] = prompt + output
+    assert made.work(PROFILE) == pytest.approx(
+        replace(scenario, turns=1).requests().work(PROFILE), rel=0.25
+    )  # as if all were computed
+    found = {name: summary(simulate(scenario, made, name), made) for name in ("loray", "adapters", "ray")}
+    assert found["loray"].prefix_hits > 1.25 * found["adapters"].prefix_hits > 0
+    assert found["adapters"].prefix_hits > found["ray"].prefix_hits
+    assert found["loray"].mean_ttft_s < found["adapters"].mean_ttft_s
+    with pytest.raises(SpecError, match="--turns"):
+        Scenario(PROFILE, 1, 12, 1.0, trace=made, replay=True, turns=2)
+
+
+def test_what_was_said_is_not_computed_again_while_the_pool_holds_it() -> None:
+    """Two turns on one replica, and in a pool that others have filled meanwhile."""
+    first, again = (0.0, 1000, 50, 0), (20.0, 1100, 50, 0)
+    talk = replace(requests(first, again), talk_R=np.array([0, 0]))
+    apart = replace(requests(first, again), talk_R=np.array([0, 1]))
+    with_it, without = serve(talk), serve(apart)
+    assert with_it.num_known_R.tolist() == [0, 1050]
+    assert without.num_known_R.tolist() == [0, 0]
+    saved = PROFILE.prompt_seconds(1050)
+    assert without.ttft_R[1] - with_it.ttft_R[1] == pytest.approx(saved, rel=0.1)
+    small = 1.2 * PROFILE.kv_token_bytes * 1200 + sum(PROFILE.adapter_bytes[:2])
+    others = replace(requests(first, (8.0, 1100, 50, 1), again), talk_R=np.array([0, 1, 0]))
+    assert serve(others, pool_bytes=small).num_known_R.tolist() == [0, 0, 0]
+
+
 def test_scaling_starts_replicas_and_counts_their_hours() -> None:
     """Many requests after a quiet minute: replicas are added after the delay and the start, and paid from then."""
     rows = [(0.1 * i, 200, 20, i % 20) for i in range(100)] + [(60 + 0.02 * i, 200, 20, i % 20) for i in range(3000)]

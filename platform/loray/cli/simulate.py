@@ -25,6 +25,7 @@ _COLUMNS = {
     "mean s": "{mean_ttft_s:.3f}",
     "cold loads": "{cold_loads:,.0f}",
     "cold %": "{cold_percent:.1f}",
+    "prefix %": "{prefix_percent:.1f}",
     "evicted": "{evictions:,.0f}",
     "replica-hours": "{replica_hours:,.2f}",
     "most": "{max_replicas:,.0f}",
@@ -50,6 +51,21 @@ _COLUMNS = {
     help="Mean work that comes, as a share of what all replicas can do; the trace is scaled to it.",
 )
 @click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Popularity ∝ rank^-alpha.")
+@click.option(
+    "--turns",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of each conversation, whose prompts repeat what was said; work is counted as if it were computed again.",
+)
+@click.option(
+    "--think",
+    "think_s",
+    type=click.FloatRange(0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="Seconds before the next turn, the mean.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs, whose means are shown.")
 @click.option("--policy", "names", multiple=True, type=click.Choice(POLICIES), help="Repeatable. Default: all.")
@@ -104,8 +120,8 @@ def simulate(
     """Simulate a deployment under a trace: how long first tokens take, how often adapters are loaded, and how many
     replicas run, with loray's routing and scaling and with others'.
 
-    ray is Ray Serve's default router and autoscaler; random and dynamo (placement in proportion to demand) are scaled
-    as loray is; oracle knows all requests in advance.
+    adapters is loray's routing without regard to prefixes; ray is Ray Serve's default router and autoscaler; random and
+    dynamo (placement in proportion to demand) are scaled as loray is; oracle knows all requests in advance.
     """
     names = names or POLICIES
     profile = load_profile(profile_file) if profile_file is not None else SMOLLM2_TWO_CORES
@@ -131,6 +147,7 @@ def simulate(
     for i, (name, made) in enumerate(means.items()):
         seconds = sum(run.seconds for run in runs[i :: len(names)])
         figures = made._asdict() | {"cold_percent": 100 * made.cold_share, "seconds": seconds}
+        figures["prefix_percent"] = 100 * made.prefix_hits
         rows.append((name, *(written.format(**figures) for written in _COLUMNS.values())))
     if seeds > 1:
         title += f", {first.minutes:g} minutes, {profile.name}; means of {seeds} runs"

@@ -14,7 +14,8 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
-from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.memory.limits import check_length, max_model_len, tokens_of_a_request
+from loray.engine.memory.prefix_cache import HostTier
 from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import RankWorkers
@@ -24,6 +25,7 @@ from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.engine.request import Chunk, Request, RequestState, TokenOutput
 from loray.engine.runner import ModelRunner, StepResults
 from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.pooling import embedding_of
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
@@ -110,6 +112,11 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
     params = request.params
+    if request.pooling is not None:
+        if params.max_tokens or request.output_ids:
+            raise RequestError("an embedding has no answer; give max_tokens 0 with `pooling`", param="max_tokens")
+        if params.prompt_logprobs is not None or params.structured is not None:
+            raise RequestError("an embedding has neither prompt_logprobs nor a constraint; leave them out")
     if not all(0 <= t < vocab for t in request.output_ids):
         raise RequestError(f"output_ids: a token id is outside the vocabulary of {vocab}", param="output_ids")
     if request.output_ids and len(request.output_ids) >= params.max_tokens:
@@ -184,6 +191,8 @@ class Engine:
             window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
+        if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
+            self.scheduler.prefix_cache.host = HostTier(self.adapter_manager.host, pool.copies)
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
         self._runner = ModelRunner(
@@ -215,7 +224,8 @@ class Engine:
         """
         geometry, own = self.pool.geometry, 0 if adapter is None else self._loads.expected_blocks(adapter)
         context = adapter.context_length if adapter is not None else self.base.config.max_position_embeddings
-        return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
+        limit = tokens_of_a_request(self.base.config, geometry, geometry.num_blocks - own)
+        return max_model_len(self.spec, context, limit)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """Count the bytes that an adapter takes in the pool; its published size until it is loaded. From any thread."""
@@ -298,10 +308,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed, chunk.request.history = chunk.start, None
         largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
-        for request in (chunk.request for chunk in chunks if chunk is not largest):
-            # A prompt that this step would have ended is served by turns again; others go on where they were.
-            if request.num_pending > 1 and request not in self.scheduler.waiting.begun:
-                self.scheduler.preempt(request)
+        self.scheduler.undo(chunk.request for chunk in chunks if chunk is not largest)
         total = sum(chunk.num_tokens for chunk in chunks)
         _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
         return self._fail(
@@ -342,8 +349,14 @@ class Engine:
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
-            if not request.num_pending and request.request_id not in broken:
+            if request.num_pending or request.request_id in broken:
+                continue
+            if request.spec.pooling is None:
                 outputs.append(self._output(request, None, None, "length"))
+            elif (embedding := embedding_of(request)) is not None:
+                outputs.append(self._output(request, None, None, "stop")._replace(embedding=embedding))
+            else:
+                broken[request.request_id] = request
         scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
         going_on = (r for r in scored if r.request_id not in broken and r.state is not RequestState.FINISHED)
         outputs += [self._output(r, None, None, None) for r in going_on]
@@ -351,7 +364,8 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
-        reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
+        what = "logits" if request.spec.pooling is None else "hidden states"
+        reason = f"{model} gave {what} that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
         self.scheduler.prefix_cache.forget(request.kv_digest)
@@ -436,6 +450,7 @@ class Engine:
             adapters_loading=loading,
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
+            prefixes=scheduler.prefix_cache.told(),
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=counters.num_accepted_tokens,
             step_seconds=counters.step_seconds.counts(),
@@ -455,7 +470,7 @@ class Engine:
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
         kv = Counter(block for request in scheduler.running for block in request.held_blocks)
-        kv.update(scheduler.prefix_cache.blocks())
+        kv.update(chain(scheduler.prefix_cache.blocks(), scheduler.kv_cache.fetched()))
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())
         adapter_manager.check_integrity()
@@ -472,6 +487,7 @@ class Engine:
 
     def close(self) -> None:
         self._loads.close()
+        self.pool.copies.close()
         self._grammars.close()
         if self._workers is not None:
             self._workers.stop()

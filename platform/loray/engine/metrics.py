@@ -79,6 +79,7 @@ class EngineStats(EngineFigures):
 
     adapters_in_pool       digests; adapters_on_host: of those that are on the host and not in the pool;
                            adapters_loading: on their way from the store
+    prefixes               names of prefixes in the pool or on the host that routers are told, see `policy.prefixes`
     prefix_cache_queries   prompt tokens looked up in the prefix cache; prefix_cache_hits: those found there
     num_draft_tokens       guessed tokens that were computed; num_accepted_tokens: those that were right
     queue_seconds          by the adapter's method, or "base"
@@ -91,6 +92,7 @@ class EngineStats(EngineFigures):
     adapters_loading: SkipValidation[tuple[str, ...]]
     prefix_cache_queries: int
     prefix_cache_hits: int
+    prefixes: tuple[str, ...]
     num_draft_tokens: int
     num_accepted_tokens: int
     step_seconds: SkipValidation[HistogramCounts]

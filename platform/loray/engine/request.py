@@ -18,7 +18,7 @@ class RequestState(Enum):
 
 class TokenOutput(NamedTuple):
     """The result of one step for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a
-    part of the prompt has been scored.
+    part of the prompt has been scored; an embedding with the finish reason.
 
     `prompt_logprobs` are those of the prompt's tokens from the second on, in parts: each step's are in its result, the
     last ones with the first token or the finish reason.
@@ -31,6 +31,7 @@ class TokenOutput(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
     @property
     def delta(self) -> TokenDelta:
@@ -40,6 +41,7 @@ class TokenOutput(NamedTuple):
             num_cached_tokens=self.num_cached_tokens,
             logprobs=None if self.logprobs is None else (self.logprobs,),
             prompt_logprobs=self.prompt_logprobs,
+            embedding=self.embedding,
         )
 
 
@@ -58,7 +60,9 @@ class Request:
     virtual_finish      see fairness; infinite until it could run for the first time
     charged_until       tokens of its prompt that have been computed or found in the prefix cache, now or before
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
+    prefix_is_coming    from host memory: None before that was looked for, False when it has come
     num_overtaken       how often a later request whose adapter was in the pool went first
+    pooled              sums of hidden states, by the first token of the chunk; `sampling.pooling` writes it
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
     ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
@@ -76,6 +80,7 @@ class Request:
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    prefix_is_coming: bool | None = None
     num_freed_blocks: int = 0  # the first of `blocks`, behind the window of every layer: they are not its own any more
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     decoding_since: float = math.inf
@@ -89,6 +94,7 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    pooled: dict[int, object] = field(default_factory=dict)
     ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
@@ -125,9 +131,14 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """The prompt's tokens are to be scored: each is computed, and the prefix cache is not used."""
+        """The prompt's tokens are to be scored."""
         wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
         return wanted and self.num_scored < self.num_prompt_tokens - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Each token of the prompt is computed, and the prefix cache is not used."""
+        return self.needs_prompt_logits or self.spec.pooling == "mean"
 
     @property
     def has_constraint(self) -> bool:
@@ -245,6 +256,18 @@ class Chunk(NamedTuple):
             return range(0)
         first = max(self.start, request.num_scored)
         return range(first, max(first, min(self.start + self.num_tokens, request.num_prompt_tokens - 1)))
+
+    @property
+    def pooled(self) -> range:
+        """The tokens of the chunk whose hidden states the request's embedding is made of."""
+        stop = self.start + self.num_tokens
+        match self.request.spec.pooling:
+            case "mean":
+                return range(self.start, stop)
+            case "last" if self.is_last:
+                return range(stop - 1, stop)
+            case _:
+                return range(0)
 
     @property
     def work(self) -> StepWork:

@@ -28,6 +28,7 @@ from loray.engine.pool.pool import Pool
 from loray.engine.request import Chunk, Request, RequestState, StepWork
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
+from loray.engine.sampling.pooling import PooledStates
 from loray.engine.sampling.sampler import Outcome, Sampled, Sampler, needs_history
 from loray.spec import TokenLogprobs
 
@@ -101,7 +102,7 @@ class ModelRunner:
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         scores = PromptScores(batch.scored)
         self._grammars.begin_guesses(batch.sampled)
-        logits_SV = self._model.forward(batch, self._pool, scores.add)
+        logits_SV = self._model.forward(batch, self._pool, scores.add, PooledStates(batch.pooled).add)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens - len(chunk.guesses)
             self._counters.computed(chunk.request)

@@ -18,8 +18,13 @@ A request waits for the prompts before it, and one prompt may be a hundred times
 if the prompts that it has not answered are longer, by more than `excess_tokens`, than those of the replica with the
 fewest such tokens. A router knows the prompts that it has sent itself.
 
+A prompt may have been computed before, as far as the last turn of its conversation went, or a system prompt. Replicas
+report the names of the prefixes that they hold (`policy.prefixes`), and a router remembers where it has sent which.
+Where replicas within the bounds hold a prefix that takes longer to compute than an adapter takes to load, they go
+first, by its length; of replicas that are equal for the adapter, the one with the longest prefix.
+
 Reports of the replicas may be missing or old. Without them the hash decides, which is right for most adapters, because
-the hash placed them. Requests for the base go to the replica with the lowest load.
+the hash placed them. Requests for the base go to the replica with the lowest load, unless one holds their prefix.
 
 An adapter is named by the first 64 bits of its digest. If two adapters collide, a request goes to the wrong replica,
 which serves it all the same.
@@ -41,7 +46,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
+Reason = Literal["prefix", "pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
 _NOT_HELD = len(_TIERS)
@@ -49,6 +54,7 @@ _NOT_HELD = len(_TIERS)
 # adapters: how it is preferred, the smallest first.
 PREFERENCES = ((0, 0), (1, 4), (2, 2), (3, 5))
 _BITS = (1 << 64) - 1
+_MAX_SENT = 1 << 15  # names of prefixes that are remembered
 _MAX_ORDERED = 1 << 18  # positions of replicas that are kept
 KEY_DIGITS = 16
 MAX_KEYS = 1 << 15  # in one delta: 256 KiB, a fraction of the channel's largest frame
@@ -63,6 +69,7 @@ class ReplicaView:
     limit             number of requests that it accepts
     unanswered        tokens of the prompts that this router has sent to it and whose first token has not come
     in_pool, on_host  routing keys of the adapters that it holds, as reported `age_s` seconds ago
+    prefixes          names of prefixes, likewise
     suspect           whether it has just failed a request
     """
 
@@ -74,6 +81,7 @@ class ReplicaView:
     age_s: float = 0.0
     suspect: bool = False
     unanswered: int = 0
+    prefixes: frozenset[str] = frozenset()
 
 
 class Candidate(NamedTuple):
@@ -94,13 +102,16 @@ class RoutingPolicy:
     excess_tokens  of unanswered prompts that a replica may have above the replica with the fewest: about as many as are
                computed in the time of a few loads
     max_age_s  reports that are older are ignored
-    recent_s   how long the router remembers which adapter it sent to a replica
+    min_prefix  names of a prompt's prefix that outweigh where the adapter is: to compute them takes about as long as a
+               load
+    recent_s   how long the router remembers which adapter and which prompt it sent to a replica
     """
 
     factor: float = 1.25
     floor: int = 2
     excess: int = 1
     excess_tokens: int = 1024
+    min_prefix: int = 4
     max_age_s: float = 30.0
     recent_s: float = 30.0
 
@@ -119,13 +130,22 @@ class Routing:
     def __init__(self, policy: RoutingPolicy | None = None) -> None:
         self.policy = policy or RoutingPolicy()
         self._recent: dict[str, OrderedDict[str, float]] = {}  # replica → adapter → time, oldest first
+        self._sent: OrderedDict[tuple[str, str], float] = OrderedDict()  # prefix and replica → time, oldest first
         self._ids: list[str] = []  # the replicas of the last choice
         self._orders: dict[str, list[int]] = {}  # adapter → their positions by hash
 
     def rank(
-        self, replicas: Sequence[ReplicaView], adapter: str | None, *, now: float, tie: str = ""
+        self,
+        replicas: Sequence[ReplicaView],
+        adapter: str | None,
+        *,
+        now: float,
+        tie: str = "",
+        prefix: Sequence[str] = (),
     ) -> list[Candidate]:
-        """Rank every replica, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
+        """Rank every replica, best first. `adapter` None is the base, for which `tie` decides between equal loads;
+        `prefix`: the names of the prompt's prefixes, from the shortest on.
+        """
         self._expire(now)
         # Sorting is stable: whatever is equal stays in the order of the hashes.
         ordered = self._by_hash(replicas, tie if adapter is None else adapter, is_adapter=adapter is not None)
@@ -134,20 +154,30 @@ class Routing:
         if len(free) < len(ordered):
             last_resort = [r for r in ordered if r.suspect or r.load >= r.limit]
             last_resort.sort(key=attrgetter("suspect", "load"))
-        if adapter is None:
-            return [Candidate(r.id, "base") for r in sorted(free, key=attrgetter("load")) + last_resort]
         if not free:
-            return [Candidate(r.id, "overflow") for r in last_resort]
+            return [Candidate(r.id, "base" if adapter is None else "overflow") for r in last_resort]
 
         max_load = self.policy.max_load(sum([r.load for r in free]), len(free))
-        held = [self._num_adapters(r) for r in free]
-        max_held = self.policy.bound(sum(held), len(held))
         most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
+        num_known = {r.id: self.num_known(r, prefix) for r in free} if prefix else {}
+        others = free
+        holders: list[ReplicaView] = []
+        if num_known:
+            # Sorting is stable: of equal prefixes those that are first anyway stay so.
+            others = sorted(free, key=lambda r: -num_known[r.id])
+            least = self.policy.min_prefix
+            holders = [r for r in others if num_known[r.id] >= least and r.load < max_load and r.unanswered <= most]
+            others = [r for r in others if r not in holders]
+        first = [Candidate(r.id, "prefix") for r in holders]
+        if adapter is None:
+            return first + [Candidate(r.id, "base") for r in sorted(others, key=attrgetter("load")) + last_resort]
+        held = {r.id: self._num_adapters(r) for r in free}
+        max_held = self.policy.bound(sum(held.values()), len(held))
         within: list[list[Candidate]] = [[] for _ in range(6)]  # by preference
         beyond: list[ReplicaView] = []
         first_by_hash: Candidate | None = None
         spilled = False
-        for r, number in zip(free, held, strict=True):
+        for r in others:
             tier = self._tier(r, adapter)
             if r.load >= max_load or r.unanswered > most:
                 spilled = spilled or tier != _NOT_HELD
@@ -156,20 +186,31 @@ class Routing:
             candidate = Candidate(r.id, "overflow" if tier == _NOT_HELD else _TIERS[tier])
             if tier == _NOT_HELD and r is free[0]:
                 first_by_hash = candidate
-            within[PREFERENCES[tier][number >= max_held]].append(candidate)
-        ranked = [candidate for some in within for candidate in some]
+            within[PREFERENCES[tier][held[r.id] >= max_held]].append(candidate)
+        ranked = first + [candidate for some in within for candidate in some]
         if first_by_hash is not None and not spilled:
             ranked[ranked.index(first_by_hash)] = Candidate(first_by_hash.replica, "hash")
         beyond.sort(key=attrgetter("load"))
         return ranked + [Candidate(r.id, "overflow") for r in beyond + last_resort]
 
-    def sent(self, candidate: Candidate, adapter: str | None, *, now: float) -> None:
-        """A request was sent to the candidate, which will hold the adapter even before it reports so."""
+    def sent(self, candidate: Candidate, adapter: str | None, *, now: float, prefix: Sequence[str] = ()) -> None:
+        """A request was sent to the candidate, which will hold its adapter and its prefix even before it reports so."""
+        for name in prefix:
+            self._sent[name, candidate.replica] = now
+            self._sent.move_to_end((name, candidate.replica))
         if adapter is None or candidate.reason in ("pool", "host"):
             return
         recent = self._recent.setdefault(candidate.replica, OrderedDict())
         recent[adapter] = now
         recent.move_to_end(adapter)
+
+    def num_known(self, replica: ReplicaView, prefix: Sequence[str]) -> int:
+        """Count the names that it holds, or will hold: where it holds a longer prefix, it holds those before."""
+        told = replica.prefixes if replica.age_s <= self.policy.max_age_s else frozenset[str]()
+        for num in range(len(prefix), 0, -1):
+            if prefix[num - 1] in told or (prefix[num - 1], replica.id) in self._sent:
+                return num
+        return 0
 
     def reported(self, replica: str, adapters: Collection[str]) -> None:
         """The replica reports that it holds these adapters. From now on only its reports count for them."""
@@ -179,6 +220,8 @@ class Routing:
     def retain(self, replicas: Collection[str]) -> None:
         """Forget what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
+        for key in [key for key in self._sent if key[1] not in replicas]:
+            del self._sent[key]
 
     def _by_hash(self, replicas: Sequence[ReplicaView], key: str, *, is_adapter: bool) -> list[ReplicaView]:
         """The order of an adapter is kept while the replicas are the same."""
@@ -218,6 +261,10 @@ class Routing:
         for recent in self._recent.values():
             while recent and next(iter(recent.values())) < now - self.policy.recent_s:
                 recent.popitem(last=False)
+        while self._sent and (
+            len(self._sent) > _MAX_SENT or next(iter(self._sent.values())) < now - self.policy.recent_s
+        ):
+            self._sent.popitem(last=False)
 
 
 def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:
@@ -257,10 +304,11 @@ def routing_key(digest: str) -> str:
 
 
 class Held(NamedTuple):
-    """The adapters in a replica's pool, and those only on its host, by digest."""
+    """The adapters in a replica's pool, and those only on its host, by digest; and the prefixes that it tells of."""
 
     in_pool: Collection[str] = ()
     on_host: Collection[str] = ()
+    prefixes: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +323,7 @@ class RoutingDelta:
     is_whole          what was said before counts no more
     in_pool, on_host  adapters that are in the pool now; only on the host now
     gone              adapters that are on neither now
+    prefixes          names of prefixes that it holds now; prefixes_gone: and no more
     """
 
     series: str
@@ -283,29 +332,38 @@ class RoutingDelta:
     in_pool: tuple[str, ...] = ()
     on_host: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    prefixes_gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """The adapters in the pool, and those only on the host, by routing key, after delta `number` of `series`."""
+    """The adapters in the pool, and those only on the host, by routing key, and the prefixes, after delta `number` of
+    `series`.
+    """
 
     series: str
     number: int
     in_pool: frozenset[str] = frozenset()
     on_host: frozenset[str] = frozenset()
+    prefixes: frozenset[str] = frozenset()
 
 
 def apply(report: RoutingReport | None, delta: RoutingDelta) -> RoutingReport | None:
     """Return the report after `delta`; None if the delta does not follow `report`, and the whole is needed."""
     in_pool: frozenset[str] = frozenset()
-    on_host = in_pool
+    on_host = prefixes = in_pool
     if not delta.is_whole:
         if report is None or (delta.series, delta.number) != (report.series, report.number + 1):
             return None
-        in_pool, on_host = report.in_pool, report.on_host
+        in_pool, on_host, prefixes = report.in_pool, report.on_host, report.prefixes
     moved = {*delta.in_pool, *delta.on_host, *delta.gone}
     return RoutingReport(
-        delta.series, delta.number, (in_pool - moved).union(delta.in_pool), (on_host - moved).union(delta.on_host)
+        delta.series,
+        delta.number,
+        (in_pool - moved).union(delta.in_pool),
+        (on_host - moved).union(delta.on_host),
+        prefixes.difference(delta.prefixes_gone).union(delta.prefixes),
     )
 
 
@@ -317,7 +375,7 @@ class RoutingSeries:
         self._name = name
         self._number = -1
         self._held = Held()
-        self._told: tuple[frozenset[str], frozenset[str]] | None = None  # of `_held`
+        self._told: tuple[frozenset[str], frozenset[str], frozenset[str]] | None = None  # of `_held`
 
     def restart(self) -> None:
         """The next deltas tell everything again."""
@@ -331,10 +389,11 @@ class RoutingSeries:
         in_pool = frozenset(map(routing_key, held.in_pool))
         on_host = frozenset(map(routing_key, held.on_host)) - in_pool
         is_whole = self._told is None
-        was_in_pool, was_on_host = self._told or (frozenset[str](), frozenset[str]())
-        self._told = in_pool, on_host
+        was_in_pool, was_on_host, were_prefixes = self._told or (frozenset[str](),) * 3
+        prefixes = frozenset(held.prefixes)
+        self._told = in_pool, on_host, prefixes
         gone = (was_in_pool | was_on_host) - in_pool - on_host
-        kinds = (in_pool - was_in_pool, on_host - was_on_host, gone)
+        kinds = (in_pool - was_in_pool, on_host - was_on_host, gone, prefixes - were_prefixes, were_prefixes - prefixes)
         keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
         deltas: list[RoutingDelta] = []
         for start in range(0, max(len(keys), is_whole), MAX_KEYS):

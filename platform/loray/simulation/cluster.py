@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
-from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, PriorityQueue
+from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, PriorityQueue, Reuse
 from loray.engine.scheduling.fairness import OUTPUT_WEIGHT
 from loray.engine.scheduling.step_budget import ALONE, MIN_SHARE
 from loray.policy.demand import TrackedRequest
@@ -76,7 +76,9 @@ class ReplicaAdapters:
         self._eviction = EvictionPolicy()
         self._scores: dict[int, EvictionScore] = {}  # of those in the pool
         self._pins: dict[int, int] = {}  # of those in the pool
-        self._idle: PriorityQueue[int] = PriorityQueue()
+        self._idle: PriorityQueue[int] = PriorityQueue()  # adapters; of a conversation what follows -1, negative
+        self._said: dict[int, int] = {}  # tokens, by conversation, of those whose prefix is in the pool and idle
+        self._reuse = Reuse()
         self._host: OrderedDict[int, None] = OrderedDict()
         self._host_used = 0
         self._uses = 0
@@ -163,6 +165,31 @@ class ReplicaAdapters:
         self._router.placed(self._replica, adapter, POOL)
         return seconds
 
+    def take_said(self, talk: int) -> int:
+        """Give up what the pool has of a conversation, which is the request's now; its tokens."""
+        num_tokens = self._said.pop(talk, 0)
+        if num_tokens:
+            self._idle.discard(-1 - talk)
+            self.free += num_tokens * self._profile.kv_token_bytes
+            self._router.said(self._replica, talk, 0)
+        return num_tokens
+
+    def keep_said(self, talk: int, num_tokens: int, uses: int) -> None:
+        """Keep the prefix of a conversation in what is free of the pool, until its room is needed. `uses`: turns that
+        it had; 0: it is put back.
+        """
+        nbytes = num_tokens * self._profile.kv_token_bytes
+        if not num_tokens or nbytes > self.free:
+            return
+        self.take_said(talk)
+        self.free -= nbytes
+        self._uses += 1
+        self._said[talk] = num_tokens
+        self._reuse.used(uses)
+        seconds = self._reuse.expected(uses) * self._profile.prompt_seconds(num_tokens)
+        self._idle.set(-1 - talk, (self._eviction.inflation.value + seconds / nbytes, self._uses))
+        self._router.said(self._replica, talk, num_tokens)
+
     def give_back(self, adapter: int, kv_bytes: float) -> None:
         """A request that ran with the adapter has ended."""
         self.free += kv_bytes
@@ -182,6 +209,9 @@ class ReplicaAdapters:
     def _evict(self, adapter: int, value: float) -> None:
         self._eviction.inflation.evicted(value)
         self._idle.discard(adapter)
+        if adapter < 0:
+            self.take_said(-1 - adapter)
+            return
         del self._pins[adapter], self._scores[adapter]
         self.free += self._sizes[adapter]
         self.num_evictions += 1
@@ -198,6 +228,8 @@ class SimulatedRequest:
     way         seconds to its replica
     rest        seconds of computing what is left of its prompt
     token_rate  tokens of its prompt in such a second
+    talk        the conversation of which it is turn `num_turn`, from 1 on; None: of none
+    num_known   tokens of its prompt that were in the pool; num_expected: that the router expected there
     tracked     of the meter of demand, if there is one
     """
 
@@ -213,6 +245,10 @@ class SimulatedRequest:
     kv_bytes: float = 0.0
     token_rate: float = 0.0
     first_token_at: float = math.inf
+    talk: int | None = None
+    num_turn: int = 1
+    num_known: int = 0
+    num_expected: int = 0
     tracked: TrackedRequest | None = None
 
 
@@ -310,6 +346,8 @@ class Replica:
         while decoding and decoding[0][0] <= self._decoded + 1e-6:
             job = heappop(decoding)[2]
             self.adapters.give_back(job.adapter, job.kv_bytes)
+            if job.talk is not None:
+                self.adapters.keep_said(job.talk, job.num_prompt + job.num_output, job.num_turn)
             finished.append(job)
             self._stuck = False
         self.num_jobs -= len(finished)
@@ -357,13 +395,21 @@ class Replica:
         profile = self._profile
         # Blocks come as tokens are generated: in the mean half of the output's.
         kv_bytes = profile.kv_token_bytes * (job.num_prompt + 0.5 * job.num_output)
-        seconds = None
+        seconds, said = None, 0
         if self.num_running < profile.max_num_seqs:
+            if job.talk is not None:
+                said = self.adapters.take_said(job.talk)
             seconds = self.adapters.take(job.adapter, kv_bytes)
         if seconds is None:
+            if job.talk is not None:
+                self.adapters.keep_said(job.talk, said, 0)
             self._stuck = True
             return False
         job.kv_bytes = kv_bytes
+        if said:
+            job.num_known = min(said, job.num_prompt - 1)
+            job.rest -= job.factor * profile.prompt_seconds(job.num_known)
+            job.token_rate = (job.num_prompt - job.num_known) / job.rest
         job.rest += seconds
         return True
 
@@ -374,6 +420,7 @@ class Router(Protocol):
     def added(self, slot: int, name: str) -> None: ...
     def removed(self, slot: int) -> None: ...
     def placed(self, replica: int, adapter: int, tier: int) -> None: ...  # in POOL, on HOST or NOWHERE
+    def said(self, replica: int, talk: int, num_tokens: int) -> None: ...  # of a conversation in its pool; 0: nothing
     def load_changed(self, slot: int, load: int) -> None: ...
     def choose(self, job: SimulatedRequest, now: float) -> int: ...
     def answered(self, slot: int, job: SimulatedRequest) -> None: ...  # its first token has come

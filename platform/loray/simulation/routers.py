@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
 from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loray.policy.prefixes import TOLD_BLOCKS
 from loray.policy.routing import PREFERENCES, RoutingPolicy, hashed, mixed, routing_key
 from loray.simulation.cluster import HOST, NOWHERE, POOL, SimulatedRequest
 from loray.simulation.profile import Profile
@@ -23,13 +25,14 @@ _MOST_COMPARED = 32  # of a larger set so many are drawn
 _NOT_HELD, _IN_POOL, _ON_HOST, _SENT = range(4)
 _KNOWN = {POOL: _IN_POOL, HOST: _ON_HOST, NOWHERE: _NOT_HELD}
 _PREFERENCES = np.array(PREFERENCES[-1:] + PREFERENCES[:-1])
-_LAST = 6
+_PREFIX, _LAST = -1, 6
 _MOST = np.iinfo(np.int64).max
+_NAME_TOKENS = 16 * TOLD_BLOCKS  # of a prompt for each name of its prefix
 
 
 class Slots:
     """The replicas that take requests, and the requests on each: columns of N slots. A router that looks at adapters
-    overrides `placed`.
+    overrides `placed`, one that looks at conversations `said`.
     """
 
     def __init__(self, size: int) -> None:
@@ -49,6 +52,9 @@ class Slots:
         self.is_here_N[slot] = False
 
     def placed(self, replica: int, adapter: int, tier: int) -> None:
+        pass
+
+    def said(self, replica: int, talk: int, num_tokens: int) -> None:
         pass
 
     def load_changed(self, slot: int, load: int) -> None:
@@ -74,10 +80,22 @@ class SimulatedRouter(Slots):
 
     `Routing.rank` looks at one replica after the other; here each look is a column. A test holds both to the same
     choices.
+
+    sees_prefixes  False: it looks at adapters and loads alone
     """
 
-    def __init__(self, size: int, num_adapters: int, profile: Profile, policy: RoutingPolicy | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        num_adapters: int,
+        profile: Profile,
+        policy: RoutingPolicy | None = None,
+        *,
+        sees_prefixes: bool = True,
+    ) -> None:
         super().__init__(size)
+        self._sees_prefixes = sees_prefixes
+        self._said: dict[int, dict[int, int]] = {}  # names of its prefix by conversation and slot
         self._policy = policy or RoutingPolicy()
         self._limit = profile.max_num_seqs + profile.max_queued
         self._keys = keys_of(num_adapters)
@@ -94,25 +112,39 @@ class SimulatedRouter(Slots):
         super().removed(slot)
         for adapter in np.flatnonzero(self._known_AN[:, slot]).tolist():
             self._set_known(slot, adapter, _NOT_HELD)
+        for where in self._said.values():
+            where.pop(slot, None)
 
     def placed(self, replica: int, adapter: int, tier: int) -> None:
         if self.is_here_N[replica]:
             self._set_known(replica, adapter, _KNOWN[tier])
 
+    def said(self, replica: int, talk: int, num_tokens: int) -> None:
+        where, names = self._said.setdefault(talk, {}), num_tokens // _NAME_TOKENS
+        if names and self.is_here_N[replica]:
+            where[replica] = names
+        else:
+            where.pop(replica, None)
+        if not where:
+            del self._said[talk]
+
     def choose(self, job: SimulatedRequest, now: float) -> int:
         self._expire(now)
-        slot = self._best(job.adapter)
+        said = self._said.get(job.talk) if job.talk is not None and self._sees_prefixes else None
+        slot = self._best(job.adapter, said)
+        if said is not None:
+            job.num_expected = min(_NAME_TOKENS * said.get(slot, 0), job.num_prompt)
         if self._known_AN[job.adapter, slot] in (_NOT_HELD, _SENT):
             self._set_known(slot, job.adapter, _SENT)
             self._sent[slot, job.adapter] = now
             self._sent.move_to_end((slot, job.adapter))
-        self._unanswered_N[slot] += job.num_prompt
+        self._unanswered_N[slot] += job.num_prompt - job.num_expected
         return slot
 
     def answered(self, slot: int, job: SimulatedRequest) -> None:
-        self._unanswered_N[slot] -= job.num_prompt
+        self._unanswered_N[slot] -= job.num_prompt - job.num_expected
 
-    def _best(self, adapter: int) -> int:
+    def _best(self, adapter: int, said: Mapping[int, int] | None) -> int:
         policy, key, taken = self._policy, self._keys[adapter], self.taken
         load_N, held_N, unanswered_N = self.load_N[taken], self._held_N[taken], self._unanswered_N[taken]
         free_N = self.is_here_N[taken] & (load_N < self._limit)
@@ -127,6 +159,13 @@ class SimulatedRouter(Slots):
         if not within_N.any():
             return self._least_loaded(key, free_N)
         preference_N = _PREFERENCES[self._known_AN[adapter, taken], (held_N >= max_held).view(np.int8)]
+        if said is not None:
+            names_N = np.zeros(len(load_N), np.int64)
+            names_N[list(said)] = list(said.values())
+            preference_N[names_N >= policy.min_prefix] = _PREFIX
+            preference_N[~within_N] = _LAST
+            names_N[preference_N != preference_N.min()] = -1
+            return self.first_by_hash(key, names_N == names_N.max())
         preference_N[~within_N] = _LAST
         return self.first_by_hash(key, preference_N == preference_N.min())
 

@@ -15,7 +15,7 @@ from loray.simulation.profile import Profile
 from loray.simulation.routers import LeastWork, ProportionalPlacement, RandomRouter, SimulatedRouter, TwoChoices
 from loray.simulation.scalers import AdapterDemandScaler, OngoingRequests, OracleScaler, Scaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
-from loray.simulation.workload import RequestTrace, at_rate, with_adapters
+from loray.simulation.workload import RequestTrace, as_conversations, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
 
 _TARGET = float(AutoscalingSpec.model_fields["target_utilization"].default)
@@ -30,6 +30,7 @@ class Scenario:
     trace        None: synthetic
     utilization  mean work that the requests bring, as a share of what all replicas can do
     alpha        popularity of the k-th adapter ∝ k^-alpha
+    turns        of each conversation; 1: requests have nothing in common. think_s: the mean time before the next one
     fixed        all replicas run all the time, so that routing alone is compared
     target_utilization, wait_slo_s  of loray's scaling, and so of random and dynamo, the first also of the oracle; the
                  first number of replicas is without them
@@ -50,12 +51,16 @@ class Scenario:
     replay: bool = False
     warm_up: float = 0.0
     wait_slo_s: float | None = _WAIT_SLO_S
+    turns: int = 1
+    think_s: float = 20.0
 
     def __post_init__(self) -> None:
         if self.replay and self.trace is None:
             raise SpecError("only a trace can be replayed; name its file")
         if self.replicas < 1 or self.adapters < 1 or self.minutes <= 0 or self.utilization <= 0:
             raise SpecError("replicas, adapters, minutes and utilisation must be positive")
+        if self.replay and self.turns > 1:
+            raise SpecError("a trace that is replayed has its own requests; leave --turns out, or --replay")
         if self.replay and self.trace is not None and self.trace.num_adapters > self.adapters:
             raise SpecError(f"the trace has {self.trace.num_adapters} adapters, not {self.adapters}")
 
@@ -84,8 +89,26 @@ class Scenario:
 
     def requests(self) -> RequestTrace:
         """Return the requests, which are equal for equal scenarios."""
+        found = self._requests(1.0)
+        if self.turns > 1:
+            most = self.profile.context_length
+
+            def talks(first: RequestTrace) -> RequestTrace:
+                return as_conversations(first, self.turns, self.think_s, np.random.default_rng((self.seed, 2))).cut(
+                    most
+                )
+
+            found = talks(self._requests(found.work(self.profile) / talks(found).work(self.profile)))
+        if not len(found):
+            raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
+        if found.seconds < self.warm_up:
+            raise SpecError(f"the last request comes after {found.seconds:.0f} s, in the warm-up")
+        return found
+
+    def _requests(self, share: float) -> RequestTrace:
+        """Without conversations. `share`: of the utilisation."""
         rng = np.random.default_rng(self.seed)
-        capacity = self.utilization * self.replicas
+        capacity = share * self.utilization * self.replicas
         if self.trace is None:
             rate = capacity / self.profile.work_seconds(*workload.mean_tokens())
             found = workload.generate(
@@ -97,14 +120,10 @@ class Scenario:
                 rate = capacity * len(found) / found.work(self.profile)
                 found = at_rate(found, rate=rate, seconds=self.seconds, rng=rng)
                 found = with_adapters(found, self.adapters, self.alpha, rng)
-        if not len(found):
-            raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
-        if found.seconds < self.warm_up:
-            raise SpecError(f"the last request comes after {found.seconds:.0f} s, in the warm-up")
         return found
 
 
-POLICIES = ("loray", "ray", "random", "dynamo", "oracle")
+POLICIES = ("loray", "adapters", "ray", "random", "dynamo", "oracle")
 
 
 def policy_of(name: str, s: Scenario, requests: RequestTrace) -> Policy:
@@ -114,6 +133,9 @@ def policy_of(name: str, s: Scenario, requests: RequestTrace) -> Policy:
     match name:
         case "loray":
             return Policy(name, SimulatedRouter(size, s.adapters, s.profile), scaler)
+        case "adapters":
+            router = SimulatedRouter(size, s.adapters, s.profile, sees_prefixes=False)
+            return Policy(name, router, scaler)
         case "ray":
             scaler = scaler if s.fixed else OngoingRequests(s.initial, s.replicas, _RAY_ONGOING)
             return Policy(name, TwoChoices(size, s.seed), scaler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ class Outcome:
     ttft_R         seconds from arrival to first token; end_R from arrival to last
     slot_R         the replica's slot
     num_warming    the first so many came in the warm-up
+    num_known_R    tokens of its prompt that were in the replica's pool
     cold_loads     loads from the store for which requests waited, since the warm-up
     evictions      of adapters from pools, since then
     replica_hours  from the decision to start each replica until it had ended, since then and up to the last arrival
@@ -52,6 +54,7 @@ class Outcome:
     ttft_R: Floats
     end_R: Floats
     slot_R: Ints
+    num_known_R: Ints
     num_warming: int
     cold_loads: int
     evictions: int
@@ -91,12 +94,14 @@ class Simulator:
         self._work: list[_Event] = []
         self._timed: list[_Event] = []
         self._num_events = 0
+        self._turns: Counter[int] = Counter()  # that have come, by conversation
         self._is_deciding = True  # until the last request has come
         self._waiting: dict[tuple[Member, int], list[SimulatedRequest]] = {}  # for the load of an adapter
         # One number at a time is written, which arrays of NumPy are slow at.
         self._ttft_R = array("d", [math.nan]) * len(requests)
         self._end_R = array("d", [math.nan]) * len(requests)
         self._slot_R = array("q", [0]) * len(requests)
+        self._num_known_R = array("q", [0]) * len(requests)
         self._replicas: list[tuple[float, int]] = []
         self._loads: list[tuple[float, int]] = []
         for _ in range(initial):
@@ -126,6 +131,7 @@ class Simulator:
             np.array(self._ttft_R),
             np.array(self._end_R),
             np.array(self._slot_R),
+            np.array(self._num_known_R),
             self._num_warming,
             loads - before[0],
             evictions - before[1],
@@ -146,8 +152,14 @@ class Simulator:
         asked = (requests.prompt_R, requests.output_R, requests.adapter_R)
         columns = (requests.at_R, *asked, self._factor_R, *self._outside_R.T)
         rows = zip(*(column[part].tolist() for column in columns), strict=True)
+        talks = None if requests.talk_R is None else requests.talk_R[part].tolist()
         for index, (at, prompt, output, adapter, factor, wait, way, stall) in enumerate(rows, start):
-            yield SimulatedRequest(index, prompt, output, adapter, factor, stall, came_at=at, way=way), wait
+            job = SimulatedRequest(index, prompt, output, adapter, factor, stall, came_at=at, way=way)
+            if talks is not None:
+                job.talk = talks[index - start]
+                self._turns[job.talk] += 1
+                job.num_turn = self._turns[job.talk]
+            yield job, wait
 
     def _pass(self, until: float) -> None:
         """All events up to that time in seconds."""
@@ -228,6 +240,7 @@ class Simulator:
         replica, now = member.replica, member.replica.now
         seconds = self._clock.seconds
         for job in ended.first_tokens:
+            self._num_known_R[job.index] = job.num_known
             self._ttft_R[job.index] = seconds(job.first_token_at) - job.came_at
             self._policy.scaler.answered(member, job, seconds(now))
             self._policy.router.answered(member.slot, job)
@@ -290,6 +303,7 @@ class Summary(NamedTuple):
     """Figures of one policy over one run or several, without the warm-up. Times in seconds, without probes; means over
     the runs where they are quantiles.
 
+    prefix_hits   share of the prompts' tokens that were in the replica's pool
     max_replicas  the most at a time, of those there when the first of these requests came and later
     tokens_per_s  generated, from the first arrival to the last token
     """
@@ -300,6 +314,7 @@ class Summary(NamedTuple):
     mean_latency_s: float
     cold_loads: float
     cold_share: float
+    prefix_hits: float
     evictions: float
     replica_hours: float
     max_replicas: float
@@ -326,6 +341,7 @@ def summary(outcome: Outcome, requests: RequestTrace) -> Summary:
         mean_latency_s=float(end_R[timed_R].mean()),
         cold_loads=outcome.cold_loads,
         cold_share=outcome.cold_loads / len(ttft_R),
+        prefix_hits=float(outcome.num_known_R[counted].sum() / requests.prompt_R[counted].sum()),
         evictions=outcome.evictions,
         replica_hours=outcome.replica_hours,
         max_replicas=max((number for _, number in outcome.replicas[first:]), default=0),

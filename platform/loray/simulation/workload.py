@@ -47,6 +47,7 @@ class RequestTrace:
     prompt_R   tokens of the prompt
     output_R   tokens that are generated
     adapter_R  number of the adapter
+    talk_R     number of the conversation: a request repeats in its prompt what was said before in it. None: each is one
     probe_R    whose times are not reported; None: all are
     """
 
@@ -55,6 +56,7 @@ class RequestTrace:
     output_R: Ints
     adapter_R: Ints
     probe_R: Bools | None = None
+    talk_R: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.at_R)
@@ -112,6 +114,22 @@ def with_adapters(requests: RequestTrace, num_adapters: int, alpha: float, rng: 
     cumulative = np.cumsum(weights)
     drawn = np.searchsorted(cumulative, rng.random(len(requests)) * cumulative[-1])
     return RequestTrace(requests.at_R, requests.prompt_R, requests.output_R, drawn.astype(np.int64))
+
+
+def as_conversations(first: RequestTrace, turns: int, think_s: float, rng: np.random.Generator) -> RequestTrace:
+    """Let each request be the first of `turns` of a conversation with its adapter. The next turn comes after a time to
+    think, exponential with this mean, whether or not the last one has been answered by then; it repeats what was said,
+    and adds a message and an answer as long as those of requests drawn at random.
+    """
+    num, drawn_TR = len(first), rng.integers(0, len(first), (turns, len(first)))
+    drawn_TR[0] = np.arange(num)
+    prompt_TR, output_TR = first.prompt_R[drawn_TR], first.output_R[drawn_TR]
+    said_TR = (prompt_TR + output_TR).cumsum(0) - output_TR  # the prompt of each turn
+    at_TR = first.at_R + np.vstack([np.zeros(num), rng.exponential(think_s, (turns - 1, num)).cumsum(0)])
+    order = np.argsort(at_TR, axis=None, kind="stable")
+    prompt_R, output_R = said_TR.reshape(-1)[order], output_TR.reshape(-1)[order]
+    talk_R = order % num
+    return RequestTrace(at_TR.reshape(-1)[order], prompt_R, output_R, first.adapter_R[talk_R], talk_R=talk_R)
 
 
 def digest(adapter: int) -> str:

@@ -136,6 +136,7 @@ class ToolCallDelta:
     arguments: str
 
 
+Pooling = Literal["last", "mean"]
 FinishReason = Literal["stop", "length", "tool_calls"]  # tool_calls: a chat's, where a parser found calls
 BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
@@ -188,6 +189,8 @@ class GenerateRequest:
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
     cache_salt  the prefix cache is shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
+    pooling      an embedding is wanted and no answer, so max_tokens is 0: of the prompt's hidden states after the final
+                 norm the last one, as vLLM's default, or their mean; scaled to length 1
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
     """
 
@@ -200,6 +203,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None
     cache_salt: str = ""
     traceparent: str | None = None
+    pooling: Pooling | None = None
     output_ids: tuple[int, ...] = ()
 
 
@@ -226,6 +230,7 @@ class TokenDelta(NamedTuple):
 
     logprobs         of `token_ids`, if the request asks for them
     prompt_logprobs  of the prompt's tokens from the second on; with the first delta, if the request asks for them
+    embedding        with the finish reason, if the request has a pooling
     """
 
     token_ids: tuple[int, ...]
@@ -233,6 +238,7 @@ class TokenDelta(NamedTuple):
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 class TokenLogprob(NamedTuple):

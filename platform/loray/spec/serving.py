@@ -293,7 +293,7 @@ class EngineFigures(BaseModel):
 
     num_loading         adapters on their way from the store
     blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run
-    host_bytes          host memory that adapters take
+    host_bytes          host memory that adapters and prefixes take
     num_pool_hits       requests whose adapter was in the pool when they came; num_host_hits: on the host; num_misses:
                         neither
     num_loads           loads that have started; num_loaded_bytes: host memory of the complete ones

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from loray.policy.prefixes import TOLD_BLOCKS, told_names
 from loray.policy.routing import (
     REASONS,
     Candidate,
@@ -30,7 +31,7 @@ from loray.policy.routing import (
     RoutingReports,
     routing_key,
 )
-from loray.spec import GenerateRequest
+from loray.spec import NEVER, GenerateRequest
 from loray.telemetry import get_logger
 
 # By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
@@ -160,7 +161,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     """
 
     def initialize_state(self, **policy: Any) -> None:
-        """`policy`: RoutingPolicy's fields."""
+        """`block_tokens`: of the replicas' pools; `policy`: RoutingPolicy's fields."""
+        self._block_tokens = policy.pop("block_tokens", 16)
         self._routing = Routing(RoutingPolicy(**policy))
         self._seen: dict[str, RoutingReport] = {}  # the last report of each replica
         self._deployment = str(self._deployment_id.name)
@@ -176,12 +178,17 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         views = [self._view(r, now) for r in candidate_replicas]
         self._remind(candidate_replicas, views)
         tie = "" if request is None else request.request_id
-        ranked = self._routing.rank(views, _adapter(request), now=now, tie=tie)
+        prefix = getattr(pending_request, "prefix", None)
+        if prefix is None:
+            prefix = self._prefix(request) if len(views) > 1 else ()
+        ranked = self._routing.rank(views, _adapter(request), now=now, tie=tie, prefix=prefix)
         if request is not None and ranked:
             num_tokens = len(request.prompt_ids) + len(request.output_ids)
-            own.place(request.request_id, ranked[0].replica, num_tokens)
+            chosen = next(view for view in views if view.id == ranked[0].replica)
+            num_known = self._routing.num_known(chosen, prefix) * TOLD_BLOCKS * self._block_tokens
+            own.place(request.request_id, chosen.id, num_tokens - num_known)
         if pending_request is not None:
-            pending_request.ranked = ranked
+            pending_request.ranked, pending_request.prefix = ranked, prefix
             pending_request.routing_context.should_backoff = True  # every replica has been offered
         replicas = {_name(r): r for r in candidate_replicas}
         return [[replicas[c.replica]] for c in ranked]
@@ -195,7 +202,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         ranked: Sequence[Candidate] = getattr(pending_request, "ranked", ())
         chosen = next((c for c in ranked if c.replica == replica_id.unique_id), None)
         if chosen is not None:
-            self._routing.sent(chosen, _adapter(request), now=time.monotonic())
+            prefix: Sequence[str] = getattr(pending_request, "prefix", ())
+            self._routing.sent(chosen, _adapter(request), now=time.monotonic(), prefix=prefix)
             _decisions.setdefault(self._deployment, dict.fromkeys(REASONS, 0))[chosen.reason] += 1
             _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
 
@@ -230,6 +238,15 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
                 return pending
         return None
 
+    def _prefix(self, request: GenerateRequest | None) -> Sequence[str]:
+        """Name the prefixes of what a request has the replica compute."""
+        if request is None:
+            return ()
+        ref, tokens = request.adapter, (*request.prompt_ids, *request.output_ids)
+        active_from = 0 if ref is None else ref.active_from(request.prompt_ids)
+        digest = None if ref is None or active_from == NEVER else ref.digest
+        return told_names(digest, tokens[:-1], self._block_tokens, salt=request.cache_salt, active_from=active_from)
+
     def _view(self, replica: RunningReplica, now: float) -> ReplicaView:
         name = _name(replica)
         report, at, num_of_others = reports.of(name) or Known(_NOTHING, now)
@@ -245,6 +262,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             age_s=now - at,
             suspect=_suspects.get(name, now) > now,
             unanswered=own.tokens(name),
+            prefixes=report.prefixes,
         )
 
 

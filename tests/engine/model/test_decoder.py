@@ -243,11 +243,11 @@ class Parts:
         forward = Decoder._forward
         monkeypatch.setattr(decoder, "logits_part", self._part)
 
-        def both(model: Decoder, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
+        def both(model: Decoder, batch: Batch, pool: Pool, *on_tokens: Callable[[Tensor], None]) -> Tensor:
             self._whole = True
             expected_RV = forward(model, batch, pool, lambda logits_RV: None).clone()
             self._whole = False
-            got_RV = forward(model, batch, pool, on_scored)
+            got_RV = forward(model, batch, pool, *on_tokens)
             assert torch.equal(got_RV, expected_RV)
             return got_RV
 

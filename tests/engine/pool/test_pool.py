@@ -187,19 +187,35 @@ def test_what_was_answered_is_known_in_the_next_turn(base: BaseModel) -> None:
     assert out[0].num_cached_tokens == 48  # of 20 + 29 tokens: the last one was never computed
 
 
-def test_those_who_come_together_share_afterwards(base: BaseModel) -> None:
-    engine = make_engine(base)
+def test_those_who_come_together_share_in_the_step_that_computes_it(base: BaseModel) -> None:
     requests = [request(str(i), ids(48) + ids(5, i), max_tokens=3) for i in range(4)]
+    alone = [run(make_engine(base), [r])[r.request_id] for r in requests]
+    engine = make_engine(base)
     for r in requests:
         engine.add(r)
-    engine.step()
-    assert engine.stats().blocks["kv"] == 16
-    engine.step()
+    first = engine.step()
     engine.check_integrity()
+    assert [out.num_cached_tokens for out in first] == [0, 48, 48, 48]
     assert engine.stats().blocks["kv"] == 3 + 4
-    assert engine.stats().prefix_cache_hits == 0
+    assert engine.stats().prefix_cache_hits == 3 * 48
     engine.add(request("late", ids(49), max_tokens=1))
-    assert {o.request_id: o.num_cached_tokens for o in engine.step()}["late"] == 48
+    second = engine.step()
+    assert {out.request_id: out.num_cached_tokens for out in second}["late"] == 48
+    answers: dict[str, list[int | None]] = {}
+    for out in [*first, *second, *outputs(engine)]:
+        answers.setdefault(out.request_id, []).append(out.token_id)
+    assert [answers[r.request_id] for r in requests] == alone
+
+
+def test_a_prompt_in_chunks_takes_what_others_have_computed_of_it_meanwhile(base: BaseModel) -> None:
+    """Two tenants are served by turns, so both prompts have begun before one has been computed."""
+    prompt = ids(160)
+    engine = make_engine(base, max_num_batched_tokens=40, max_num_seqs=4)
+    both = [replace(request(name, prompt + ids(5, i), max_tokens=2), tenant=name) for i, name in enumerate("ab")]
+    cached = {out.request_id: out.num_cached_tokens for out in outputs(engine, *both)}
+    assert engine.stats().step_tokens.sum < 160 + 2 * 48
+    assert sum(cached.values()) == engine.stats().prefix_cache_hits >= 128
+    assert engine.stats().num_prompt_tokens == 2 * 165
 
 
 def test_adapters_and_their_versions_share_nothing(base: BaseModel, adapters: Adapters) -> None:

@@ -156,7 +156,7 @@ def test_a_prompt_whose_scores_are_not_finite_fails_alone(case: Case) -> None:
     run(engine, [request("first", ids(64, 2), prompt_logprobs=0, max_tokens=1)])  # a step may now have 64 such tokens
     forward = engine._model.forward
 
-    def broken(batch, pool, on_scored):  # type: ignore[no-untyped-def]
+    def broken(batch, pool, on_scored, *others):  # type: ignore[no-untyped-def]
         slices = []
         logits = forward(batch, pool, slices.append)
         rows = torch.cat(slices)

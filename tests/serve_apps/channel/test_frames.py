@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loray.spec import TokenLogprobs
 from serve_apps.channel.frames import (
+    EMBEDDED,
     MAX_FRAME,
     PROMPT,
     SCORED,
@@ -21,6 +22,7 @@ from serve_apps.channel.frames import (
     frame,
     pack,
     parts,
+    unpack_embedding,
     unpack_logprobs,
 )
 from tests.fixtures.channel import Out
@@ -41,6 +43,7 @@ OUTPUTS = st.lists(
             st.integers(0, 100_000),
             st.none() | LOGPROBS,
             st.none() | st.lists(LOGPROBS, min_size=1, max_size=3).map(tuple),
+            st.none() | st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5).map(tuple),
         ),
     ),
     max_size=6,
@@ -62,6 +65,10 @@ def test_what_goes_in_comes_out(outputs: list[tuple[int, Out]], cuts: list[int])
         if kind == PROMPT:
             stream, part = fields
             got.setdefault(stream, {})["prompt_logprobs"] = tuple(map(unpack_logprobs, part))
+            continue
+        if kind == EMBEDDED:
+            stream, part = fields
+            got.setdefault(stream, {})["embedding"] = unpack_embedding(part)
             continue
         assert kind in (TOKENS, SCORED)
         for stream, token, reason, num_cached, *scored in fields[0]:

@@ -133,6 +133,17 @@ async def test_a_gateway_that_starts_again_is_connected_anew() -> None:
 
 
 @LOOPS
+async def test_an_embedding_comes_with_the_finish_reason(loop: str) -> None:
+    async with plane() as (gateway, replica):
+        inbox, to = gateway.open(), await replica.to(gateway.address)
+        vector = tuple(i / 4096 for i in range(4096))
+        to.send([(inbox.stream, Out(None, "stop", 16, embedding=vector))])
+        delta = await inbox.take()
+        assert (delta.token_ids, delta.finish_reason, delta.num_cached_tokens) == ((), "stop", 16)
+        assert delta.embedding == vector
+
+
+@LOOPS
 async def test_a_broken_connection_is_replaced_and_its_streams_fail(loop: str) -> None:
     async with plane() as (gateway, replica):
         inbox, other = gateway.open(), gateway.open()

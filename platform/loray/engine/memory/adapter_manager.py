@@ -7,7 +7,7 @@ it, and it gives a complete adapter. An adapter is pinned in the pool while a re
 stays there, idle, until its blocks are needed.
 
 Loads start in the order in which they were requested, as far as host memory allows. For a load, copies are dropped that
-no request waits for, least recently used first; then copies for which only requests wait that came later than those
+no request waits for, the lowest value first; then copies for which only requests wait that came later than those
 that wait for the load. So small adapters in demand cannot keep a large one out.
 """
 
@@ -184,7 +184,7 @@ class AdapterManager(Generic[P, R]):
         self.size = size
         self._changed: dict[str, None] = {}
         self._clock = 0
-        self._host: HostMemory[P] = HostMemory(host_bytes)
+        self.host: HostMemory[P] = HostMemory(host_bytes)
         self._load, self._wake, self._now = load, wake, clock
         self._ended: deque[tuple[Entry[P, R], Future[P]]] = deque()  # added by the loaders' threads
         self._eviction = EvictionPolicy()
@@ -240,8 +240,8 @@ class AdapterManager(Generic[P, R]):
 
     @property
     def host_used(self) -> int:
-        """Bytes of adapters in host memory, see `HostMemory`."""
-        return self._host.used
+        """Bytes of adapters and prefixes in host memory, see `HostMemory`."""
+        return self.host.used
 
     @property
     def inflation(self) -> Inflation:
@@ -356,11 +356,11 @@ class AdapterManager(Generic[P, R]):
                 entry.load = None
                 self._take_result(entry, load)
                 changed = True
-        self._drop(self._host.surplus())
+        self._drop(self.host.surplus())
         queued = self.at[Tier.QUEUED]
         while queued:
             entry = next(iter(queued.values()))
-            victims = self._host.room_for(entry.ref.digest, entry.ref.nbytes, entry.waiters[0])
+            victims = self.host.room_for(entry.ref.digest, entry.ref.nbytes, entry.waiters[0])
             if victims is None:
                 break
             self._drop(victims)
@@ -403,7 +403,7 @@ class AdapterManager(Generic[P, R]):
             assert (e.load is not None) is (e.tier is Tier.LOADING)
         assert self.idle.items() == {e.ref.digest for e in entries if e.resident is not None and not e.pins}
         removable = {e.ref.digest: self._removable(e) for e in entries if e.packed is not None}
-        self._host.check_integrity(sum(e.ref.nbytes for e in self.at[Tier.LOADING].values()), removable)
+        self.host.check_integrity(sum(e.ref.nbytes for e in self.at[Tier.LOADING].values()), removable)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -415,7 +415,7 @@ class AdapterManager(Generic[P, R]):
         digest, before = entry.ref.digest, entry.tier
         del self.at[before][digest]
         if before is Tier.LOADING:
-            self._host.end_reservation(entry.ref.nbytes)
+            self.host.end_reservation(entry.ref.nbytes)
         if tier is None:
             del self.entries[digest]
             self.idle.discard(digest)
@@ -426,7 +426,7 @@ class AdapterManager(Generic[P, R]):
         entry.tier = tier
         self.at[tier][digest] = entry
         if tier is Tier.LOADING:
-            self._host.reserve(entry.ref.nbytes)
+            self.host.reserve(entry.ref.nbytes)
         if not (before.is_on_its_way and tier.is_on_its_way):
             self._changed[digest] = None
         self._update(entry)
@@ -442,7 +442,7 @@ class AdapterManager(Generic[P, R]):
             self.idle.set(digest, (value, entry.last_used))
         else:
             self.idle.discard(digest)
-        self._host.set_removable(digest, self._removable(entry))
+        self.host.set_removable(digest, self._removable(entry))
 
     def _removable(self, entry: Entry[P, R]) -> float | None:
         """When the first request came that waits for the copy on the host, infinite without one. None: there is no
@@ -455,7 +455,11 @@ class AdapterManager(Generic[P, R]):
     def _touch(self, entry: Entry[P, R]) -> None:
         self._clock += 1
         entry.last_used = self._clock
-        self._host.touch(entry.ref.digest)
+        self._touch_copy(entry)
+
+    def _touch_copy(self, entry: Entry[P, R]) -> None:
+        uses, seconds = entry.usage.num_uses, entry.score.load_seconds
+        self.host.touch(entry.ref.digest, self._eviction.reuse.expected(uses) * seconds)
 
     def _load_ended(self, entry: Entry[P, R], load: Future[P]) -> None:
         """Called in the loader's thread."""
@@ -468,9 +472,10 @@ class AdapterManager(Generic[P, R]):
             self._fail(entry, error)
             return
         entry.packed = load.result()
-        self._host.add(entry.ref.digest, entry.packed)
-        self.counts.num_loaded_bytes += entry.packed.nbytes
         entry.score.load_seconds = self._now() - entry.load_began
+        self.host.add(entry.ref.digest, entry.packed)
+        self._touch_copy(entry)
+        self.counts.num_loaded_bytes += entry.packed.nbytes
         self.load_seconds.observe(entry.score.load_seconds)
         self._backoff.succeeded(entry.ref.digest)
         self._set_tier(entry, Tier.HOST)
@@ -482,13 +487,16 @@ class AdapterManager(Generic[P, R]):
         self._set_tier(entry, Tier.FAILED if entry.waiters else None)
 
     def _drop_packed(self, entry: Entry[P, R]) -> None:
-        self._host.drop(entry.ref.digest)
+        self.host.drop(entry.ref.digest)
         entry.packed = None
 
     def _drop(self, digests: Iterable[str]) -> None:
         """Drop the copies on the host."""
         for digest in digests:
-            entry = self.entries[digest]
+            entry = self.entries.get(digest)
+            if entry is None:  # a prefix's block
+                self.host.drop(digest)
+                continue
             self._drop_packed(entry)
             self.counts.num_host_evictions += 1
             if entry.resident is None:

@@ -1,4 +1,4 @@
-"""`HostMemory` counts the adapters in host memory and says which are dropped.
+"""`HostMemory` counts the adapters and the blocks of prefixes in host memory, and says which are dropped.
 
 Packed rows count with what page-locked memory takes beside them, each VeRA pair once, however many adapters share it,
 and loads that have started with the adapter's published size.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from loray.engine.memory.eviction import Inflation, PriorityQueue
 
 
 class HostProjection(Protocol):
@@ -44,21 +48,40 @@ class HostCopy(Protocol):
 P = TypeVar("P", bound=HostCopy)
 
 
-class HostMemory(Generic[P]):
-    """Owns the count, and the order in which copies are dropped: first those for which no request waits, least recently
-    used first; then, for a load, those for which only requests wait that came later, the latest first.
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """A copy of a prefix's block of keys and values. `owners`: digests of the adapters on which they depend, None for
+    the base.
+    """
 
-    Adapters are named by digest. Looking for copies to drop visits all of them if they do not suffice: then it is not
-    tried again before they may.
+    values: Any
+    host_bytes: int
+    owners: frozenset[str | None]
+    pair: None = None
+
+
+class HostMemory(Generic[P]):
+    """Owns the count, and the order in which copies are dropped: first those for which no request waits, the lowest
+    value first; then, for a load, those for which only requests wait that came later, the latest first.
+
+    The value is that of `eviction`, with an inflation of its own and by bytes: a block that is computed again in a
+    millisecond makes way for an adapter that is loaded again in a hundred, unless it is used much more often. Of equal
+    values the one that was used longest ago goes first.
+
+    Adapters are named by digest, blocks as in `policy.prefixes`. Looking for copies to drop visits all of them if they
+    do not suffice: then it is not tried again before they may.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.used = 0
-        self._copies: dict[str, P] = {}
+        self._reserved = 0
+        self._inflation = Inflation()
+        self._copies: dict[str, P | BlockCopy] = {}
+        self._values: dict[str, tuple[float, int]] = {}  # and the number of blocks before it, negative
         self._sharers: Counter[str] = Counter()  # of each pair
         self._removable: dict[str, float] = {}  # when the first request came that waits; infinite without one
-        self._evictable: OrderedDict[str, None] = OrderedDict()  # the infinite ones
+        self._evictable: PriorityQueue[str] = PriorityQueue()  # the infinite ones, by value
         self._needed: list[tuple[float, str]] = []  # the others, sorted
         # Of the last load that did not fit: when its first request came, and at least the bytes that may be dropped for
         # it less those that are used.
@@ -66,15 +89,34 @@ class HostMemory(Generic[P]):
         self._slack = 0
 
     def reserve(self, nbytes: int) -> None:
-        """A load starts."""
+        """A load starts, or a copy of blocks."""
+        self._reserved += nbytes
         self._use(nbytes)
 
     def end_reservation(self, nbytes: int) -> None:
-        """The load has a result or has failed."""
+        """It has a result or has failed."""
+        self._reserved -= nbytes
         self._use(-nbytes)
 
-    def add(self, digest: str, packed: P) -> None:
+    def block(self, name: str) -> BlockCopy | None:
+        """Find the copy of a block."""
+        found = self._copies.get(name)
+        return found if isinstance(found, BlockCopy) else None
+
+    def add_block(self, name: str, block: BlockCopy, worth: float, before: str) -> None:
+        """Add what `touch` will keep; it may be dropped from now on."""
+        self.add(name, block)
+        self.touch(name, worth, before)
+        self.set_removable(name, math.inf)
+
+    def forget_blocks(self, owner: str | None) -> None:
+        """Drop the blocks that depend on an adapter, or on the base. O(n)."""
+        for name in [n for n, copy in self._copies.items() if isinstance(copy, BlockCopy) and owner in copy.owners]:
+            self.drop(name)
+
+    def add(self, digest: str, packed: P | BlockCopy) -> None:
         self._copies[digest] = packed
+        self._values[digest] = (self._inflation.value, 0)
         self._use(packed.host_bytes)
         if packed.pair is not None:
             self._sharers[packed.pair.digest] += 1
@@ -84,6 +126,7 @@ class HostMemory(Generic[P]):
     def drop(self, digest: str) -> None:
         self.set_removable(digest, None)
         packed = self._copies.pop(digest)
+        del self._values[digest]
         self._use(-packed.host_bytes)
         if packed.pair is not None:
             self._sharers[packed.pair.digest] -= 1
@@ -102,31 +145,46 @@ class HostMemory(Generic[P]):
             return
         if before is not None:
             if math.isinf(before):
-                del self._evictable[digest]
+                self._evictable.discard(digest)
             else:
                 del self._needed[bisect_left(self._needed, (before, digest))]
             if before > self._blocked[1]:
                 self._slack -= self._copies[digest].host_bytes
         if came is not None:
             if math.isinf(came):
-                self._evictable[digest] = None
+                self._evictable.set(digest, self._values[digest])
             else:
                 insort(self._needed, (came, digest))
             if came > self._blocked[1]:
                 packed = self._copies[digest]
                 self._slack += packed.host_bytes + (0 if packed.pair is None else packed.pair.nbytes)
 
-    def touch(self, digest: str) -> None:
-        """The copy was used."""
+    def touch(self, digest: str, worth: float, before: str | None = None) -> None:
+        """The copy, if there is one, was used.
+
+        worth   seconds to have it again, for the uses that are expected
+        before  the name of the block before a block, after which it goes never: its copy would be without use
+        """
+        copy = self._copies.get(digest)
+        if copy is None:
+            return
+        value, depth = self._inflation.value + worth / max(1, copy.host_bytes), 0
+        if before is not None:
+            most, depth = self._values.get(before, (value, 0))
+            value, depth = min(value, most), depth - 1
+        self._values[digest] = (value, depth)
         if digest in self._evictable:
-            self._evictable.move_to_end(digest)
+            self._evictable.set(digest, (value, depth))
 
     def surplus(self) -> list[str]:
-        """Return copies to drop for which no request waits, the oldest first, because the limit is exceeded; it may
-        still be afterwards.
+        """Return copies to drop for which no request waits, because the limit is exceeded; it may still be
+        afterwards.
         """
-        victims, _ = self._victims(self.used - self._limit, self._evictable)
-        return victims
+        if self.used <= self._limit:
+            return []
+        with closing(self._evictable.ascending()) as evictable:
+            victims, _ = self._victims(self.used - self._limit, evictable)
+        return self._evicted(victims)
 
     def room_for(self, digest: str, nbytes: int, came: float) -> list[str] | None:
         """Return copies to drop so that a load of `nbytes` fits, whose first request came at `came`.
@@ -136,11 +194,20 @@ class HostMemory(Generic[P]):
         excess = self.used + nbytes - self._limit
         if self._blocked[0] == digest and self._slack + self.used < min(self.used, excess):
             return None
-        victims, freed = self._victims(excess, chain(self._evictable, self._needed_after(came)))
+        if excess <= 0:
+            return []
+        with closing(self._evictable.ascending()) as evictable:
+            victims, freed = self._victims(excess, chain(evictable, self._needed_after(came)))
         if freed >= min(self.used, excess):
-            return victims
+            return self._evicted(victims)
         self._blocked, self._slack = (digest, came), freed - self.used
         return None
+
+    def _evicted(self, victims: list[str]) -> list[str]:
+        for digest in victims:
+            if math.isinf(self._removable[digest]):
+                self._inflation.evicted(self._values[digest][0])
+        return victims
 
     def _use(self, nbytes: int) -> None:
         self.used += nbytes
@@ -171,11 +238,15 @@ class HostMemory(Generic[P]):
         return victims, freed
 
     def check_integrity(self, reserved: int, removable: Mapping[str, float | None]) -> None:
-        """Raise AssertionError unless the count is right, and exactly the copies of `removable` are here and may be
-        dropped, see `set_removable`.
+        """Raise AssertionError unless the count is right, and beside blocks exactly the copies of `removable` are here
+        and may be dropped, see `set_removable`. `reserved`: for loads.
         """
+        removable = {**removable, **{name: math.inf for name in self._copies if self.block(name) is not None}}
         pairs = {p.pair.digest: p.pair.nbytes for p in self._copies.values() if p.pair is not None}
-        assert self.used == reserved + sum(p.host_bytes for p in self._copies.values()) + sum(pairs.values())
+        assert reserved <= self._reserved
+        copied = sum(p.host_bytes for p in self._copies.values())
+        assert self.used == self._reserved + copied + sum(pairs.values())
+        assert self._values.keys() == self._copies.keys()
         assert removable.keys() == self._copies.keys()
         known = {digest: came for digest, came in removable.items() if came is not None}
         assert known == self._removable, "removable copies differ from those that no request waits for, or a later one"

@@ -188,6 +188,7 @@ class ChunkInput(NamedTuple):
     num_sampled  its last tokens whose logits are needed: what follows each of them is sampled
     scored      its tokens whose logits are needed, since their successors are in the prompt
     chunk       None on ranks beside the first, which have no requests
+    pooled      its tokens whose hidden states are needed, for an embedding
     """
 
     adapter: ResidentAdapter | None
@@ -197,17 +198,26 @@ class ChunkInput(NamedTuple):
     num_sampled: int
     scored: range
     chunk: Chunk | None = None
+    pooled: range = range(0)
 
     @classmethod
     def of(cls, chunk: Chunk, adapter: ResidentAdapter | None) -> ChunkInput:
         request, start = chunk.request, chunk.start
         num_sampled = 1 + len(chunk.guesses) if chunk.is_last and request.spec.params.max_tokens > 0 else 0
         token_ids = [*request.tokens(start, start + chunk.num_tokens), *chunk.guesses]
-        return cls(adapter, start, token_ids, request.blocks, num_sampled, chunk.scored, chunk)
+        return cls(adapter, start, token_ids, request.blocks, num_sampled, chunk.scored, chunk, chunk.pooled)
 
 
 class Scored(NamedTuple):
     """The tokens that follow tokens [start, stop) of `request` are known: they are in its prompt."""
+
+    request: Request
+    start: int
+    stop: int
+
+
+class Pooled(NamedTuple):
+    """The hidden states of tokens [start, stop) of `request` are a part of its embedding."""
 
     request: Request
     start: int
@@ -225,6 +235,7 @@ class Batch:
     sampled          the chunks that reach their request's newest token, for which the next token is sampled
     scored           parts of prompts for whose next tokens log-probabilities are requested
     scored_T         their tokens; None: there are none
+    pooled, pooled_T  likewise for embeddings
     descriptors      of a captured step: its adapters, instead of `adapters`
     logits_tokens_T  of a part of a batch, see `logits_part`: the tokens of the batch that it has
     """
@@ -240,6 +251,8 @@ class Batch:
     chunks: tuple[Chunk, ...] = ()
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
+    pooled: tuple[Pooled, ...] = ()
+    pooled_T: Tensor | None = None
     descriptors: StepDescriptors | None = None
     logits_tokens_T: Tensor | None = None
 
@@ -292,7 +305,9 @@ def build_batch(
     sampled: list[Chunk] = []
     scored: list[Scored] = []
     scored_tokens: list[int] = []
-    for adapter, start, ids, own_blocks, num_sampled, tokens_to_score, chunk in sorted(inputs, key=_order):
+    pooled: list[Pooled] = []
+    pooled_tokens: list[int] = []
+    for adapter, start, ids, own_blocks, num_sampled, tokens_to_score, chunk, to_pool in sorted(inputs, key=_order):
         at, stop = len(tokens), start + len(ids)
         tokens.extend(ids)
         positions.extend(range(start, stop))
@@ -312,6 +327,10 @@ def build_batch(
             scored_tokens.extend(at + t - start for t in tokens_to_score)
             if chunk is not None:
                 scored.append(Scored(chunk.request, tokens_to_score.start, tokens_to_score.stop))
+        if to_pool:
+            pooled_tokens.extend(at + t - start for t in to_pool)
+            if chunk is not None:
+                pooled.append(Pooled(chunk.request, to_pool.start, to_pool.stop))
         if num_sampled:
             last.extend(range(len(tokens) - num_sampled, len(tokens)))
             if chunk is not None:
@@ -337,6 +356,8 @@ def build_batch(
         chunks=tuple(i.chunk for i in inputs if i.chunk is not None),
         scored=tuple(scored),
         scored_T=tensor(scored_tokens) if scored_tokens else None,
+        pooled=tuple(pooled),
+        pooled_T=tensor(pooled_tokens) if pooled_tokens else None,
     )
 
 
@@ -355,7 +376,7 @@ def logits_part(batch: Batch) -> Batch | None:
     """
     num = batch.token_ids_T.shape[0]
     tokens = batch.last or (num - 1,)
-    if batch.scored_T is not None or 2 * len(tokens) > num:
+    if batch.scored_T is not None or batch.pooled_T is not None or 2 * len(tokens) > num:
         return None
     device, attention = batch.token_ids_T.device, batch.attention
     logits_tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)

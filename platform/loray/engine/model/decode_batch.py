@@ -33,6 +33,7 @@ class DecodeBatch:
     sampled: tuple[Chunk, ...]
     residents: tuple[ResidentAdapter, ...]
     scored: tuple[()] = ()
+    pooled: tuple[()] = ()
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

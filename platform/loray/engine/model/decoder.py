@@ -317,7 +317,7 @@ class Decoder:
         """
 
         def forward(step: CapturedStep) -> Tensor:
-            return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
+            return self._forward(Batch.of_captured(step), pool)
 
         if self.config.experts is None:
             self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
@@ -387,20 +387,31 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
+        self,
+        batch: Batch | DecodeBatch,
+        pool: Pool,
+        on_scored: Callable[[Tensor], None] = lambda logits_RV: None,
+        on_pooled: Callable[[Tensor], None] = lambda x_PD: None,
     ) -> Tensor:
         """Compute the logits, fp32 (batch.logits_T, vocabulary), valid until the next call. Writes the step's keys and
         values into `pool`.
 
-        `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
+        `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order; `on_pooled` the hidden states of
+        batch.pooled_T after the final norm, (P, hidden size).
         """
         pool.wait_for(batch.residents)
         if isinstance(batch, Batch):
-            return self._forward(batch, pool, on_scored)
+            return self._forward(batch, pool, on_scored, on_pooled)
         assert self._captures is not None
         return self._captures(batch.step)
 
-    def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
+    def _forward(
+        self,
+        batch: Batch,
+        pool: Pool,
+        on_scored: Callable[[Tensor], None] = lambda logits_RV: None,
+        on_pooled: Callable[[Tensor], None] = lambda x_PD: None,
+    ) -> Tensor:
         ops = self.ops
         step = ForwardContext.of(batch, pool, ops, self.rope(batch))
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
@@ -413,6 +424,8 @@ class Decoder:
             x_TD, added_TD = self._layers[-1](x_TD, None, step, logits_step)
             batch, step = part, logits_step
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
+        if batch.pooled_T is not None:
+            on_pooled(x_TD[batch.pooled_T])
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):
                 on_scored(self._logits(x_TD[rows_R]))

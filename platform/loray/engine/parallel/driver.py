@@ -62,7 +62,11 @@ class LeadingDecoder(ShardedDecoder):
         return batch
 
     def forward(
-        self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
+        self,
+        batch: Batch | DecodeBatch,
+        pool: Pool,
+        on_scored: Callable[[Tensor], None] = lambda logits_RV: None,
+        on_pooled: Callable[[Tensor], None] = lambda x_PD: None,
     ) -> Tensor:
         """Compute a step on all ranks. RankLost if it fails on one."""
         if isinstance(batch, Batch):
@@ -72,7 +76,7 @@ class LeadingDecoder(ShardedDecoder):
         else:
             self._send(Replay(dump_step(batch.step)))
         with self._together("a step"):
-            return super().forward(batch, pool, on_scored)
+            return super().forward(batch, pool, on_scored, on_pooled)
 
     def slots(self, batch: Batch | DecodeBatch) -> None:
         """Give no slots: tokens are drawn on this rank alone, and the others are sent them."""

@@ -20,6 +20,7 @@ from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix, RowTable, Table, columns, place
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.limits import pool_geometry
+from loray.engine.pool.block_copies import TensorCopies
 from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.methods.weights import Role, SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
@@ -288,6 +289,7 @@ class Pool:
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
         self.tensor.zero_()  # touches the memory now, not during the first request
         self._writer = page_writer(self.tensor)
+        self.copies = TensorCopies(self.tensor, self.geometry.block_size)
         self._pairs: dict[str, ResidentProjection] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._copying: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
@@ -382,8 +384,9 @@ class Pool:
         return resident
 
     def wait_for_rows(self) -> None:
-        """Let whatever is queued after this call see all rows that have been placed."""
+        """Let whatever is queued after this call see all rows that have been placed, and blocks that have come back."""
         self._writer.wait()
+        self.copies.wait()
         self._copying.clear()
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:

@@ -22,7 +22,8 @@ from typing import Generic, NamedTuple
 from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.host_memory import P
-from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
+from loray.engine.memory.kv_cache import KVCacheManager
+from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
@@ -154,6 +155,10 @@ class Admission(Generic[P, R]):
         if running and not self._lasts(request, running):
             self._kv_cache.release(request)
             return False
+        if self._kv_cache.fetch(request):
+            self._short = None  # its prefix is on its way; blocks are not short
+            self._kv_cache.release(request)
+            return False
         if ref is not None:
             while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
@@ -272,6 +277,7 @@ class Scheduler(Generic[P, R]):
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
             window=window,
+            clock=clock,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
@@ -330,9 +336,19 @@ class Scheduler(Generic[P, R]):
         """A running request waits again, and is computed again from what the prefix cache keeps of it."""
         self.running.remove(request)
         self._release(request)
-        request.state = RequestState.WAITING
+        request.state, request.prefix_is_coming = RequestState.WAITING, None
         self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
+
+    def undo(self, requests: Iterable[Request]) -> None:
+        """The last step has failed, in which these requests had chunks. A prompt that it would have ended is served by
+        turns again, and who took blocks that it should have written computes them; others go on where they were.
+        """
+        unwritten = self.prefix_cache.drop_unwritten()
+        for request in requests:
+            ends_prompt = request.num_pending > 1 and request not in self.waiting.begun
+            if ends_prompt or not unwritten.isdisjoint(request.blocks):
+                self.preempt(request)
 
     def next_deadline(self) -> float:
         """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
@@ -340,7 +356,8 @@ class Scheduler(Generic[P, R]):
 
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
-        changed = self._adapter_manager.poll(at_once=not self.running)
+        self.prefix_cache.step_begins()
+        changed = self._poll()
         for request in self.running:
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
@@ -358,7 +375,7 @@ class Scheduler(Generic[P, R]):
         self._compute_prompts(budget, chunks, failed)
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
-        changed |= self._admission.emptied | self._adapter_manager.poll(at_once=not self.running)
+        changed |= self._admission.emptied | self._poll()
         return SchedulerOutput(chunks, failed, changed or self._adapter_manager.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -366,6 +383,14 @@ class Scheduler(Generic[P, R]):
         self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        """Take adapters and prefixes that have come; True if some have."""
+        at_once = not self.running
+        fetched = self.kv_cache.poll(at_once=at_once)
+        for request in fetched:
+            self.waiting.has_prefix(request)
+        return self._adapter_manager.poll(at_once=at_once) or bool(fetched)
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
         """The next token of each request that decodes, best priority and oldest first."""
@@ -412,13 +437,16 @@ class Scheduler(Generic[P, R]):
                 is_blocked = not self._admit(request, failed)
                 if request.state is RequestState.WAITING:
                     continue
+            else:
+                self.kv_cache.take_more(request)
             n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
             if not n:
                 return
             if not is_blocked:
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
-            self.kv_cache.share(request)
+            if n > 1 and not request.num_in_flight:  # a step of single tokens may be computed in parts
+                self.kv_cache.share(request, n)
             self.kv_cache.free_behind_window(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
@@ -447,6 +475,8 @@ class Scheduler(Generic[P, R]):
             failed += self.waiting.fail(request)
         elif request.adapter is not None and self._adapter_manager.tier(request.adapter).is_on_its_way:
             return True  # its rows are on their way, which nobody else waits for
+        elif request.prefix_is_coming:
+            return True
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))

@@ -30,7 +30,7 @@ _FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
 
 class _State(Enum):
     PREPARING = "preparing"  # its constraint is compiled, or its mask computed
-    LOADING = "loading"
+    LOADING = "loading"  # its adapter is, or its prefix comes from host memory
     READY = "ready"
     REFUSED = "refused"  # its error has been returned; the caller removes it
 
@@ -120,9 +120,15 @@ class WaitingRequests(Generic[P, R]):
             if tier is Tier.FAILED:
                 failed += self.fail(loading[0])
             elif not tier.is_on_its_way:
-                for request in loading:
+                for request in (r for r in loading if not r.prefix_is_coming):
                     self._set_state(request, _State.READY)
         return failed
+
+    def has_prefix(self, request: Request) -> None:
+        """A request's prefix has come from host memory."""
+        request.prefix_is_coming = False
+        if self.is_loading(request):
+            self._enter(request)
 
     def has_failed(self, request: Request) -> bool:
         """Return whether its adapter could not be loaded or placed."""
@@ -140,9 +146,9 @@ class WaitingRequests(Generic[P, R]):
     def pick(self) -> Request | None:
         """Return the next request, see FairQueue.pick; it may have begun, and its adapter have failed since."""
         while (request := self.fair.pick(self._is_resident)) is not None:
-            if request in self.begun or not self._tier(request).is_on_its_way:
+            if request in self.begun or not (self._tier(request).is_on_its_way or request.prefix_is_coming):
                 break
-            self._enter(request)  # its adapter was dropped and is loaded again
+            self._enter(request)  # its adapter was dropped and is loaded again, or its prefix comes
         return request
 
     def pick_begun(self) -> Request | None:
@@ -205,7 +211,8 @@ class WaitingRequests(Generic[P, R]):
         assert all(self._by_adapter.values())
         for request in in_state[_State.LOADING]:
             is_looked_at = request.adapter_digest in self._entered or self._adapter_manager.has_changed
-            assert is_looked_at or self._tier(request).is_on_its_way, "who waits is not told"
+            is_coming = self._tier(request).is_on_its_way or request.prefix_is_coming
+            assert is_looked_at or is_coming, "who waits is not told"
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -220,6 +227,8 @@ class WaitingRequests(Generic[P, R]):
         if request.adapter is not None and (tier.is_on_its_way or tier is Tier.FAILED):
             self._set_state(request, _State.LOADING)
             self._entered[request.adapter.digest] = None
+        elif request.prefix_is_coming:
+            self._set_state(request, _State.LOADING)
         else:
             self._set_state(request, _State.READY)
 

@@ -12,6 +12,7 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
+from loray.policy.prefixes import told_names
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import (
     ROUTER_CLASS,
@@ -71,6 +72,28 @@ async def test_a_report_ends_what_the_router_remembers_of_an_adapter(pair: list[
         await route(router, pending(DIGESTS[0]))
         assert [decisions("engine")[reason] for reason in ("recent", "host")] == [1, 1]
         assert module.replicas("engine") == {"one", "two"}
+
+
+async def test_a_prompt_goes_where_its_prefix_is(pair: list[Replica]) -> None:
+    said = tuple(range(400))
+    pair[0].report(DIGESTS[0])
+    async with routing(pair) as router:
+        assert await route(router, pending(DIGESTS[0], prompt=said)) == "one"
+        pair[0].report()
+        pair[1].report(DIGESTS[0])
+        next_turn = (*said, *range(30))
+        assert await route(router, pending(DIGESTS[0], prompt=next_turn)) == "one"  # sent there a moment ago
+        other = tuple(range(1000, 1400))
+        pair[1].report(prefixes=told_names(DIGESTS[0], other[:320], 16))
+        pair[0].report(DIGESTS[0])
+        assert await route(router, pending(DIGESTS[0], prompt=other)) == "two"
+        assert await route(router, pending(None, prompt=other)) == "two"  # it has fewer requests
+        third = tuple(range(2000, 2400))
+        pair[0].report(prefixes=told_names(None, third, 16))
+        assert await route(router, pending(None, prompt=third)) == "one"
+    assert decisions("engine")["prefix"] == 3
+    tokens = {name: module.own.tokens(name) for name in ("one", "two")}
+    assert tokens == {"one": 400 + (430 - 384) + (400 - 384), "two": (400 - 320) + 400}
 
 
 @pytest.mark.parametrize("http_request", [None, "shared"])

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
-from loray.engine.memory.kv_cache import PrefixCache
+from loray.engine.memory.prefix_cache import PrefixCache
+from loray.policy.prefixes import told_names
 from loray.spec import NEVER
 
 BLOCK_TOKENS = 2
@@ -156,3 +157,26 @@ def test_adapters_branch_off_from_the_bases_tree() -> None:
     assert found["b", 6][2] == cache.match(None, tokens)[2]  # before its invocation an adapter computes for the base
     assert cache.match("a", tokens) == []
     assert cache.match("a", tokens, active_from=NEVER) == cache.match(None, tokens)
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    st.sampled_from([None, "a"]),
+    st.sampled_from(["", "salt"]),
+    st.sampled_from([0, 3, 8, NEVER]),
+)
+def test_routers_are_told_the_names_that_they_give_a_prompt(
+    tokens: list[int], digest: str | None, salt: str, active_from: int
+) -> None:
+    active_from = 0 if digest is None else active_from
+    allocator = BlockAllocator(replace(GEOMETRY, num_blocks=20))
+    cache = PrefixCache(allocator)
+    blocks = allocator.allocate_kv(len(tokens) // BLOCK_TOKENS)
+    assert blocks is not None
+    cache.release(cache.store(digest, tokens, blocks, salt, active_from=active_from))
+    names = told_names(digest, tokens, BLOCK_TOKENS, salt=salt, active_from=active_from)
+    assert cache.told() == names
+    for other in (digest and "b", "more"):
+        assert not set(names) & set(told_names(other, tokens, BLOCK_TOKENS, salt=f"{salt}x"))
+    cache.evict(20)
+    assert cache.told() == ()

@@ -1,0 +1,146 @@
+"""Embeddings against the pooled hidden states of transformers + PEFT: chunked, preempted, in a batch with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.errors import IntegrityError, RequestError
+from loray.methods.weights import LoraWeights
+from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling
+from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request
+from tests.fixtures.peft_adapters import ATTENTION, Adapters, Oracle, TestAdapter, make_adapter
+
+LENGTHS = (1, 2, 17, 40, 64, 65, 90)
+
+
+@pytest.fixture(scope="module")
+def every(base: BaseModel, adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
+    """LoRA, LongLoRA with norms and embedding rows, VeRA, DoRA, IA³ and aLoRA."""
+    folder = tmp_path_factory.mktemp("pooled")
+    configs: dict[str, Any] = {
+        "dora": LoraConfig(r=4, target_modules=ATTENTION, use_dora=True),
+        "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "alora": LoraConfig(r=4, target_modules=ATTENTION, alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM"),
+    }
+    more = [make_adapter(base, folder / name, config, seed=7, std=0.12) for name, config in configs.items()]
+    return [adapters["r5"], adapters["longlora"], adapters["vera-a"], *more]
+
+
+@pytest.fixture(scope="module")
+def oracle(base: BaseModel, every: list[TestAdapter]) -> Oracle:
+    return Oracle(base, every)
+
+
+def expected(oracle: Oracle, ids: Sequence[int], adapter: TestAdapter | None, pooling: Pooling) -> Tensor:
+    """What transformers says, (hidden size,)."""
+    model = oracle._models[adapter.ref.digest if adapter else None]
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
+    x_TD = out.hidden_states[-1][0]  # after the final norm
+    return normalize(x_TD[-1] if pooling == "last" else x_TD.mean(0), dim=0)
+
+
+def embed(name: str, ids: Sequence[int], adapter: TestAdapter | None, pooling: Pooling) -> GenerateRequest:
+    return replace(request(name, ids, adapter, max_tokens=0), pooling=pooling)
+
+
+def batch(every: Sequence[TestAdapter]) -> list[tuple[GenerateRequest, TestAdapter | None]]:
+    """For each adapter and the base both poolings, and answers between them."""
+    found: list[tuple[GenerateRequest, TestAdapter | None]] = []
+    for i, adapter in enumerate([None, *every]):
+        for pooling in ("last", "mean"):
+            prompt = ids(LENGTHS[(i + len(pooling)) % len(LENGTHS)], i)
+            if adapter is not None and adapter.ref.invocation_tokens is not None:
+                prompt = [*ids(21, 3), 7, 8, *ids(9, 4)]
+            found.append((embed(f"{i}-{pooling}", prompt, adapter, pooling), adapter))  # type: ignore[arg-type]
+        found.append((request(f"{i}-answer", ids(20 + i, i), adapter, max_tokens=6), adapter))
+    return found
+
+
+def check(engine: Engine, oracle: Oracle, every: Sequence[TestAdapter]) -> None:
+    asked = batch(every)
+    vectors: dict[str, tuple[float, ...]] = {}
+    tokens: dict[str, list[int | None]] = {}
+    for out in outputs(engine, *(r for r, _ in asked)):
+        assert out.error is None
+        if out.embedding is not None:
+            assert (out.token_id, out.finish_reason) == (None, "stop")
+            vectors[out.request_id] = out.embedding
+        else:
+            tokens.setdefault(out.request_id, []).append(out.token_id)
+    assert set(tokens) == {r.request_id for r, _ in asked if r.pooling is None}
+    for r, adapter in asked:
+        if r.pooling is not None:
+            found, wanted = torch.tensor(vectors[r.request_id]), expected(oracle, r.prompt_ids, adapter, r.pooling)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=r.request_id)
+            assert float(found.norm()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [16, 512])
+def test_embeddings_are_pooled_hidden_states_with_adapters_of_each_method(
+    base: BaseModel, every: list[TestAdapter], oracle: Oracle, budget: int
+) -> None:
+    check(make_engine(base, every, max_num_batched_tokens=budget, max_num_seqs=8), oracle, every)
+
+
+def test_preemption_changes_no_embedding(base: BaseModel, oracle: Oracle) -> None:
+    engine = make_engine(base, pool_bytes=16 * BLOCK_BYTES, max_num_batched_tokens=24, max_num_seqs=8)
+    fill_up(engine)
+    answers = [request(f"long-{i}", ids(30, 90 + i), max_tokens=60) for i in range(3)]
+    embeddings = [embed(str(n), ids(n, n), None, "mean") for n in (90, 65, 64)]
+    found = {out.request_id: out.embedding for out in outputs(engine, *answers, *embeddings)}
+    assert engine.stats().num_preemptions > 0
+    for r in embeddings:
+        wanted = expected(oracle, r.prompt_ids, None, "mean")
+        torch.testing.assert_close(torch.tensor(found[r.request_id]), wanted, atol=1e-4, rtol=0)
+
+
+def test_the_last_token_is_found_behind_a_cached_prefix_and_a_mean_computes_all(
+    base: BaseModel, oracle: Oracle
+) -> None:
+    engine, prompt = make_engine(base), ids(70, 5)
+    for name, pooling in (("a", "mean"), ("b", "last"), ("c", "mean")):
+        (out,) = outputs(engine, embed(name, prompt, None, pooling))  # type: ignore[arg-type]
+        assert out.num_cached_tokens == (64 if pooling == "last" else 0)
+        assert out.embedding is not None
+        wanted = expected(oracle, prompt, None, pooling)  # type: ignore[arg-type]
+        torch.testing.assert_close(torch.tensor(out.embedding), wanted, atol=1e-4, rtol=0)
+
+
+def test_hidden_states_that_are_not_finite_fail_their_request_alone(base: BaseModel, adapters: Adapters) -> None:
+    engine, broken = make_engine(base, list(adapters.values())), adapters["r2"]
+
+    def load(ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        weights = broken.load(base)
+        for module in weights.modules.values():
+            assert isinstance(module, LoraWeights)
+            module.b_OR.mul_(1e38)
+        return packer.pack(weights)
+
+    engine._loads._load = load
+    both = [embed("broken", ids(20), broken, "mean"), embed("fine", ids(20), None, "mean")]
+    found = {out.request_id: out for out in outputs(engine, *both)}
+    assert isinstance(found["broken"].error, IntegrityError)
+    assert "hidden states that are not finite" in str(found["broken"].error)
+    assert found["fine"].embedding is not None
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"max_tokens": 1}, {"prompt_logprobs": 0}, {"structured": Constraint(kind="regex", text="a")}],
+)
+def test_an_embedding_has_no_answer(base: BaseModel, params: dict[str, Any]) -> None:
+    asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling="last")
+    with pytest.raises(RequestError, match="an embedding has n"):
+        make_engine(base).check(asked)
