@@ -111,6 +111,10 @@ class ReferenceOps:
     these are rounded. A backend overrides what it has kernels for.
     """
 
+    def is_batch_invariant(self, dtype: torch.dtype) -> bool:
+        """Say whether a token's result over a pool of `dtype` has the same bits whatever else is in its batch."""
+        return False
+
     def page_writer(self, pool: Tensor) -> PageWriter:
         """Give what writes adapters from host memory into `pool`."""
         return DirectWriter(pool)

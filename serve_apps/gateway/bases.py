@@ -17,7 +17,7 @@ from prometheus_client.core import Metric as Family
 
 from loray import __version__
 from loray.bases.registry import BaseModel
-from loray.engine.memory.limits import max_model_len, pool_geometry
+from loray.engine.memory.limits import max_model_len, pool_geometry, tokens_of_a_request
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
 from loray.schemas.openai import ChatCompletionRequest, Prompt
 from loray.schemas.openai.requests import for_template
@@ -266,7 +266,10 @@ class ServedBase:
         self.grammars = GrammarChecker(base)
         self.system_fingerprint = f"loray-{__version__}-{base.fingerprint[:12]}"
         is_known = spec.fixed_pool_bytes is not None  # else only its replicas know it
-        self._pool_tokens = pool_geometry(spec, base.config).num_tokens if is_known else None
+        self._pool_tokens: int | None = None
+        if is_known:
+            geometry = pool_geometry(spec, base.config)
+            self._pool_tokens = tokens_of_a_request(base.config, geometry, geometry.num_blocks)
 
     @classmethod
     def open(cls, spec: ServeSpec, base: BaseModel, engines: EngineClient) -> ServedBase:

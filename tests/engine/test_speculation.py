@@ -8,15 +8,18 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 
-from loray.bases.registry import BaseModel
+from loray.bases.registry import BaseModel, add_base
 from loray.engine.engine import Engine
 from loray.engine.request import Request
 from loray.spec import Constraint, GenerateRequest, TokenLogprobs
+from tests.fixtures import quantized as q
 from tests.fixtures.engines import BLOCK_BYTES, empty, fill_up, ids, make_engine, outputs, request, run
 from tests.fixtures.guesses import Told, guess_freely
 from tests.fixtures.peft_adapters import (
@@ -30,6 +33,7 @@ from tests.fixtures.peft_adapters import (
     make_adapters,
 )
 from tests.fixtures.sampling_mixes import params
+from tests.fixtures.tiny import write_checkpoint
 
 INVOCATION = [300, 301]
 SCHEMA = {"type": "array", "items": {"enum": ["a long word", {"key": None}, 17]}, "minItems": 1}
@@ -108,6 +112,52 @@ def test_random_requests_are_answered_as_without_guesses(
     assert stats.num_preemptions > 0
     assert stats.num_output_tokens == plain.stats().num_output_tokens
     empty(tight)
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a window": ("MistralForCausalLM", {"sliding_window": 24}),
+    "Gemma 2": ("Gemma2ForCausalLM", {}),
+    "Gemma 3": ("Gemma3ForCausalLM", {}),
+    "Phi 3": ("Phi3ForCausalLM", {}),
+    "Qwen 2": ("Qwen2ForCausalLM", {}),
+    "Qwen 3": ("Qwen3ForCausalLM", {}),
+    "Mixtral": ("MixtralForCausalLM", {}),
+    "Qwen3-MoE": ("Qwen3MoeForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bases_of_every_family_answer_as_without_guesses(tiny_base: Callable[..., BaseModel], family: str) -> None:
+    architecture, config = FAMILIES[family]
+    base = tiny_base(architecture, **config)
+    requests = random_requests(random.Random(1), [None], 16)
+    expected = results(make_engine(base), requests)
+    engine = make_engine(base, pool_bytes=40 * BLOCK_BYTES, max_num_seqs=6)
+    Told(engine, answers_of(expected))
+    assert results(engine, requests) == expected
+    assert engine.stats().num_accepted_tokens > 0
+    empty(engine)
+
+
+FORMS: dict[str, tuple[dict[str, Any], Callable[..., q.Made]]] = {
+    "int8": (q.compressed_tensors("int-quantized", num_bits=8, type="int", strategy="channel"), q.int8_rows),
+    "fp8": (q.compressed_tensors("float-quantized", type="float", strategy="tensor"), q.fp8_whole),
+    "NF4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, q.nf4),
+    "int4": ({"quant_method": "gptq", "bits": 4, "group_size": q.GROUP, "desc_act": False}, q.gptq),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_bases_answer_as_without_guesses(tmp_path: Path, form: str) -> None:
+    folder = write_checkpoint(tmp_path / "form", dtype=torch.float32)
+    q.store(folder, *FORMS[form])
+    base = add_base(str(folder), home=tmp_path / "home")
+    requests = random_requests(random.Random(2), [None], 16)
+    expected = results(make_engine(base), requests)
+    engine = make_engine(base, max_num_seqs=6)
+    Told(engine, answers_of(expected))
+    assert results(engine, requests) == expected
+    assert engine.stats().num_accepted_tokens > 0
 
 
 def test_an_engine_that_repeats_itself_takes_fewer_steps(base: BaseModel, adapters: Adapters) -> None:
@@ -211,4 +261,7 @@ def test_masks_that_are_late_are_not_waited_for(base: BaseModel, monkeypatch: py
 
 def test_speculation_is_off_where_it_is_not_wanted(base: BaseModel) -> None:
     assert make_engine(base).scheduler.speculation is None
-    assert make_engine(base, speculation="auto").scheduler.speculation is not None
+    for dtype in ("float32", "float16"):  # the kernels for CPUs have no float16
+        engine = make_engine(base, speculation="auto", dtype=dtype)
+        is_exact = engine._model.ops.is_batch_invariant(getattr(torch, dtype))
+        assert (engine.scheduler.speculation is not None) == is_exact == (dtype == "float32")

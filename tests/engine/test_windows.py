@@ -93,6 +93,8 @@ def test_logits_are_those_of_peft_far_behind_the_window(
 def test_a_request_longer_than_the_pool_runs_where_its_window_fits(base: BaseModel, tmp_path: Path) -> None:
     num_blocks = 2 * WINDOW // BLOCK + 4
     engine = make_engine(base, pool_bytes=num_blocks * BLOCK_BYTES * BLOCK // 16, **SPEC)
-    out = run(engine, [request("a", ids(10), max_tokens=300)])
+    job = request("a", ids(10), max_tokens=300)
+    engine.check(job)
+    out = run(engine, [job])
     assert len(out["a"]) == 300
     assert engine.stats().num_preemptions == 0

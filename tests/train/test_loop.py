@@ -91,6 +91,34 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     assert (state.step, [e["event"] for e in again.events]) == (8, ["start"])  # nothing is left to do
 
 
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        ("Gemma2ForCausalLM", "lora"),
+        ("Gemma3ForCausalLM", "longlora"),
+        ("MistralForCausalLM", "vera"),
+        ("Phi3ForCausalLM", "dora"),
+        ("Phi3ForCausalLM", "vera"),
+    ],
+)
+def test_a_familys_run_learns_and_another_goes_on_from_it(
+    tiny_base: Callable[..., BaseModel], architecture: str, method: str, tmp_path: Path
+) -> None:
+    """With windows shorter than rows, and S2-Attn beside them; from soft-capped logits; on modules that are one."""
+    base = tiny_base(architecture, **({"sliding_window": 24} if architecture == "MistralForCausalLM" else {}))
+    optimizer = {"learning_rate": 1e-1 if method == "vera" else 2e-2, "warmup_steps": 2}
+    spec = recipe(method, max_steps=24, optimizer=optimizer)
+    state, reporter = run(spec, base, tmp_path)
+    assert state.eval_loss is not None
+    assert state.eval_loss < 0.97 * state.baselines[-1].value
+    folder = reporter.best.path / ADAPTER
+    check_initial(spec.adapter, read_adapter(folder, base.config), base.config, "first@1")
+    spec = spec.model_copy(update={"init_adapter": "first@1", "max_steps": 1})
+    again, _ = run(spec, base, tmp_path, initial=InitialAdapter("0" * 64, folder), name="again")
+    (parent,) = again.baselines
+    assert parent.value == pytest.approx(reporter.best.eval_loss, rel=1e-4)
+
+
 @pytest.mark.parametrize(("min_delta", "last"), [(100.0, 3), (0.0, 8)])
 def test_a_run_ends_early_where_the_held_out_loss_stops_falling(
     min_delta: float, last: int, base: BaseModel, tmp_path: Path

@@ -17,7 +17,16 @@ from loray.errors import SpecError, UnsupportedError
 from loray.recipes.resolve import resolve
 from loray.train import hooks
 from loray.train.hooks import DENSE
-from loray.train.model import build_model, count_parameters, dense
+from loray.train.model import (
+    BaseWeights,
+    build_model,
+    count_parameters,
+    dense,
+    load_model,
+    model_config,
+    replace_parameters,
+    without_weights,
+)
 from tests.fixtures.attention import oracle, oracle_mask, runs
 from tests.fixtures.models import (
     ARCHITECTURES,
@@ -359,6 +368,17 @@ def test_what_a_familys_attention_cannot_have(
 ) -> None:
     with pytest.raises((SpecError, UnsupportedError), match=message):
         build_model(tiny_base(architecture, **base_fields), model_recipe("lora", **recipe))
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"])
+def test_a_family_whose_weights_are_read_later_is_the_base(tiny_base: BaseFactory, architecture: str) -> None:
+    base = tiny_base(architecture)
+    model = without_weights(model_config(base, None), dtype="float32", attention=DENSE)
+    weights = BaseWeights(base, "float32")
+    replace_parameters(model, lambda name, _: weights.read(name).clone())
+    with torch.no_grad():
+        expected = load_model(base, dtype="float32")(input_ids=tokens()).logits
+        assert torch.equal(model(input_ids=tokens()).logits, expected)
 
 
 def test_generation_with_a_cache_and_padding_on_the_left(tiny_base: BaseFactory) -> None:

@@ -68,6 +68,9 @@ class CpuOps(ReferenceOps):
         self._functions = functions(self.isa)
         self._pages = SharedPages()
 
+    def is_batch_invariant(self, dtype: torch.dtype) -> bool:
+        return dtype in self._functions
+
     def _for(self, pool: Tensor, *others: Tensor) -> SimpleNamespace | None:
         """The kernels for these tensors; None if the call goes to the reference."""
         dtype = pool.dtype

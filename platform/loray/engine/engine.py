@@ -14,7 +14,7 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
-from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.memory.limits import check_length, max_model_len, tokens_of_a_request
 from loray.engine.memory.prefix_cache import HostTier
 from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
@@ -212,7 +212,8 @@ class Engine:
 
     def guess_tokens(self) -> None:
         """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
-        captured: each with guesses would be computed launch by launch.
+        captured: each with guesses would be computed launch by launch. Nor where what is beside a token changes its
+        bits: with guesses there might be another token.
         """
         self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
 
@@ -223,7 +224,8 @@ class Engine:
         """
         geometry, own = self.pool.geometry, 0 if adapter is None else self._loads.expected_blocks(adapter)
         context = adapter.context_length if adapter is not None else self.base.config.max_position_embeddings
-        return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
+        limit = tokens_of_a_request(self.base.config, geometry, geometry.num_blocks - own)
+        return max_model_len(self.spec, context, limit)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """Count the bytes that an adapter takes in the pool; its published size until it is loaded. From any thread."""

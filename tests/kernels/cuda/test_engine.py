@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,8 @@ from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.kv import DirectWriter
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
-from tests.fixtures.peft_adapters import TestAdapter, make_adapter
+from tests.fixtures.parity import CONFIGS, configs_for
+from tests.fixtures.peft_adapters import Oracle, TestAdapter, make_adapter, make_adapters
 from tests.fixtures.shim_ops import ShimOps
 from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference, use_shim_ranks
 
@@ -53,6 +54,25 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     for name, want in expected.items():
         torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
     assert ops.replayed == replayed
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"])
+def test_a_familys_replayed_steps_give_the_logits_of_peft(
+    tiny_base: Callable[..., BaseModel], ops: ShimOps, architecture: str, tmp_path: Path
+) -> None:
+    """Windows, soft caps, two RoPEs, norms of results, and parts of fused modules in the rows of a pair's B."""
+    base = tiny_base(architecture)
+    names = ("lora-r16", "dora", "vera-all", "longlora", "ia3-outputs", "road-1")
+    adapters = make_adapters(base, tmp_path, configs_for(base, {name: CONFIGS[name] for name in names}))
+    engine, oracle, models = make_engine(base, adapters), Oracle(base, adapters), [None, *adapters]
+    spy = Spy(engine)
+    prompts = [[*range(3 * i, 20 + 5 * i)] for i in range(len(models))]
+    jobs = [request(str(i), prompts[i], a, max_tokens=12) for i, a in enumerate(models)]
+    tokens = run(engine, jobs, together=True)
+    assert len(ops.replayed) >= 10
+    for i, adapter in enumerate(models):
+        expected = oracle.logits([*prompts[i], *tokens[str(i)]][:-1], adapter)[len(prompts[i]) - 1 :]
+        torch.testing.assert_close(torch.stack(spy.logits[str(i)]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_steps_with_a_prompt_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:

@@ -40,7 +40,7 @@ def test_every_op_when_interpreted() -> None:
 
 @pytest.mark.slow
 def test_the_engine_when_interpreted() -> None:
-    run("pytest", "-q", str(_HERE / "in_engine.py"), "-k", "whole and (Llama or Qwen3)", TRITON_INTERPRET="1")
+    run("pytest", "-q", str(_HERE / "in_engine.py"), "-k", "whole and (Llama or Qwen3 or Gemma)", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

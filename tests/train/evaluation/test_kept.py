@@ -20,6 +20,7 @@ from peft import LoraConfig
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError
 from loray.spec import PerplexitySpec, RetrievalSpec, RopeParameters
+from loray.train import objectives
 from loray.train.evaluation import perplexity, retrieval
 from loray.train.evaluation.measure import MeasuredModel, identity, measure, subjects
 from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
@@ -123,7 +124,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
     monkeypatch.setattr(perplexity, "MEASURED_AT_ONCE", 256)
     undisturbed = measure(base, chosen, **what)
 
-    left, compute = 9, perplexity.cross_entropy
+    left, compute = 9, objectives.cross_entropy
 
     def failing(*args: Any) -> Any:
         nonlocal left
@@ -133,7 +134,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
         return compute(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(perplexity, "cross_entropy", failing)
+        patched.setattr(objectives, "cross_entropy", failing)
         with pytest.raises(KeyboardInterrupt):
             measure(base, chosen, **what, kept=KeptFigures(tmp_path))
     kept = KeptFigures(tmp_path)

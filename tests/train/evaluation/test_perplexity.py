@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, DataError, EvaluationError
 from loray.spec import PerplexitySpec, RopeParameters
+from loray.train import objectives
 from loray.train.attention import attend
 from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import perplexity as module
@@ -153,7 +154,7 @@ def test_what_is_published_is_measured_as_what_was_trained(
 def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long window must not cost memory in its square, nor positions times vocabulary."""
     rows, products = [], []
-    attention, loss = attend.causal_forward, module.cross_entropy
+    attention, loss = attend.causal_forward, objectives.cross_entropy
 
     def spied(q_FRLD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         rows.append(q_FRLD.shape[2])
@@ -161,7 +162,7 @@ def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: py
 
     monkeypatch.setattr(attend, "causal_forward", spied)  # which has no mask
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("attention with a mask"))
-    monkeypatch.setattr(module, "cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
+    monkeypatch.setattr(objectives, "cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
     model = load(base, MeasuredModel("base"), dtype="bfloat16", device=CPU)
     monkeypatch.setattr(model.model, "forward", lambda *_, **__: pytest.fail("computed the logits of every position"))
     mean_loss(lambda: model, cut_windows(documents(512), 512, stride=1, max_windows=None))

@@ -31,6 +31,15 @@ def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:
     return 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
 
 
+def tokens_of_a_request(config: ModelConfig, geometry: Geometry, num_blocks: int) -> int | None:
+    """Return how many tokens a request may have that has `num_blocks` blocks; None where it gives up what is behind the
+    window of all layers, and needs no more.
+    """
+    num_tokens = num_blocks * geometry.block_tokens
+    gives_up = config.window is not None and num_tokens >= 2 * config.window + geometry.block_tokens
+    return None if gives_up else num_tokens
+
+
 def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None) -> int:
     """Return how many tokens a request may have with its answer: the model's, the spec's and the pool's limit, if
     known.

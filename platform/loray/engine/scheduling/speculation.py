@@ -20,6 +20,7 @@ from loray.engine.scheduling.step_budget import MIN_CHUNK, StepTimeModel
 MAX_GUESSES = MIN_CHUNK - 1
 MAX_MATCH = 8  # tokens; longer matches are as good
 _LEAST_CHANCE = 0.2  # of a guess; below, the chances are known too badly to gain by it
+_ROW = 1.25  # times of its time that a guessed row must be worth: chances that look good are often too high
 _CANDIDATES = 8  # places that are compared for the longest match
 _PIECE = 4096  # tokens of a prompt that are taken in a step
 _LEAD, _KEPT, _MOST_OWNERS = 4, 512, 256  # tokens before an answer, and of the answers that are kept, and of how many
@@ -158,7 +159,7 @@ class Speculation:
         step has without it; so guesses are taken by their chances, until one is not worth it. Where a step is bound by
         operations, a row costs about what a token does, and none is.
         """
-        seconds, row_s = self._steps.predict(work), self._steps.predict(StepWork(num_decoded=1, num_keys=1))
+        seconds, row_s = self._steps.predict(work), _ROW * self._steps.predict(StepWork(num_decoded=1, num_keys=1))
         if not seconds or row_s * len(chunks) >= seconds:
             return
         least = max(_LEAST_CHANCE, row_s * len(chunks) / seconds)

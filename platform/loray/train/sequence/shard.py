@@ -132,7 +132,8 @@ def _positions(x_BTK: Tensor | None, padding: tuple[int, int], span: slice) -> T
     return None if x_BTK is None else F.pad(x_BTK, (0, 0, *padding))[:, span].contiguous()
 
 
-_STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
+# The frequencies of these types do not depend on the input.
+_STATIC_ROPE = frozenset(get_args(RopeType)) - {"longrope"}
 
 
 def _rope_types(config: Any) -> set[str]:
