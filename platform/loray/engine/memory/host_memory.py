@@ -163,7 +163,7 @@ class HostMemory(Generic[P]):
         """The copy, if there is one, was used.
 
         worth   seconds to have it again, for the uses that are expected
-        before  the name of the block before a block, after which it goes never: its copy would be without use
+        before  the name of the block before a block, which is dropped later than it: alone a block is of no use
         """
         copy = self._copies.get(digest)
         if copy is None:
