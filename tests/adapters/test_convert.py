@@ -100,7 +100,7 @@ def test_a_merge_of_changed_rows_alone(tiny_base: BaseFactory, tmp_path: Path) -
 
 
 def test_dtype_and_shards(tiny_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.adapters.convert._SHARD_BYTES", 100_000)
+    monkeypatch.setattr("loray.bases.weights._SHARD_BYTES", 100_000)
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS["lora"])
     model = trained(base, spec)
     folder = merged(base, model, spec, tmp_path, dtype=torch.bfloat16)
