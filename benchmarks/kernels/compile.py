@@ -109,6 +109,7 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
     tokens = {"BLOCK_T": TILE_TOKENS}
     expand = {**tokens, "BLOCK_R": tiles.EXPAND_ROWS, "BLOCK_O": TILE_COLUMNS}
     attention = {"BLOCK_TOKENS": 16, "NUM_KV_HEADS": 8, "GROUP": 4, "BLOCK_Q": TILE_QUERIES}
+    attention |= {"HAS_WINDOW": False, "HAS_CAP": False}
     return {
         "lora_shrink": [
             {**tokens, "BLOCK_R": rows, "BLOCK_K": tiles.shrink_turns(element_size)[0]}
@@ -131,7 +132,7 @@ def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
 
 
 def _type(kernel: str, argument: str, dtype: str) -> str:
-    if (kernel, argument) == ("attention_prefill", "scale"):
+    if kernel == "attention_prefill" and argument in ("scale", "soft_cap"):
         return "fp32"
     for kind, names in _POINTERS.items():
         if argument in names:

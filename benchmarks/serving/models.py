@@ -63,7 +63,7 @@ def llama_json(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": config.rope.to_hf(),
+        "rope_parameters": config.hf_rope(),
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }

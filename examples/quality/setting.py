@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from benchmarks.world import on_this_machine
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterSpec, LoraSpec, TrainSpec, VeraSpec
+from loray.spec.methods import Ia3Spec
 
 System = Literal["loray", "peft"]
 MODULES: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ METHODS: dict[str, tuple[AdapterSpec, float]] = {
     "LoRA r16": (LoraSpec(rank=16, alpha=32), 1e-3),
     "rsLoRA r16": (LoraSpec(rank=16, alpha=32, use_rslora=True), 1e-3),
     "VeRA r256": (VeraSpec(rank=256), 1e-1),
+    "IA³": (Ia3Spec(), 1e-1),
 }
 FACTOR = 10**0.5
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,8 +38,10 @@ def main(setting: Setting) -> dict[str, Any]:
     def run(rate: float, seed: int) -> Run:
         spec = setting.recipe(rate, seed)
         name = f"{setting.system}-{setting.method}-{setting.modules}-{rate:.1e}-{seed}".replace(" ", "-")
+        folder = Path(setting.folder) / name
+        shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was killed
         try:
-            return train(spec, base, data, Path(setting.folder) / name)
+            return train(spec, base, data, folder)
         except TrainingError:  # the rate is too high and the run diverged, which a sweep must find out
             return Run(rate, seed, (), math.nan, (), 0, 0, "")
 

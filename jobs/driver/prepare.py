@@ -30,6 +30,7 @@ from loray.catalog import Catalog
 from loray.errors import SpecError
 from loray.fetching import fetched
 from loray.methods import method_of
+from loray.methods.base import stored_modules
 from loray.methods.weights import AdapterWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan
@@ -63,7 +64,7 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
         yield f"its method is {weights.method}"
         return
     modules = {key.module for key in weights.modules}
-    if modules != set(spec.target_modules):
+    if modules != set(stored_modules(spec.target_modules, base.fused)):
         yield f"its target_modules are {', '.join(sorted(modules))}"
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"

@@ -55,6 +55,7 @@ from loray_kernels.descriptors import (
 from loray_kernels.kv import AttentionMeta, KvLayout, PageCopy, PageWriter, to_device
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -90,6 +91,7 @@ __all__ = [
     "DescriptorAllocator",
     "Drawn",
     "Draws",
+    "ExpertWeights",
     "InputShape",
     "KvLayout",
     "LayerTables",

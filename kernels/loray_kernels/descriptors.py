@@ -221,6 +221,8 @@ class VectorShape:
         columns: dict[Name, Columns] = {
             ("input_layernorm", "norm"): hidden,
             ("post_attention_layernorm", "norm"): hidden,
+            ("pre_feedforward_layernorm", "norm"): hidden,
+            ("post_feedforward_layernorm", "norm"): hidden,
             ("self_attn.q_norm", "norm"): ((0, head_dim),),
             ("self_attn.k_norm", "norm"): ((0, head_dim),),
             ("norm", "norm"): ((0, sum(width for _, width in hidden)),),

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class LayerTables(Preparable):
     scales: Mapping[str, Sequence[ScaleTable]] = field(default_factory=dict)
 
 
+Activation = Literal["silu", "gelu_tanh"]
 TablesOf = Callable[[int], LayerTables]  # of a layer, by its number
 
 
@@ -244,18 +245,47 @@ def join_weights(weights: Sequence[Weight]) -> Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`."""
+    """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
+
+    bits, group  of packed integers: of each, and how many columns share a scale
+    """
 
     in_features: int
     out_features: int
     data: Weight
     bias_O: Tensor | None = None
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def are_integers(self) -> bool:
+        if isinstance(self.data, QuantizedWeight):
+            return not self.data.q_OI.dtype.is_floating_point
+        return self.bits > 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights(Preparable):
+    """The experts of a layer, each an MLP; gate and up are one matrix, side by side.
+
+    router      has an output for each expert
+    per_token   experts that a token passes: those with the largest logits of the router
+    normalised  a token's shares of their results are a softmax over these logits; else over all
+    """
+
+    router: LinearWeights
+    gate_up: tuple[LinearWeights, ...]
+    down: tuple[LinearWeights, ...]
+    per_token: int
+    normalised: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
-    q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
+    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `scale`, `window` and
+    `soft_cap` are attention's, see `paged_attention`, and `norm_offset` is of all norms. Where the layer has `experts`,
+    gate_up and down are the first one's.
     """
 
     attention_norm_D: Tensor
@@ -271,11 +301,20 @@ class LayerWeights(Preparable):
     head_dim: int
     eps: float
     scale: float
+    norm_offset: float = 0.0
+    window: int | None = None
+    soft_cap: float | None = None
+    activation: Activation = "silu"
+    post_attention_norm_D: Tensor | None = None
+    post_mlp_norm_D: Tensor | None = None
+    experts: ExpertWeights | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs(Preparable):
-    """The arguments that all layers of a step share."""
+    """The arguments that all layers of a step with the same RoPE share. cos and sin are as wide as what is rotated of a
+    head.
+    """
 
     pool: Tensor
     layout: KvLayout

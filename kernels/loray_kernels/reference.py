@@ -4,7 +4,8 @@ tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -24,9 +25,11 @@ from loray_kernels.descriptors import (
     StepVectors,
     read_descriptor,
 )
+from loray_kernels.experts import ExpertGroups, has_expert_lora
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -74,9 +77,10 @@ def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
     is_finite_T1 = largest_T1.isfinite()
-    scale_T1 = torch.where(is_finite_T1, largest_T1 / most, torch.nan)
+    most_T1 = torch.full_like(largest_T1, most)  # torch would take the inverse of one operand that is a number
+    scale_T1 = torch.where(is_finite_T1, largest_T1 / most_T1, torch.nan)
     # So small a maximum that its inverse is infinite counts as zero.
-    inverse_T1 = torch.where(largest_T1 >= _LEAST, most / largest_T1, 0.0)
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / largest_T1, 0.0)
     q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
     return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
 
@@ -166,6 +170,56 @@ class ReferenceOps:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.silu(gate_TM) * up_TM
 
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        """gelu(gate) · up with GELU's approximation by tanh (GeGLU), shapes as of `silu_mul`."""
+        gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
+        return F.gelu(gate_TM, approximate="tanh") * up_TM
+
+    def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+        """Give each token's experts, (T, K), the one with the largest logit first, of equal ones the first; and its
+        shares of their results, (T, K) in fp32: a softmax over these logits, or over all unless it is `normalised`.
+        """
+        sorted_TE, experts_TE = logits_TE.float().sort(dim=1, descending=True, stable=True)
+        weights_TE = (sorted_TE - sorted_TE[:, :1]).exp()
+        own_TK = weights_TE[:, :per_token]
+        return experts_TE[:, :per_token], own_TK / (own_TK if normalised else weights_TE).sum(dim=1, keepdim=True)
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights: ExpertWeights,
+        pool: Tensor,
+        lora: Mapping[str, LoraTable],
+        segments: AdapterSegments,
+        layer_offset: int,
+    ) -> Tensor:
+        """Σ share · down(silu(gate x) · up x) over each token's experts, (T, D), with LoRA of gate_proj, up_proj and
+        down_proj: of these an adapter has rows for each expert, one after the other.
+
+        An expert's tokens are multiplied with it together. A token's results are rounded to x's dtype and added in fp32
+        in the order of its experts, so its sum is the same in any batch if its products are.
+        """
+        logits_TE = self.logits(x_TD, weights.router)
+        experts_TK, shares_TK = self.choose_experts(logits_TE, weights.per_token, normalised=weights.normalised)
+        groups = ExpertGroups.of(experts_TK, len(weights.down))
+        runs = groups.runs(segments, x_TD.shape[0]) if has_expert_lora(lora) else None
+
+        def products(x_PI: Tensor, matrices: Sequence[LinearWeights], *modules: str) -> Tensor:
+            y_PO = x_PI.new_empty(x_PI.shape[0], matrices[0].out_features)
+            for rows, matrix in zip(groups.rows, matrices, strict=True):
+                if rows.start < rows.stop:
+                    y_PO[rows] = self.linear(x_PI[rows], matrix)
+            own = [(y, lora[m]) for y, m in zip(y_PO.chunk(len(modules), dim=1), modules, strict=True) if m in lora]
+            if runs is not None and own:
+                tables = tuple(runs.table(table, len(matrices)) for _, table in own)
+                h = self.lora_shrink(x_PI, pool, tables, runs.segments, layer_offset)
+                self.lora_expand(tuple(y for y, _ in own), h, pool, tables, runs.segments, layer_offset)
+            return y_PO
+
+        gate_up_PM = products(x_TD[groups.tokens_P], weights.gate_up, "gate_proj", "up_proj")
+        y_PD = products(self.silu_mul(gate_up_PM), weights.down, "down_proj")
+        return groups.summed(y_PD, shares_TK)
+
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""
         x_TD = F.embedding(token_ids_T, table_VD)
@@ -175,19 +229,35 @@ class ReferenceOps:
         return x_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row, where offsets are not
-        negative. Also for (T, heads, d).
+        negative. Also for (T, heads, d). With a `weight_offset` the weight is offset + weight, and only the product is
+        rounded, as Gemma has it.
         """
         x32_TD = x_TD.float()
-        normal_TD = (x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
-        y_TD = weight_D * normal_TD
+        normal_TD = x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)
+        if not weight_offset:
+            normal_TD = normal_TD.to(x_TD.dtype)
+
+        def weighted(weight_D: Tensor, normal_TD: Tensor) -> Tensor:
+            if weight_offset:
+                return ((weight_offset + weight_D.float()) * normal_TD).to(x_TD.dtype)
+            return weight_D * normal_TD
+
+        y_TD = weighted(weight_D, normal_TD)
         if own is not None:
             weight_ND = gather_rows(pool, own.rows, layer_offset)
             if x_TD.dim() == 3:  # one weight for every head of a token
                 weight_ND = weight_ND.unsqueeze(1)
-            own_ND = weight_ND.to(x_TD.dtype) * normal_TD[own.tokens_N]
+            own_ND = weighted(weight_ND.to(x_TD.dtype), normal_TD[own.tokens_N])
             has_N1 = _has_row(own).view(-1, *[1] * (x_TD.dim() - 1))
             y_TD[own.tokens_N] = torch.where(has_N1, own_ND, y_TD[own.tokens_N])
         return y_TD
@@ -201,19 +271,22 @@ class ReferenceOps:
         pool: Tensor,
         own: RowOverrides | None,
         layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """x + added, and the `rms_norm` of that."""
         sum_TD = x_TD + added_TD
-        return sum_TD, self.rms_norm(sum_TD, weight_D, eps, pool, own, layer_offset)
+        return sum_TD, self.rms_norm(sum_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
         """Queries with their halves rotated: x · cos + (−x₂, x₁) · sin. Writes the pool: keys, rotated, and values at
-        the step's slots.
+        the step's slots. Of a head that is wider than cos and sin only so many elements are rotated, the first ones.
         """
 
         def turned(x_THd: Tensor) -> Tensor:
+            x_THd, rest_THd = torch.split(x_THd, [width := step.cos_Td.shape[1], x_THd.shape[2] - width], dim=2)
             first, second = x_THd.chunk(2, dim=-1)
-            return x_THd * step.cos_Td.unsqueeze(1) + torch.cat((-second, first), dim=-1) * step.sin_Td.unsqueeze(1)
+            y_THd = x_THd * step.cos_Td.unsqueeze(1) + torch.cat((-second, first), dim=-1) * step.sin_Td.unsqueeze(1)
+            return torch.cat((y_THd, rest_THd), dim=2) if rest_THd.shape[2] else y_THd
 
         cache, block_tokens = _kv(step.pool, step.layout)[:, layer], step.layout.block_tokens
         block, position = step.attention.slot_mapping_T // block_tokens, step.attention.slot_mapping_T % block_tokens
@@ -222,25 +295,49 @@ class ReferenceOps:
         return turned(q_THd)
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
-        """Causal attention of each sequence's last tokens over its cache; (T, H, d)."""
+        """Causal attention of each sequence's last tokens over its cache; (T, H, d).
+
+        window    tokens that a token attends to, itself included; blocks behind all windows are not read
+        soft_cap  c: a score s, scaled, is c · tanh(s / c)
+        """
         cache = _kv(pool, layout)[:, layer]
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads
         for i, context in enumerate(meta.context_len):
             start, stop = meta.query_start[i], meta.query_start[i + 1]
-            blocks = meta.block_table[i][: -(-context // layout.block_tokens)]
-            kv = cache[blocks].transpose(0, 1).reshape(2, -1, layout.num_kv_heads, layout.head_dim)
-            k_KCd, v_KCd = kv[:, :context].permute(0, 2, 1, 3).to(q_THd.dtype)
             num_queries = stop - start
+            first = 0 if window is None else max(0, context - num_queries - window + 1)
+            begin = first // layout.block_tokens
+            blocks = meta.block_table[i][begin : -(-context // layout.block_tokens)]
+            kv = cache[blocks].transpose(0, 1).reshape(2, -1, layout.num_kv_heads, layout.head_dim)
+            begin *= layout.block_tokens
+            k_KCd, v_KCd = kv[:, first - begin : context - begin].permute(0, 2, 1, 3).to(q_THd.dtype)
             # The query heads of one key/value head become queries of it, so that no keys are copied.
             q_KQd = q_THd[start:stop].transpose(0, 1).reshape(layout.num_kv_heads, group * num_queries, -1)
             mask = None
             if num_queries > 1:
-                position = torch.arange(context - num_queries, context, device=pool.device).repeat(group)
-                mask = torch.arange(context, device=pool.device) <= position.unsqueeze(1)
-            attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
+                position_Q1 = torch.arange(context - num_queries, context, device=pool.device).repeat(group)[:, None]
+                key_C = torch.arange(first, context, device=pool.device)
+                mask = key_C <= position_Q1
+                if window is not None:
+                    mask &= key_C > position_Q1 - window
+            if soft_cap is None:
+                attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
+            else:
+                score_KQC = soft_cap * torch.tanh((q_KQd.float() @ k_KCd.float().mT) * (scale / soft_cap))
+                if mask is not None:
+                    score_KQC = score_KQC.masked_fill(~mask, -math.inf)
+                attended = (score_KQC.softmax(-1) @ v_KCd.float()).to(q_THd.dtype)
             out_THd[start:stop] = attended.reshape(-1, num_queries, layout.head_dim).transpose(0, 1)
         return out_THd
 

@@ -97,11 +97,17 @@ QUOTES = (
     Quote(PEFT, _PEFT_TASK, "ia3", "IA³ on all linear layers", 630_784, 45.5),
     Quote(PEFT, _PEFT_TASK, "road", "RoAd on q, v", 229_376, 38.5),
     Quote(OURS, "E2E, BLEU", "lora", "LoRA r16 on q, v", 921_600, 51.3, 4.1),
+    Quote(OURS, "E2E, BLEU", "lora", "LoRA r16 on q, k, v, o", 1_843_200, 49.3, 2.3),
+    Quote(OURS, "E2E, BLEU", "lora", "LoRA r16 on all linear layers", 4_884_480, 53.8, 0.8),
     Quote(OURS, "E2E, BLEU", "lora", "rsLoRA r16 on q, v", 921_600, 49.4, 3.2),
     Quote(OURS, "E2E, BLEU", "vera", "VeRA r256 on q, v", 38_400, 52.9, 2.0),
+    Quote(OURS, "E2E, BLEU", "ia3", "IA³ on q, k, v, o", 46_080, 51.5, 2.4),
     Quote(OURS, "AG News, exact match", "lora", "LoRA r16 on q, v", 921_600, 66.3, 15.3),
+    Quote(OURS, "AG News, exact match", "lora", "LoRA r16 on q, k, v, o", 1_843_200, 68.0, 3.4),
+    Quote(OURS, "AG News, exact match", "lora", "LoRA r16 on all linear layers", 4_884_480, 72.4, 2.0),
     Quote(OURS, "AG News, exact match", "lora", "rsLoRA r16 on q, v", 921_600, 71.4, 6.1),
     Quote(OURS, "AG News, exact match", "vera", "VeRA r256 on q, v", 38_400, 68.7, 5.8),
+    Quote(OURS, "AG News, exact match", "ia3", "IA³ on q, k, v, o", 46_080, 72.1, 1.7),
 )
 
 
@@ -263,7 +269,7 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
 def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
     rate = device.flops * device.matmul_share
     elements, layers, method = model.num_matrix_elements, model.num_layers, method_of(adapter)
-    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
+    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * model.num_active_elements / rate)
     read = NUM_ROWS * count_trained(model, adapter).adapter + layers * method.pair_reads(adapter, model)
     computing = 2.0 * NUM_ROWS * method.factors(adapter, model) * layers / rate
     return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))

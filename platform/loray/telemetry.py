@@ -106,6 +106,8 @@ ENGINE_METRICS = _table(
     _counter("requests_aborted_total", "Requests refused as they could not have had their first token in time."),
     _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
     _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+    _counter("spec_decode_num_draft_tokens_total", "Guessed tokens that were computed."),
+    _counter("spec_decode_num_accepted_tokens_total", "Guessed tokens that were right."),
     _counter("engine_steps_total", "Steps of the engine."),
     _histogram("engine_step_seconds", "A step: batch, forward pass, sampling.", _STEP_SECONDS),
     _histogram("engine_step_tokens", "Tokens computed in a step.", _STEP_TOKENS),

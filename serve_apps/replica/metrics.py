@@ -188,6 +188,8 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield counter("requests_aborted_total", {(): stats.num_aborted})
     yield counter("prefix_cache_queries_total", {(): stats.prefix_cache_queries})
     yield counter("prefix_cache_hits_total", {(): stats.prefix_cache_hits})
+    yield counter("spec_decode_num_draft_tokens_total", {(): stats.num_draft_tokens})
+    yield counter("spec_decode_num_accepted_tokens_total", {(): stats.num_accepted_tokens})
     yield counter("engine_steps_total", {(): stats.num_steps})
     yield counter(
         "adapter_requests_total",

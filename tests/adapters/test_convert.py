@@ -15,19 +15,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loray.adapters.convert import merge_adapter, save_lora, to_lora, write_gguf
-from loray.adapters.manifest import ManifestDetails
+from loray.adapters.manifest import ManifestDetails, describe
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
 from loray.bases.gguf import unpermuted
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
+from loray.methods.attach import load_weights
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
+from loray.recipes.resolve import resolve
 from loray.spec import LINEAR_MODULES, RopeParameters
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import save_adapter
+from loray.train.model import build_model
 from tests.fixtures.adapters import ADAPTERS, BaseFactory, in_peft, logits, recipe, saved, trained
 
 
@@ -66,7 +69,7 @@ def merged(base: BaseModel, model: Any, spec: Any, folder: Path, **options: Any)
     save_adapter(model, spec.adapter, folder / "adapter")
     weights = read_adapter(folder / "adapter", base.config)
     if spec.rope_scaling is not None:
-        rope = RopeParameters(**model.config.rope_parameters)
+        rope = resolve(spec, base.config).rope
         weights = replace(weights, rope=rope, context_length=spec.rope_scaling.context_length(512))
     merge_adapter(base, weights, folder / "merged", **options)
     return folder / "merged"
@@ -90,6 +93,41 @@ def test_a_merged_checkpoint_is_an_ordinary_one(
         assert added.config.max_position_embeddings == scaling.context_length(512)
     else:
         assert added.config.rope == base.config.rope
+
+
+@pytest.mark.filterwarnings("ignore:.*(vera_A|tie_word_embeddings).*")
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "miss", "road", "longlora"])
+@pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"])
+def test_an_adapter_of_a_family_is_published_continued_merged_and_made_lora(
+    tiny_base: BaseFactory, tmp_path: Path, architecture: str, method: str
+) -> None:
+    """PEFT loads it, and a model of the same recipe its weights; both, and the merged checkpoint, give its logits."""
+    base, size = tiny_base(architecture), {"group_size": 16} if method == "road" else {"rank": 16}
+    fields: dict[str, Any] = {"adapter": {"method": method, **size, "target_modules": list(LINEAR_MODULES)}}
+    if method == "longlora":
+        scaling = {"type": "ntk", "factor": 2, "original_context": 20}
+        fields |= {"rope_scaling": scaling, "attention": {"type": "dense"}}
+    spec = recipe(fields)
+    model = trained(base, spec)
+    folder = merged(base, model, spec, tmp_path)
+    expected = logits(model)
+    torch.testing.assert_close(logits(in_peft(base, model, tmp_path / "adapter")), expected, atol=1e-4, rtol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-4)
+    weights = read_adapter(tmp_path / "adapter", base.config)
+    again = build_model(base, spec).eval()
+    load_weights(again, weights)
+    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-5)
+    if method != "longlora":  # whose RoPE a manifest has
+        modules = describe(tmp_path / "adapter", base).target_modules
+        fused = ("o_proj", "down_proj", "qkv_proj", "gate_up_proj")
+        assert modules == (fused if base.config.has_fused_modules else LINEAR_MODULES)
+    if base.config.has_fused_modules and method == "lora":
+        with pytest.raises(UnsupportedError, match="GGUF-LoRA of Phi3ForCausalLM is not written"):
+            write_gguf(weights, base.config, tmp_path / "adapter.gguf")
+    if method in ("vera", "miss"):
+        save_lora(to_lora(weights, base.config), tmp_path / "lora", base_name=base.name)
+        torch.testing.assert_close(logits(in_peft(base, model, tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_merge_of_changed_rows_alone(tiny_base: BaseFactory, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loray.bases.checkpoint import canonical_config, expected_shapes
-from loray.bases.config import ARCHITECTURES, LayerSpec, ModelConfig, scaled
+from loray.bases.checkpoint import canonical_config, expected_shapes, plain_name
+from loray.bases.config import ARCHITECTURES, Experts, LayerSpec, ModelConfig, scaled
 from loray.engine.model.decoder import frequencies
 from loray.errors import UnsupportedError
 from loray.spec import RopeParameters, RopeScaling
@@ -108,14 +108,54 @@ def test_a_familys_layers(family: str, layer: LayerSpec) -> None:
     assert ("model.layers.1.self_attn.k_norm.weight" in shapes) == layer.qk_norm
 
 
+OF_MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+OF_QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
+
+
+def test_a_familys_experts() -> None:
+    mixtral, qwen3 = config_of("Mixtral", **OF_MIXTRAL), config_of("Qwen3Moe", **OF_QWEN3, norm_topk_prob=True)
+    assert mixtral.layers == (LayerSpec(experts=Experts(6, 2)),) * 2
+    assert qwen3.layers == (LayerSpec(qk_norm=True, experts=Experts(8, 3)),) * 2
+    assert config_of("Qwen3Moe", **OF_QWEN3).experts == Experts(8, 3, normalised=False)
+    assert (mixtral.intermediate_size, qwen3.intermediate_size) == (24, 10)
+    shapes = expected_shapes(qwen3)
+    assert shapes["model.layers.1.mlp.gate.weight"] == (8, 16)
+    assert shapes["model.layers.1.mlp.experts.7.down_proj.weight"] == (16, 10)
+    assert "model.layers.1.mlp.down_proj.weight" not in shapes
+    attention = 16 * 16 + 2 * 8 * 16 + 16 * 16
+    for num, elements in ((8, qwen3.num_matrix_elements), (3, qwen3.num_active_elements)):
+        assert elements == 2 * (attention + num * 3 * 16 * 10 + 8 * 16) + 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("model.layers.3.block_sparse_moe.gate.weight", "model.layers.3.mlp.gate.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w1.weight", "model.layers.3.mlp.experts.5.gate_proj.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w2.weight", "model.layers.3.mlp.experts.5.down_proj.weight"),
+        ("model.layers.3.block_sparse_moe.experts.5.w3.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
+        ("model.layers.3.mlp.experts.5.up_proj.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
+    ],
+)
+def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "why"),
     [
         ("Llama", {"mlp_bias": True}, "Llama checkpoints with attention_bias or mlp_bias are not supported"),
         ("Qwen3", {"attention_bias": True}, "Qwen3 checkpoints with attention_bias are not supported"),
         ("Qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only silu is"),
-        ("Mistral", {"sliding_window": 32}, r"sliding-window attention \(window 32\) is not supported"),
-        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True}, r"sliding-window attention \(window 32\)"),
+        ("Mixtral", OF_MIXTRAL | {"num_experts_per_tok": 7}, "gives a token 7 of 6 experts"),
+        (
+            "Qwen3Moe",
+            OF_QWEN3 | {"mlp_only_layers": [0]},
+            r"\(mlp_only_layers, decoder_sparse_step\) are not supported",
+        ),
+        ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported in Gemma3ForCausalLM"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "with use_bidirectional_attention are not supported"),
+        ("Gemma3", {"attn_logit_softcapping": 50.0}, "with attn_logit_softcapping are not supported"),
     ],
 )
 def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any], why: str) -> None:
@@ -133,6 +173,56 @@ def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any]
 )
 def test_a_familys_checkpoint_is_served(family: str, fields: dict[str, Any]) -> None:
     assert config_of(family, **fields) == config_of(family)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "windows"),
+    [
+        ("Mistral", {"sliding_window": 32}, (32, 32)),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, (None, 32)),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True}, (None, None)),  # from layer 28 on
+        (
+            "Qwen3",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full"]},
+            (8, None),
+        ),
+        ("Gemma2", {"sliding_window": 32}, (32, None)),
+        ("Gemma3", {"sliding_window": 32}, (32, 32)),  # five of six
+        ("Gemma3", {"sliding_window": 32, "sliding_window_pattern": 2}, (32, None)),
+    ],
+)
+def test_windows_of_layers(family: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    config = config_of(family, **fields)
+    assert tuple(layer.window for layer in config.layers) == windows
+    assert config.window == (None if None in windows else max(w for w in windows if w))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ],
+)
+def test_the_two_ropes_of_gemma_3(fields: dict[str, Any]) -> None:
+    config = config_of("Gemma3", sliding_window=32, sliding_window_pattern=2, **fields)
+    assert config.ropes == (
+        RopeParameters(rope_type="linear", rope_theta=1e6, factor=8.0),
+        RopeParameters(rope_theta=1e4),
+    )
+    assert [layer.rope for layer in config.layers] == [1, 0]
+    assert config.tie_word_embeddings
+    assert (config.norm_offset, config.embedding_scale) == (1.0, 4.0)
+    fingerprints = {
+        canonical_config(c) for c in (config, replace(config, norm_offset=0.0), replace(config, other_ropes=()))
+    }
+    assert len(fingerprints) == 3
 
 
 def test_a_base_keeps_its_fingerprint() -> None:

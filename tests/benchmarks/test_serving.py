@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.client import Endpoint, Received, Request
 from benchmarks.report import Report, Verdict, main, quantile, renewed
-from benchmarks.serving import cold_start, host, invocations
+from benchmarks.serving import cold_start, host, invocations, speculation
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
@@ -77,6 +77,15 @@ def test_adapters_share_what_the_base_has_read(base: BaseModel, tmp_path: Path) 
     assert [(row[0], row[4]) for row in report.rows] == [(k, 10) for k in (1, 2, 3)]  # blocks of the base alone
     figures = json.loads(file.read_text())["more"]
     assert (figures["blocks"], figures["same_answers"]) == (10, 3)
+
+
+def test_guesses_change_no_answer(base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "speculation.json"
+    small = ["--prompts", "2", "--tokens", "24", "--rounds", "1", "--json", str(file)]
+    report = speculation.main([*small, "--model", base.name])
+    assert [row[0] for row in report.rows] == [*speculation.TASKS]
+    assert all(isinstance(figure, int | float) and figure > 0 for row in report.rows for figure in row[1:5])
+    assert json.loads(file.read_text())["columns"] == list(report.columns)
 
 
 @pytest.mark.parametrize("adapters", [0, 3])

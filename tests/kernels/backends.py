@@ -14,7 +14,9 @@ from loray_kernels.cpu.ops import CpuOps
 from tests.kernels import emulated
 
 EMULATED = pytest.param(f"cpu {emulated.ISA}", marks=pytest.mark.slow)
-NATIVE = [*(f"cpu {isa}" for isa in ISA_FLAGS), EMULATED]
+ISAS = [isa for isa in ISA_FLAGS if isa != "avxvnni"]  # which is avx2 but for products of integers
+NATIVE = [*(f"cpu {isa}" for isa in ISAS), EMULATED]
+INTEGER = [*NATIVE, "cpu avxvnni"]
 BACKENDS = ["reference", *NATIVE]
 
 

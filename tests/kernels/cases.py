@@ -176,7 +176,10 @@ def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(9, 3), (8, 8), (4, 1)])
-def test_paged_attention(ops: Ops, heads: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (7, 0.5)])
+def test_paged_attention(
+    ops: Ops, window: int | None, soft_cap: float | None, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Decode, whole prompts and chunks in the middle of one, over shuffled blocks."""
     num_heads, num_kv = heads
     layout = KvLayout(num_layers=2, block_tokens=4, num_kv_heads=num_kv, head_dim=16)
@@ -203,13 +206,31 @@ def test_paged_attention(ops: Ops, heads: tuple[int, int], dtype: torch.dtype) -
         values.append(v[past:])
         repeat = num_heads // num_kv
         scores = torch.einsum("qhd,chd->hqc", q.double(), k.double().repeat_interleave(repeat, 1)) * 0.25
-        causal = torch.arange(context)[None] <= torch.arange(past, context)[:, None]
-        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        if soft_cap is not None:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        behind = torch.arange(past, context)[:, None] - torch.arange(context)[None]
+        hidden = (behind < 0) | (behind >= (window or context))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         expected.append(torch.einsum("hqc,chd->qhd", weights, v.double().repeat_interleave(repeat, 1)))
     starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
     meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
     store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
-    close(ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25), torch.cat(expected), dtype)
+    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25, window, soft_cap)
+    close(got_THd, torch.cat(expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_turns_the_first_elements_of_a_head(ops: Ops, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x_THd, angles_Th = (torch.randn(*shape, generator=generator) for shape in ((3, 4, 16), (3, 6)))
+    x_THd = x_THd.to(dtype)
+    cos_Td, sin_Td = (torch.cat((f(angles_Th), f(angles_Th)), dim=1).to(dtype) for f in (torch.cos, torch.sin))
+    got_THd = turned(ops, x_THd, cos_Td, sin_Td)
+    first, second = x_THd[..., :12].double().chunk(2, dim=-1)
+    cos_T1d, sin_T1d = cos_Td.double().unsqueeze(1), sin_Td.double().unsqueeze(1)
+    expected = x_THd.double()
+    expected[..., :12] = torch.cat((first, second), -1) * cos_T1d + torch.cat((-second, first), -1) * sin_T1d
+    close(got_THd, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -232,6 +253,7 @@ def test_norm_and_embedding_take_an_adapters_rows(ops: Ops, dtype: torch.dtype) 
         want[[1, 4]] = normal[[1, 4]] * rows
         close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, own, 0), want, dtype)
         close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, None, 0), normal * weight_D.double(), dtype)
+        close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, own, 0, 1.0), want + normal, dtype)  # 1 + weight
     half_TD = torch.randn(5, 32, generator=generator).to(dtype)
     for rows in (own, None):
         sum_TD, norm_TD = ops.add_rms_norm(x_TD, half_TD, weight_D, 1e-5, shelf.tensor, rows, 0)

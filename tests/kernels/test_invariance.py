@@ -158,6 +158,9 @@ def test_vera_of_a_token_is_the_same_alone_and_among_many(ops: Ops, dtype: torch
 class Sequence:
     """Keys and values of one sequence in a pool, in shuffled blocks, and its queries."""
 
+    window: int | None = None
+    soft_cap: float | None = None
+
     def __init__(self, ops: Ops, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, length: int) -> None:
         self.layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=heads[1], head_dim=head_dim)
         num_blocks = -(-length // 16)
@@ -180,13 +183,17 @@ class Sequence:
 
     def attend(self, ops: Ops, *chunks: tuple[int, int]) -> Tensor:
         q_THd = torch.cat([self.q_THd[a:b] for a, b in chunks])
-        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), 0.2)
+        kind = self.window, self.soft_cap
+        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), 0.2, *kind)
 
     def expected(self, first: int, stop: int) -> Tensor:
         k, v = self.k.double().transpose(0, 1), self.v.double().transpose(0, 1)
         repeat = self.q_THd.shape[1] // k.shape[0]
         scores = self.q_THd[first:stop].double().transpose(0, 1) @ k.repeat_interleave(repeat, 0).transpose(1, 2) * 0.2
-        hidden = torch.arange(k.shape[1]) > torch.arange(first, stop)[:, None]
+        behind = torch.arange(first, stop)[:, None] - torch.arange(k.shape[1])
+        hidden = (behind < 0) | (behind >= (self.window or len(k[0])))
+        if self.soft_cap is not None:
+            scores = self.soft_cap * (scores / self.soft_cap).tanh()
         return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(repeat, 0)).transpose(0, 1)
 
 
@@ -199,8 +206,29 @@ def test_attention_over_a_long_context_in_any_chunks(
     """A query's result is the same in a prompt, in a chunk of one, decoded alone, and decoded in a batch."""
     if isinstance(ops, CpuOps) and ops.isa == emulated.ISA and heads != (4, 4):
         pytest.skip("one shape takes half a minute where it is emulated")
-    length = 1200
-    sequence = Sequence(ops, dtype, heads, head_dim, length)
+    _check_any_chunks(ops, Sequence(ops, dtype, heads, head_dim, length := 1200), length, dtype)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(100, None), (1, None), (700, 2.0), (None, 2.0)])
+def test_attention_with_a_window_or_a_soft_cap_in_any_chunks(
+    ops: Ops, window: int | None, soft_cap: float | None, dtype: torch.dtype
+) -> None:
+    sequence = Sequence(ops, dtype, (4, 2), 64, length := 1200)
+    sequence.window, sequence.soft_cap = window, soft_cap
+    _check_any_chunks(ops, sequence, length, dtype)
+    if window is not None:  # blocks behind it are others' by now, and hold what is no number
+        first = 1000
+        whole, own = sequence.attend(ops, (first, length)), sequence.blocks.clone()
+        free = min(set(range(len(own) + 1)) - set(own.tolist()))
+        sequence.pool.view(-1, 2 * sequence.layout.layer_share)[free] = torch.nan
+        sequence.blocks[: (first - window + 1) // 16] = free
+        assert torch.equal(sequence.attend(ops, (first, length)), whole)
+        assert torch.equal(sequence.attend(ops, (length - 1, length))[0], whole[-1])
+
+
+def _check_any_chunks(ops: Ops, sequence: Sequence, length: int, dtype: torch.dtype) -> None:
     whole = sequence.attend(ops, (0, length))
     error = (whole.double() - sequence.expected(0, length)).abs().max()
     assert error < (1e-5 if dtype is torch.float32 else 2e-2)

@@ -93,17 +93,23 @@ def test_no_tokens_give_no_rows(native: Ops) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 37])
-def test_silu_mul_over_the_whole_range(ops: Ops, dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_activations_over_the_whole_range(ops: Ops, activation: str, dtype: torch.dtype, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     gate_up_TM = torch.randn(9, 2 * width, generator=generator) * 4
     gate_up_TM[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -0.0])  # e²⁰⁰ is beyond fp32
     gate_up_TM = gate_up_TM.to(dtype)
     gate, up = gate_up_TM.double().chunk(2, dim=1)
-    expected = gate / (1 + (-gate).exp()) * up
-    got = ops.silu_mul(gate_up_TM)
+    if activation == "silu":
+        expected, got = gate / (1 + (-gate).exp()) * up, ops.silu_mul(gate_up_TM)
+        floor = torch.tensor(1e-3)
+    else:
+        argument = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+        expected, got = 0.5 * gate * (1 + argument.tanh()) * up, ops.gelu_mul(gate_up_TM)
+        floor = (gate * up).abs()  # torch's 1 + tanh is not exact near 0
     assert got.dtype == dtype
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
-    assert bool(((got.double() - expected).abs() <= tolerance * (expected.abs() + 1e-3)).all())
+    assert bool(((got.double() - expected).abs() <= tolerance * (expected.abs() + floor)).all())
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:

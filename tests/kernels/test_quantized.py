@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import QuantizedWeight
+from loray_kernels import Ops, QuantizedWeight
 from loray_kernels.ops import join_weights
 from loray_kernels.reference import quantize_rows, quantized_linear
+from tests.kernels.backends import INTEGER, make_ops
 
 KINDS = ["int8", "int8 groups", "int4", "int4 zeros", "fp8"]
 GROUP = 16
@@ -116,3 +117,78 @@ def test_the_reference_differs_from_fp64_by_the_rounding_of_activations(kind: st
         step_T1 = x_TI.double().abs().amax(dim=1, keepdim=True) * 2**-4
     bound = step_T1 * whole_OI.abs().sum(dim=1)
     assert bool(((near_TI - x_TI.double()) @ whole_OI.T).abs().le(bound).all())
+
+
+# -- the C++ kernels ---------------------------------------------------------------------------------------------------
+
+# (in, out): whole panels and steps; parts of both; a row of outputs less than one
+SIZES = {"int8": [(64, 96), (33, 50), (16, 1), (577, 130)], "other": [(64, 96), (96, 50), (592, 130)]}
+CASES = [(kind, size) for kind in KINDS[:4] for size in SIZES.get(kind, SIZES["other"])]
+
+
+@pytest.fixture(params=INTEGER)
+def native(request: pytest.FixtureRequest) -> Ops:
+    return make_ops(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "size"), CASES)
+def test_the_kernels_give_the_reference_s_bits(
+    native: Ops, kind: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Of one token, some, and enough for tiles and blocks; of strided rows, and of rows of zeros or not finite."""
+    in_features, out_features = size
+    weight, _ = quantized(kind, (out_features, in_features))
+    assert native.has_kernel(weight)
+    bias_O, wide_TI = randn(2, out_features).to(dtype), (randn(1, 150, in_features + 8) * 3).to(dtype)
+    x_TI = wide_TI[:, :in_features]
+    x_TI[3], x_TI[5, 0] = 0, torch.inf
+    plain, biased = native.pack_linear([weight]), native.pack_linear([weight], bias_O)
+    expected_TO, biased_TO = quantized_linear(x_TI, weight), quantized_linear(x_TI, weight, bias_O)
+    assert expected_TO[5].isnan().all()
+    for num_tokens in (0, 1, 2, 3, 5, 8, 13, 150):
+        got_TO = native.linear(x_TI[:num_tokens], plain)
+        assert torch.equal(got_TO.nan_to_num(), expected_TO[:num_tokens].nan_to_num())
+    assert torch.equal(native.linear(x_TI[:5], biased), biased_TO[:5])
+    logits_TO = native.logits(x_TI[:5], biased)
+    assert logits_TO.dtype is torch.float32
+    assert torch.equal(logits_TO, biased_TO[:5].float())
+
+
+def test_the_largest_sums_are_exact(native: Ops) -> None:
+    """All weights and activations at their ends, for as many inputs as a base of 400 billion parameters has."""
+    in_features = 53248
+    weight = QuantizedWeight(torch.full((2, in_features), -128, dtype=torch.int8), torch.ones(2, 1))
+    x_TI = torch.tensor([[3.0], [-3.0]]).expand(2, in_features)
+    expected = 128.0 * in_features * 3
+    got_TO = native.linear(x_TI, native.pack_linear([weight]))
+    torch.testing.assert_close(got_TO, torch.tensor([[-expected] * 2, [expected] * 2]), rtol=1e-6, atol=0)
+
+
+def test_matrices_of_one_input_are_packed_side_by_side(native: Ops) -> None:
+    parts = [quantized("int8", (rows, 64), seed=rows)[0] for rows in (32, 16, 7)]
+    x_TI = randn(1, 3, 64).bfloat16()
+    apart = [native.linear(x_TI, native.pack_linear([part])) for part in parts]
+    assert torch.equal(native.linear(x_TI, native.pack_linear(parts)), torch.cat(apart, dim=1))
+    plain_OI = randn(9, 8, 64).bfloat16()
+    mixed = native.linear(x_TI, native.pack_linear([parts[0], plain_OI]))
+    dequantized = torch.cat((parts[0].dequantized(slice(None), torch.bfloat16), plain_OI))
+    assert torch.equal(mixed, native.linear(x_TI, native.pack_linear([dequantized])))
+
+
+def test_other_dtypes_are_multiplied_in_fp32(native: Ops) -> None:
+    weight, bias_O, x_TI = quantized("int8", (20, 64))[0], randn(2, 20).half(), randn(1, 3, 64).half()
+    got_TO = native.linear(x_TI, native.pack_linear([weight], bias_O))
+    assert torch.equal(got_TO, quantized_linear(x_TI, weight, bias_O))
+
+
+def test_what_has_no_kernel_is_the_reference_s(native: Ops) -> None:
+    x_TI = randn(1, 3, 64).bfloat16()
+    whole, scale_OG = quantized("int4", (4, 64))[0], torch.ones(4, 8)
+    for weight in (
+        quantized("fp8", (4, 64))[0],
+        QuantizedWeight(whole.q_OI, whole.scale_OG, whole.zeros() + 0.5),
+        QuantizedWeight(whole.values().view(torch.int8), scale_OG),  # groups of 8
+    ):
+        assert not native.has_kernel(weight)
+        assert torch.equal(native.linear(x_TI, native.pack_linear([weight])), quantized_linear(x_TI, weight))

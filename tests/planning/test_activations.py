@@ -15,7 +15,8 @@ from loray.planning.run import count_base, count_trained, shape_of
 from loray.spec import TrainSpec
 from loray.train.attention import attend
 from loray.train.model import build_model, count_parameters
-from tests.fixtures.planning import recipe
+from tests.fixtures.planning import bare, recipe
+from tests.fixtures.tiny import EXPERTS
 
 TOKENS = 256
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -51,6 +52,8 @@ def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS, num_r
         ("LlamaForCausalLM", {"method": "vera", "rank": 8}, 0),
         ("LlamaForCausalLM", LONG, 0.05),
         ("Qwen3ForCausalLM", LONG, 0.05),
+        ("MixtralForCausalLM", {"method": "lora", "rank": 4, "target_modules": ALL[:4]}, 0.05),
+        ("Qwen3MoeForCausalLM", {"method": "lora", "rank": 4, "target_modules": ALL[:4]}, 0.05),
     ],
 )
 def test_a_layer_keeps_what_is_counted(
@@ -61,6 +64,32 @@ def test_a_layer_keeps_what_is_counted(
     run = shape_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
     counted = sum(part.nbytes for part in memory.saved_by_layer(run))
     assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_experts_with_an_adapter_are_kept(tiny_base: Callable[..., BaseModel], architecture: str, dtype: str) -> None:
+    """B A is added to their weights, of which every layer keeps its own."""
+    spec = recipe(adapter={"method": "lora", "rank": 4, "target_modules": ALL}, dtype=dtype)
+    bases = [tiny_base(architecture, num_hidden_layers=n) for n in (2, 4)]
+    kept = [kept_bytes(base, spec) for base in bases]
+    run = shape_of(spec, bases[0].config)
+    counted = TOKENS * sum(part.nbytes for part in memory.saved_by_layer(run))
+    (changed,) = (i.nbytes for i in memory.plan_memory(run, bare()).items if i.name.startswith("experts with"))
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(counted + changed / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("modules", [ALL, ALL[:4]], ids=["all", "attention"])
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_parameters_of_experts_are_counted_exactly(
+    tiny_base: Callable[..., BaseModel], architecture: str, modules: list[str]
+) -> None:
+    base, spec = tiny_base(architecture), recipe(adapter={"method": "lora", "target_modules": modules})
+    model = build_model(base, spec)
+    found, trained = count_parameters(model), count_trained(base.config, spec.adapter)
+    assert trained.total == found.trainable
+    assert trained.largest == max(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count_base(base.config).total == found.total - found.trainable
 
 
 class _Flash(torch.autograd.Function):
@@ -125,12 +154,17 @@ def test_what_is_scaled_is_kept(tiny_base: Callable[..., BaseModel], adapter: di
         LONG,
     ],
 )
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_exactly(
     tiny_base: Callable[..., BaseModel], architecture: str, adapter: dict[str, Any], tied: bool
 ) -> None:
     base = tiny_base(architecture, tie_word_embeddings=tied)
+    if base.config.has_fused_modules and "target_modules" not in adapter:
+        adapter = {**adapter, "target_modules": ALL}
     spec = recipe(adapter=adapter)
     model = build_model(base, spec)
     found = count_parameters(model)

@@ -24,10 +24,17 @@ def drawn(num: int = N, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...
 
 
 def by_formula(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, ids_NK: Tensor, log_p_NK: Tensor, is_reverse: bool
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    is_reverse: bool,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The divergences and cross-entropies as their definitions say them."""
-    log_q_NV = (hidden_ND @ weight_VD.T).log_softmax(1)
+    logits_NV = hidden_ND @ weight_VD.T
+    log_q_NV = (logits_NV if soft_cap is None else soft_cap * (logits_NV / soft_cap).tanh()).log_softmax(1)
     is_rest_NV = torch.ones_like(log_q_NV).scatter(1, ids_NK, 0.0)
     rest_q_N1 = (log_q_NV.exp() * is_rest_NV).sum(1, keepdim=True)
     rest_p_N1 = (1 - log_p_NK.exp().sum(1, keepdim=True)).clamp(min=LEAST_REST)
@@ -40,15 +47,16 @@ def by_formula(
 @pytest.mark.parametrize("is_reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 @pytest.mark.parametrize("chunk_elements", [1, 3 * V, 1 << 20])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
 def test_values_and_gradients_are_those_of_the_formula(
-    is_reverse: bool, weight: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    is_reverse: bool, weight: float, chunk_elements: int, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "LOSS_CHUNK_ON_CPU", chunk_elements)
     given = drawn()
-    found = divergence(*given, weight=weight, is_reverse=is_reverse)
+    found = divergence(*given, weight=weight, is_reverse=is_reverse, soft_cap=soft_cap)
     weights_N = torch.linspace(0.5, 2, N, dtype=torch.float64)
     (grad,) = torch.autograd.grad((weights_N * found.losses_N).sum(), given[0])
-    kl_N, ce_N = by_formula(*given, is_reverse)
+    kl_N, ce_N = by_formula(*given, is_reverse, soft_cap)
     losses_N = weight * kl_N + (1 - weight) * ce_N
     (expected,) = torch.autograd.grad((weights_N * losses_N).sum(), given[0])
     pairs = (found.losses_N, losses_N), (found.divergences_N, kl_N), (found.cross_entropies_N, ce_N), (grad, expected)

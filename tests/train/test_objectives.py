@@ -37,12 +37,16 @@ def draw(
 
 @pytest.mark.parametrize("num", [0, 1, 7, 40])
 @pytest.mark.parametrize("chunk_elements", [1, 350, 1 << 20])
-def test_equal_to_torch(num: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_equal_to_torch(num: int, chunk_elements: int, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "LOSS_CHUNK_ON_CPU", chunk_elements)
     hidden_ND, weight_VD, labels_N = draw(num)
-    total = cross_entropy(hidden_ND, weight_VD, labels_N).sum()
+    total = cross_entropy(hidden_ND, weight_VD, labels_N, soft_cap).sum()
     (grad,) = torch.autograd.grad(total / 3, hidden_ND)
-    expected = F.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="sum")
+    logits_NV = hidden_ND @ weight_VD.T
+    if soft_cap is not None:
+        logits_NV = soft_cap * (logits_NV / soft_cap).tanh()
+    expected = F.cross_entropy(logits_NV, labels_N, reduction="sum")
     (expected_grad,) = torch.autograd.grad(expected / 3, hidden_ND)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)

@@ -28,7 +28,10 @@ import torch
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
-_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
+_SOURCES = (
+    *("attention.cpp", "causal.cpp", "experts.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp"),
+    "vera.cpp",
+)
 # No contraction and no fast math: values are rounded only where the sources say.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
@@ -36,8 +39,13 @@ _FLAGS = (
 )
 # From slow to fast, with the compiler's flags; host.cpp knows them by their index.
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
-ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
+_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16", "vnni"))
+ISA_FLAGS = {
+    "generic": (),
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),  # products of bytes: newer CPUs without AVX-512 have them
+    "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512"),
+}
 # Where torch is held to a slower one by its own variable, so are these kernels.
 _HELD_TO = {"default": "generic", "avx2": "avx2"}
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -121,15 +129,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "logits": (_P, _I, _I, _P, _P, _N),
     "layers": (_P, _P, _P, _I, _P, _I, _I, _N),
     "silu_mul": (_P, _I, _I, _I, _P, _N),
+    "gelu_mul": (_P, _I, _I, _I, _P, _N),
+    "choose_experts": (_P, _I, _I, _I, _I, _P, _P, _N),
+    "experts": (_P, _I, _P, _P, _N),
     "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
     "lora_expand": (_P, _P, _P, _I, _P, _N),
     "vera_shrink": (_P, _I, _I, _P, _P, _N),
     "vera_expand": (_P, _I, _P, _I, _I, _P, _P, _P, _P, _N),
-    "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
-    "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _P, _P, _P, _I, _P, _N),
+    "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _I, _F, _N),
+    "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _F, _P, _P, _P, _I, _P, _N),
     "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
     "turn_rows": (_P, _I, _I, _P, _P, _I, _P, _P, _P, _N),
-    "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
+    "rope": (_P, _I, _I, _I, _I, _I, _P, _P, _P, _N),
     "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
 }
 
@@ -232,3 +243,18 @@ def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) ->
     function = _function(_library(isa), f"packed_size_{isa}", (_I, _I, _I, _P))
     function(in_features, out_features, itemsize, ctypes.addressof(size))
     return size.value
+
+
+@cache
+def packed_bytes(isa: str, in_features: int, out_features: int, bits: int, group: int) -> int:
+    """Count the bytes of a packed matrix of integers."""
+    size = ctypes.c_int64()
+    function = _function(_library(isa), f"packed_bytes_{isa}", (_I, _I, _I, _I, _P))
+    function(in_features, out_features, bits, group, ctypes.addressof(size))
+    return size.value
+
+
+@cache
+def pack_integers(isa: str) -> Any:
+    """csrc/linear.cpp: packs a matrix of integers, whatever the activations' dtype is."""
+    return _function(_library(isa), f"pack_integers_{isa}", (_P, _P, _P, _I, _I, _I, _I, _P, _N))

@@ -8,7 +8,8 @@ say how.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.build import functions, packed_size, sample_function, supported
+from loray_kernels.cpu.build import functions, pack_integers, packed_bytes, packed_size, sample_function, supported
 from loray_kernels.cpu.structs import (
+    pack_experts,
     pack_layer_tables,
     pack_layer_weights,
     pack_layout,
@@ -29,10 +31,12 @@ from loray_kernels.cpu.structs import (
     pack_step,
 )
 from loray_kernels.descriptors import RowOverrides, RowTables, token_rows
+from loray_kernels.experts import has_expert_lora
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -56,7 +60,7 @@ class CpuOps(ReferenceOps):
     """
 
     def __init__(self, isa: str | None = None) -> None:
-        """`isa`: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
+        """`isa`: "generic", "avx2", "avxvnni" or "avx512"; by default the fastest that this CPU has.
 
         BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
         """
@@ -74,13 +78,35 @@ class CpuOps(ReferenceOps):
         return self._functions.get(dtype)
 
     def has_kernel(self, weight: QuantizedWeight) -> bool:
-        return False
+        """Integers have kernels, with a scale a row or one for 16 columns or a multiple, and with whole zeros."""
+        if weight.q_OI.dtype.is_floating_point or (weight.group % 16 and weight.scale_OG.shape[1] > 1):
+            return False
+        zero_OG, lowest = weight.zeros(), 0 if weight.is_int4 else -128
+        return bool(((zero_OG == zero_OG.round()) & (zero_OG >= lowest) & (zero_OG <= lowest + 255)).all())
 
     def pack_linear(self, weights: Sequence[Weight], bias_O: Tensor | None = None) -> LinearWeights:
         joined = join_weights(weights)
-        if isinstance(joined, QuantizedWeight):
-            return super().pack_linear(weights, bias_O)
-        return self._packed(joined, bias_O, self._pages.zeros)
+        if not isinstance(joined, QuantizedWeight):
+            return self._packed(joined, bias_O, self._pages.zeros)
+        if not self.has_kernel(joined):
+            return super().pack_linear([joined], bias_O)
+        (out_features, in_features), bits, group = joined.shape, 4 if joined.is_int4 else 8, joined.group
+        packed = self._pages.zeros(packed_bytes(self.isa, in_features, out_features, bits, group), torch.uint8)
+        q_OI, scale_OG, zero_OG = (x.contiguous() for x in (joined.q_OI, joined.scale_OG, joined.zeros()))
+        assert scale_OG.dtype is zero_OG.dtype is torch.float32
+        pack_integers(self.isa)(
+            q_OI.data_ptr(),
+            scale_OG.data_ptr(),
+            zero_OG.data_ptr(),
+            in_features,
+            out_features,
+            bits,
+            group,
+            packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        bias_O = None if bias_O is None else bias_O.contiguous()
+        return LinearWeights(in_features, out_features, packed, bias_O, bits, group)
 
     def _packed(self, weight_OI: Tensor, bias_O: Tensor | None, zeros: Callable[..., Tensor]) -> LinearWeights:
         f = self._for(weight_OI)
@@ -94,6 +120,8 @@ class CpuOps(ReferenceOps):
 
     def _reads(self, weights: LinearWeights, x_TI: Tensor) -> SimpleNamespace | None:
         """The kernels for a product with these weights; None if it goes to the reference."""
+        if weights.bits:
+            return self._functions.get(x_TI.dtype)
         data = weights.data
         return None if isinstance(data, QuantizedWeight) or data.dim() != 1 else self._for(data, x_TI)
 
@@ -101,12 +129,17 @@ class CpuOps(ReferenceOps):
         key = (self.isa, x_TD.dtype)
         found: bool | None = weights.prepared.get(key)
         if found is None:
-            matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+            matrices = [weights.qkv, weights.o, weights.gate_up, weights.down]
+            if (experts := weights.experts) is not None:
+                matrices += (experts.router, *experts.gate_up, *experts.down)
             found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
         return found
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
         f = self._reads(weights, x_TI)
+        if f is None and weights.bits:  # activations of another dtype
+            bias_O = None if weights.bias_O is None else weights.bias_O.float()
+            return self.linear(x_TI.float(), replace(weights, bias_O=bias_O)).to(x_TI.dtype)
         if f is None:
             return super().linear(x_TI, weights)
         return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
@@ -121,6 +154,7 @@ class CpuOps(ReferenceOps):
         x_TI = token_rows(x_TI)
         num_tokens, width = x_TI.shape
         assert width == weights.in_features
+        assert weights.bias_O is None or weights.bias_O.dtype is x_TI.dtype
         y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
         matrix, threads = _words(pack_matrix(weights)), torch.get_num_threads()
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), threads)
@@ -155,22 +189,64 @@ class CpuOps(ReferenceOps):
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)
-        if f is None:
-            return super().silu_mul(gate_up_TM)
-        gate_up_TM = token_rows(gate_up_TM)
-        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
-        y_TM = gate_up_TM.new_empty(num_tokens, width)
-        f.silu_mul(
-            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
+        return super().silu_mul(gate_up_TM) if f is None else _gated(f.silu_mul, gate_up_TM)
+
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        f = self._for(gate_up_TM)
+        return super().gelu_mul(gate_up_TM) if f is None else _gated(f.gelu_mul, gate_up_TM)
+
+    def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+        f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
+        num_tokens, num_experts = logits_TE.shape
+        experts_TK = torch.empty(num_tokens, per_token, dtype=torch.int64)
+        shares_TK = torch.empty(num_tokens, per_token)
+        f.choose_experts(
+            logits_TE.data_ptr(),
+            num_tokens,
+            num_experts,
+            per_token,
+            normalised,
+            experts_TK.data_ptr(),
+            shares_TK.data_ptr(),
+            torch.get_num_threads(),
         )
-        return y_TM
+        return experts_TK, shares_TK
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights: ExpertWeights,
+        pool: Tensor,
+        lora: Mapping[str, LoraTable],
+        segments: AdapterSegments,
+        layer_offset: int,
+    ) -> Tensor:
+        key, f = (self.isa, x_TD.dtype), self._for(x_TD)
+        if key not in weights.prepared:
+            matrices = (weights.router, *weights.gate_up, *weights.down)
+            weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
+        if f is None or not weights.prepared[key] or has_expert_lora(lora):
+            return super().experts(x_TD, weights, pool, lora, segments, layer_offset)
+        x_TD = x_TD.contiguous()
+        packed = pack_experts(weights)
+        assert packed.widths == x_TD.shape[1:]
+        y_TD = torch.empty_like(x_TD)
+        f.experts(x_TD.data_ptr(), x_TD.shape[0], packed.address, y_TD.data_ptr(), torch.get_num_threads())
+        return y_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         f = self._for(pool, x_TD, weight_D)
         if f is None:
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
         x_TD = token_rows(x_TD)
         num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
         width = x_TD.shape[-1]
@@ -188,6 +264,7 @@ class CpuOps(ReferenceOps):
             width,
             weight_D.data_ptr(),
             eps,
+            weight_offset,
             y_TD.data_ptr(),
             _address_at(pool, layer_offset),
             tokens,
@@ -205,14 +282,17 @@ class CpuOps(ReferenceOps):
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
         slot_mapping_T, threads = step.attention.slot_mapping_T.contiguous(), torch.get_num_threads()
-        num_tokens, _, d = q_THd.shape
-        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        (num_tokens, _, d), turned = q_THd.shape, cos_Td.shape[1]
+        assert cos_Td.shape == sin_Td.shape
+        assert cos_Td.shape[0] == num_tokens
+        assert turned <= d
+        assert turned % 2 == 0
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, layout.head_dim)
         assert slot_mapping_T.shape == (num_tokens,)
         out_THd, keys_TKd = _like(q_THd), _like(k_TKd)
         for x, y in ((q_THd, out_THd), (k_TKd, keys_TKd)):
             tables = cos_Td.data_ptr(), sin_Td.data_ptr()
-            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, *tables, y.data_ptr(), threads)
+            f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, turned, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
@@ -229,11 +309,19 @@ class CpuOps(ReferenceOps):
         return out_THd
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         f = self._for(pool, q_THd)
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
         num_heads = q_THd.shape[1]
@@ -251,6 +339,8 @@ class CpuOps(ReferenceOps):
             layer,
             packed.address,
             scale,
+            window or 0,
+            soft_cap or 0.0,
             torch.get_num_threads(),
         )
         return out_THd
@@ -260,6 +350,8 @@ class CpuOps(ReferenceOps):
     ) -> Tensor | None:
         f = self._for(step.pool, x_TD, step.cos_Td)
         if f is None or step.layout.head_dim % 16 or not all(self._reads_layer(w, x_TD) for w in weights):
+            return None
+        if any(w.experts is not None and has_expert_lora(tables(i).lora) for i, w in enumerate(weights, first)):
             return None
         inputs = pack_step(step)
         numbers = range(first, min(first + len(weights) + 1, step.layout.num_layers))  # the next one's rows as well
@@ -432,6 +524,14 @@ class CpuOps(ReferenceOps):
             assert width <= matrix.data.shape[1]
             weights = matrix.prepared[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _gated(function: Any, gate_up_TM: Tensor) -> Tensor:
+    gate_up_TM = token_rows(gate_up_TM)
+    num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+    y_TM = gate_up_TM.new_empty(num_tokens, width)
+    function(gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads())
+    return y_TM
 
 
 def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

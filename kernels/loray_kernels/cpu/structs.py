@@ -15,6 +15,7 @@ from loray_kernels.descriptors import RowOverrides, RowTables, row_size
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     AdapterSegments,
+    ExpertWeights,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -111,18 +112,34 @@ def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
     assert isinstance(weights.data, Tensor)
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
     assert width is None or width <= weights.out_features
-    return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
+    outputs, kind = width or weights.out_features, (weights.bits, weights.group)
+    return [weights.in_features, outputs, weights.data.data_ptr(), bias, *kind]
+
+
+@prepare_once
+def pack_experts(weights: ExpertWeights) -> CStruct:
+    """widths: (hidden)."""
+    kept = Kept()
+    words = pack_matrix(weights.router)
+    for matrices in (weights.gate_up, weights.down):
+        words.append(kept.words([word for matrix in matrices for word in pack_matrix(matrix)]))
+    words += (len(weights.down), weights.per_token, weights.normalised)
+    return CStruct(kept.words(words), kept, (weights.router.in_features,))
 
 
 @prepare_once
 def pack_layer_weights(weights: LayerWeights) -> CStruct:
     """widths: (hidden)."""
-    norms = (weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D)
+    norms = [weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D]
+    norms += [weights.post_attention_norm_D, weights.post_mlp_norm_D]
     words = [0 if norm is None else norm.data_ptr() for norm in norms]
     for matrix in (weights.qkv, weights.o, weights.gate_up, weights.down):
         words += pack_matrix(matrix)
     kept = Kept()
-    words += [weights.num_heads, *unpack("qq", pack("dd", weights.eps, weights.scale))]
+    numbers = (weights.eps, weights.scale, weights.norm_offset, weights.soft_cap or 0.0)
+    words += [weights.num_heads, *unpack("4q", pack("4d", *numbers))]
+    words += [weights.window or 0, weights.activation == "gelu_tanh"]
+    words.append(0 if weights.experts is None else kept.struct(pack_experts(weights.experts)))
     return CStruct(kept.words(words), kept, (weights.qkv.in_features,))
 
 
@@ -141,7 +158,10 @@ PackPair = Callable[[ProjectionMatrix, int], LinearWeights]  # packs so many col
 def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: PackPair) -> CStruct:
     """num: adapters of each LoRA table, or 0. Column offsets are those of `weights`, the same in every layer."""
     kept, words = Kept(), list[int]()
-    for name in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"):
+    names = ["input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "", ""]
+    if weights.post_mlp_norm_D is not None:
+        names[3:] = "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+    for name in names:
         words += _own_rows(tables.norms.get(name), kept)
     q_width, kv_width = weights.num_heads * weights.head_dim, weights.num_kv_heads * weights.head_dim
     hidden, middle = weights.o.out_features, weights.down.in_features
@@ -230,7 +250,9 @@ def pack_step(step: StepInputs) -> CStruct:
     num_tokens = step.attention.slot_mapping_T.shape[0]
     assert meta.widths == (num_tokens,)
     assert spans.widths[0] <= num_tokens
-    assert step.cos_Td.shape == step.sin_Td.shape == (num_tokens, step.layout.head_dim)
+    assert step.cos_Td.shape == step.sin_Td.shape
+    assert step.cos_Td.shape[0] == num_tokens
+    assert step.cos_Td.shape[1] <= step.layout.head_dim
     kept = Kept([step.pool])
     words = [
         num_tokens,
@@ -241,5 +263,6 @@ def pack_step(step: StepInputs) -> CStruct:
         kept.struct(meta),
         kept.tensor(step.attention.slot_mapping_T),
         kept.struct(spans),
+        step.cos_Td.shape[1],
     ]
     return CStruct(kept.words(words), kept, (num_tokens,), spans.num)

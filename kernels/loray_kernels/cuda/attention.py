@@ -86,6 +86,8 @@ class DecodeAttention:
         tables: AttentionTables,
         work: AttentionWork,
         scale: float,
+        window: int | None,
+        soft_cap: float | None,
     ) -> None:
         """Compute the attention of sequences with one query. `pool` begins at the layer's share. A launch has a number
         of blocks that does not depend on the step, and they take the splits that there are by turns.
@@ -115,6 +117,8 @@ class DecodeAttention:
                     tables.table_start.data_ptr(),
                     tables.blocks.data_ptr(),
                     np.float32(scale),
+                    window or 0,
+                    np.float32(soft_cap or 0.0),
                     partial.data_ptr(),
                     work.starts_G1[launch:].data_ptr(),
                     work.splits.data_ptr(),

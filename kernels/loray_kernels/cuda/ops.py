@@ -42,7 +42,15 @@ from loray_kernels.cuda.upload import PageUploader
 from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, Parts, StepDescriptors
 from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
-from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
+from loray_kernels.ops import (
+    AdapterSegments,
+    LinearWeights,
+    LoraTable,
+    ProjectionMatrix,
+    QuantizedWeight,
+    StepInputs,
+    VeraTable,
+)
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
@@ -52,13 +60,13 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
 
 THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
-_SILU_COLUMNS = 8 * THREADS
+_ROW_COLUMNS = 8 * THREADS
 _ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 
 
 class CudaOps(ReferenceOps):
-    """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
+    """`linear` and `logits` are torch's: cuBLAS, its products of int8, and those of float8 with a scale a row."""
 
     def __init__(
         self, launch: Launcher, tiles: Tiles, flash: FlashPrompts | None = None, *, num_processors: int = 132
@@ -67,6 +75,53 @@ class CudaOps(ReferenceOps):
         self._launch, self._tiles, self._flash = launch, tiles, flash
         self._decode_attention = DecodeAttention(launch, num_processors)
         self._sampling: Sampling | None = None
+
+    def has_kernel(self, weight: QuantizedWeight) -> bool:
+        """int8, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16 divides."""
+        if (
+            weight.is_int4
+            or weight.scale_OG.shape[1] > 1
+            or weight.zero_OG is not None
+            or any(n % 16 for n in weight.shape)
+        ):
+            return False
+        q_OI = weight.q_OI
+        return q_OI.dtype is torch.int8 or (q_OI.is_cuda and torch.cuda.get_device_capability(q_OI.device) >= (8, 9))
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        weight, bias_O = weights.data, weights.bias_O
+        if not isinstance(weight, QuantizedWeight):
+            return super().linear(x_TI, weights)
+        if x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
+            return super().linear(x_TI, weights)
+        x_TI, kind = token_rows(x_TI), weight.q_OI.dtype
+        (num_tokens, width), suffix = x_TI.shape, SUFFIX[x_TI.dtype]
+        is_int8 = kind is torch.int8
+        # Torch's product of int8 takes no fewer than 17 rows.
+        q_TI = torch.empty(max(num_tokens, 32 if is_int8 else 0), width, dtype=kind, device=x_TI.device)
+        scale_T1 = torch.empty(num_tokens, 1, device=x_TI.device)
+        most = np.float32(127 if is_int8 else torch.finfo(kind).max)
+        arguments = x_TI.data_ptr(), x_TI.stride(0), width, most, q_TI.data_ptr(), scale_T1.data_ptr()
+        self._launch(f"quantize_rows_{suffix}", (num_tokens, 1, 1), NORM_THREADS, arguments)
+        if not is_int8:
+            y_TO = torch._scaled_mm(q_TI, weight.q_OI.T, scale_T1, weight.scale_OG.T, out_dtype=torch.bfloat16)
+            return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
+        sums_TO = torch._int_mm(q_TI, weight.q_OI.T)
+        y_TO = x_TI.new_empty(num_tokens, weights.out_features)
+        self._launch(
+            f"scale_sums_{suffix}",
+            (num_tokens, -(-weights.out_features // _ROW_COLUMNS), 1),
+            THREADS,
+            (
+                sums_TO.data_ptr(),
+                weight.scale_OG.data_ptr(),
+                scale_T1.data_ptr(),
+                0 if bias_O is None else bias_O.data_ptr(),
+                y_TO.data_ptr(),
+                weights.out_features,
+            ),
+        )
+        return y_TO
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._launch, pool) if pool.is_cuda else super().page_writer(pool)
@@ -92,13 +147,17 @@ class CudaOps(ReferenceOps):
         return Choosing(self._launch, logits_SV.device)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
-        if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
-            return super().silu_mul(gate_up_TM)
+        return self._gated("silu_mul", gate_up_TM) if _is_plain(gate_up_TM) else super().silu_mul(gate_up_TM)
+
+    def gelu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        return self._gated("gelu_mul", gate_up_TM) if _is_plain(gate_up_TM) else super().gelu_mul(gate_up_TM)
+
+    def _gated(self, kernel: str, gate_up_TM: Tensor) -> Tensor:
         num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
         y_TM = gate_up_TM.new_empty(num_tokens, width)
         self._launch(
-            f"silu_mul_{SUFFIX[y_TM.dtype]}",
-            (num_tokens, -(-width // _SILU_COLUMNS), 1),
+            f"{kernel}_{SUFFIX[y_TM.dtype]}",
+            (num_tokens, -(-width // _ROW_COLUMNS), 1),
             THREADS,
             (gate_up_TM.data_ptr(), gate_up_TM.stride(0), y_TM.data_ptr(), width),
         )
@@ -128,11 +187,18 @@ class CudaOps(ReferenceOps):
         return x_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: RowOverrides | None,
+        layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         if not _one_dtype(pool, x_TD, weight_D):
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
-        return self._norm(x_TD, None, weight_D, eps, pool, own, layer_offset)[1]
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
+        return self._norm(x_TD, None, weight_D, eps, pool, own, layer_offset, weight_offset)[1]
 
     def add_rms_norm(
         self,
@@ -143,10 +209,11 @@ class CudaOps(ReferenceOps):
         pool: Tensor,
         own: RowOverrides | None,
         layer_offset: int,
+        weight_offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         if not _one_dtype(pool, x_TD, added_TD, weight_D):
-            return super().add_rms_norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
-        return self._norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
+            return super().add_rms_norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
+        return self._norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset, weight_offset)
 
     def _norm(
         self,
@@ -157,6 +224,7 @@ class CudaOps(ReferenceOps):
         pool: Tensor,
         own: RowOverrides | None,
         layer_offset: int,
+        weight_offset: float,
     ) -> tuple[Tensor, Tensor]:
         """x + added, or x, and its norm."""
         x_TD, weight_D = token_rows(x_TD), weight_D.contiguous()
@@ -186,6 +254,7 @@ class CudaOps(ReferenceOps):
                 num_heads,
                 width,
                 np.float32(eps),
+                np.float32(weight_offset),
                 lanes,
                 pool[layer_offset:].data_ptr(),
                 *rows,
@@ -200,10 +269,11 @@ class CudaOps(ReferenceOps):
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
         cos_Td, sin_Td = step.cos_Td.contiguous(), step.sin_Td.contiguous()
         slot_mapping_T = step.attention.slot_mapping_T.contiguous()  # the kernel skips negative ones
-        num_tokens, num_heads, d = q_THd.shape
-        assert d % 2 == 0
+        (num_tokens, num_heads, d), turned = q_THd.shape, cos_Td.shape[1]
+        assert turned % 2 == 0
+        assert turned <= d
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, d)
-        assert cos_Td.shape == sin_Td.shape == (num_tokens, d)
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, turned)
         assert slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         self._launch(
@@ -222,7 +292,8 @@ class CudaOps(ReferenceOps):
                 layout.num_kv_heads,
                 cos_Td.data_ptr(),
                 sin_Td.data_ptr(),
-                d // 2,
+                turned // 2,
+                d,
                 pool[layer * layout.layer_share :].data_ptr(),
                 layout.num_layers * layout.layer_share,
                 layout.block_tokens,
@@ -232,11 +303,19 @@ class CudaOps(ReferenceOps):
         return y_THd
 
     def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+        self,
+        q_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         d = layout.head_dim
         if not _one_dtype(pool, q_THd) or not _attends(d):
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
         q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d
@@ -246,9 +325,10 @@ class CudaOps(ReferenceOps):
             work: AttentionWork | None = meta.prepared.get(AttentionWork)
             if work is None:
                 work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
-            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale)
-        if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
-            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
+            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale, window, soft_cap)
+        flash = self._flash if window is None and soft_cap is None else None
+        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
+            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale, window, soft_cap)
         return out_THd
 
     def lora_shrink(
@@ -474,6 +554,10 @@ class CudaOps(ReferenceOps):
 
 def _samples(logits_SV: Tensor) -> bool:
     return logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1 and logits_SV.shape[1] <= MAX_VOCAB
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype in SUFFIX and x.stride(-1) == 1
 
 
 def _attends(head_dim: int) -> bool:

@@ -291,6 +291,10 @@ def attention_prefill(
     table_start,
     blocks,
     scale,
+    window,
+    soft_cap,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -301,8 +305,9 @@ def attention_prefill(
 ):
     """Causal attention of a tile of one sequence's queries over its cache (FlashAttention-2, Dao, 2023).
 
-    Keys are taken BLOCK_K at a time from position 0, so the result does not depend on the prompt's chunks. An item is
-    (sequence, first query of the tile). Grid (items, heads).
+    Keys are taken BLOCK_K at a time from position 0, so the result does not depend on the prompt's chunks; what no
+    query of a tile has in its window is left out, which changes no bits. An item is (sequence, first query of the
+    tile). Grid (items, heads).
     """
     sequence = tl.load(items + 2 * tl.program_id(0))
     head = tl.program_id(1).to(tl.int64)
@@ -323,15 +328,25 @@ def attention_prefill(
     own_blocks = blocks + tl.load(table_start + sequence)
     kv_head = head // GROUP
     last = tl.minimum(context, tl.max(tl.where(query_mask, position, 0), axis=0) + 1)
-    for j in range(0, last, BLOCK_K):
+    behind = 0
+    if HAS_WINDOW:
+        first = context - num_queries + tl.load(items + 2 * tl.program_id(0) + 1)
+        behind = tl.maximum(first - window + 1, 0)
+    for j in range(behind // BLOCK_K * BLOCK_K, last, BLOCK_K):
         key = j + tl.arange(0, BLOCK_K)
         key_mask = key < last
+        if HAS_WINDOW:  # what is behind may be others' by now, and no number
+            key_mask = key_mask & (key >= behind)
         block = tl.load(own_blocks + key // BLOCK_TOKENS, mask=key_mask, other=0)
         row = block * block_stride + (key % BLOCK_TOKENS * NUM_KV_HEADS + kv_head) * HEAD_DIM
         kv_mask = key_mask[:, None] & e_mask[None, :]
         k = tl.load(pool + row[:, None] + e[None, :], mask=kv_mask, other=0.0)
         score = tl.dot(query_QD, tl.trans(k), input_precision="tf32x3") * scale
+        if HAS_CAP:
+            score = soft_cap * (1 - 2 / (tl.exp(2 / soft_cap * score) + 1))
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
+        if HAS_WINDOW:
+            visible = visible & (key[None, :] > position[:, None] - window)
         score = tl.where(visible, score, float("-inf"))
         larger = tl.maximum(top, tl.max(score, axis=1))
         # The maximum of a row that has seen no key yet is −inf, and −inf − −inf is NaN.

@@ -137,7 +137,15 @@ class Tiles:
         )
 
     def attention(
-        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: AttentionTables, scale: float
+        self,
+        q_THd: Tensor,
+        out_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        tables: AttentionTables,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
     ) -> None:
         """Compute the attention of sequences with several queries. `pool` begins at the layer's share."""
         num_heads, d = q_THd.shape[1], layout.head_dim
@@ -153,6 +161,10 @@ class Tiles:
             tables.table_start,
             tables.blocks,
             scale,
+            window or 0,
+            soft_cap or 0.0,
+            HAS_WINDOW=window is not None,
+            HAS_CAP=soft_cap is not None,
             BLOCK_TOKENS=layout.block_tokens,
             NUM_KV_HEADS=layout.num_kv_heads,
             HEAD_DIM=d,

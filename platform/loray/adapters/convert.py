@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loray.adapters.peft_format import PREFIX, write_folder
-from loray.bases.checkpoint import stored_dtype
+from loray.adapters.peft_format import MODULES, PREFIX, write_folder
+from loray.bases.checkpoint import plain_name, stored_dtype
 from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
 from loray.bases.weights import WeightSource, write_tensors
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
-from loray.spec import LINEAR_MODULES, QuantizationSpec
+from loray.methods.expert_lora import EXPERTS, ExpertLoraWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ModuleWeights
+from loray.spec import QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)],
+        "target_modules": [m for m in MODULES if any(key.module == m for key in weights.modules)],
         "modules_to_save": sorted(whole) or None,
         "inference_mode": True,
     }
@@ -78,8 +79,9 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
 # -- merged -----------------------------------------------------------------------------------------------------------
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
+_LINEAR = tuple(f".{module}.weight" for module in MODULES)
+# The last ones are older checkpoints'.
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 
 
 class RoundedBase(NamedTuple):
@@ -122,7 +124,13 @@ def _merged(
     base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
 ) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
-    adapted = {f"model.{key.path}": module for key, module in weights.modules.items()}
+    adapted: dict[str, ModuleWeights] = {}
+    for key, module in weights.modules.items():
+        if isinstance(module, ExpertLoraWeights):
+            path = f"model.layers.{key.layer}.{EXPERTS}"
+            adapted |= {f"{path}.{i}.{key.module}": module.expert(i) for i in range(module.num_experts)}
+        else:
+            adapted[f"model.{key.path}"] = module
     of_quantized: torch.dtype = getattr(torch, stored_dtype(base.path))
     for name, stored in WeightSource(base.path, base.config):
         if isinstance(stored, Tensor):
@@ -131,9 +139,9 @@ def _merged(
             tensor, kept = stored.dequantized(slice(None), torch.float32), dtype or of_quantized
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
-        if trained_on is not None and name.endswith(_LINEAR):
+        if trained_on is not None and name.endswith(_LINEAR) and ".experts." not in name:
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
-        path, _, kind = name.rpartition(".")
+        path, _, kind = plain_name(name).rpartition(".")
         if path in adapted:
             module = adapted[path]
             merged = module.merged_bias(tensor) if kind == "bias" else module.merged(tensor, weights.pair)
@@ -152,7 +160,7 @@ def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype:
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     if weights.rope is not None:
         config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
-        config["rope_parameters"] = weights.rope.to_hf()
+        config["rope_parameters"] = base.config.hf_rope(weights.rope)
         assert weights.context_length is not None
         config["max_position_embeddings"] = weights.context_length
     if weights.embedding is not None:
@@ -185,6 +193,10 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
 
     _check_active(weights)
     _check_linear(weights)
+    if base.has_fused_modules:
+        raise UnsupportedError(
+            f"GGUF-LoRA of {base.architecture} is not written: take the adapter merged, or in PEFT's form"
+        )
     architecture = ARCHITECTURES[base.architecture].gguf
     modules = _as_lora(weights, base)
     alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}

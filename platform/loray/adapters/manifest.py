@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from loray.adapters.files import check_declared, check_finite, own_bytes, read_header
 from loray.adapters.peft_format import (
     CONFIG_FILE,
+    MODULES,
     WEIGHTS_FILE,
     parse_adapter,
     read_config,
@@ -37,7 +38,6 @@ from loray.methods import METHODS
 from loray.methods.pairs import PAIR_NAMES, PairKey, drawn_digest, stored_digest
 from loray.methods.weights import AdapterWeights, SharedProjection
 from loray.spec import (
-    LINEAR_MODULES,
     MAX_DESCRIPTION_CHARACTERS,
     MAX_EVALUATIONS,
     MAX_MANIFEST_BYTES,
@@ -114,7 +114,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             base=base.name,
             base_fingerprint=base.fingerprint,
             rank=max((module.rank for module in weights.modules.values()), default=0),
-            target_modules=tuple(m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)),
+            target_modules=tuple(m for m in MODULES if any(key.module == m for key in weights.modules)),
             num_parameters=checked.num_parameters,
             nbytes=checked.nbytes,
             context_length=details.context_length or base.config.max_position_embeddings,

@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Set
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -18,13 +18,15 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from loray.adapters.files import MAX_CONFIG_BYTES, read_header
-from loray.bases.config import ModelConfig
+from loray.bases.checkpoint import plain_name
+from loray.bases.config import FUSED, ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
 from loray.methods import METHODS_OF_PEFT
 from loray.methods.base import StoredModule
+from loray.methods.expert_lora import EXPERTS, PARAMETERS, ExpertLoraWeights, wrapped
 from loray.methods.pairs import PAIR_NAMES, PairKey
 from loray.methods.weights import AdapterWeights, EmbeddingRows, ModuleKey, ModuleWeights, SharedProjection
-from loray.spec import LINEAR_MODULES, InvocationTokens
+from loray.spec import LINEAR_MODULES, MLP_MODULES, InvocationTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +38,22 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of a transformers model's parameters
 ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # after the embedding's path, where only changed rows are stored
 
+MODULES = (*LINEAR_MODULES, *FUSED)  # that adapters have
 _LINEAR = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(LINEAR_MODULES) + r")\.(?P<part>.+)"
+    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(MODULES) + r")\.(?P<part>.+)"
+)
+# Of all of a layer's experts, or, in older files, of one.
+_EXPERTS = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?P<path>mlp\.experts(?:\.base_layer)*)\.(?P<part>lora_[AB])\.weight"
+)
+_EXPERT = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?P<path>mlp\.experts\.(?P<expert>\d+)\.(?P<module>"
+    + "|".join(MLP_MODULES)
+    + r"))\.(?P<part>lora_[AB])\.weight"
 )
 _NORM = re.compile(
-    r"model\.(?P<path>norm|layers\.\d+\.(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm))\.weight"
+    r"model\.(?P<path>norm|layers\.\d+\."
+    r"(?:input_layernorm|(?:post_attention|pre_feedforward|post_feedforward)_layernorm|self_attn\.[qk]_norm))\.weight"
 )
 # Options that change what PEFT computes, with the values for which they change nothing.
 _INERT: Mapping[str, tuple[Any, ...]] = {
@@ -50,7 +63,6 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
@@ -59,6 +71,9 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
 }
 # With these initialisations PEFT changes the base's weights when it loads the adapter.
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+_PARAMETERS = tuple(f".{name}" for name in PARAMETERS)
 
 
 class AdapterFiles(NamedTuple):
@@ -192,9 +207,15 @@ def parse_adapter(
     embedding: EmbeddingRows | None = None
     parts: dict[ModuleKey, dict[str, Tensor]] = {}
     pair_tensors: dict[str, Tensor] = {}
+    expert_tensors: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if match := _LINEAR.fullmatch(name):
+        plain = plain_name(name)
+        if match := _EXPERTS.fullmatch(plain) or _EXPERT.fullmatch(plain):
+            expert_tensors.setdefault(int(match["layer"]), {})[f"{match['path']}.{match['part']}.weight"] = tensor
+        elif match := _LINEAR.fullmatch(name):
             key = ModuleKey(int(match["layer"]), match["module"])
+            if base.experts is not None and key.module in MLP_MODULES:
+                raise BaseMismatch(f"{folder}: {name!r} adapts an MLP, and this base has experts in its place")
             parts.setdefault(key, {})[match["part"].removesuffix(".weight")] = tensor
         elif match := _NORM.fullmatch(name):
             norms[match["path"]] = tensor
@@ -208,7 +229,7 @@ def parse_adapter(
             pair_tensors[name[-1]] = tensor
         else:
             raise UnsupportedError(f"{folder}: tensor {name!r} belongs to nothing that loray adapts")
-    if not parts and not norms and embedding is None:
+    if not parts and not expert_tensors and not norms and embedding is None:
         raise IntegrityError(f"{folder}: {WEIGHTS_FILE} holds no adapter tensors")
     method = METHODS_OF_PEFT[config["peft_type"]]
     ranks = ModulePatterns("rank_pattern", config.get("rank_pattern"), source=str(folder))
@@ -216,10 +237,14 @@ def parse_adapter(
 
     def read(key: ModuleKey) -> ModuleWeights:
         path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
+        if key.module in FUSED and not base.has_fused_modules:
+            raise BaseMismatch(f"{label}: this base has no such module; the adapter is for another base model")
         rank, alpha = ranks.value(path, config.get("r", 0)), alphas.value(path, config.get("lora_alpha", 0.0))
         return method.read(StoredModule(label, parts[key], config, rank, alpha, base.module_shape(key.module)[1]))
 
     modules = {key: read(key) for key in parts}
+    if expert_tensors or config.get("target_parameters"):
+        modules |= _read_experts(str(folder), config, expert_tensors, base, ranks, alphas)
     drawn = method.pair_key(config, base, {key.module for key in parts}, pair_tensors, str(folder))
     pair = None if drawn is None else pair_of(drawn, pair_tensors)
     invocation = _invocation(folder, config, base)
@@ -231,6 +256,60 @@ def parse_adapter(
         )
     check_shapes(weights, base, source=str(folder))
     return weights
+
+
+def _read_experts(
+    source: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[int, Mapping[str, Tensor]],
+    base: ModelConfig,
+    ranks: ModulePatterns,
+    alphas: ModulePatterns,
+) -> dict[ModuleKey, ModuleWeights]:
+    """Read LoRA of experts from their tensors by layer and by name below it."""
+    targets = config.get("target_parameters") or []
+    known = tuple(f"{EXPERTS}.{name}" for name in PARAMETERS)
+    if base.experts is None or not all(isinstance(t, str) and f".{t}".endswith(_PARAMETERS) for t in targets):
+        raise UnsupportedError(
+            f"{source}: target_parameters={shown(targets)} is not supported on this base; {' and '.join(known)} are, "
+            "where a base has experts"
+        )
+    if config.get("use_dora") or config.get("alora_invocation_tokens") or config["peft_type"] != "LORA":
+        raise UnsupportedError(f"{source}: it adapts experts, which only plain LoRA does")
+    modules: dict[ModuleKey, ModuleWeights] = {}
+    for layer, own in tensors.items():
+        for module in MLP_MODULES:
+            path = f"model.layers.{layer}.{EXPERTS}"
+            parameter = next(name for name, held in PARAMETERS.items() if module in held)
+            targeted = tuple(n for n in PARAMETERS if any(f".{path}.{n}".endswith(f".{t}") for t in targets))
+            fused = next((p for p, name in wrapped(targeted).items() if name == parameter), None)
+            each = [f"{EXPERTS}.{expert}.{module}" for expert in range(base.experts.num)]
+            paths = each if f"{each[0]}.lora_A.weight" in own else [fused] if fused is not None else []
+            if not paths:
+                continue
+            names = [(f"{p}.lora_A.weight", f"{p}.lora_B.weight") for p in paths]
+            if lacking := sorted({*chain(*names)} - {*own}):
+                raise IntegrityError(f"{source}: layer {layer} lacks {lacking[0]}, with {len(lacking) - 1} others")
+            of = f"{path}.0.{module}" if paths is each else f"{path}.{parameter}"
+            rank, alpha = ranks.value(of, config.get("r", 0)), alphas.value(of, config.get("lora_alpha", 0.0))
+            weights = ExpertLoraWeights(
+                {name: own[name] for name in chain(*names)},
+                tuple(own[a] for a, _ in names),
+                tuple(own[b] for _, b in names),
+                alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+                base.experts.num,
+                module,
+            )
+            if weights.rank != rank:
+                raise IntegrityError(
+                    f"{source}: layer {layer} experts' {module} has rank {weights.rank}, adapter_config.json says "
+                    f"{rank:g}; save the adapter again"
+                )
+            modules[ModuleKey(layer, module)] = weights
+    read = {(key.layer, name) for key, module in modules.items() for name in module.parts}
+    if rest := sorted({(layer, name) for layer, own in tensors.items() for name in own} - read):
+        raise UnsupportedError(f"{source}: layer {rest[0][0]} {rest[0][1]!r} is of none of its target_parameters")
+    return modules
 
 
 def _invocation(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...] | None:
@@ -291,6 +370,8 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
             raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
         if path.endswith(("q_norm", "k_norm")) and not base.layers[int(path.split(".")[1])].qk_norm:
             raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
+        if path.endswith("feedforward_layernorm") and base.layers[int(path.split(".")[1])].norms != "sandwich":
+            raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
         width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
         yield f"norm {path}", tuple(norm.shape), (width,)
     if w.embedding is not None:
@@ -307,7 +388,7 @@ MAX_CHARACTERS = 512
 MAX_STEPS = 1 << 20  # of one adapter
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-_PARTS = {"model", "layers", "self_attn", "mlp", *LINEAR_MODULES}
+_PARTS = {"model", "layers", "self_attn", "mlp", *MODULES}
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _CLASSES = {"d": frozenset(string.digits), "w": _WORD}
 _ANY = frozenset(map(chr, range(32, 127)))  # of which the paths of modules consist

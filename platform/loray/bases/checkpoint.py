@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from loray.bases.config import ModelConfig
-from loray.bases.quantization import stored_weights
+from loray.bases.quantization import StoredWeight, stored_weights
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.files import canonical_json
 from loray.spec import ATTENTION_MODULES, DTYPE_BYTES, MLP_MODULES, DType
@@ -159,6 +159,15 @@ def stored_dtype(folder: Path) -> DType:
     return cast("DType", DTYPES[code])
 
 
+_RENAMED = {"gate": "gate", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's
+_OF_MIXTRAL = re.compile(r"\.block_sparse_moe\.(?P<expert>(?:experts\.\d+\.)?)(?P<module>gate|w[123])\.")
+
+
+def plain_name(name: str) -> str:
+    """Name a stored tensor as the decoder does, which names experts as most families do: `mlp.experts.3.gate_proj`."""
+    return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Read (name, tensor) over all shards, sorted by name, in the stored dtypes."""
     from safetensors import safe_open
@@ -208,15 +217,15 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     expected = expected_shapes(config)
     infos = {info.name: info for info in tensor_infos(folder)}
     quantized = {} if config.quantization is None else stored_weights(config.quantization, infos)
-    for stored in quantized.values():
-        for info in stored.parts.values():
-            del infos[info.name]
+    parts = {info.name for stored in quantized.values() for info in stored.parts.values()}
+    held: dict[str, TensorInfo | StoredWeight] = dict(quantized)
+    held |= {name: info for name, info in infos.items() if name not in parts}
+    held = dict(_unfused(held, config, folder))
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
-        infos.pop("lm_head.weight", None)
-        quantized.pop("lm_head.weight", None)
+        held.pop("lm_head.weight", None)
     for name, shape in expected.items():
-        found = quantized.pop(name, None) or infos.pop(name, None)
+        found = held.pop(name, None)
         if found is None:
             raise IntegrityError(f"{folder} is incomplete: tensor {name} is missing")
         if found.shape != shape:
@@ -226,9 +235,34 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
                 f"{folder}: {name} is {found.dtype}; only {', '.join(_DTYPES)} weights are supported, and quantised "
                 "ones as quantization_config in config.json says"
             )
-    rest = [*quantized, *(name for name, info in infos.items() if not _UNUSED.fullmatch(name) and not _adds_zero(info))]
+    rest = [
+        name
+        for name, found in held.items()
+        if isinstance(found, StoredWeight) or not (_UNUSED.fullmatch(name) or _adds_zero(found))
+    ]
     if rest:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
+
+
+def _unfused(
+    held: Mapping[str, TensorInfo | StoredWeight], config: ModelConfig, folder: Path
+) -> Iterator[tuple[str, TensorInfo | StoredWeight]]:
+    """Name what a checkpoint holds as `expected_shapes` does. Raises BaseMismatch where rows are too many or few."""
+    for name, stored in held.items():
+        parts = fused_parts(name, config)
+        if parts and stored.shape[0] != (rows := max(own.stop for own in parts.values())):
+            raise BaseMismatch(f"{folder}: {name} has {stored.shape[0]} rows, its config.json says {rows}")
+        for part, own in parts.items():
+            shape: Any = (own.stop - own.start, *stored.shape[1:])
+            yield part, stored._replace(shape=shape)
+        if not parts:
+            yield plain_name(name), stored
+
+
+def fused_parts(name: str, config: ModelConfig) -> dict[str, slice]:
+    """Find the tensors that a checkpoint has as rows of the tensor `name`; none where that is a module's own."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return {name.replace(module, part): rows for part, rows in config.fused.get(module, {}).items()}
 
 
 def _adds_zero(info: TensorInfo) -> bool:
@@ -241,7 +275,7 @@ def _adds_zero(info: TensorInfo) -> bool:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
+    """List the shape of every tensor by its `plain_name`, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),
@@ -252,12 +286,20 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        if spec.norms == "sandwich":
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (h,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (h,)
         for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if spec.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
-        for module in MLP_MODULES:
-            shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
+        mlps = [f"{layer}.mlp"]
+        if spec.experts is not None:
+            shapes[f"{layer}.mlp.gate.weight"] = (spec.experts.num, h)
+            mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(spec.experts.num)]
+        for mlp in mlps:
+            for module in MLP_MODULES:
+                shapes[f"{mlp}.{module}.weight"] = config.module_shape(module)
         if spec.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)

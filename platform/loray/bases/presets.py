@@ -18,7 +18,7 @@ _LLAMA_2: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "rope_theta": 10000.0,
 }
-# Named as `loray base add meta-llama/NAME` names them; values from the published config.json files.
+# Named as `loray base add OWNER/NAME` names them; values from the published config.json files.
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "Llama-2-7b-hf": _LLAMA_2
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -43,6 +43,37 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
+    },
+    "Mixtral-8x7B-v0.1": {
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
     },
     smollm2.NAME: smollm2.CONFIG,
 }

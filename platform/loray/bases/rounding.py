@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import read_tensors, stored_dtype, tensor_infos
+from loray.bases.checkpoint import plain_name, read_tensors, stored_dtype, tensor_infos
+from loray.bases.config import FUSED
 from loray.bases.quantization import RoundedTo
 from loray.bases.quantized import check_installed, linear_4bit
 from loray.bases.registry import BaseModel, add_filled, is_copied, list_bases
@@ -107,8 +108,8 @@ def _group_size(base: BaseModel) -> int:
 
 def is_rounded(name: str, shape: Sequence[int]) -> bool:
     """Say whether a tensor of a checkpoint is the weight of a linear module of a layer, which is rounded."""
-    module, _, kind = name.rpartition(".")
-    return kind == "weight" and len(shape) == 2 and module.rpartition(".")[2] in LINEAR_MODULES
+    module, _, kind = plain_name(name).rpartition(".")
+    return kind == "weight" and len(shape) == 2 and module.rpartition(".")[2] in (*LINEAR_MODULES, *FUSED)
 
 
 def _fill(base: BaseModel, rounds: _Rounding, target: Path, scratch: Path, progress: Progress) -> None:

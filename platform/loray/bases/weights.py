@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_infos
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, fused_parts, plain_name, tensor_infos
 from loray.bases.config import ModelConfig
 from loray.bases.quantization import Layout, Quantization, StoredWeight, state_of, stored_weights
 from loray.errors import IntegrityError
@@ -38,7 +38,7 @@ class _Contents(NamedTuple):
 
 
 class WeightSource:
-    """Reads weights by name, from files that are opened at the first one. Any thread may use it.
+    """Reads weights by name, or by `plain_name`, from files that are opened at the first one. Any thread may use it.
 
     A quantised weight whose scales do not belong to neighbouring inputs (GPTQ's desc_act) or are not linear (NF4) is
     read dequantised.
@@ -54,8 +54,14 @@ class WeightSource:
         parts = {info.name for stored in found.values() for info in stored.parts.values()}
         return _Contents({name: info for name, info in infos.items() if name not in parts}, found)
 
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        """The names in the checkpoint, by those and by the decoder's."""
+        names = (*self._contents.plain, *self._contents.quantized)
+        return {plain_name(name): name for name in names} | {name: name for name in names}
+
     def __contains__(self, name: str) -> bool:
-        return name in self._contents.plain or name in self._contents.quantized
+        return name in self._names
 
     def __iter__(self) -> Iterator[tuple[str, Weight]]:
         """Read (name, weight) over all files, sorted by name; plain tensors in the stored dtypes."""
@@ -84,9 +90,9 @@ class WeightSource:
 
     def dense_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read its rows from `start` up to `stop`, likewise."""
-        if (info := self._contents.plain.get(name)) is not None:
+        if (info := self._contents.plain.get(self._names.get(name, name))) is not None:
             with _open(info.file) as f:
-                rows: Tensor = f.get_slice(name)[start:stop]
+                rows: Tensor = f.get_slice(info.name)[start:stop]
             return rows
         weight = self.read(name)
         if isinstance(weight, QuantizedWeight):
@@ -94,6 +100,7 @@ class WeightSource:
         return weight[start:stop]
 
     def _read(self, name: str, tensor: Callable[[TensorInfo], Tensor]) -> Weight:
+        name = self._names.get(name, name)
         if (info := self._contents.plain.get(name)) is not None:
             return tensor(info)
         stored = self._contents.quantized.get(name)
@@ -104,6 +111,16 @@ class WeightSource:
             return _DECODERS[self._quantization.layout](self._quantization, stored, tensor)
         except (IndexError, KeyError, RuntimeError, ValueError) as e:
             raise IntegrityError(f"{name} is not stored as config.json's quantization_config says: {e}") from e
+
+
+def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Iterator[tuple[str, Weight]]:
+    """Yield a checkpoint's tensors by the names of `expected_shapes`."""
+    for name, tensor in tensors:
+        parts = fused_parts(name, config)
+        for part, rows in parts.items():
+            yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
+        if not parts:
+            yield plain_name(name), tensor
 
 
 def _open(file: Path) -> Any:

@@ -388,9 +388,9 @@ def _serving(spec: ServeSpec, config: ModelConfig, machine: Machine) -> str:
     flops, bandwidth = rates.fastest, rates.bandwidth
     if use_gpu and rates.gpu is not None:
         flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
-    elements = config.num_matrix_elements
-    prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
-    step = max(config.matrix_bytes(spec.element_bytes, on_gpu=use_gpu) / bandwidth, 2.0 * elements * _REQUESTS / flops)
+    active = config.num_active_elements
+    prompts = 2.0 * (active - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
+    step = max(config.matrix_bytes(spec.element_bytes, on_gpu=use_gpu) / bandwidth, 2.0 * active * _REQUESTS / flops)
     tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
     return f"{told}; {_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
 

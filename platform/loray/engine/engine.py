@@ -27,6 +27,7 @@ from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.scheduler import Scheduler
+from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
@@ -149,8 +150,14 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        weights = WeightSource(base.path, base.config)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, weights, pinned=pool.tensor.is_cuda)
+        packer = Packer(
+            pool.geometry,
+            pool.tensor.dtype,
+            model.embedding_VD,
+            WeightSource(base.path, base.config),
+            base.config.fused,
+            pinned=pool.tensor.is_cuda,
+        )
         self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
@@ -174,6 +181,7 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
+            window=base.config.window,
         )
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}
@@ -192,6 +200,12 @@ class Engine:
     def warm_up(self) -> CaptureState | None:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
+
+    def guess_tokens(self) -> None:
+        """Guess tokens from now on, see `Speculation`. A captured step has one token a request, so not where steps are
+        captured: each with guesses would be computed launch by launch.
+        """
+        self.scheduler.speculation = Speculation(self.scheduler.step_time, self._grammars.allowed)
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Count the tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
@@ -306,21 +320,23 @@ class Engine:
 
     @torch.inference_mode()
     def _results(self, results: StepResults) -> list[TokenOutput]:
-        requests = [request for request, _ in results.outcomes]
-        broken = {r.request_id: r for r, sampled in results.outcomes if sampled is None}
+        requests = list(dict.fromkeys(request for request, *_ in results.outcomes))
+        broken = {r.request_id: r for r, sampled, _ in results.outcomes if sampled is None}
         for part, logprobs in results.scores:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
                 part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
-        outputs = [
-            self._fail(r, sampled)
-            if isinstance(sampled, RequestError)
-            else self._postprocess(r, sampled.token, sampled.logprobs)
-            for r, sampled in results.outcomes
-            if sampled is not None and r.request_id not in broken
-        ]
+        outputs: list[TokenOutput] = []
+        for request, sampled, was_guessed in results.outcomes:
+            if sampled is None or request.request_id in broken or request.state is RequestState.FINISHED:
+                continue
+            if isinstance(sampled, RequestError):
+                outputs.append(self._fail(request, sampled))
+            else:
+                request.num_computed += was_guessed
+                outputs.append(self._postprocess(request, sampled.token, sampled.logprobs))
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
         self._grammars.advance(requests)
@@ -419,6 +435,8 @@ class Engine:
             adapters_loading=loading,
             prefix_cache_queries=scheduler.kv_cache.num_queries,
             prefix_cache_hits=scheduler.kv_cache.num_hits,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
             step_seconds=counters.step_seconds.counts(),
             step_tokens=counters.step_tokens.counts(),
             step_adapters=counters.step_adapters.counts(),
@@ -435,7 +453,7 @@ class Engine:
         adapters, as the books of scheduler, adapter manager and pool say. Between steps.
         """
         scheduler, adapter_manager = self.scheduler, self.adapter_manager
-        kv = Counter(block for request in scheduler.running for block in request.blocks)
+        kv = Counter(block for request in scheduler.running for block in request.held_blocks)
         kv.update(scheduler.prefix_cache.blocks())
         scheduler.prefix_cache.check_integrity()
         self.pool.check_integrity(kv, adapter_manager.residents())

@@ -36,6 +36,7 @@ class Counters:
         self.num_requests = self.num_finished = 0
         self.num_steps = self.num_prompt_tokens = self.num_output_tokens = 0
         self.max_adapters_in_step = 0
+        self.num_draft_tokens = self.num_accepted_tokens = 0
         self.step_seconds = Histogram(METRICS["engine_step_seconds"].buckets)
         self.step_tokens = Histogram(METRICS["engine_step_tokens"].buckets)
         self.step_adapters = Histogram(METRICS["engine_step_adapters"].buckets)
@@ -60,6 +61,11 @@ class Counters:
         self.num_prompt_tokens += max(0, prompt - request.num_prompt_counted)
         request.num_prompt_counted = max(prompt, request.num_prompt_counted)
 
+    def guessed(self, num_guesses: int, num_right: int) -> None:
+        """Count the guesses of a request in a step, and how many of the first were right."""
+        self.num_draft_tokens += num_guesses
+        self.num_accepted_tokens += num_right
+
     def stepped(self, num_tokens: int, num_adapters: int, seconds: float) -> None:
         self.num_steps += 1
         self.max_adapters_in_step = max(self.max_adapters_in_step, num_adapters)
@@ -74,6 +80,7 @@ class EngineStats(EngineFigures):
     adapters_in_pool       digests; adapters_on_host: of those that are on the host and not in the pool;
                            adapters_loading: on their way from the store
     prefix_cache_queries   prompt tokens looked up in the prefix cache; prefix_cache_hits: those found there
+    num_draft_tokens       guessed tokens that were computed; num_accepted_tokens: those that were right
     queue_seconds          by the adapter's method, or "base"
     """
 
@@ -84,6 +91,8 @@ class EngineStats(EngineFigures):
     adapters_loading: SkipValidation[tuple[str, ...]]
     prefix_cache_queries: int
     prefix_cache_hits: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     step_seconds: SkipValidation[HistogramCounts]
     step_tokens: SkipValidation[HistogramCounts]
     step_adapters: SkipValidation[HistogramCounts]

@@ -50,7 +50,7 @@ class Request:
     `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     active_from         the token from which its adapter is active, see `AdapterRef.active_from`; 0 without an adapter
-    blocks              a list that only grows: where a block is replaced or moved there is a new list
+    blocks              a list that only grows: where a block is replaced, moved or freed there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
@@ -60,6 +60,7 @@ class Request:
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see `sampling.sampler`
+    ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
     """
@@ -75,6 +76,7 @@ class Request:
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    num_freed_blocks: int = 0  # the first of `blocks`, behind the window of every layer: they are not its own any more
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     decoding_since: float = math.inf
     start_by: float = math.inf
@@ -87,6 +89,7 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
 
@@ -115,6 +118,10 @@ class Request:
         does not invoke.
         """
         return None if self.active_from == NEVER else self.adapter_digest
+
+    @property
+    def held_blocks(self) -> list[int]:
+        return self.blocks[self.num_freed_blocks :]
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -206,16 +213,19 @@ class StepWork(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Compute tokens [start, start + num_tokens) of `request` in this step."""
+    """Compute tokens [start, start + num_tokens) of `request` in this step. The last of them are `guesses`: what may
+    follow its newest token. Of those that are wrong, keys and values are written again.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
         """The chunk reaches the request's newest token, so that its logits are sampled."""
-        return self.start + self.num_tokens == self.request.num_tokens
+        return self.start + self.num_tokens == self.request.num_tokens + len(self.guesses)
 
     @property
     def parts(self) -> tuple[Chunk, ...]:
@@ -223,7 +233,7 @@ class Chunk(NamedTuple):
         at, stop = self.request.active_from, self.start + self.num_tokens
         if not self.start < at < stop:
             return (self,)
-        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at)
+        return Chunk(self.request, self.start, at - self.start), Chunk(self.request, at, stop - at, self.guesses)
 
     @property
     def scored(self) -> range:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -27,20 +28,28 @@ from loray.engine.pool.pool import Pool
 from loray.engine.request import Chunk, Request, RequestState, StepWork
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
-from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
+from loray.engine.sampling.sampler import Outcome, Sampled, Sampler, needs_history
 from loray.spec import TokenLogprobs
+
+
+class NextToken(NamedTuple):
+    """The next token of a request. `was_guessed`: its keys and values have been computed with those before it."""
+
+    request: Request
+    outcome: Outcome
+    was_guessed: bool = False
 
 
 class StepResults(NamedTuple):
     """The results of one step, for requests that have not ended.
 
     computed  the requests of the step's chunks
-    outcomes  of those that were sampled
+    outcomes  of those that were sampled, each one's in order: where guesses were right, more than one
     scores    of parts of prompts; None if they are not finite
     """
 
     computed: list[Request]
-    outcomes: list[tuple[Request, Outcome]]
+    outcomes: list[NextToken]
     scores: list[tuple[Scored, list[TokenLogprobs] | None]]
 
 
@@ -91,16 +100,18 @@ class ModelRunner:
             self._last_chunks[-1], work = chunks, StepWork(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         scores = PromptScores(batch.scored)
+        self._grammars.begin_guesses(batch.sampled)
         logits_SV = self._model.forward(batch, self._pool, scores.add)
         for chunk in chunks:
-            chunk.request.num_computed += chunk.num_tokens
+            chunk.request.num_computed += chunk.num_tokens - len(chunk.guesses)
             self._counters.computed(chunk.request)
-        requests, slots = [chunk.request for chunk in batch.sampled], self._model.slots(batch)
+        requests = [chunk.request for chunk in batch.sampled for _ in range(1 + len(chunk.guesses))]
+        slots = self._model.slots(batch)
         is_ahead = slots is not None and not any(map(needs_history, requests))
         with torch.inference_mode():
             outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), slots)
-        for request in requests:
-            request.num_in_flight += 1
+        for chunk in batch.sampled:
+            chunk.request.num_in_flight += 1
         computed = None
         if self._on_gpu and not (batch.sampled or batch.scored):
             # Nothing is read of it, so it has only been queued. Other streams, on which adapters are copied, go on.
@@ -139,14 +150,14 @@ class ModelRunner:
     def collected(self) -> Iterator[StepResults]:
         """Read the oldest step in flight, which ends where the context does."""
         step = self._launched.popleft()
-        batch, requests = step.batch, [chunk.request for chunk in step.batch.sampled]
-        for request in requests:
-            request.num_in_flight -= 1
+        batch = step.batch
+        for chunk in batch.sampled:
+            chunk.request.num_in_flight -= 1
         with torch.inference_mode():
             outcomes, scores = step.outcomes(), [*step.scores.of(batch.scored)]
         yield StepResults(
             [chunk.request for chunk in step.chunks if chunk.request.state is not RequestState.FINISHED],
-            [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not RequestState.FINISHED],
+            [*self._next_tokens(batch.sampled, outcomes)],
             scores,
         )
         if step.computed is not None:
@@ -155,3 +166,21 @@ class ModelRunner:
         seconds, self._read_at = now - max(step.began, self._read_at), now
         self._observe(step.work, seconds)
         self._counters.stepped(step.num_tokens, len(batch.residents), seconds)
+
+    def _next_tokens(self, sampled: Sequence[Chunk], outcomes: Sequence[Outcome]) -> Iterator[NextToken]:
+        """Give the tokens of requests that have not ended. What follows a guess counts while the guess is what was
+        drawn; where what follows is no token, the next step finds out again, as if nothing had been guessed.
+        """
+        rows = iter(outcomes)
+        for chunk in sampled:
+            outcome, *others = islice(rows, 1 + len(chunk.guesses))
+            if chunk.request.state is RequestState.FINISHED:
+                continue
+            num_right = 0
+            for guess, following in zip(chunk.guesses, others, strict=True):
+                if not (isinstance(outcome, Sampled) and outcome.token == guess and isinstance(following, Sampled)):
+                    break
+                yield NextToken(chunk.request, outcome, was_guessed=True)
+                outcome, num_right = following, num_right + 1
+            yield NextToken(chunk.request, outcome)
+            self._counters.guessed(len(chunk.guesses), num_right)

@@ -22,6 +22,7 @@ _LORA = Lora()
 
 class Alora(Lora):
     name: ClassVar[AdapterMethod] = "alora"
+    adapts_experts: ClassVar[bool] = False
     spec: ClassVar[type[BaseModel]] = AloraSpec
     defaults: ClassVar[Mapping[str, Default]] = {
         **Lora.defaults,

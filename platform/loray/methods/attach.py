@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.methods import keeps_fp32, method_of
-from loray.methods.base import ADAPTER
+from loray.methods.base import ADAPTER, stored_modules
+from loray.methods.expert_lora import ExpertLoraWeights, has_experts
 from loray.methods.weights import AdapterWeights
-from loray.spec import AdapterSpec
+from loray.spec import MLP_MODULES, AdapterSpec
 
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
 
@@ -40,9 +41,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     """
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
-    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    if missing := [m for m in spec.target_modules if m not in names]:
-        raise UnsupportedError(f"the model has no modules {', '.join(missing)}; take them out of target_modules")
+    spec = on_model(model, spec)
     dtype = model.get_input_embeddings().weight.dtype
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -51,6 +50,17 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if keeps_fp32(name) else dtype)
+
+
+def on_model(model: Any, spec: AdapterSpec) -> AdapterSpec:
+    """Give `spec` with its target modules as `model` has them. Raises UnsupportedError where it lacks one."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if method_of(spec).adapts_experts and has_experts(model):
+        names |= {*MLP_MODULES}
+    modules = stored_modules(spec.target_modules, names)
+    if missing := [m for m in modules if m not in names]:
+        raise UnsupportedError(f"the model has no modules {', '.join(missing)}; take them out of target_modules")
+    return spec.model_copy(update={"target_modules": modules})
 
 
 def peft_name(name: str) -> str:
@@ -74,6 +84,10 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     inner = model.base_model
     parameters = {peft_name(name): parameter for name, parameter in inner.named_parameters()}
     for key, module in weights.modules.items():
+        if isinstance(module, ExpertLoraWeights):
+            for name, tensor in module.parts.items():
+                parameters[f"layers.{key.layer}.{name}"].copy_(tensor)
+            continue
         owner: Any = inner.get_submodule(key.path)
         own = owner.own_parts(module.parts) if hasattr(owner, "own_parts") else module.parts
         for part, tensor in own.items():

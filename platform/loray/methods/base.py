@@ -6,17 +6,18 @@ Shapes: R rank, I input width, O output width of a linear module.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel
 
-from loray.bases.config import ModelConfig
+from loray.bases.config import FUSED, ModelConfig
 from loray.errors import IntegrityError, UnsupportedError, shown
+from loray.methods.expert_lora import peft_targets
 from loray.methods.pairs import PairKey
 from loray.methods.weights import AdapterWeights, ModuleWeights, Role
-from loray.spec import MODULES_BY_INPUT, AdapterSpec, Default
+from loray.spec import MLP_MODULES, MODULES_BY_INPUT, AdapterSpec, Default
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Method(ABC):
     products_backward    products with A and B in a backward pass, for each in a forward pass
     keeps_embedding_rows PEFT can store the changed rows of an embedding alone
     has_variants         PEFT has some that are not served, of which LoRA can be made
+    adapts_experts       where a base has them in the place of MLPs
     """
 
     name: ClassVar[AdapterMethod]
@@ -100,6 +102,7 @@ class Method(ABC):
     products_backward: ClassVar[int] = 2
     keeps_embedding_rows: ClassVar[bool] = True
     has_variants: ClassVar[bool] = False
+    adapts_experts: ClassVar[bool] = False
 
     def rank(self, spec: Any) -> int:
         """Return the rank of the adapter's matrices; 0 for a method without."""
@@ -107,7 +110,12 @@ class Method(ABC):
 
     def problems(self, spec: Any, model: ModelConfig) -> Iterator[str]:
         """Say why `spec` could not be trained on this base."""
-        yield from ()
+        own = [module for module in MLP_MODULES if module in spec.target_modules]
+        if model.experts is not None and own and not self.adapts_experts:
+            yield (
+                f"this base has experts in the place of MLPs, which {self.name} does not adapt: leave "
+                f"{', '.join(own)} out of adapter.target_modules"
+            )
 
     # -- what it costs --
 
@@ -155,7 +163,7 @@ class Method(ABC):
         """
         from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+        inject_adapter_in_model(self.peft_config(spec, **peft_targets(spec, model)), model, adapter_name=ADAPTER)
 
     @abstractmethod
     def peft_config(self, spec: Any, **options: Any) -> PeftConfig:
@@ -197,10 +205,28 @@ class Method(ABC):
 
 
 def shapes(spec: AdapterSpec, model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of the target modules."""
-    return {module: model.module_shape(module) for module in spec.target_modules}
+    """Return (O, I) of the target modules, as the base has them."""
+    return {m: model.module_shape(m) for m in stored_modules(spec.target_modules, model.fused)}
+
+
+def stored_modules(modules: Sequence[str], found: Container[str]) -> tuple[str, ...]:
+    """Name `modules` as a base has them that has those of `found`: where q, k and v are one, qkv_proj.
+
+    Raises UnsupportedError where that has other modules, too.
+    """
+    names = dict.fromkeys(modules)
+    for fused, parts in FUSED.items():
+        own = [part for part in parts if part in names]
+        if fused in found and own:
+            if len(own) < len(parts):
+                raise UnsupportedError(
+                    f"this base has {', '.join(parts)} as one module, {fused}, and adapter.target_modules has only "
+                    f"{', '.join(own)}: name all of them or none"
+                )
+            names = dict.fromkeys(fused if name in parts else name for name in names)
+    return tuple(names)
 
 
 def input_of(module: str) -> tuple[str, ...]:
     """Return the modules that have the same input as `module`, itself included."""
-    return next(modules for modules in MODULES_BY_INPUT if module in modules)
+    return next((modules for modules in MODULES_BY_INPUT if module in modules), (module,))

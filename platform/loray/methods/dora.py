@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Dora(Lora):
     name: ClassVar[AdapterMethod] = "dora"
     stored_as: ClassVar[AdapterMethod] = "dora"
+    adapts_experts: ClassVar[bool] = False
     spec: ClassVar[type[BaseModel]] = DoraSpec
 
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import IntegrityError, shown
 from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
+from loray.methods.expert_lora import PARAMETERS, ExpertLoraWeights
 from loray.methods.weights import MAGNITUDE, AdapterWeights, LoraWeights
-from loray.spec import Default, LongLoraSpec, LoraSpec
+from loray.spec import MLP_MODULES, Default, LongLoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class Lora(Method):
     stored_as: ClassVar[AdapterMethod] = "lora"
     spec: ClassVar[type[BaseModel]] = LoraSpec
     peft_type = "LORA"
+    adapts_experts: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Default]] = {
         "adapter.rank": Default("capacity; 8 to 64 is usual"),
         "adapter.alpha": Default("twice the rank: the update is scaled by 2"),
@@ -34,6 +37,14 @@ class Lora(Method):
     pair_rate = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
 
     def problems(self, spec: LoraSpec, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems(spec, model)
+        if model.experts is not None and (own := {*MLP_MODULES} & {*spec.target_modules}):
+            if len(own & {"gate_proj", "up_proj"}) == 1:
+                yield "gate_proj and up_proj of experts are one parameter: name both in adapter.target_modules, or none"
+            if spec.dropout:
+                yield "adapter.dropout is not for experts, whose weights PEFT changes: set it to 0"
+            if spec.init is not None:
+                yield f"adapter.init: {spec.init} is not for experts: leave it out, or {', '.join(sorted(own))}"
         for module, (out, width) in shapes(spec, model).items():
             if spec.init is not None and spec.rank > min(out, width):
                 yield (
@@ -44,14 +55,34 @@ class Lora(Method):
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
         rank = spec.published.rank
         for module, (out, width) in shapes(spec, model).items():
-            yield ServedMatrix(module, "lora_a", rank, width)
-            yield ServedMatrix(module, "lora_b", rank, out)
+            is_expert = model.experts is not None and module in MLP_MODULES
+            rows = rank * model.experts.num if model.experts is not None and is_expert else rank
+            if not (is_expert and module == "up_proj"):  # whose A is gate_proj's
+                yield ServedMatrix(module, "lora_a", rows, width)
+            yield ServedMatrix(module, "lora_b", rows, out)
 
     def trained(self, spec: LoraSpec, model: ModelConfig) -> Iterator[int]:
-        return super().trained(spec.model_copy(update={"init": None}), model)
+        trained: Counter[tuple[str, str]] = Counter()
+        for module, role, rows, width in self.matrices(spec.model_copy(update={"init": None}), model):
+            is_of_two = model.experts is not None and module in PARAMETERS["gate_up_proj"]
+            trained["gate_up_proj" if is_of_two else module, role] += rows * width
+        return iter(trained.values())
 
     def factors(self, spec: LoraSpec, model: ModelConfig) -> int:
-        return super().factors(spec.published, model)
+        if model.experts is None:
+            return super().factors(spec.published, model)
+        own = shapes(spec, model).items()
+        return sum(
+            spec.published.rank * (out + width) * (model.num_active_mlps if module in MLP_MODULES else 1)
+            for module, (out, width) in own
+        )
+
+    def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:
+        """Count those of experts, to whose weights PEFT adds B A in every pass."""
+        if model.experts is None:
+            return 0
+        own = (out * width for module, (out, width) in shapes(spec, model).items() if module in MLP_MODULES)
+        return model.experts.num * spec.rank * sum(own)
 
     def frozen(self, spec: LoraSpec, model: ModelConfig) -> int:
         return 0 if spec.init is None else sum(self.trained(spec, model))
@@ -62,12 +93,16 @@ class Lora(Method):
         The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
         heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask.
         """
-        own = shapes(spec, model)
-        inner = element_bytes * spec.published.rank * len(spec.target_modules)
-        inputs = {module: element_bytes * width for module, (_, width) in own.items()}
+        own, routed = shapes(spec, model), 0
+        if model.experts is not None:  # whose changed weights want their inputs, which are put together by expert
+            inputs = {input_of(m): width for m, (_, width) in own.items() if m in MLP_MODULES}
+            routed = element_bytes * model.num_active_mlps * sum(inputs.values())
+            own = {module: shape for module, shape in own.items() if module not in MLP_MODULES}
+        inner = element_bytes * spec.published.rank * len(own) + routed
+        each = {module: element_bytes * width for module, (_, width) in own.items()}
         if spec.dropout:
-            return SavedTensors("adapter", inner + 2 * sum(inputs.values()), max(inputs.values()))
-        shared = {input_of(module): nbytes for module, nbytes in inputs.items()}
+            return SavedTensors("adapter", inner + 2 * sum(each.values()), max(each.values()))
+        shared = {input_of(module): nbytes for module, nbytes in each.items()}
         if not is_shared:
             shared.pop(input_of("o_proj"), None)
         return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
@@ -93,10 +128,9 @@ class Lora(Method):
             r=spec.rank,
             lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
             lora_dropout=spec.dropout,
-            target_modules=list(spec.target_modules),
             use_rslora=spec.use_rslora,
             task_type="CAUSAL_LM",
-            **options,
+            **{"target_modules": list(spec.target_modules), **options},
         )
 
     def check_config(self, config: Mapping[str, Any], *, source: str) -> None:
@@ -113,7 +147,9 @@ class Lora(Method):
         return LoraWeights(parts["lora_A"], parts["lora_B"], scale, parts.get(MAGNITUDE))
 
     def differences(self, spec: LoraSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
-        scales = {module.as_lora(None, 0).scale for module in weights.modules.values()}
+        scales = {cast("LoraWeights | ExpertLoraWeights", module).scale for module in weights.modules.values()}
+        if any(isinstance(module, ExpertLoraWeights) and not module.is_fused for module in weights.modules.values()):
+            yield "it has tensors of each expert by itself"
         if not all(math.isclose(s, spec.scale) for s in scales):
             yield f"its update is scaled by {', '.join(f'{s:g}' for s in sorted(scales))} (alpha, use_rslora)"
 

@@ -70,6 +70,7 @@ class Miss(Method):
     keeps_embedding_rows = False  # MissConfig has no trainable_token_indices
 
     def problems(self, spec: MissSpec, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems(spec, model)
         for module, (_, width) in shapes(spec, model).items():
             if spec.rank > width:
                 yield f"adapter.rank is {spec.rank}, and {module} has {width} inputs to sum: take at most {width}"

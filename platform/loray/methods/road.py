@@ -98,6 +98,7 @@ class Road(Method):
     keeps_embedding_rows = False  # RoadConfig has no trainable_token_indices
 
     def problems(self, spec: RoadSpec, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems(spec, model)
         for module, (out, _) in shapes(spec, model).items():
             if out % spec.group_size:
                 yield f"adapter.group_size {spec.group_size} does not divide the {out} outputs of {module}: lower it"

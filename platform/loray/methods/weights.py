@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ModuleKey(NamedTuple):
-    """One linear module of the base: `ModuleKey(3, "q_proj")`."""
+    """One linear module of the base, as PEFT has it: `ModuleKey(3, "q_proj")`, and `qkv_proj` where that is one."""
 
     layer: int
     module: str
@@ -24,7 +24,8 @@ class ModuleKey(NamedTuple):
     @property
     def path(self) -> str:
         """The path below `model.`: "layers.3.self_attn.q_proj"."""
-        return f"layers.{self.layer}.{'mlp' if self.module in MLP_MODULES else 'self_attn'}.{self.module}"
+        is_mlp = self.module in MLP_MODULES or self.module == "gate_up_proj"
+        return f"layers.{self.layer}.{'mlp' if is_mlp else 'self_attn'}.{self.module}"
 
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in PEFT's files

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.methods import method_of
+from loray.methods.base import shapes
 from loray.planning.devices import Device
 from loray.planning.run import RunShape, count_quantized, halo_plan
 from loray.planning.sequence import ring_elements, ulysses_elements
@@ -182,7 +183,7 @@ def _products(
     """A matrix of n elements takes 2n FLOPs per token; a (query, key) pair takes 4 · head_dim per layer."""
     head = model.vocab_size * model.hidden_size
     return _Products(
-        linears=2.0 * (model.num_matrix_elements - head) * num_tokens,
+        linears=2.0 * (model.num_active_elements - head) * num_tokens,
         head=2.0 * head * num_targets,
         adapter=2.0 * method_of(adapter).factors(adapter, model) * model.num_layers * num_tokens,
         attention=4.0 * model.head_dim * model.num_layers * num_pairs,
@@ -318,8 +319,10 @@ def _eager_bytes(run: RunShape) -> float:
     norm = 4 * e + 28  # read, written in fp32, squared, averaged, scaled, written, weighted
     width = 2 * norm * model.hidden_size + 6 * e * model.hidden_size
     width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
-    width += 5 * e * sum(model.module_shape(module)[0] for module in run.adapter.target_modules)
-    width += 5 * e * model.intermediate_size
+    width += 5 * e * sum(out for out, _ in shapes(run.adapter, model).values())
+    width += 5 * e * model.num_active_mlps * model.intermediate_size
+    if model.experts is not None:  # tokens are put together by expert, and their results are added up
+        width += 4 * e * model.num_active_mlps * model.hidden_size
     layers = width * model.num_layers * (3 + run.checkpointing + run.extra_forwards)
     loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.extra_forwards / 2)  # half of it is the gradient
     dequantized = 0.0

@@ -6,6 +6,7 @@ gradients and optimizer states are replicated or sharded (Rajbhandari et al., *Z
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from loray.methods.base import SavedTensors
 from loray.planning.devices import Device
 from loray.planning.run import SHARDS_WEIGHTS, RunShape
 from loray.planning.sequence import DensePlan
-from loray.spec import DTYPE_BYTES, LINEAR_MODULES, TrainSpec
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MLP_MODULES, TrainSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
@@ -160,6 +161,10 @@ def _activations(run: RunShape, device: Device) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
+    if (experts := run.model.experts) is not None and {*MLP_MODULES} & {*run.adapter.target_modules}:
+        matrices = sum(math.prod(run.model.module_shape(m)) for m in MLP_MODULES if m in run.adapter.target_modules)
+        changed = run.element_bytes * experts.num * matrices
+        yield Item("experts with the adapter in them", changed * (1 if run.checkpointing else layers), alive, changed)
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
@@ -224,7 +229,8 @@ def _share(nbytes: int, shards: int) -> int:
 #
 # Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
 # with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
-# attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
+# attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row
+# length, but for attention with a soft cap.
 
 
 def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
@@ -236,7 +242,7 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
     adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
-    widths = [(1, model.hidden_size)] * 2
+    widths = [(1, model.hidden_size)] * (4 if model.layers[0].norms == "sandwich" else 2)
     widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []
     trained = e if run.adapter.train_norms else 0
     norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
@@ -245,12 +251,18 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
     is_copied = is_copied and "o_proj" in run.adapter.target_modules
     attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
-    mlp = e * model.intermediate_size  # of each of gate, silu(gate) and up
+    if model.attention_soft_cap is not None:  # op by op: capped scores, weights in fp32, and again in the dtype
+        attention += model.num_heads * run.padded_length * (2 * e + _FP32)
+    mlp = e * model.num_active_mlps * model.intermediate_size  # of each of gate, silu(gate) and up
+    # Of experts also their results, which shares multiply, and what the router computes in fp32.
+    routed = (
+        0 if model.experts is None else e * model.num_active_mlps * model.hidden_size + 2 * _FP32 * model.experts.num
+    )
     kept = (
         SavedTensors("norms", norms, _FP32 * model.hidden_size),
         SavedTensors("attention", attention, q),
         adapter,
-        SavedTensors("mlp", 3 * mlp, mlp),
+        SavedTensors("mlp", 3 * mlp + routed, mlp),
     )
     return tuple(part for part in kept if part.nbytes)
 
@@ -264,10 +276,12 @@ def layer_input(run: RunShape) -> int:
 
 def layer_gradients(run: RunShape) -> SavedTensors:
     """Count the gradients of activations that exist at once in a layer's backward pass, at most: those of up,
-    silu(gate), their product, the residual stream and the layer's output.
+    silu(gate), their product, the residual stream and the layer's output; of experts also their inputs and results.
     """
-    width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
-    return SavedTensors("gradients of activations", 3 * width + 2 * hidden, width)
+    model, hidden = run.model, layer_input(run)
+    width = run.element_bytes * model.num_active_mlps * model.intermediate_size
+    routed = 0 if model.experts is None else 2 * model.num_active_mlps * hidden
+    return SavedTensors("gradients of activations", 3 * width + 2 * hidden + routed, width)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -297,7 +311,8 @@ def measuring_bytes(run: RunShape, device: Device) -> int:
         weights += gathered_weights(run)
     tokens = -(-max(MEASURED_AT_ONCE, run.measured_length) // run.sequence)
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = (2 * e + _FP32) * model.hidden_size + e * max(heads, 3 * model.intermediate_size)
+    mlp = 3 * model.intermediate_size + (0 if model.experts is None else 2 * model.hidden_size)
+    layer = (2 * e + _FP32) * model.hidden_size + e * max(heads, model.num_active_mlps * mlp)
     logits = 2 * _FP32 * min(device.loss_chunk, tokens * model.vocab_size)
     passing = tokens * layer + logits
     return weights + passing + int(device.fragmentation * passing) + device.framework_bytes
@@ -348,6 +363,8 @@ def _host_base(run: RunShape, num_workers: int) -> Iterator[Item]:
     e, model = run.element_bytes, run.model
     shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
     largest = max(out * width for out, width in shapes)
+    if model.experts is not None:  # gate and up of all of a layer's are one tensor
+        largest = max(largest, 2 * model.experts.num * model.intermediate_size * model.hidden_size)
     if run.weight_shards > 1 or run.quantization is not None:
         yield Item("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
     if run.weight_shards == 1:

@@ -9,6 +9,7 @@ from loray.methods import method_of
 from loray.planning.sequence import DensePlan, HaloPlan, padded_length
 from loray.recipes.resolve import Resolved, check_token_budget, resolve
 from loray.spec import (
+    ATTENTION_MODULES,
     DTYPE_BYTES,
     LINEAR_MODULES,
     AdapterSpec,
@@ -66,7 +67,7 @@ class TrainedCounts:
 def count_base(model: ModelConfig) -> BaseCounts:
     """Count the elements of a base, whose layers are taken as equal."""
     layer = model.layers[0]
-    norms = 2 * model.hidden_size + (2 * model.head_dim if layer.qk_norm else 0)
+    norms = (4 if layer.norms == "sandwich" else 2) * model.hidden_size + (2 * model.head_dim if layer.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim if layer.qkv_bias else 0
     embedding = model.vocab_size * model.hidden_size
     matrices = model.num_matrix_elements - embedding  # the output head is as large as the input embedding
@@ -81,8 +82,10 @@ def count_base(model: ModelConfig) -> BaseCounts:
 
 
 def count_quantized(model: ModelConfig) -> int:
-    """Count the elements of the decoder's linear layers, which a quantized base has in 4 bits."""
-    shapes = (model.module_shape(module) for module in LINEAR_MODULES)
+    """Count the elements of the decoder's linear layers, which a quantized base has in 4 bits. Experts are none: they
+    stay in the base's dtype.
+    """
+    shapes = (model.module_shape(m) for m in (LINEAR_MODULES if model.experts is None else ATTENTION_MODULES))
     return model.num_layers * sum(out * width for out, width in shapes)
 
 

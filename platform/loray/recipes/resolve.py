@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loray.bases.config import ModelConfig, scaled
+from loray.bases.config import ARCHITECTURES, ModelConfig, scaled
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Hardware, training_dtype
 from loray.methods import method_of
@@ -80,11 +80,32 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
             rope = scaled(model.rope, scaling, original_context=original, head_dim=model.head_dim)
         except ValueError as e:
             raise UnsupportedError(f"rope_scaling on the base {spec.base}: {e}") from e
+        if rope.rope_type not in ARCHITECTURES[model.architecture].ropes:
+            raise UnsupportedError(
+                f"rope_scaling on the base {spec.base}: transformers has no {rope.rope_type} RoPE for "
+                f"{model.architecture}: take type: ntk, or leave rope_scaling out"
+            )
     row_length = _row_length(spec, context, default=context if spec.is_long_context else min(_MAX_LENGTH, context))
     if spec.parallel.sequence > row_length:
         raise SpecError(
             f"parallel.sequence is {spec.parallel.sequence}, more than the {row_length} tokens of a row, of which "
             "every worker is to hold a part; lower it"
+        )
+    windows = [layer.window for layer in model.layers if layer.window is not None and layer.window < row_length]
+    if model.attention_soft_cap is not None and (spec.parallel.sequence > 1 or spec.attention.type == "s2"):
+        raise SpecError(
+            f"attention of the base {spec.base} has a soft cap, which neither S2-Attn nor attention over a sequence "
+            "group has: set attention.type: dense and parallel.sequence: 1"
+        )
+    if windows and spec.parallel.sequence > 1:
+        raise SpecError(
+            f"parallel.sequence is {spec.parallel.sequence}, but layers of the base {spec.base} have a window of "
+            f"{windows[0]} tokens, which only whole rows have: set it to 1, or data.max_length to {windows[0]}"
+        )
+    if spec.attention.type == "s2" and len(windows) == model.num_layers:
+        raise SpecError(
+            f"every layer of the base {spec.base} has a window of {windows[0]} tokens, so S2-Attn would change "
+            "nothing: set attention.type: dense"
         )
     usual_group = quarter(row_length if rope is None else context)
     group_size = None if spec.attention.type == "dense" else spec.attention.group_size or usual_group

@@ -19,7 +19,7 @@ from loray.spec.training import TrainSpec
 
 # base_scaled: the base under the adapter's RoPE; parent: the adapter that training went on from
 Subject = Literal["adapter", "base", "base_scaled", "parent"]
-RopeType = Literal["default", "linear", "yarn", "llama3"]
+RopeType = Literal["default", "linear", "yarn", "llama3", "longrope"]
 
 NEVER = sys.maxsize  # from which token on an adapter is active that its prompt does not invoke
 MAX_TEMPLATE_CHARACTERS = 128 << 10
@@ -30,6 +30,7 @@ MAX_RECIPE_BYTES = 224 << 10  # which leaves place for the evaluations of what i
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # the catalog's integers have 32 bits
 _Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
+_Divisor = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 
 class RopeParameters(Frozen):
@@ -47,12 +48,15 @@ class RopeParameters(Frozen):
     beta_slow: _Rotations | None = None
     low_freq_factor: _Rotations | None = None
     high_freq_factor: _Rotations | None = None
+    short_factor: tuple[_Divisor, ...] | None = Field(default=None, max_length=512, description="of each frequency")
+    long_factor: tuple[_Divisor, ...] | None = Field(default=None, max_length=512, description="beyond that context")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         needs: dict[str, tuple[str, ...]] = {
             "linear": ("factor",),
             "yarn": ("factor", "original_max_position_embeddings"),
+            "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
             "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
         }
         missing = [f for f in needs.get(self.rope_type, ()) if getattr(self, f) is None]

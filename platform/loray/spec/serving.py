@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -101,6 +101,9 @@ class ServeSpec(Frozen):
     )
     graph_bytes: NumBytes = Field(default=1 << 30, description="of a GPU's memory that recorded steps may take")
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
+    speculation: Literal["auto", "off"] = Field(
+        default="auto", description="guess tokens from prompt and answer where that is faster; never on a GPU yet"
+    )
     max_queued: int = Field(default=512, gt=0, description="other requests that wait; more are refused with 429")
     max_loading: int = Field(
         default=512, gt=0, description="requests that wait for their adapters to be loaded; more are refused with 429"

@@ -28,6 +28,7 @@ from torch import Tensor
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.methods import keeps_fp32, method_of
+from loray.methods.expert_lora import peft_targets
 from loray.spec import (
     LOSS,
     AdapterSpec,
@@ -236,9 +237,9 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
     head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
     """
-    from loray.methods.attach import peft_name, trained_norms  # they import PEFT
+    from loray.methods.attach import on_model, peft_name, trained_norms  # they import PEFT
 
-    method = method_of(spec)
+    method, spec = method_of(spec), on_model(model, spec)
     published = method.published(spec, model, {peft_name(name): t for name, t in trained.items()})
     tensors = {PREFIX + name: t for name, t in published.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
@@ -253,6 +254,8 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     }
     if token_ids is not None:
         options["trainable_token_indices"] = token_ids
+    if method.adapts_experts:
+        options |= peft_targets(spec, model)
     return AdapterFiles(_fields(method.peft_config(spec, **options)), tensors)
 
 

@@ -24,6 +24,17 @@ class Mixed(NamedTuple):
     cross_entropies_N: Tensor
 
 
+def head_logits(hidden_CD: Tensor, weight_VD: Tensor, soft_cap: float | None, dtype: torch.dtype) -> Tensor:
+    """Compute z = h Wᵀ in `dtype`, or c · tanh(h Wᵀ / c) where the head has a soft cap c (Gemma 2)."""
+    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
+    return logits_CV if soft_cap is None else logits_CV.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def cap_slopes(logits_CV: Tensor, soft_cap: float | None) -> Tensor | None:
+    """Compute dz / d(h Wᵀ) = 1 − (z / c)² of `head_logits`; None where it is 1."""
+    return None if soft_cap is None else 1 - (logits_CV / soft_cap).square()
+
+
 def needs_gradient(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
     """Tell whether a loss is differentiated. Raises ValueError where the output head `weight_VD` is trained."""
     if weight_VD.requires_grad and torch.is_grad_enabled():
@@ -60,6 +71,7 @@ class _Divergence(torch.autograd.Function):
         log_probs_NK: Tensor,
         weight: float,
         is_reverse: bool,
+        soft_cap: float | None,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -67,7 +79,8 @@ class _Divergence(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
         for part in loss_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
             labels_C1, ids_CK, log_p_CK = labels_N[part, None], ids_NK[part], log_probs_NK[part].to(exact)
-            logits_CV = (hidden_ND[part] @ weight_VD.T).to(exact)
+            logits_CV = head_logits(hidden_ND[part], weight_VD, soft_cap, exact)
+            slopes_CV = cap_slopes(logits_CV, soft_cap if with_grad else None)
             normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
             ce_N[part] = (normaliser_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
             top_CK = logits_CV.gather(1, ids_CK)
@@ -93,6 +106,8 @@ class _Divergence(torch.autograd.Function):
             logits_CV.mul_(weight * of_rest_C1 + (1 - weight))
             logits_CV.scatter_(1, ids_CK, weight * of_top_CK + (1 - weight) * q_CK)
             logits_CV.scatter_add_(1, labels_C1, logits_CV.new_full(labels_C1.shape, weight - 1))
+            if slopes_CV is not None:
+                logits_CV.mul_(slopes_CV)
             grad_ND[part] = logits_CV.to(weight_VD.dtype) @ weight_VD
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
@@ -102,7 +117,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.to(grads[0].dtype) * grads[0][:, None]).to(grad_ND.dtype), *[None] * 7
+        return (grad_ND.to(grads[0].dtype) * grads[0][:, None]).to(grad_ND.dtype), *[None] * 8
 
 
 def divergence(
@@ -114,10 +129,11 @@ def divergence(
     *,
     weight: float,
     is_reverse: bool,
+    soft_cap: float | None = None,
 ) -> Mixed:
-    """Compute the losses of N labels beside a teacher's log-probabilities of K different tokens at each, K < V.
-    Differentiable in `hidden_ND` only. Raises as `needs_gradient`.
+    """Compute the losses of N labels beside a teacher's log-probabilities of K different tokens at each, K < V. Logits
+    are those of `head_logits`. Differentiable in `hidden_ND` only. Raises as `needs_gradient`.
     """
     with_grad = needs_gradient(hidden_ND, weight_VD)
-    arguments = (hidden_ND, weight_VD, labels_N, ids_NK.long(), log_probs_NK, weight, is_reverse, with_grad)
+    arguments = (hidden_ND, weight_VD, labels_N, ids_NK.long(), log_probs_NK, weight, is_reverse, soft_cap, with_grad)
     return Mixed(*_Divergence.apply(*arguments))  # type: ignore[no-untyped-call]

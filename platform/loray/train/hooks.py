@@ -3,7 +3,8 @@
 Model classes do not change; `attn_implementation` is `ATTENTION`, whose G is `config.s2_group_size`, or `DENSE`. The
 mask function finds padding (a 2D attention mask) and packing (position ids that restart), once a batch, and returns
 segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
-sharded batch. In dense attention a cache, sliding windows and dropout on attention weights are left to transformers.
+sharded batch. A layer with a sliding window that is shorter than the rows keeps it, also beside layers with S2-Attn;
+windows are left to transformers, and so are, in dense attention, a cache and dropout on attention weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -63,7 +65,10 @@ def segments_mask(
             )
         return segment_gathered(ids_BN, group)
     has_window = local_size is not None and local_size < kv_length
-    if not is_s2 and (not is_whole or has_window or config.attention_dropout or others.get("use_vmap")):
+    has_cap = getattr(config, "attn_logit_softcapping", None) is not None
+    if has_window or has_cap or (not is_s2 and (not is_whole or config.attention_dropout or others.get("use_vmap"))):
+        if has_cap:
+            others["allow_is_causal_skip"] = False
         mask: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -128,8 +133,11 @@ def attention_forward(
     """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `segments_mask` made the mask."""
     if attention_mask is None or isinstance(attention_mask, Tensor):
         config: Any = module.config
-        if config._attn_implementation == ATTENTION:
+        if config._attn_implementation == ATTENTION and kwargs.get("sliding_window") is None:
             raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
+        if (cap := kwargs.pop("softcap", None)) is not None:
+            assert attention_mask is not None
+            return _capped(query, key, value, attention_mask, scaling, cap, dropout), None
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -143,10 +151,10 @@ def attention_forward(
     window, row_length = kwargs.get("sliding_window"), query.shape[2]
     if isinstance(attention_mask, ShardSegments | GatheredSegments):
         row_length = attention_mask.row_length
-    if (is_s2 or is_shared) and window is not None and window < row_length:
+    if is_shared and window is not None and window < row_length:
         raise UnsupportedError(
-            f"a sliding window of {window} tokens is shorter than the rows of {row_length}; "
-            "neither S2-Attn nor attention over a sequence group has one"
+            f"a sliding window of {window} tokens is shorter than the rows of {row_length}, and attention over a "
+            "sequence group has none: set parallel.sequence to 1, or data.max_length to the window's length"
         )
     if getattr(module, "layer_idx", 0) == 0:
         if is_shared and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
@@ -164,6 +172,18 @@ def attention_forward(
         case AttentionSegments():
             repeats = query.shape[1] // key.shape[1]
             return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float, dropout: float
+) -> Tensor:
+    """Compute (B, T, H, D) with scores s, scaled, of cap · tanh(s / cap): op by op, since no kernel has them."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.tanh(query @ key.mT * (scale / cap)) * cap
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=exact).to(query.dtype)
+    return (F.dropout(weights, dropout, training=dropout > 0) @ value).transpose(1, 2)
 
 
 for _name in (ATTENTION, DENSE):

@@ -635,8 +635,8 @@ def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
     inner = model.base_model
     scaled = inner.rotary_emb
     config = copy.deepcopy(model.config)
-    config.rope_parameters = base.config.rope.to_hf()
-    inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
+    config.rope_parameters = base.config.hf_rope()
+    inner.rotary_emb = type(scaled)(config).to(next(scaled.buffers()).device)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loray.planning.devices import loss_chunks
 from loray.spec import DistillSpec, DpoSpec, KtoSpec, ObjectiveSpec, ObjectiveType, OrpoSpec, SimpoSpec, TrainSpec
 from loray.train.data.batches import IGNORED, TrainBatch
-from loray.train.divergence import divergence, needs_gradient
+from loray.train.divergence import cap_slopes, divergence, head_logits, needs_gradient
 from loray.train.sequence import group_size, sum_over_group
 
 Score = Callable[[TrainBatch], Tensor]
@@ -33,46 +33,65 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, soft_cap: float | None, with_grad: bool
+    ) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         losses_N = hidden_ND.new_empty(len(labels_N), dtype=exact)
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
         for part in loss_chunks(len(hidden_ND), len(weight_VD), hidden_ND.device.type):
             labels_C1 = labels_N[part, None]
-            logits_CV = (hidden_ND[part] @ weight_VD.T).to(exact)
+            logits_CV = head_logits(hidden_ND[part], weight_VD, soft_cap, exact)
+            slopes_CV = cap_slopes(logits_CV, soft_cap if with_grad else None)
             normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
             losses_N[part] = (normaliser_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
             if grad_ND is not None:
                 logits_CV.sub_(normaliser_C1).exp_()  # softmax
                 logits_CV.scatter_add_(1, labels_C1, logits_CV.new_full(labels_C1.shape, -1.0))
+                if slopes_CV is not None:
+                    logits_CV.mul_(slopes_CV)
                 grad_ND[part] = logits_CV.to(weight_VD.dtype) @ weight_VD
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND.to(grads[0].dtype) * grads[0][:, None]).to(grad_ND.dtype), None, None, None
+        return (grad_ND.to(grads[0].dtype) * grads[0][:, None]).to(grad_ND.dtype), None, None, None, None
 
 
-def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Compute the losses (N,), in fp32 or better, of N labels, none of them −100. Differentiable in `hidden_ND` only.
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, soft_cap: float | None = None) -> Tensor:
+    """Compute the losses (N,), in fp32 or better, of N labels, none of them −100, with the logits of `head_logits`.
+    Differentiable in `hidden_ND` only.
 
     Raises ValueError where `weight_VD` is trained.
     """
     with_grad = needs_gradient(hidden_ND, weight_VD)
-    losses_N: Tensor = _CrossEntropy.apply(hidden_ND, weight_VD, labels_N, with_grad)  # type: ignore[no-untyped-call]
+    arguments = (hidden_ND, weight_VD, labels_N, soft_cap, with_grad)
+    losses_N: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return losses_N
 
 
 class LabelledStates(NamedTuple):
-    """Last hidden states of the N positions that `learned_BT` marks, their labels, and the output head."""
+    """Last hidden states of the N positions that `learned_BT` marks, their labels, and the output head, whose logits
+    may have a soft cap.
+    """
 
     hidden_ND: Tensor
     head_VD: Tensor
     labels_N: Tensor
+    soft_cap: float | None
     learned_BT: Tensor
+
+    def losses(self) -> Tensor:
+        """Compute the labels' cross-entropies, (N,)."""
+        return cross_entropy(self.hidden_ND, self.head_VD, self.labels_N, self.soft_cap)
+
+
+def soft_cap_of(model: Any) -> float | None:
+    """Find the soft cap on the logits of a transformers model."""
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def labelled_states(model: Any, batch: TrainBatch) -> LabelledStates:
@@ -82,12 +101,12 @@ def labelled_states(model: Any, batch: TrainBatch) -> LabelledStates:
     labels_BT = batch.labels_BT.to(device)
     learned_BT = labels_BT != IGNORED
     head_VD = model.get_output_embeddings().weight
-    return LabelledStates(hidden_BTD[learned_BT], head_VD, labels_BT[learned_BT], learned_BT)
+    return LabelledStates(hidden_BTD[learned_BT], head_VD, labels_BT[learned_BT], soft_cap_of(model), learned_BT)
 
 
 def batch_loss(model: Any, batch: TrainBatch) -> Tensor:
     """Sum the losses of a micro-batch, in fp32 or better. Divide once, by the number of labels of the whole step."""
-    return cross_entropy(*labelled_states(model, batch)[:3]).sum()
+    return labelled_states(model, batch).losses().sum()
 
 
 class Objective(nn.Module):
@@ -275,7 +294,7 @@ class DistillationObjective(Objective):
         self._spec = spec
 
     def forward(self, batch: TrainBatch, totals: Mapping[str, float]) -> Tensor:
-        hidden_ND, head_VD, labels_N, learned_BT = labelled_states(self.model, batch)
+        hidden_ND, head_VD, labels_N, soft_cap, learned_BT = labelled_states(self.model, batch)
         assert batch.teacher_ids_BTK is not None
         assert batch.teacher_log_probs_BTK is not None
         ids_NK, log_probs_NK = (
@@ -285,7 +304,10 @@ class DistillationObjective(Objective):
         spec = self._spec
         is_reverse = spec.divergence == "reverse"
         found = divergence(
-            hidden_ND, head_VD, labels_N, ids_NK, log_probs_NK, weight=spec.weight, is_reverse=is_reverse
+            *(hidden_ND, head_VD, labels_N, ids_NK, log_probs_NK),
+            weight=spec.weight,
+            is_reverse=is_reverse,
+            soft_cap=soft_cap,
         )
         loss, *parts = (values_N.sum().double() / totals["targets"] for values_N in found)
         self._parts.append(torch.stack(parts))
@@ -314,8 +336,8 @@ def _side(batch: TrainBatch, side: int) -> TrainBatch:
 
 def label_losses(model: Any, batch: TrainBatch) -> Tensor:
     """Compute the loss of each position (B, T), 0 where it has no label."""
-    *states, learned_BT = labelled_states(model, batch)
-    losses_N = cross_entropy(*states)
+    states = labelled_states(model, batch)
+    losses_N, learned_BT = states.losses(), states.learned_BT
     return losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)
 
 

@@ -12,7 +12,9 @@ from loray.bases.registry import BaseModel
 from loray.planning.devices import loss_chunks
 from loray.spec import DType
 from loray.train.data.lessons import TOP, Top
+from loray.train.divergence import head_logits
 from loray.train.model import load_model
+from loray.train.objectives import soft_cap_of
 
 
 class BaseTeacher:
@@ -29,7 +31,7 @@ class BaseTeacher:
         head_VD = self._model.get_output_embeddings().weight
         found: Top = np.empty((len(hidden_TD), self._num_top), TOP)
         for part in loss_chunks(len(hidden_TD), len(head_VD), self._device.type):
-            logits_CV = (hidden_TD[part] @ head_VD.T).float()
+            logits_CV = head_logits(hidden_TD[part], head_VD, soft_cap_of(self._model), torch.float32)
             best = logits_CV.topk(self._num_top)
             found["id"][part] = best.indices.cpu().numpy()
             found["log_prob"][part] = (best.values - logits_CV.logsumexp(1, keepdim=True)).cpu().numpy()

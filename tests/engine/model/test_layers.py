@@ -35,11 +35,11 @@ def test_layers_in_one_call_give_the_bits_of_their_ops(
             expected_TD = summed_TD + added_TD
             # One layer whose rows and the next one's are prefetched, and the pass in one call.
             alone_TD = step.ops.decoder_layers(
-                entered_TD.clone(), [layer.weights], adapters.layer, step.inputs, layer.number
+                entered_TD.clone(), [layer.weights], adapters.layer, step.inputs[0], layer.number
             )
             assert alone_TD is not None
             assert torch.equal(alone_TD, expected_TD)
-        got_TD = step.ops.decoder_layers(x_TD.clone(), weights, adapters.layer, step.inputs, layers[0].number)
+        got_TD = step.ops.decoder_layers(x_TD.clone(), weights, adapters.layer, step.inputs[0], layers[0].number)
         assert got_TD is not None
         assert torch.equal(got_TD, expected_TD)
         compared += len(layers)

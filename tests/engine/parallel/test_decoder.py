@@ -36,13 +36,18 @@ from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.guesses import Told
+from tests.fixtures.parity import configs_for
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
 from tests.fixtures.tiny import byte_tokenizer
 
-# (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
+# (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide; norms
+# of results, soft caps and a window; q, k and v that checkpoints and adapters have as one
 WORLDS = {
     "TP=2": (2, "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
     "TP=4": (4, "Qwen3ForCausalLM", {"tie_word_embeddings": True, "vocab_size": 322}),
+    "TP=2, Gemma 2": (2, "Gemma2ForCausalLM", {}),
+    "TP=2, Phi 3": (2, "Phi3ForCausalLM", {}),
 }
 # Several ranks, subsets of modules and layers, a pair shared by modules of all widths.
 ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
@@ -91,7 +96,7 @@ def world(
 ) -> Iterator[World]:
     size, architecture, config = WORLDS[request.param]
     base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
-    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), ADAPTERS)
+    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), configs_for(base, ADAPTERS))
     # Small, so that adapters leave and come back, and gaps are closed. An adapter is not much smaller on more ranks.
     engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=12 * size << 14)
     yield World(base, adapters, engine)
@@ -107,6 +112,18 @@ def test_ranks_give_what_one_gives(world: World) -> None:
     assert one.stats().max_adapters_in_step == len(world.adapters)
     for i, logits in alone.logits.items():
         torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_compute_what_is_guessed(world: World) -> None:
+    requests = for_each([None, *world.adapters], max_tokens=12)
+    expected = run(world.one(), requests, together=True)
+    Told(world.engine, expected)
+    before = world.engine.stats()
+    try:
+        assert run(world.engine, requests) == expected
+    finally:
+        world.engine.scheduler.speculation = None
+    assert world.engine.stats().num_accepted_tokens > before.num_accepted_tokens
 
 
 def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:

@@ -27,6 +27,7 @@ from tests.kernels.backends import turned
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 REFERENCE = ReferenceOps()
+KINDS = ((None, None), (40, None), (300, 0.5))  # windows and soft caps
 
 
 def randn(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -169,11 +170,18 @@ def test_long_contexts(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype
         tuple(start), tuple(c for _, c in sequences), order.split(lengths), torch.zeros(start[-1], dtype=torch.int64)
     )
     q_THd = randn(7, dtype, start[-1], num_heads, d)
-    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
-    near(got, want, dtype)
-    # Alone, a sequence has the same bits.
     alone = AttentionMeta((0, 1), (600,), order.split(lengths)[:1], torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, d**-0.5), got[:1])
+    for kind in KINDS:
+        got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind) for o in (ops, REFERENCE))
+        near(got, want, dtype)
+        if kind[0] is not None:  # blocks behind it are others' by now, and hold what is no number
+            freed = pool.clone()
+            for (num, context), table in zip(sequences, meta.block_table, strict=True):
+                blocks = table[: max(0, context - num - kind[0] + 1) // 16]
+                freed.view(-1, 2 * layout.layer_share)[blocks] = torch.nan
+            assert torch.equal(ops.paged_attention(q_THd, freed, layout, 1, meta, d**-0.5, *kind), got)
+        # Alone, a sequence has the same bits.
+        assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, d**-0.5, *kind), got[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,9 +202,15 @@ def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
     fused = randn(10, dtype, 5, 9 * 16 + 8)
     x_THd = fused[:, : 9 * 16].view(5, 9, 16)
     cos, sin = randn(11, dtype, 5, 16), randn(12, dtype, 5, 16)
-    near(turned(ops, x_THd, cos, sin), turned(REFERENCE, x_THd, cos, sin), dtype)
+    for width in (16, 12):  # of a head
+        near(
+            turned(ops, x_THd, cos[:, :width], sin[:, :width]),
+            turned(REFERENCE, x_THd, cos[:, :width], sin[:, :width]),
+            dtype,
+        )
     for gate_up_TM in (fused[:, :140], randn(16, dtype, 3, 2200)):
         near(ops.silu_mul(gate_up_TM), REFERENCE.silu_mul(gate_up_TM), dtype)
+        near(ops.gelu_mul(gate_up_TM), REFERENCE.gelu_mul(gate_up_TM), dtype)
     pool, own = randn(13, dtype, 4096), RowOverrides(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
     table_VD, ids_T = randn(15, dtype, 6, 48), torch.tensor([5, 0, 2, 2, 1])
     assert torch.equal(ops.embed(table_VD, ids_T, pool, own), REFERENCE.embed(table_VD, ids_T, pool, own))
@@ -213,6 +227,7 @@ def test_norms(ops: Ops, width: int, dtype: torch.dtype) -> None:
         args = weight_D, 1e-5, pool, adapters, 64
         for x in (x_TD, x_THd, x_TD[:1] if adapters is None else x_TD):
             near(ops.rms_norm(x, *args), REFERENCE.rms_norm(x, *args), dtype)
+            near(ops.rms_norm(x, *args, 1.0), REFERENCE.rms_norm(x, *args, 1.0), dtype)
         got, want = (o.add_rms_norm(x_TD, more_TD, *args) for o in (ops, REFERENCE))
         assert torch.equal(got[0], want[0])
         near(got[1], want[1], dtype)
@@ -256,8 +271,9 @@ def test_heads_of_a_decode_step(
     layout = KvLayout(num_layers=2, block_tokens=block_tokens, num_kv_heads=num_kv, head_dim=d)
     pool, meta = decode_step(dtype, [1, 15, 16, 63, 255, 256, 257, 530, 700], layout)
     q_THd = 2 * randn(5, dtype, 9, num_heads, d)
-    got = ops.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5)
-    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5), dtype)
+    for kind in KINDS:
+        got = ops.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind)
+        near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -90,6 +90,11 @@ def test_a_step_is_launched_before_the_last_one_is_read(
     assert num <= 8
 
 
+def test_captured_steps_have_no_guesses(base: BaseModel, ops: ShimOps) -> None:
+    """They have one token a request."""
+    assert make_engine(base, speculation="auto").scheduler.speculation is None
+
+
 @pytest.mark.parametrize("params", [{"repetition_penalty": 1.2}, {"min_tokens": 9}])
 def test_where_a_token_depends_on_those_before_it_they_are_read_first(
     base: BaseModel, ops: ShimOps, order: list[str], params: dict[str, Any]

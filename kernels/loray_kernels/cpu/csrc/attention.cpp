@@ -58,19 +58,24 @@ struct Attention {
     Layout layout;
     Meta meta;
     float scale;
+    i64 window;  // keys that a query sees, its own included; 0: all up to it
+    float soft_cap;
 
     static constexpr i64 PER_UNIT = 4 / sizeof(T);
 
     i64 group() const { return num_heads / layout.num_kv_heads; }
 
     // Calls at(block, position, n, j) for the runs of keys [key, key + num) that are neighbours in a block of the pool:
-    // n keys from key + j on are at `position` of the layer's share at `block`.
+    // n keys from key + j on are at `position` of the layer's share at `block`. In place of blocks that no query of the
+    // item sees, which may be others' by now and hold what is no number, is the first one that they see.
     template <class At>
-    void runs(i64 sequence, i64 key, i64 num, At at) const {
-        const i64* block = meta.block_table[sequence] + key / layout.block_tokens;
+    void runs(const Item& item, i64 key, i64 num, At at) const {
+        const i64* table = meta.block_table[item.sequence];
+        const i64 seen = behind(first_position(item)) / layout.block_tokens;
+        i64 block = key / layout.block_tokens;
         for (i64 j = 0, n, position = key % layout.block_tokens; j < num; j += n, position = 0, block++) {
             n = min_(layout.block_tokens - position, num - j);
-            at(pool + (*block * layout.num_layers + layer) * 2 * block_width(), position, n, j);
+            at(pool + (table[max_(block, seen)] * layout.num_layers + layer) * 2 * block_width(), position, n, j);
         }
     }
 
@@ -98,11 +103,12 @@ struct Attention {
     // Adds keys [key, key + num) of a head to `part`; limit and the other arguments are those of `attend`.
     void add_keys(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, const typename P::Unit* queries,
                   const Softmax& part, float* lanes, i64 rows, i64 limit, Fetch& fetch) const {
+        const Beside beside = window ? Beside{limit - window, soft_cap} : Beside{Beside().behind, soft_cap};
         const i64 d = layout.head_dim;
         const T* values[KEYS];
         const float* keys[KEYS / W];
         const bool in_place = keys_in_place(rows);
-        runs(item.sequence, key, num, [&](const T* block, i64 position, i64 n, i64 j) {
+        runs(item, key, num, [&](const T* block, i64 position, i64 n, i64 j) {
             const float* at = keys_of(block, head) + position;
             if (in_place)
                 for (i64 i = 0; i < n; i += W) keys[(j + i) / W] = at + i;
@@ -111,7 +117,7 @@ struct Attention {
             for (i64 i = 0; i < n; i++) values[j + i] = values_of(block, head) + (position + i) * width();
         });
         const auto attended = [&](auto score, auto add) {
-            attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add);
+            attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add, beside);
         };
         const auto with_values = [&](auto add) {
             if (!in_place) return attended(packed_keys(w, num, d), add);
@@ -134,7 +140,7 @@ struct Attention {
     // their cache lines; values of all heads are neighbours.
     void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
         const i64 bytes = item.num_heads * layout.head_dim * i64(sizeof(T));
-        runs(item.sequence, key, num, [&](const T* block, i64 position, i64 n, i64) {
+        runs(item, key, num, [&](const T* block, i64 position, i64 n, i64) {
             fetch.add(keys_of(block, item.head), bytes * layout.block_tokens);
             const T* at = values_of(block, item.head) + position * width();
             if (item.num_heads == layout.num_kv_heads)
@@ -161,28 +167,41 @@ struct Attention {
     // The first key that no query of the item sees.
     i64 stop(const Item& item) const { return min_(item.key_stop, first_position(item) + item.num_queries); }
 
+    // The key from which on the item's are read: of the first block that one of its queries sees.
+    i64 first_key(const Item& item) const { return max_(item.key, behind(first_position(item)) / KEYS * KEYS); }
+
+    // Keys that the query at `position` does not see, nor later ones.
+    i64 behind(i64 position) const { return window ? max_(i64(0), position - window + 1) : 0; }
+
+    i64 first_split(i64 sequence) const {
+        const i64* start = meta.query_start + sequence;
+        return behind(meta.context_len[sequence] - (start[1] - start[0])) / SPLIT;
+    }
+
+    i64 num_splits(i64 sequence) const { return ceil_div(meta.context_len[sequence], SPLIT) - first_split(sequence); }
+
     // The item's keys, split by split, with the heads in the inner loop, so that a block of the pool is read at once.
     // `next` is the thread's next item, or missing: its first keys are prefetched.
     void run(const Item& item, const Item* next, const Softmax* parts) const {
         const i64 d = layout.head_dim, g = group(), rows = item.num_queries * g, all = rows * item.num_heads;
         const i64 token = meta.query_start[item.sequence] + item.query;
-        const i64 position = first_position(item), context = stop(item);
+        const i64 position = first_position(item), context = stop(item), begin = first_key(item);
         const Workspace<P> w(work_memory, all, d);
         for (i64 h = 0; h < item.num_heads; h++)
             for (i64 r = 0; r < rows; r++)
                 P::pack_row(w.queries + (h * rows + r) * (d / P::PER_UNIT),
                             q + (token + r / g) * q_stride + ((item.head + h) * g + r % g) * d, d);
         Fetch fetch;
-        for (i64 from = item.key; from < context; from += SPLIT) {
+        for (i64 from = begin / SPLIT * SPLIT; from < context; from += SPLIT) {
             start(w.part, w.lanes, all, d);
-            for (i64 key = from; key < min_(from + SPLIT, context); key += KEYS) {
+            for (i64 key = max_(from, begin); key < min_(from + SPLIT, context); key += KEYS) {
                 const i64 num = min_(KEYS, context - key), left = context - key - num;
-                if (left > 0 || key == item.key) {  // else the block before has begun what is left
+                if (left > 0 || key == begin) {  // else the block before has begun what is left
                     i64 calls = item.num_heads * pauses(rows, num, d);
                     fetch.clear();
                     if (left > 0) expect(fetch, item, key + num, min_(KEYS, left));
                     if (next && left <= KEYS) {
-                        expect(fetch, *next, next->key, min_(KEYS, stop(*next) - next->key));
+                        expect(fetch, *next, first_key(*next), min_(KEYS, stop(*next) - first_key(*next)));
                         calls += item.num_heads * pauses(rows, left, d);
                     }
                     fetch.start(calls);
@@ -192,7 +211,7 @@ struct Attention {
                              row(w.part, h * rows, d), w.lanes + h * rows * W, rows, position + 1 - key, fetch);
             }
             for (i64 r = 0; r < all; r++) w.part.weight[r] = sum(load(w.lanes + r * W));
-            if (from == item.key)
+            if (from <= begin)
                 copy(w.total, w.part, all, d);
             else
                 for (i64 r = 0; r < all; r++) merge(row(w.total, r, d), row(w.part, r, d), d);
@@ -208,7 +227,7 @@ struct Attention {
     void gather(i64 sequence, i64 first, const Softmax& parts) const {
         const i64 d = layout.head_dim, num = meta.query_start[sequence + 1] - meta.query_start[sequence];
         const i64 rows = num * group(), all = rows * layout.num_kv_heads;
-        const i64 splits = ceil_div(meta.context_len[sequence], SPLIT);
+        const i64 splits = num_splits(sequence);
         for (i64 s = 1; s < splits; s++)
             for (i64 r = 0; r < all; r++) merge(row(parts, first + r, d), row(parts, first + s * all + r, d), d);
         for (i64 h = 0; h < layout.num_kv_heads; h++)
@@ -219,7 +238,7 @@ struct Attention {
         const i64 num_kv = layout.num_kv_heads, d = layout.head_dim;
         i64 capacity = 0, num_parts = 0, splits = 0, work = 0;
         for (i64 s = 0; s < meta.num_sequences; s++) {
-            const i64 num = meta.query_start[s + 1] - meta.query_start[s], own = ceil_div(meta.context_len[s], SPLIT);
+            const i64 num = meta.query_start[s + 1] - meta.query_start[s], own = num_splits(s);
             work += num * meta.context_len[s] * num_heads * d;
             if (num <= DECODE_QUERIES) {
                 capacity += own * num_kv;
@@ -242,8 +261,8 @@ struct Attention {
                         items[num_items++] = {s, b * BLOCK_QUERIES, min_(BLOCK_QUERIES, num - b * BLOCK_QUERIES), h, 1,
                                               0, context, -1};
             } else if (num > 0) {
-                const bool whole = context <= SPLIT;
-                for (i64 k = 0; k < context; k += SPLIT)
+                const bool whole = num_splits(s) == 1;
+                for (i64 k = first_split(s) * SPLIT; k < context; k += SPLIT)
                     for (i64 h = 0; h < num_kv; h += heads) {
                         items[num_items++] = {s, 0, num, h, heads, k, min_(k + SPLIT, context), whole ? -1 : part};
                         if (!whole) part += heads * num * group();
@@ -257,21 +276,23 @@ struct Attention {
         });
         for (i64 s = 0, first = 0; s < meta.num_sequences; s++) {
             const i64 num = meta.query_start[s + 1] - meta.query_start[s];
-            if (num <= 0 || num > DECODE_QUERIES || meta.context_len[s] <= SPLIT) continue;
+            if (num <= 0 || num > DECODE_QUERIES || num_splits(s) <= 1) continue;
             gather(s, first, parts);
-            first += ceil_div(meta.context_len[s], SPLIT) * num * num_heads;
+            first += num_splits(s) * num * num_heads;
         }
     }
 };
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
-                     const Meta& meta, float scale, int threads) {
-    Attention<typename Packing<T>::P, T>{q, q_stride, out, num_heads, layer, pool, layout, meta, scale}(threads);
+                     const Meta& meta, float scale, i64 window, float soft_cap, int threads) {
+    Attention<typename Packing<T>::P, T>{q,    q_stride, out,   num_heads, layer,   pool,
+                                         layout, meta,   scale, window,    soft_cap}(threads);
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                        \
-    template void paged_attention<T>(const T*, i64, T*, i64, const T*, const Layout&, i64, const Meta&, float, int);
+    template void paged_attention<T>(const T*, i64, T*, i64, const T*, const Layout&, i64, const Meta&, float, i64,  \
+                                     float, int);
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
@@ -283,8 +304,8 @@ using namespace LORAY_NAMESPACE;
 #define LORAY_ATTENTION(type, suffix)                                                                               \
     LORAY_ENTRY(paged_attention_##suffix##_)                                                                        \
     (const type* q, i64 q_stride, type* out, i64 num_heads, const type* pool, const Layout* layout, i64 layer,      \
-     const Meta* meta, float scale, int threads) {                                                                  \
-        paged_attention(q, q_stride, out, num_heads, pool, *layout, layer, *meta, scale, threads);                  \
+     const Meta* meta, float scale, i64 window, float soft_cap, int threads) {                                      \
+        paged_attention(q, q_stride, out, num_heads, pool, *layout, layer, *meta, scale, window, soft_cap, threads); \
     }
 
 LORAY_ATTENTION(bf16, bf16)

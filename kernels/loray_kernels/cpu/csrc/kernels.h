@@ -47,18 +47,33 @@ struct Target {
 
 // -- a layer --
 
+// Weights of T if `bits` is 0, else whole numbers of so many bits, of which `group` inputs share a scale.
 template <class T>
 struct Matrix {
     i64 in, out;
-    const T *packed, *bias;
+    const void* packed;
+    const T* bias;
+    i64 bits, group;
+};
+
+// A token passes the experts with its `per_token` largest logits of the router; its shares of their results are a
+// softmax over these, where they are `normalised`, else over all.
+template <class T>
+struct Experts {
+    Matrix<T> router;
+    const Matrix<T> *gate_up, *down;  // of each expert
+    i64 num, per_token, normalised;
 };
 
 template <class T>
 struct LayerWeights {
     const T *attention_norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be missing
+    const T *post_attention_norm, *post_mlp_norm;          // of results, may be missing
     Matrix<T> qkv, o, gate_up, down;
     i64 num_heads;
-    double eps, scale;
+    double eps, scale, norm_offset, soft_cap;
+    i64 window, is_gelu;
+    const Experts<T>* experts;  // may be missing; else gate_up and down are the first one's
 };
 
 // Tokens with a row of an adapter: the weight of a norm, or scales of outputs; `num` is 0 if there are none.
@@ -108,7 +123,7 @@ struct Group {
 
 template <class T>
 struct LayerTables {
-    OwnRows attention_norm, q_norm, k_norm, mlp_norm;
+    OwnRows attention_norm, q_norm, k_norm, mlp_norm, post_attention_norm, post_mlp_norm;
     Group<T> qkv, o, gate_up, down;
 };
 
@@ -121,6 +136,7 @@ struct StepInputs {
     const Meta* meta;
     const i64* slots;
     const Spans* spans;
+    i64 turned;  // elements of a head that RoPE turns
 };
 
 // -- the kernels of a layer; each is instantiated for bf16 and float in its source --
@@ -141,9 +157,16 @@ void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, 
 template <class T>
 void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
 
+// y (tokens, hidden) ← the sums of the results of each token's experts; x and y may be the same.
 template <class T>
-void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
-              const T* pool, const OwnRows& own, int threads);
+void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
+
+template <class T>
+void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
+
+template <class T>
+void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps,
+              float offset, T* y, const T* pool, const OwnRows& own, int threads);
 
 template <class T>
 void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, const OwnRows& own, int threads);
@@ -153,8 +176,8 @@ void turn_rows(T* y, i64 y_stride, i64 width, const T* pool, const OwnRows& own,
                int threads);
 
 template <class T>
-void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
-          int threads);
+void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i64 turned, const T* cos, const T* sin,
+          T* y, int threads);
 
 template <class T>
 void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride, i64 width,
@@ -162,7 +185,7 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
-                     const Meta& meta, float scale, int threads);
+                     const Meta& meta, float scale, i64 window, float soft_cap, int threads);
 
 template <class T>
 void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,

@@ -94,36 +94,47 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out;
     const auto during = [&](int k, const Ahead& rows) { return Meanwhile{&rows, shares[k], shares[k + 1], shares[4]}; };
 
-    rms_norm(x, hidden, n, 1, hidden, w.attention_norm, w.eps, normed, pool, tables.attention_norm, threads);
+    const auto norm = [&](const T* from, const T* weight, const OwnRows& rows, T* to) {
+        rms_norm(from, hidden, n, 1, hidden, weight, w.eps, w.norm_offset, to, pool, rows, threads);
+    };
+
+    norm(x, w.attention_norm, tables.attention_norm, normed);
     linear(normed, hidden, n, w.qkv, wide, threads, during(2, own));
     add_adapters(normed, hidden, wide, w.qkv, tables.qkv, step, pool, threads);
     T *q = wide, *k = wide + q_width, *const v = wide + q_width + kv_width;
     i64 q_stride = w.qkv.out, k_stride = w.qkv.out;
     if (w.q_norm) {
-        rms_norm(q, q_stride, n, heads, d, w.q_norm, w.eps, narrow, pool, tables.q_norm, threads);
+        rms_norm(q, q_stride, n, heads, d, w.q_norm, w.eps, w.norm_offset, narrow, pool, tables.q_norm, threads);
         q = narrow, q_stride = q_width;
     }
     T* const keys = turned + n * q_width;
     if (w.k_norm) {
-        rms_norm(k, k_stride, n, kv_heads, d, w.k_norm, w.eps, normed, pool, tables.k_norm, threads);
+        rms_norm(k, k_stride, n, kv_heads, d, w.k_norm, w.eps, w.norm_offset, normed, pool, tables.k_norm, threads);
         k = normed, k_stride = kv_width;
     }
-    rope(q, q_stride, n, heads, d, step.cos, step.sin, turned, threads);
-    rope(k, k_stride, n, kv_heads, d, step.cos, step.sin, keys, threads);
+    rope(q, q_stride, n, heads, d, step.turned, step.cos, step.sin, turned, threads);
+    rope(k, k_stride, n, kv_heads, d, step.turned, step.cos, step.sin, keys, threads);
     write_kv(pool, layout.num_layers * share, layout.block_tokens, keys, kv_width, v, w.qkv.out, kv_width, step.slots,
              n, threads);
-    paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, threads);
+    paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, w.window, w.soft_cap,
+                    threads);
     linear(narrow, q_width, n, w.o, normed, threads, during(3, own));
     add_adapters(narrow, q_width, normed, w.o, tables.o, step, pool, threads);
-    add(x, normed, n * hidden, threads);
+    if (w.post_attention_norm) norm(normed, w.post_attention_norm, tables.post_attention_norm, narrow);
+    add(x, w.post_attention_norm ? narrow : normed, n * hidden, threads);
 
-    rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
-    linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
-    add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
-    silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
-    linear(turned, middle, n, w.down, normed, threads, during(1, next));
-    add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
-    add(x, normed, n * hidden, threads);
+    norm(x, w.mlp_norm, tables.mlp_norm, normed);
+    if (w.experts) {
+        experts(normed, n, *w.experts, normed, threads);
+    } else {
+        linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
+        add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
+        (w.is_gelu ? gelu_mul<T> : silu_mul<T>)(wide, w.gate_up.out, n, middle, turned, threads);
+        linear(turned, middle, n, w.down, normed, threads, during(1, next));
+        add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
+    }
+    if (w.post_mlp_norm) norm(normed, w.post_mlp_norm, tables.post_mlp_norm, narrow);
+    add(x, w.post_mlp_norm ? narrow : normed, n * hidden, threads);
 }
 
 // x ← the results of the layers `first` to first + num − 1, one after the other. `tables`: theirs, and perhaps the next

@@ -6,9 +6,9 @@ namespace LORAY_NAMESPACE {
 
 constexpr i64 SERIAL = 1 << 12;  // elements below which one thread is faster
 
-// y = (x / rms(x)) rounded, times weight
+// y = (x / rms(x)) rounded, times weight; with an offset x / rms(x) times offset + weight
 template <class T>
-static inline void normalize(const T* x, const T* weight, float eps, i64 width, T* y) {
+static inline void normalize(const T* x, const T* weight, float eps, float offset, i64 width, T* y) {
     Vec squares[4] = {zero(), zero(), zero(), zero()};  // several, so that the additions do not depend on each other
     i64 i = 0;
     for (; i + 4 * W <= width; i += 4 * W)
@@ -22,6 +22,10 @@ static inline void normalize(const T* x, const T* weight, float eps, i64 width, 
     });
     const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     const Vec factor = set1(1.0f / __builtin_sqrtf(total / float(width) + eps));
+    if (offset != 0.0f)
+        return vectors(width, [&](i64 at, auto n) {
+            store_n(y + at, (set1(offset) + load_n(weight + at, n)) * (load_n(x + at, n) * factor), n);
+        });
     vectors(width, [&](i64 at, auto n) {
         store_n(y + at, load_n(weight + at, n) * rounded(load_n(x + at, n) * factor, x), n);
     });
@@ -42,19 +46,19 @@ static const T* row_of(const T* pool, const Rows& rows, i64 n, i64 width, int wh
 
 // The weight of token `own.tokens[n]` is row n of `own.rows`.
 template <class T>
-void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
-              const T* pool, const OwnRows& own, int threads) {
+void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps,
+              float offset, T* y, const T* pool, const OwnRows& own, int threads) {
     const i64 row = num_heads * width;
 #pragma omp parallel for num_threads(threads) if (num_tokens * row > SERIAL)
     for (i64 t = 0; t < num_tokens; t++)
         for (i64 h = 0; h < num_heads; h++)
-            normalize(x + t * x_stride + h * width, weight, eps, width, y + t * row + h * width);
+            normalize(x + t * x_stride + h * width, weight, eps, offset, width, y + t * row + h * width);
 #pragma omp parallel for num_threads(threads) if (own.num * row > SERIAL)
     for (i64 n = 0; n < own.num; n++) {
         if (own.rows->segments[0].offsets[n] < 0) continue;  // no weight of its own
         const T* own_weight = row_of(pool, *own.rows, n, width);
         for (i64 h = 0; h < num_heads; h++)
-            normalize(x + own.tokens[n] * x_stride + h * width, own_weight, eps, width,
+            normalize(x + own.tokens[n] * x_stride + h * width, own_weight, eps, offset, width,
                       y + own.tokens[n] * row + h * width);
     }
 }
@@ -107,13 +111,16 @@ static inline void turn(const T* x, const T* cos, const T* sin, i64 half, T* y) 
 }
 
 template <class T>
-void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
-          int threads) {
+void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i64 turned, const T* cos, const T* sin,
+          T* y, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * num_heads * width > SERIAL)
     for (i64 t = 0; t < num_tokens; t++)
-        for (i64 h = 0; h < num_heads; h++)
-            turn(x + t * x_stride + h * width, cos + t * width, sin + t * width, width / 2,
-                 y + (t * num_heads + h) * width);
+        for (i64 h = 0; h < num_heads; h++) {
+            const T* from = x + t * x_stride + h * width;
+            T* to = y + (t * num_heads + h) * width;
+            turn(from, cos + t * turned, sin + t * turned, turned / 2, to);
+            if (turned < width) memcpy((void*)(to + turned), from + turned, (width - turned) * sizeof(T));
+        }
 }
 
 // `pool` is the address of the layer's share in block 0; attention.cpp says how keys lie in it.
@@ -132,10 +139,11 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                     \
-    template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, T*, const T*, const OwnRows&, int); \
+    template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, float, T*, const T*, const OwnRows&, \
+                              int);                                                                              \
     template void scale_rows<T>(T*, i64, i64, const T*, const T*, const OwnRows&, int);                          \
     template void turn_rows<T>(T*, i64, i64, const T*, const OwnRows&, const Rows&, const i64*, int);            \
-    template void rope<T>(const T*, i64, i64, i64, i64, const T*, const T*, T*, int);                            \
+    template void rope<T>(const T*, i64, i64, i64, i64, i64, const T*, const T*, T*, int);                       \
     template void write_kv<T>(T*, i64, i64, const T*, i64, const T*, i64, i64, const i64*, i64, int);
 
 LORAY_INSTANTIATE(bf16)
@@ -147,9 +155,10 @@ using namespace LORAY_NAMESPACE;
 
 #define LORAY_ROWS(type, suffix)                                                                                    \
     LORAY_ENTRY(rms_norm_##suffix##_)                                                                               \
-    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* weight, float eps, type* y, \
-     const type* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {                                \
-        rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, y, pool, {num_own, own, rows}, threads);        \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* weight, float eps,          \
+     float offset, type* y, const type* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {         \
+        rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, offset, y, pool, {num_own, own, rows},     \
+                 threads);                                                                                          \
     }                                                                                                               \
     LORAY_ENTRY(scale_rows_##suffix##_)                                                                             \
     (type * y, i64 y_stride, i64 width, const type* bias, const type* pool, const i64* own, i64 num_own,            \
@@ -162,9 +171,9 @@ using namespace LORAY_NAMESPACE;
         turn_rows(y, y_stride, width, pool, {num_own, own, rows}, *turn, distance, threads);                        \
     }                                                                                                               \
     LORAY_ENTRY(rope_##suffix##_)                                                                                   \
-    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* cos, const type* sin,       \
-     type* y, int threads) {                                                                                        \
-        rope(x, x_stride, num_tokens, num_heads, width, cos, sin, y, threads);                                      \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i64 turned, const type* cos,            \
+     const type* sin, type* y, int threads) {                                                                       \
+        rope(x, x_stride, num_tokens, num_heads, width, turned, cos, sin, y, threads);                              \
     }                                                                                                               \
     LORAY_ENTRY(write_kv_##suffix##_)                                                                               \
     (type * pool, i64 block_size, i64 block_tokens, const type* k, i64 k_stride, const type* v, i64 v_stride,       \

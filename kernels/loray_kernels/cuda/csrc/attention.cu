@@ -23,15 +23,16 @@ __device__ inline int opaque(int v) {
 // the last block to come merges them.
 template <class T>
 __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group, const i64 *items,
-                       const i64 *context_len, const i64 *table_start, const i64 *blocks, float scale, float *partial,
-                       int *arrived, Split split) {
+                       const i64 *context_len, const i64 *table_start, const i64 *blocks, Scoring scoring,
+                       float *partial, int *arrived, Split split) {
   __shared__ float q_shared[GROUP][HEAD];
   __shared__ float score[GROUP][SPLIT];
   __shared__ float top[GROUP], weight[GROUP], factor[GROUP]; // factor: of what has been summed before
   __shared__ float part[THREADS * 4];
   const i64 sequence = items[2 * split.sequence], token = items[2 * split.sequence + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
-  const int start = split.number * size, count = min(size, context - start);
+  const int stop = min((split.number + 1) * size, context); // of a split behind the window there is nothing
+  const int start = min(max(split.number * size, scoring.first(context)), stop), count = stop - start;
   const int d = static_cast<int>(cache.head_dim), num_kv = static_cast<int>(cache.num_kv_heads);
   const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP, of_kv = static_cast<int>(group);
   const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
@@ -40,7 +41,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   blocks += table_start[sequence];
 
   for (int i = tid; i < heads * d; i += THREADS)
-    q_shared[i / d][i % d] = to_float(q[token * q_stride + head * d + i]) * scale;
+    q_shared[i / d][i % d] = to_float(q[token * q_stride + head * d + i]) * scoring.scale;
   __syncthreads();
 
   const bool wide = aligned(pool, 16) && d % 8 == 0 && cache.block_stride * sizeof(T) % 16 == 0;
@@ -67,7 +68,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
 #pragma unroll
       for (int g = 0; g < GROUP; g++) {
         for (int mask = LANES / 2; mask; mask >>= 1) sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], mask);
-        if (lane == 0 && j < n && g < heads) score[g][j] = sum[g];
+        if (lane == 0 && j < n && g < heads) score[g][j] = scoring.capped(sum[g]);
       }
     }
     __syncthreads();
@@ -177,10 +178,11 @@ LORAY_EXPORT(attention_plan_fp32)
   extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_decode_##suffix(                      \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
-      float scale, float *partial, const i64 *starts, const i64 *splits, i64 first, int *arrived) {                    \
+      float scale, i64 window, float soft_cap, float *partial, const i64 *starts, const i64 *splits, i64 first,        \
+      int *arrived) {                                                                                                  \
     for_each_split(Work{starts, splits, first}, [&](Split split) {                                                     \
       decode<T>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, items,       \
-                context_len, table_start, blocks, scale, partial, arrived, split);                                     \
+                context_len, table_start, blocks, Scoring{scale, window, soft_cap}, partial, arrived, split);          \
     });                                                                                                                \
   }                                                                                                                    \
   LORAY_EXPORT(attention_decode_##suffix)
@@ -189,10 +191,12 @@ LORAY_EXPORT(attention_plan_fp32)
   extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor##D##_##suffix(                 \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
-      float scale, float *partial, const i64 *starts, const i64 *splits, i64 first, int *arrived) {                    \
+      float scale, i64 window, float soft_cap, float *partial, const i64 *starts, const i64 *splits, i64 first,        \
+      int *arrived) {                                                                                                  \
     for_each_split(Work{starts, splits, first}, [&](Split split) {                                                     \
       decode_by_tensors<T, D>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim},       \
-                              group, items, context_len, table_start, blocks, scale, partial, arrived, split);         \
+                              group, items, context_len, table_start, blocks, Scoring{scale, window, soft_cap},        \
+                              partial, arrived, split);                                                                \
     });                                                                                                                \
   }                                                                                                                    \
   LORAY_EXPORT(attention_tensor##D##_##suffix)

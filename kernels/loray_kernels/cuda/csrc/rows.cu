@@ -1,5 +1,5 @@
 // Rows: norms, SwiGLU, RoPE with new keys and values into the cache, embedding rows of adapters, host pages into blocks,
-// scales of outputs.
+// scales of outputs, activations to int8 and float8 and sums of integers back.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -13,12 +13,13 @@ template <class T> __device__ inline float rounded(float v) {
 }
 
 // x / rms(x) · weight, of rows of `width` elements, `num_heads` of each token; the normalised value is rounded before it
-// is multiplied, as in the reference. Where `added` is given, x + added takes the place of x, and is written to `total`.
+// is multiplied, as in the reference; with an `offset` the weight is offset + weight, and only the product is rounded.
+// Where `added` is given, x + added takes the place of x, and is written to `total`.
 // A token's `own_row` is −1, or the row of the pool that is its weight; null: no token has one. A row has `lanes` threads,
 // a warp or all. Grid (rows by blocks), NORM_THREADS threads.
 template <class T>
 __device__ void rms_norm(const T *x, i64 x_stride, const T *added, i64 added_stride, T *total, const T *weight, T *y,
-                         i64 num_rows, i64 num_heads, i64 width, float eps, i64 lanes, const T *pool,
+                         i64 num_rows, i64 num_heads, i64 width, float eps, float offset, i64 lanes, const T *pool,
                          const i64 *own_row, const i64 *offsets, i64 num_own, const i64 *segments, i64 num_segments) {
   __shared__ float sums[NORM_THREADS / 32];
   const i64 row = blockIdx.x * (NORM_THREADS / lanes) + threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -53,31 +54,84 @@ __device__ void rms_norm(const T *x, i64 x_stride, const T *added, i64 added_str
     const i64 start = own < 0 ? 0 : segments[2 * s], columns = own < 0 ? width : segments[2 * s + 1];
     const T *w = own < 0 ? weight : pool + offsets[s * num_own + own];
 #pragma unroll 4
-    for (i64 i = lane; i < columns; i += lanes)
-      store(y + row * width + start + i, to_float(w[i]) * rounded<T>(to_float(from[start + i]) * factor));
+    for (i64 i = lane; i < columns; i += lanes) {
+      const float normal = to_float(from[start + i]) * factor, own_weight = to_float(w[i]);
+      store(y + row * width + start + i,
+            offset != 0.0f ? (offset + own_weight) * normal : own_weight * rounded<T>(normal));
+    }
   }
 }
 
-// silu(gate) · up, the first factor rounded as in the reference. Grid (tokens, tiles of 8 · THREADS columns).
-template <class T> __device__ void silu_mul(const T *gate_up, i64 stride, T *y, i64 width) {
+// g σ(g) · up of the gate g, or GELU's approximation by tanh, which is g σ(2a) · up with a = √(2/π) (g + 0.044715 g³);
+// the first factor rounded as in the reference. Grid (tokens, tiles of 8 · THREADS columns).
+template <bool IS_GELU, class T> __device__ void gated(const T *gate_up, i64 stride, T *y, i64 width) {
   const T *gate = gate_up + blockIdx.x * stride;
 #pragma unroll
   for (int n = 0; n < 8; n++) {
     const i64 i = (blockIdx.y * 8 + n) * static_cast<i64>(THREADS) + threadIdx.x;
     if (i >= width) return;
-    const float value = to_float(gate[i]), activated = rounded<T>(value / (1.0f + expf(-value)));
+    const float value = to_float(gate[i]);
+    const float argument = IS_GELU ? 1.5957691216f * (value + 0.044715f * value * value * value) : value;
+    const float activated = rounded<T>(value / (1.0f + expf(-argument)));
     store(y + blockIdx.x * width + i, activated * to_float(gate[width + i]));
   }
 }
 
-// y = q and cache[slot, K] = k, their halves rotated: x · cos + (−x₂, x₁) · sin, each product rounded as in the
-// reference; cache[slot, V] = v. A negative slot is padding. A warp for a head: those of queries, then those of keys with
-// their values. Grid (tokens, tiles of heads), THREADS threads.
+// float8_e4m3fn of a value up to 448, to nearest even.
+__device__ inline unsigned to_float8(float v) {
+  const unsigned bits = __float_as_uint(v), sign = bits >> 24 & 0x80, u = bits & 0x7fffffff;
+  if (u < 0x3c800000) return sign | static_cast<unsigned>(rintf(__uint_as_float(u) * 512.0f)); // below 2⁻⁶: steps of 2⁻⁹
+  const unsigned rounded = u + 0x7ffff + (u >> 20 & 1);
+  return sign | ((rounded >> 23) - 120) << 3 | (rounded >> 20 & 7);
+}
+
+// q and scales of rows, as `quantize_rows` of reference.py has them: int8 with `most` 127, float8_e4m3fn with 448. Grid
+// (rows), NORM_THREADS threads.
+template <class T>
+__device__ void quantize_rows(const T *x, i64 x_stride, i64 width, float most, unsigned char *q, float *scales) {
+  __shared__ unsigned largest[NORM_THREADS / 32];
+  const T *from = x + blockIdx.x * x_stride;
+  unsigned bits = 0; // of |x|, which are in the order of the values, and those that are not finite above all
+  for (i64 i = threadIdx.x; i < width; i += NORM_THREADS)
+    bits = max(bits, __float_as_uint(to_float(from[i])) & 0x7fffffffu);
+#pragma unroll
+  for (int lane = 16; lane; lane >>= 1) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = bits;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < NORM_THREADS / 32; w++) bits = max(bits, largest[w]);
+  const bool is_finite = bits < 0x7f800000u;
+  const float value = __uint_as_float(bits), inverse = is_finite && value >= 1e-30f ? most / value : 0.0f;
+  for (i64 i = threadIdx.x; i < width; i += NORM_THREADS) {
+    const float scaled = is_finite ? max(-most, min(most, to_float(from[i]) * inverse)) : 0.0f;
+    q[blockIdx.x * width + i] = most == 127.0f ? static_cast<int>(rintf(scaled)) & 0xff : to_float8(scaled);
+  }
+  if (threadIdx.x == 0) scales[blockIdx.x] = is_finite ? value / most : __uint_as_float(0x7fc00000u);
+}
+
+// y = sum · column's scale · row's scale + bias, in this order; `bias` may be null. Grid (rows, tiles of 8 · THREADS
+// columns), THREADS threads.
+template <class T>
+__device__ void scale_sums(const int *sums, const float *of_columns, const float *of_rows, const T *bias, T *y,
+                           i64 width) {
+  const float of_row = of_rows[blockIdx.x];
+#pragma unroll
+  for (int n = 0; n < 8; n++) {
+    const i64 i = (blockIdx.y * 8 + n) * static_cast<i64>(THREADS) + threadIdx.x;
+    if (i >= width) return;
+    const float scaled = __fmul_rn(__fmul_rn(static_cast<float>(sums[blockIdx.x * width + i]), of_columns[i]), of_row);
+    store(y + blockIdx.x * width + i, bias ? __fadd_rn(scaled, to_float(bias[i])) : scaled);
+  }
+}
+
+// y = q and cache[slot, K] = k, the halves of the first 2 · `half` elements of each head, of d, rotated: x · cos +
+// (−x₂, x₁) · sin, each product rounded as in the reference; cache[slot, V] = v. A negative slot is padding. A warp for a
+// head: those of queries, then those of keys with their values. Grid (tokens, tiles of heads), THREADS threads.
 template <class T>
 __device__ void rope_kv(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,
-                        i64 num_kv, const T *cos, const T *sin, i64 half, T *pool, i64 block_stride, i64 block_tokens,
-                        const i64 *slots) {
-  const i64 token = blockIdx.x, head = blockIdx.y * (THREADS / 32) + threadIdx.x / 32, d = 2 * half;
+                        i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, T *pool, i64 block_stride,
+                        i64 block_tokens, const i64 *slots) {
+  const i64 token = blockIdx.x, head = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (head >= num_q + num_kv) return;
   const T *from = q + token * q_stride + head * d;
@@ -89,7 +143,7 @@ __device__ void rope_kv(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i
     to = pool + slot / block_tokens * block_stride + slot % block_tokens * width + at;
     for (i64 i = lane; i < d; i += 32) to[block_tokens * width + i] = v[token * v_stride + at + i];
   }
-  cos += token * d, sin += token * d;
+  cos += token * 2 * half, sin += token * 2 * half;
   for (i64 i = lane; i < half; i += 32) {
     const float first = to_float(from[i]), second = to_float(from[i + half]);
     const float left = rounded<T>(__fmul_rn(first, to_float(cos[i])));
@@ -97,6 +151,7 @@ __device__ void rope_kv(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i
     store(to + i, __fadd_rn(left, -rounded<T>(__fmul_rn(second, to_float(sin[i])))));
     store(to + i + half, __fadd_rn(right, rounded<T>(__fmul_rn(first, to_float(sin[i + half])))));
   }
+  for (i64 i = 2 * half + lane; i < d; i += 32) to[i] = from[i];
 }
 
 // y[tokens[n]] = row n of the pool; a negative offset is skipped. Grid (rows, segments), THREADS threads.
@@ -158,20 +213,24 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
 #define LORAY_DEFINE(suffix, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
       rms_norm_##suffix(const T *x, i64 x_stride, const T *added, i64 added_stride, T *total, const T *weight, T *y,   \
-                        i64 num_rows, i64 num_heads, i64 width, float eps, i64 lanes, const T *pool,                   \
+                        i64 num_rows, i64 num_heads, i64 width, float eps, float offset, i64 lanes, const T *pool,     \
                         const i64 *own_row, const i64 *offsets, i64 num_own, const i64 *segments, i64 num_segments) {  \
-    rms_norm<T>(x, x_stride, added, added_stride, total, weight, y, num_rows, num_heads, width, eps, lanes, pool,      \
-                own_row, offsets, num_own, segments, num_segments);                                                    \
+    rms_norm<T>(x, x_stride, added, added_stride, total, weight, y, num_rows, num_heads, width, eps, offset, lanes,    \
+                pool, own_row, offsets, num_own, segments, num_segments);                                              \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       silu_mul_##suffix(const T *gate_up, i64 stride, T *y, i64 width) {                                               \
-    silu_mul<T>(gate_up, stride, y, width);                                                                            \
+    gated<false, T>(gate_up, stride, y, width);                                                                        \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      gelu_mul_##suffix(const T *gate_up, i64 stride, T *y, i64 width) {                                               \
+    gated<true, T>(gate_up, stride, y, width);                                                                         \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       rope_kv_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,  \
-                       i64 num_kv, const T *cos, const T *sin, i64 half, T *pool, i64 block_stride,                    \
+                       i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, T *pool, i64 block_stride,             \
                        i64 block_tokens, const i64 *slots) {                                                           \
-    rope_kv<T>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, pool, block_stride,            \
+    rope_kv<T>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, d, pool, block_stride,         \
                block_tokens, slots);                                                                                   \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
@@ -188,8 +247,20 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
                               const i64 *tiles, const i64 *words, const i64 *starts) {                                 \
     scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles, words, starts);                                \
   }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
+      quantize_rows_##suffix(const T *x, i64 x_stride, i64 width, float most, unsigned char *q, float *scales) {       \
+    quantize_rows<T>(x, x_stride, width, most, q, scales);                                                             \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      scale_sums_##suffix(const int *sums, const float *of_columns, const float *of_rows, const T *bias, T *y,         \
+                          i64 width) {                                                                                 \
+    scale_sums<T>(sums, of_columns, of_rows, bias, y, width);                                                          \
+  }                                                                                                                    \
+  LORAY_EXPORT(quantize_rows_##suffix)                                                                                 \
+  LORAY_EXPORT(scale_sums_##suffix)                                                                                    \
   LORAY_EXPORT(rms_norm_##suffix)                                                                                      \
   LORAY_EXPORT(silu_mul_##suffix)                                                                                      \
+  LORAY_EXPORT(gelu_mul_##suffix)                                                                                      \
   LORAY_EXPORT(rope_kv_##suffix)                                                                                       \
   LORAY_EXPORT(take_rows_##suffix)                                                                                     \
   LORAY_EXPORT(place_pages_##suffix)                                                                                   \

@@ -22,6 +22,16 @@ struct Cache {
   __device__ i64 values() const { return block_tokens * num_kv_heads * head_dim; }
 };
 
+// How a score becomes what the softmax takes. A query sees the last `window` keys up to its own, or all (0); a score s,
+// scaled, is cap · tanh(s / cap), where there is a cap.
+struct Scoring {
+  float scale;
+  i64 window;
+  float cap;
+  __device__ float capped(float scaled) const { return cap > 0.0f ? cap * tanhf(scaled / cap) : scaled; }
+  __device__ int first(int context) const { return window ? max(0, context - static_cast<int>(window)) : 0; }
+};
+
 __device__ inline int positions_of_a_split(int context) {
   int size = SPLIT;
   while (size * MAX_SPLITS < context) size *= 2;

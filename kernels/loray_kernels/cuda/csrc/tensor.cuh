@@ -61,12 +61,13 @@ __device__ inline float quad_sum(float v) {
 template <class T, int D>
 __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group,
                                   const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,
-                                  float scale, float *partial, int *arrived, Split split) {
+                                  Scoring scoring, float *partial, int *arrived, Split split) {
   __shared__ float2 sums[WARPS][GROUP][D / 2 + 4]; // as the threads have them; 4 more, so that no bank has two heads
   __shared__ float tops[WARPS][GROUP], weights[WARPS][GROUP];
   const i64 sequence = items[2 * split.sequence], token = items[2 * split.sequence + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
-  const int start = split.number * size, stop = min(start + size, context);
+  const int stop = min((split.number + 1) * size, context), behind = scoring.first(context);
+  const int start = max(split.number * size, behind / KEYS * KEYS);
   const int num_kv = static_cast<int>(cache.num_kv_heads), of_kv = static_cast<int>(group);
   const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP;
   const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
@@ -97,7 +98,7 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int own = 2 * quarter + i % 2 + i / 2 * 8;
-      exists[i] = own < left;
+      exists[i] = own < left && begin + own >= behind;
 #pragma unroll
       for (int t = 0; t < D / 64; t++) // what is behind the last key may be no number
         value[i][t] = exists[i] ? *reinterpret_cast<const uint4 *>(values + own * key_stride + 64 * t) : uint4{};
@@ -115,7 +116,7 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
     float share[4], largest = top;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      share[i] = exists[i] ? score[i / 2][i % 2] * scale : LOWEST;
+      share[i] = exists[i] ? scoring.capped(score[i / 2][i % 2] * scoring.scale) : LOWEST;
       largest = fmaxf(largest, share[i]);
     }
     largest = quad_max(largest);

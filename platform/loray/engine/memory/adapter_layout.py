@@ -23,7 +23,9 @@ SUMMED: Role = "summed_a"
 
 
 class Matrix(NamedTuple):
-    """`rows` rows of `width` elements. `scale` is that of PoolRows."""
+    """`rows` rows of `width` elements. `scale` is that of PoolRows, and of vera_b the row of B that its first element
+    multiplies, which is not 0 for parts of a fused module.
+    """
 
     module: str
     role: Role

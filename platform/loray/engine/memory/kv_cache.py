@@ -287,9 +287,13 @@ def _below(node: _Node) -> Iterator[_Node]:
 
 
 class KVCacheManager:
-    """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
+    """Writes `blocks`, `num_shared_blocks`, `num_freed_blocks`, `num_computed` and `num_cached_tokens` of requests.
+
+    Where every layer has a window, a request gives up the blocks behind it. The prefix cache then has the first tokens
+    of a request, as many as the window: they stay together, so a request gives them up together.
 
     token_seconds  see PrefixCache
+    window         of the base's layers, see ModelConfig.window; None: all blocks are kept
     num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
                    request counts once.
     """
@@ -301,7 +305,9 @@ class KVCacheManager:
         token_seconds: Callable[[], float],
         *,
         enable_prefix_caching: bool,
+        window: int | None = None,
     ) -> None:
+        self._window = window
         self.prefix_cache = PrefixCache(
             allocator, enabled=enable_prefix_caching, inflation=adapter_manager.inflation, token_seconds=token_seconds
         )
@@ -334,7 +340,7 @@ class KVCacheManager:
         if not self.prefix_cache.enabled:
             return  # it forgets what it is given, and would be given the whole context with each block
         block_tokens = self._allocator.geometry.block_tokens
-        full = request.num_computed // block_tokens
+        full = min(request.num_computed, self._window or request.num_computed) // block_tokens
         known = request.num_shared_blocks
         if full > known:
             if known and request.blocks[known - 1] not in self.prefix_cache:
@@ -344,6 +350,23 @@ class KVCacheManager:
                 request.kv_digest, tokens, request.blocks, request.spec.cache_salt, known, request.active_from
             )
             request.num_shared_blocks = full
+
+    def free_behind_window(self, request: Request) -> None:
+        """Free the blocks that no token from the next one on attends to."""
+        if self._window is None:
+            return
+        behind = (request.num_computed - self._window + 1) // self._allocator.geometry.block_tokens
+        first = request.num_freed_blocks
+        if behind > first and behind >= request.num_shared_blocks:
+            self.prefix_cache.release(request.blocks[first:behind])
+            request.blocks = [request.blocks[behind]] * behind + request.blocks[behind:]
+            request.num_freed_blocks = behind
+
+    def most_blocks(self, num_tokens: int, num_held: int) -> int:
+        """Return how many blocks a request holds at once: it has `num_held` tokens now, and `num_tokens` at its end."""
+        if self._window is not None:  # the shared ones, the window's, and one of which a part is in it
+            num_tokens = min(num_tokens, max(num_held, 2 * self._window + self._allocator.geometry.block_tokens))
+        return self._allocator.geometry.blocks_for_tokens(num_tokens)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Allocate blocks for `num_tokens` tokens in all; False, and nothing changed, if blocks are short."""
@@ -371,9 +394,9 @@ class KVCacheManager:
 
     def release(self, request: Request) -> None:
         """Release all its blocks. What it has computed is lost, except for what the prefix cache keeps."""
-        self.prefix_cache.release(request.blocks)
+        self.prefix_cache.release(request.held_blocks)
         request.blocks = []
-        request.num_computed = request.num_shared_blocks = 0
+        request.num_computed = request.num_shared_blocks = request.num_freed_blocks = 0
 
     def moved(self, requests: Iterable[Request], moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""

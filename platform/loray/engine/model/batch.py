@@ -6,10 +6,10 @@ one pair. The base's tokens come first.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ class AdapterBatch:
                 if g == group:
                     found.setdefault(role, set()).add(module)
         return LayerTables(
-            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
+            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_b", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
             norms={m: self._own_rows(m, "norm", members) for m in sorted(found.get("norm", ()))},
             scales={m: self._scales(m, members) for m in sorted({*found.get("dora", ()), *found.get("scale", ())})},
@@ -103,14 +103,15 @@ class AdapterBatch:
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
         a_rows, b_rows, starts, scales = [], [], [0], []
         for span, group in zip(self.spans, groups, strict=True):
-            a = span.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
-            if a is None:
+            b = span.adapter.rows.get((group, module, "lora_b")) if group >= 0 else None
+            if b is None:
                 starts.append(starts[-1])
                 scales.append(0.0)
                 continue
-            a_rows.append(a)
-            b_rows.append(span.adapter.rows[group, module, "lora_b"])
-            starts.append(starts[-1] + a.segments[0][2].shape[0])
+            rows = span.adapter.rows  # up_proj of experts may have gate_proj's A
+            a_rows.append(rows.get((group, module, "lora_a")) or rows[group, "gate_proj", "lora_a"])
+            b_rows.append(b)
+            starts.append(starts[-1] + b.segments[0][2].shape[0])
             scales.append(span.adapter.scales[group, module])
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 
@@ -119,16 +120,18 @@ class AdapterBatch:
         tables = []
         numbered = list(zip(self.spans, groups, strict=True))
 
-        def pair_of(item: tuple[AdapterSpan, Group]) -> ResidentProjection | None:
+        def pair_of(item: tuple[AdapterSpan, Group]) -> tuple[ResidentProjection | None, int]:
             span, group = item
-            return span.adapter.pair if (group, module, "vera_d") in span.adapter.rows else None
+            has = (group, module, "vera_d") in span.adapter.rows
+            return (span.adapter.pair, int(span.adapter.scales.get((group, module), 0))) if has else (None, 0)
 
-        for pair, stretch in groupby(numbered, key=pair_of):
+        for (pair, first), stretch in groupby(numbered, key=pair_of):
             if pair is not None:
                 spans = list(stretch)
+                b_OR = pair.b_OR.rows(first, pair.b_OR.data.shape[0]) if first else pair.b_OR
                 d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in spans])
                 b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in spans])
-                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
+                tables.append(VeraTable(pair.a_RI, b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
         return tables
 
     def _scales(self, module: str, members: Sequence[tuple[AdapterSpan, Group]]) -> list[ScaleTable]:
@@ -182,7 +185,7 @@ class ChunkInput(NamedTuple):
     """A chunk as a pass reads it, or a part of one: the tokens of one adapter or of the base.
 
     token_ids   of its tokens, from position `start` on; blocks: of its request
-    is_sampled  its last token's logits are needed
+    num_sampled  its last tokens whose logits are needed: what follows each of them is sampled
     scored      its tokens whose logits are needed, since their successors are in the prompt
     chunk       None on ranks beside the first, which have no requests
     """
@@ -191,16 +194,16 @@ class ChunkInput(NamedTuple):
     start: int
     token_ids: Sequence[int]
     blocks: Sequence[int]
-    is_sampled: bool
+    num_sampled: int
     scored: range
     chunk: Chunk | None = None
 
     @classmethod
     def of(cls, chunk: Chunk, adapter: ResidentAdapter | None) -> ChunkInput:
         request, start = chunk.request, chunk.start
-        is_sampled = chunk.is_last and request.spec.params.max_tokens > 0
-        token_ids = request.tokens(start, start + chunk.num_tokens)
-        return cls(adapter, start, token_ids, request.blocks, is_sampled, chunk.scored, chunk)
+        num_sampled = 1 + len(chunk.guesses) if chunk.is_last and request.spec.params.max_tokens > 0 else 0
+        token_ids = [*request.tokens(start, start + chunk.num_tokens), *chunk.guesses]
+        return cls(adapter, start, token_ids, request.blocks, num_sampled, chunk.scored, chunk)
 
 
 class Scored(NamedTuple):
@@ -217,8 +220,9 @@ class Batch:
 
     chunks           of the step; one that has tokens of the base and of its adapter in two parts
     own_rows         tokens that have an embedding row of their adapter's
-    last, logits_T   tokens whose logits are needed, on host and device: the last one of each of `sampled`
-    sampled          the chunks that end at their request's newest token, for which the next token is sampled
+    last, logits_T   tokens whose logits are needed, on host and device: the last one of each of `sampled`, which its
+                     guesses follow
+    sampled          the chunks that reach their request's newest token, for which the next token is sampled
     scored           parts of prompts for whose next tokens log-probabilities are requested
     scored_T         their tokens; None: there are none
     descriptors      of a captured step: its adapters, instead of `adapters`
@@ -288,7 +292,7 @@ def build_batch(
     sampled: list[Chunk] = []
     scored: list[Scored] = []
     scored_tokens: list[int] = []
-    for adapter, start, ids, own_blocks, is_sampled, tokens_to_score, chunk in sorted(inputs, key=_order):
+    for adapter, start, ids, own_blocks, num_sampled, tokens_to_score, chunk in sorted(inputs, key=_order):
         at, stop = len(tokens), start + len(ids)
         tokens.extend(ids)
         positions.extend(range(start, stop))
@@ -308,8 +312,8 @@ def build_batch(
             scored_tokens.extend(at + t - start for t in tokens_to_score)
             if chunk is not None:
                 scored.append(Scored(chunk.request, tokens_to_score.start, tokens_to_score.stop))
-        if is_sampled:
-            last.append(len(tokens) - 1)
+        if num_sampled:
+            last.extend(range(len(tokens) - num_sampled, len(tokens)))
             if chunk is not None:
                 sampled.append(chunk)
 
@@ -355,8 +359,8 @@ def logits_part(batch: Batch) -> Batch | None:
         return None
     device, attention = batch.token_ids_T.device, batch.attention
     logits_tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
-    ends = {stop - 1: i for i, (start, stop) in enumerate(pairwise(attention.query_start)) if stop > start}
-    sequences = [ends[token] for token in tokens]
+    ends = attention.query_start[1:]
+    sequences = [bisect_right(ends, token) for token in tokens]
     spans = [
         AdapterSpan(a, bisect_left(tokens, start), bisect_left(tokens, stop)) for a, start, stop in batch.adapters.spans
     ]
@@ -365,7 +369,7 @@ def logits_part(batch: Batch) -> Batch | None:
         positions_T=batch.positions_T[logits_tokens_T],
         attention=AttentionMeta(
             tuple(range(len(tokens) + 1)),
-            tuple(attention.context_len[i] for i in sequences),
+            tuple(attention.context_len[i] - (ends[i] - 1 - token) for i, token in zip(sequences, tokens, strict=True)),
             tuple(attention.block_table[i] for i in sequences),
             attention.slot_mapping_T[logits_tokens_T],
         ),

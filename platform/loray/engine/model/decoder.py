@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.model.batch import AdapterBatch, Batch, ChunkInput, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through
@@ -26,6 +28,7 @@ from loray.engine.pool.pool import Pool, PoolDescriptors, input_shapes
 from loray.engine.request import Chunk
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
+from loray.telemetry import get_logger
 from loray_kernels import (
     AdapterSegments,
     CapturedDecoding,
@@ -43,7 +46,9 @@ from loray_kernels import (
     VeraTable,
     Weight,
 )
+from loray_kernels.reference import quantize_rows
 
+_log = get_logger(__name__)
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 32  # a tile
@@ -120,7 +125,7 @@ def load_layers(
     left = Counter(_layer_of(name) for name in missing)
     taken: defaultdict[int | None, dict[str, Weight]] = defaultdict(dict)
     layers: dict[int, L] = {}
-    for name, tensor in tensors:
+    for name, tensor in unfused(tensors, config):
         if name not in missing:
             continue
         missing.remove(name)
@@ -146,10 +151,23 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
     """
     if isinstance(tensor, QuantizedWeight):
         tensor = tensor.to(device)
-        return tensor if ops.has_kernel(tensor) and name != _EMBEDDING else tensor.dequantized(slice(None), dtype)
+        if name != _EMBEDDING:
+            if ops.has_kernel(tensor):
+                return tensor
+            _warn_dequantized(tensor.q_OI.dtype, tensor.group, dtype)
+        return tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
     return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken
+
+
+@cache
+def _warn_dequantized(kind: torch.dtype, group: int, dtype: torch.dtype) -> None:
+    _log.warning(
+        "weights in %s with a scale for %d columns are dequantised to %s: no kernel here multiplies them as they are, "
+        "so the base takes as much memory as if it were not quantised",
+        *(str(kind).removeprefix("torch."), group, str(dtype).removeprefix("torch.")),
+    )
 
 
 # -- RoPE --------------------------------------------------------------------------------------------------------------
@@ -185,7 +203,9 @@ def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
 
 
 class Rope:
-    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's in place of the
+    base's first one.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
@@ -209,8 +229,10 @@ class Rope:
         inverse_d, factor = self._frequencies(rope)
         return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Compute cos and sin, (T, d), for each RoPE of the base."""
         positions_T = batch.positions_T.float()
+        others = (self._turns(*self._angles(positions_T, rope)) for rope in self._config.other_ropes)
         if (vectors := batch.own_vectors) is None:
             angles_Th, factor_T = self._angles(positions_T, self._config.rope)
         else:
@@ -220,6 +242,9 @@ class Rope:
             if span.adapter.rope is not None:
                 own = slice(span.start, span.stop)
                 angles_Th[own], factor_T[own] = self._angles(positions_T[own], span.adapter.rope)
+        return self._turns(angles_Th, factor_T), *others
+
+    def _turns(self, angles_Th: Tensor, factor_T: Tensor) -> tuple[Tensor, Tensor]:
         factor_T1 = factor_T.unsqueeze(1)
         cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
         return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
@@ -231,7 +256,7 @@ class Rope:
     def _frequencies(self, rope: RopeParameters) -> Frequencies:
         found = self._known.get(rope)
         if found is None:
-            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            inverse_d, factor = frequencies(rope, self._config.rotary_dim)
             found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
         return found
 
@@ -266,8 +291,17 @@ class Decoder:
             lambda layer, own: Layer(layer, config, own, ops, linears),
         )
         self.embedding_VD = others[_EMBEDDING]
-        self._head = ops.pack_linear([self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"]])
-        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+        self._head = ops.pack_linear([self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]])
+        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config)
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
+
+    def _tied_head(self) -> Weight:
+        """The embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties them
+        cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
+        """
+        if not self._layers[0].weights.qkv.are_integers:
+            return self.embedding_VD
+        return QuantizedWeight(*quantize_rows(self.embedding_VD))
 
     @property
     def can_capture(self) -> bool:
@@ -276,7 +310,7 @@ class Decoder:
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """Make decode steps over `pool` those that can be captured, if the backend supports it. Before adapters are
-        placed.
+        placed. Those of experts are not captured: which tokens an expert has is known on the host alone.
 
         num_slots   requests that run at once
         max_blocks  the most that a request for the base may have
@@ -285,7 +319,8 @@ class Decoder:
         def forward(step: CapturedStep) -> Tensor:
             return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
 
-        self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
+        if self.config.experts is None:
+            self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
         if self._captures is not None:
             pool.descriptors = PoolDescriptors(
                 self._captures.descriptors,
@@ -367,9 +402,10 @@ class Decoder:
 
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops
-        cos_Td, sin_Td = self.rope(batch)
-        step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
+        step = ForwardContext.of(batch, pool, ops, self.rope(batch))
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
+        if self._embedding_scale != 1.0:
+            x_TD *= self._embedding_scale
         part, added_TD = logits_part(batch), None
         x_TD = through(self._layers if part is None else self._layers[:-1], x_TD, step)
         if part is not None:
@@ -383,4 +419,5 @@ class Decoder:
         return self._logits(x_TD[batch.logits_T])
 
     def _logits(self, x_RD: Tensor) -> Tensor:
-        return self.ops.logits(x_RD, self._head)
+        logits_RV, cap = self.ops.logits(x_RD, self._head), self.config.logit_soft_cap
+        return logits_RV if cap is None else logits_RV.div_(cap).tanh_().mul_(cap)

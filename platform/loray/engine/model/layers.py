@@ -5,8 +5,9 @@ Shapes: T tokens, I input width, O output width, D hidden, H heads, d head dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from loray.engine.model.batch import Batch
 from loray.engine.pool.pool import Pool, ResidentProjection
 from loray_kernels import (
     INPUTS,
+    ExpertWeights,
     LayerWeights,
     Ops,
     RowOverrides,
@@ -28,22 +30,25 @@ from loray_kernels import (
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """The objects that all layers of one pass share; `inputs` is the part that a backend needs."""
+    """The objects that all layers of one pass share; `inputs`, by RoPE, is the part that a backend needs."""
 
     batch: Batch
     pool: Pool
     ops: Ops
-    inputs: StepInputs
+    inputs: tuple[StepInputs, ...]
 
     @classmethod
-    def of(cls, batch: Batch, pool: Pool, ops: Ops, cos_Td: Tensor, sin_Td: Tensor) -> ForwardContext:
-        inputs = StepInputs(pool.tensor, pool.layout, batch.attention, batch.adapters.segments, cos_Td, sin_Td)
-        return cls(batch, pool, ops, inputs)
+    def of(cls, batch: Batch, pool: Pool, ops: Ops, ropes: Iterable[tuple[Tensor, Tensor]]) -> ForwardContext:
+        """`ropes`: cos and sin of each token."""
+        shared = pool.tensor, pool.layout, batch.attention, batch.adapters.segments
+        return cls(batch, pool, ops, tuple(StepInputs(*shared, cos_Td, sin_Td) for cos_Td, sin_Td in ropes))
 
     def for_logits(self, part: Batch) -> ForwardContext:
         """Make the context of a part of the batch, see `logits_part`."""
-        cos_Rd, sin_Rd = (table_Td[part.logits_tokens_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
-        return ForwardContext.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
+        own_T = part.logits_tokens_T
+        return ForwardContext.of(
+            part, self.pool, self.ops, ((own.cos_Td[own_T], own.sin_Td[own_T]) for own in self.inputs)
+        )
 
     def offset(self, layer: int) -> int:
         return layer * self.pool.geometry.layer_share
@@ -124,30 +129,37 @@ class Linear:
 
 
 class Linears(NamedTuple):
-    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
+    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`.
+    `add_up` adds up the ranks' parts of what experts give, in place.
+    """
 
     column: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
     row: Callable[[int, Mapping[str, Weight], Mapping[str, Tensor], Ops], Linear]
+    add_up: Callable[[Tensor], None]
 
 
-LOCAL = Linears(Linear, Linear)  # every module completely on this rank
+LOCAL = Linears(Linear, Linear, lambda y_TD: None)  # every module completely on this rank
 
 
 class RMSNorm:
     """`name` is the path below its layer, as in adapters; layer None is the final norm."""
 
-    def __init__(self, layer: int | None, name: str, weight_D: Tensor, eps: float) -> None:
+    def __init__(self, layer: int | None, name: str, weight_D: Tensor, config: ModelConfig) -> None:
         self._layer, self._name = layer, name
-        self.weight_D, self._eps = weight_D, eps
+        self.weight_D, self._eps, self._offset = weight_D, config.rms_norm_eps, config.norm_offset
 
     def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
-        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
+        own, layer_offset = self._own(step)
+        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, own, layer_offset, self._offset)
 
     def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext) -> tuple[Tensor, Tensor]:
         """Compute x + added, or x if nothing is to be added, and the norm of that."""
         if added_TD is None:
             return x_TD, self(x_TD, step)
-        return step.ops.add_rms_norm(x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
+        own, layer_offset = self._own(step)
+        return step.ops.add_rms_norm(
+            x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, own, layer_offset, self._offset
+        )
 
     def _own(self, step: ForwardContext) -> tuple[RowOverrides | None, int]:
         """Find the weights of adapters, and their layer's offset."""
@@ -164,15 +176,14 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
-        self.scale, spec = config.attention_scale(layer), config.layers[layer]
+        self.scale, self.spec = config.attention_scale(layer), (spec := config.layers[layer])
         biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if spec.qkv_bias else {}
         self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
         self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
-            eps = config.rms_norm_eps
-            self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
-            self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
+            self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], config)
+            self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], config)
 
     def __call__(self, x_TD: Tensor, step: ForwardContext, logits_step: ForwardContext | None = None) -> Tensor:
         """Attend; `logits_step` is that of Layer."""
@@ -184,40 +195,89 @@ class Attention:
         v_TKd = v.reshape(-1, c.num_kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
-        q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
+        q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs[self.spec.rope], self._layer)
         if logits_step is not None:
             q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
         meta = step.batch.attention
-        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, self.scale)
+        out_THd = step.ops.paged_attention(
+            q_THd, pool.tensor, pool.layout, self._layer, meta, self.scale, self.spec.window, c.attention_soft_cap
+        )
         return self.o(out_THd.flatten(1), step)
 
 
 class MLP:
-    def __init__(self, layer: int, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.mlp"
+        self._is_gelu = config.layers[layer].activation == "gelu_tanh"
         gate_up = {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}
         self.gate_up = linears.column(layer, gate_up, {}, ops)
         self.down = linears.row(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {}, ops)
 
     def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
-        return self.down(step.ops.silu_mul(self.gate_up(x_TD, step)), step)
+        gate_up_TM = self.gate_up(x_TD, step)
+        return self.down(step.ops.gelu_mul(gate_up_TM) if self._is_gelu else step.ops.silu_mul(gate_up_TM), step)
+
+
+class Experts:
+    """A layer's experts, each of which is an MLP on this rank, or the rank's columns of it; see `Experts` in
+    `loray.bases.config`.
+    """
+
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears) -> None:
+        spec, prefix = config.layers[layer].experts, f"model.layers.{layer}.mlp"
+        assert spec is not None
+        own = [f"{prefix}.experts.{expert}" for expert in range(spec.num)]
+        self.weights = ExpertWeights(
+            router=ops.pack_linear([tensors[f"{prefix}.gate.weight"]]),
+            gate_up=tuple(
+                ops.pack_linear([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in own
+            ),
+            down=tuple(ops.pack_linear([tensors[f"{e}.down_proj.weight"]]) for e in own),
+            per_token=spec.per_token,
+            normalised=spec.normalised,
+        )
+        self._layer, self._add_up = layer, linears.add_up
+
+    def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
+        adapters, pool = step.batch.adapters, step.pool.tensor
+        lora, offset = adapters.layer(self._layer).lora, step.offset(self._layer)
+        y_TD = step.ops.experts(x_TD, self.weights, pool, lora, adapters.segments, offset)
+        self._add_up(y_TD)
+        return y_TD
 
 
 class Layer:
-    """x + attention(norm(x)), then x + MLP(norm(x)), op by op. `tensors`: matrices are a `Weight`, others a Tensor."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), op by op; with sandwich norms x + norm(attention(norm(x))),
+    likewise. `tensors`: matrices are a `Weight`, others a Tensor.
+    """
 
     def __init__(
         self, layer: int, config: ModelConfig, tensors: Mapping[str, Any], ops: Ops, linears: Linears = LOCAL
     ) -> None:
-        prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
-        name = "input_layernorm"
-        self.number, self.is_local = layer, linears is LOCAL
-        self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(layer, name, tensors[f"model.layers.{layer}.{name}.weight"], config)
+
+        spec = config.layers[layer]
+        self.number, self.rope, self.is_local = layer, spec.rope, linears is LOCAL
+        self._attention_norm = norm("input_layernorm")
         self._attention = Attention(layer, config, tensors, ops, linears)
-        name = "post_attention_layernorm"
-        self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._mlp = MLP(layer, tensors, ops, linears)
-        attention, mlp = self._attention, self._mlp
+        self._post_attention_norm: RMSNorm | None = None
+        self._post_mlp_norm: RMSNorm | None = None
+        if spec.norms == "sandwich":
+            self._post_attention_norm = norm("post_attention_layernorm")
+            self._mlp_norm = norm("pre_feedforward_layernorm")
+            self._post_mlp_norm = norm("post_feedforward_layernorm")
+        else:
+            self._mlp_norm = norm("post_attention_layernorm")
+        attention, experts = self._attention, None
+        self._mlp: Callable[[Tensor, ForwardContext], Tensor]
+        if spec.experts is None:
+            self._mlp = mlp = MLP(layer, config, tensors, ops, linears)
+            gate_up, down = mlp.gate_up.weights, mlp.down.weights
+        else:
+            self._mlp = mixture = Experts(layer, config, tensors, ops, linears)
+            experts = mixture.weights
+            gate_up, down = experts.gate_up[0], experts.down[0]
         self.weights = LayerWeights(
             attention_norm_D=self._attention_norm.weight_D,
             qkv=attention.qkv.weights,
@@ -225,13 +285,20 @@ class Layer:
             k_norm_d=None if attention.k_norm is None else attention.k_norm.weight_D,
             o=attention.o.weights,
             mlp_norm_D=self._mlp_norm.weight_D,
-            gate_up=mlp.gate_up.weights,
-            down=mlp.down.weights,
+            gate_up=gate_up,
+            down=down,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            eps=eps,
+            eps=config.rms_norm_eps,
             scale=attention.scale,
+            norm_offset=config.norm_offset,
+            window=spec.window,
+            soft_cap=config.attention_soft_cap,
+            activation=spec.activation,
+            post_attention_norm_D=None if self._post_attention_norm is None else self._post_attention_norm.weight_D,
+            post_mlp_norm_D=None if self._post_mlp_norm is None else self._post_mlp_norm.weight_D,
+            experts=experts,
         )
 
     def __call__(
@@ -245,21 +312,27 @@ class Layer:
         attended_TD = self._attention(normal_TD, step, logits_step)
         if logits_step is not None:
             x_TD, step = x_TD[logits_step.batch.logits_tokens_T], logits_step
+        if self._post_attention_norm is not None:
+            attended_TD = self._post_attention_norm(attended_TD, step)
         x_TD, normal_TD = self._mlp_norm.of_sum(x_TD, attended_TD, step)
-        return x_TD, self._mlp(normal_TD, step)
+        result_TD = self._mlp(normal_TD, step)
+        return x_TD, result_TD if self._post_mlp_norm is None else self._post_mlp_norm(result_TD, step)
 
 
 def through(layers: Sequence[Layer], x_TD: Tensor, step: ForwardContext) -> Tensor:
-    """Compute (T, D) after consecutive layers, in one call if the backend has one; may write `x_TD`.
+    """Compute (T, D) after consecutive layers, in one call for those with the same RoPE if the backend has one; may
+    write `x_TD`.
 
     With other linears than LOCAL the ranks communicate inside a layer, so it runs op by op.
     """
-    if layers and layers[0].is_local:
-        weights = [layer.weights for layer in layers]
-        y_TD = step.ops.decoder_layers(x_TD, weights, step.batch.adapters.layer, step.inputs, layers[0].number)
-        if y_TD is not None:
-            return y_TD
+    rest, tables = layers, step.batch.adapters.layer
+    for rope, same in groupby(layers, key=lambda layer: layer.rope):
+        weights = [layer.weights for layer in same] if rest[0].is_local else []
+        y_TD = step.ops.decoder_layers(x_TD, weights, tables, step.inputs[rope], rest[0].number) if weights else None
+        if y_TD is None:
+            break
+        x_TD, rest = y_TD, rest[len(weights) :]
     added_TD: Tensor | None = None
-    for layer in layers:
+    for layer in rest:
         x_TD, added_TD = layer(x_TD, added_TD, step)
     return x_TD if added_TD is None else x_TD + added_TD

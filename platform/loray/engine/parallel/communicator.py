@@ -196,9 +196,9 @@ def dump_chunks(chunks: Sequence[ChunkInput]) -> tuple[bytes, tuple[str, ...]]:
     """Give the step's numbers, and the digests of its adapters, which they name by place; −1 is the base."""
     place: dict[str | None, int] = {None: -1}
     words: list[int] = []
-    for adapter, start, token_ids, blocks, is_sampled, scored, _ in chunks:
+    for adapter, start, token_ids, blocks, num_sampled, scored, _ in chunks:
         number = place.setdefault(None if adapter is None else adapter.ref.digest, len(place) - 1)
-        words += (number, start, len(token_ids), is_sampled, scored.start, scored.stop, len(blocks))
+        words += (number, start, len(token_ids), num_sampled, scored.start, scored.stop, len(blocks))
         words += token_ids
         words += blocks
     return np.array(words, dtype=np.int64).tobytes(), tuple(digest for digest in place if digest is not None)
@@ -209,8 +209,8 @@ def load_chunks(data: bytes, adapters: Sequence[ResidentAdapter]) -> list[ChunkI
     words = iter(np.frombuffer(data, dtype=np.int64).tolist())
     chunks = []
     for number in words:
-        start, num_tokens, is_sampled, first, end, num_blocks = islice(words, 6)
+        start, num_tokens, num_sampled, first, end, num_blocks = islice(words, 6)
         token_ids, blocks = list(islice(words, num_tokens)), list(islice(words, num_blocks))
         adapter = None if number < 0 else adapters[number]
-        chunks.append(ChunkInput(adapter, start, token_ids, blocks, bool(is_sampled), range(first, end)))
+        chunks.append(ChunkInput(adapter, start, token_ids, blocks, num_sampled, range(first, end)))
     return chunks

@@ -32,6 +32,7 @@ def parallel_linears(communicator: Communicator) -> Linears:
     return Linears(
         column=partial(ColumnParallelLinear, communicator),
         row=partial(RowParallelLinear, communicator),
+        add_up=communicator.all_reduce,
     )
 
 

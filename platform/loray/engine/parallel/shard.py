@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
+from loray.bases.weights import unfused
 from loray.engine.memory.adapter_layout import SUMMED, AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
 from loray.engine.pool.loader import LoadAdapter
@@ -91,7 +92,7 @@ def local_tensors(
     """Cut the rank's parts from a checkpoint's tensors, with the same names. SpecError if that cuts a group of columns
     that share a scale.
     """
-    for name, tensor in tensors:
+    for name, tensor in unfused(tensors, config):
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]
         if last in COLUMN_PARALLEL:
@@ -167,11 +168,12 @@ class ShardedAdapter(PackedAdapter):
 
 def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
     """Give the `input_shapes` of a rank's part of adapters. `config` is the rank's."""
-    shapes = []
+    shapes, n = [], shard.world_size
     for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
         outputs, inputs = zip(*map(config.module_shape, modules), strict=True)
         if modules[0] in COLUMN_PARALLEL:
-            shapes.append(shape._replace(pair_rows=tuple(shard.rank * width for width in outputs)))
+            rows = zip(shape.pair_rows, outputs, strict=True)
+            shapes.append(shape._replace(pair_rows=tuple(n * first + shard.rank * width for first, width in rows)))
         else:
             shapes.append(shape._replace(pair_column=shard.rank * inputs[0]))
     return tuple(shapes)

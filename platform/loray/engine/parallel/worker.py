@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from loray.bases.config import LayerSpec, ModelConfig
+from loray.bases.config import Experts, LayerSpec, ModelConfig
 from loray.bases.registry import BaseModel
 from loray.engine.model.decode_batch import DecodeBatch
 from loray.engine.parallel.communicator import Communicator, load_chunks, load_step
@@ -50,7 +50,7 @@ class WorkerArgs(NamedTuple):
     secret: bytes
 
 
-ARGUMENTS = Codec((WorkerArgs, ServeSpec, BaseModel, ModelConfig, LayerSpec, RopeParameters))  # of a process
+ARGUMENTS = Codec((WorkerArgs, ServeSpec, BaseModel, ModelConfig, LayerSpec, Experts, RopeParameters))  # of a process
 
 
 class RankWorkers(Protocol):

@@ -53,11 +53,13 @@ def activation_bytes(spec: ServeSpec, config: ModelConfig) -> int:
 
     With D hidden columns, Q and K columns of queries and keys, F of the MLP. Attention: the layer's input, norm, result
     and sum (4 D), q, k and v (Q + 2 K), normed and turned queries and keys (2 Q + 2 K), its result and FlashInfer's
-    copies (3 Q). MLP: 4 D, gate and up (2 F) and their product (F). The larger of the two; layers follow each other.
+    copies (3 Q). MLP: 4 D, gate and up (2 F) and their product (F), of each expert that a token passes, with its input
+    and result (2 D). The larger of the two; layers follow each other.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    widest = 4 * d + max(6 * q + 4 * k, 3 * f)
+    mlp = 3 * f if config.experts is None else config.num_active_mlps * (3 * f + 2 * d)
+    widest = 4 * d + max(6 * q + 4 * k, mlp)
     return spec.max_num_batched_tokens * (spec.element_bytes * widest + 4 * _RANKS)
 
 

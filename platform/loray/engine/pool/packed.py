@@ -32,7 +32,7 @@ from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, Role, SharedProjection
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
@@ -40,6 +40,7 @@ FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _COMPARED_BYTES = 16 << 20  # of the base's rows at a time
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+_NORMS |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _FORMAT = 1  # of the file
 _PAGE = mmap.PAGESIZE
 
@@ -142,6 +143,7 @@ class Packer:
 
     embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
     weights       the base's, for the norms that DoRA divides by
+    fused         see ModelConfig.fused; the pool has the modules apart
     pinned        pack into page-locked memory, which a device can read directly
     memory        that adapters are read and packed into
     """
@@ -150,6 +152,7 @@ class Packer:
     dtype: torch.dtype
     embedding_VD: Tensor
     weights: WeightSource | None = None
+    fused: Mapping[str, Mapping[str, slice]] = field(default_factory=dict)
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
     _pairs: WeakValueDictionary[str, SharedProjection] = field(default_factory=WeakValueDictionary)
@@ -193,14 +196,15 @@ class Packer:
         for key, module in weights.modules.items():
             own = layers.setdefault(key.layer, {})
             for role, tensor, scale, changed in module.rows():
-                num_rows, width = tensor.shape
-                matrix = Matrix(changed or key.module, role, num_rows, width, scale)
                 if role == "dora":
                     assert isinstance(module, LoraWeights)
                     tensor = self._excess_scale(key, module)
-                if matrix in own:  # two scales of one output, each less one
-                    tensor = own[matrix] + tensor + own[matrix] * tensor
-                own[matrix] = tensor
+                for name, part, first in self._parts(changed or key.module, role, tensor):
+                    num_rows, width = part.shape
+                    matrix = Matrix(name, role, num_rows, width, first if role == "vera_b" else scale)
+                    if matrix in own:  # two scales of one output, each less one
+                        part = own[matrix] + part + own[matrix] * part
+                    own[matrix] = part
         flat: dict[Matrix, Tensor] = {}
         for path, norm in weights.norms.items():
             if path == "norm":
@@ -210,6 +214,14 @@ class Packer:
                 assert name in _NORMS
                 layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
         return layers, flat
+
+    def _parts(self, module: str, role: Role, tensor: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield what the parts of a fused module have of its rows, and the first output of each. A is the same for all
+        of them.
+        """
+        for name, outputs in self.fused.get(module, {module: slice(0, None)}).items():
+            is_of_outputs = role not in ("lora_a", "summed_a", "vera_d")
+            yield name, tensor[:, outputs] if is_of_outputs else tensor, outputs.start
 
     def _excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
         """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the

@@ -78,7 +78,7 @@ class ResidentAdapter:
     """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
     rows        the table as tensors, by (group, module, role); group -1 holds rows without a layer
-    scales      LoRA's alpha/r, or the distance of a pair that is turned, by (group, module)
+    scales      the scale of Matrix, by (group, module)
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row   {token: offset of the adapter's embedding row for it}
     descriptor  on the device; None without one, see PoolDescriptors
@@ -112,9 +112,14 @@ class ResidentProjection:
 def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
     """Give the shapes of adapters' rows, which are cut at `capacity`: elements of a layer's share of a block."""
     shapes = [[config.module_shape(module) for module in modules] for modules in INPUTS]
+    firsts = {module: rows.start for parts in config.fused.values() for module, rows in parts.items()}
     return tuple(
-        InputShape(tuple(columns(of_input[0][1], capacity)), tuple(tuple(columns(o, capacity)) for o, _ in of_input))
-        for of_input in shapes
+        InputShape(
+            tuple(columns(of_input[0][1], capacity)),
+            tuple(tuple(columns(o, capacity)) for o, _ in of_input),
+            pair_rows=tuple(firsts.get(module, 0) for module in modules),
+        )
+        for modules, of_input in zip(INPUTS, shapes, strict=True)
     )
 
 
@@ -364,7 +369,7 @@ class Pool:
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
             for m in group.matrices
-            if m.role in ("lora_b", "turn")
+            if m.role in ("lora_b", "turn", "vera_b")
         }
         tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)

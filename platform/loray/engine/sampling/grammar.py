@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from loray.bases.registry import BaseModel
-from loray.engine.request import Request
+from loray.engine.request import Chunk, Request
 from loray.engine.sampling.compilations import Compilations
 from loray.engine.sampling.turns import MaskTurns
 from loray.errors import GrammarTooExpensive, RequestError
@@ -42,7 +43,7 @@ _GROUP_SIZE = 16  # masks for each of llguidance's threads
 class Masks(NamedTuple):
     """The masks of one step.
 
-    requests  those of the rows
+    requests  those of the rows; one that stands several times has its next tokens there, one after the other
     words_MW  bit t % 32 of word t // 32 is set where token t is allowed
     ended     whose answer is complete: only the end of the text is allowed
     """
@@ -104,6 +105,17 @@ class MaskThread:
         self._entered.acquire()
         return computing
 
+    def begin_guesses(
+        self, rows: Sequence[tuple[LLMatcher, int, Sequence[int]]], words_MW: npt.NDArray[np.int32]
+    ) -> Future[None]:
+        """Compute the masks of matchers: of each, from its row on, the next one and those after its guesses, all of
+        which it allows. It stays as it was.
+        """
+        arguments = ([*rows], words_MW.ctypes.data, words_MW.strides[0], len(words_MW))
+        computing = self._thread.submit(self._fill_guesses, *arguments)
+        self._entered.acquire()
+        return computing
+
     def close(self) -> None:
         if "_thread" in self.__dict__:
             self._thread.shutdown(cancel_futures=True)
@@ -130,6 +142,15 @@ class MaskThread:
         self._executor.unsafe_compute_mask_ptr(rows, address, size, len(rows))
         return time.perf_counter() - began
 
+    def _fill_guesses(
+        self, rows: list[tuple[LLMatcher, int, Sequence[int]]], address: int, size: int, num_rows: int
+    ) -> None:
+        executor = self._executor
+        self._entered.release()
+        executor.unsafe_compute_mask_ptr_with_draft_token(
+            [(matcher, row, [*guesses]) for matcher, row, guesses in rows], address, size, num_rows
+        )
+
 
 class Grammars:
     """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled.
@@ -144,6 +165,9 @@ class Grammars:
         self._turns = MaskTurns(MASK_BUDGET_GPU_S if on_gpu else MASK_BUDGET_S, self._thread.group_size)
         self._words_MW = np.empty((0, self._num_words), dtype=np.int32)  # the rows of the thread's turn
         self._computing: Future[list[float]] | None = None
+        self._guessing: Future[None] | None = None  # masks after guesses: until it has ended matchers are left alone
+        self._guessed_MW = self._words_MW
+        self._guessed: dict[Request, range] = {}  # rows of the step's requests with guesses there
         self._answers: dict[Request, _Answer] = {}
         self._refused: list[tuple[Request, Exception]] = []
 
@@ -173,6 +197,8 @@ class Grammars:
         caller forgets them.
         """
         self._take_compiled()
+        if self._guessing is not None and wait((self._guessing,), self._turns.budget_s).done:
+            self._guessing = None
         if self._computing is None and self._turns:
             self._begin()
         if self._computing is not None and wait((self._computing,), self._turns.budget_s).done:
@@ -211,16 +237,57 @@ class Grammars:
             if self._computing is None:
                 self._begin()
 
+    def allowed(self, request: Request, guesses: Sequence[int]) -> Sequence[int]:
+        """Give the first ones of the guesses that the request's constraint allows, and for which there is time to
+        compute masks while the step runs; all without a constraint.
+        """
+        answer = self._answers.get(request)
+        if answer is None:
+            return guesses
+        if self._computing is not None or self._guessing is not None or request.awaits_mask:
+            return ()
+        guesses = guesses[: self._turns.num_quick(request)]
+        return guesses[: answer.matcher.validate_tokens([*guesses])]
+
+    def begin_guesses(self, sampled: Sequence[Chunk]) -> None:
+        """Begin the masks after the guesses of a step, which is computed meanwhile; `masks` takes them."""
+        own = [c for c in sampled if c.guesses and c.request in self._answers] if self._answers else []
+        starts = [*accumulate((1 + len(chunk.guesses) for chunk in own), initial=0)]
+        self._guessed = {chunk.request: range(*rows) for chunk, rows in zip(own, pairwise(starts), strict=True)}
+        if own:
+            self._guessed_MW = np.zeros((starts[-1], self._num_words), dtype=np.int32)
+            rows = [(self._answers[c.request].matcher, self._guessed[c.request].start, c.guesses) for c in own]
+            self._guessing = self._thread.begin_guesses(rows, self._guessed_MW)
+
     def masks(self, requests: Sequence[Request]) -> Masks | None:
         """Give the masks of those of `requests` that have a constraint, none of which awaits its mask; None if none
-        has.
+        has. One that stands several times has the masks after its guesses there, which allow nothing if they are late.
         """
         found = [(r, a) for r in requests if (a := self._answers.get(r)) is not None] if self._answers else []
         if not found:
             return None
         assert not any(r.awaits_mask for r, _ in found), "it must not be in the step"
         ended = frozenset(r for r, a in found if a.has_ended)
-        return Masks([r for r, _ in found], np.stack([a.words_W for _, a in found]), ended)
+        guessed = self._after_guesses() if self._guessed else {}
+        words = [next(guessed[r]) if r in guessed else a.words_W for r, a in found]
+        return Masks([r for r, _ in found], np.stack(words), ended)
+
+    def _after_guesses(self) -> dict[Request, Iterator[npt.NDArray[np.int32]]]:
+        """Take the masks of the step's guesses, of each request with its next one before them. They are waited for no
+        longer than others: those that are late allow nothing, so that their guesses count for nothing.
+        """
+        assert self._guessing is not None
+        words_MW, guessed, self._guessed = self._guessed_MW, self._guessed, {}
+        if wait((self._guessing,), self._turns.budget_s).done:
+            self._guessing.result()
+            self._guessing = None
+        else:
+            words_MW = np.zeros_like(words_MW)
+            for request in guessed:
+                self._turns.was_slow(request)
+        for request, rows in guessed.items():
+            words_MW[rows.start] = self._answers[request].words_W
+        return {request: iter(words_MW[rows.start : rows.stop]) for request, rows in guessed.items()}
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """Give the tokens about which the requests' constraints leave no choice, after their last ones. The next step
@@ -236,7 +303,8 @@ class Grammars:
         step of single tokens is a captured graph.
         """
         answer, p = self._answers.get(request), request.spec.params
-        if answer is None or self._on_gpu or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
+        is_left_alone = self._on_gpu or self._guessing is not None
+        if answer is None or is_left_alone or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
             return ()
         answer.read(request.output_ids)
         return answer.matcher.compute_ff_tokens()
@@ -251,6 +319,8 @@ class Grammars:
 
     def _begin(self) -> None:
         """Begin a turn of the thread, if masks are due and there is time for them."""
+        if self._guessing is not None:
+            return
         groups = self._turns.begin()
         if not groups:
             return

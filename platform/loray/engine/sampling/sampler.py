@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -144,7 +144,8 @@ class Sampler:
         slots: TokenSlots | None = None,
     ) -> Callable[[], list[Outcome]]:
         """Draw one token for each row, also into `slots`; they are read by the result, before the call after the next
-        one, and where a request `needs_history` before the logits change.
+        one, and where a request `needs_history` before the logits change. A request that stands several times has its
+        next tokens there, one after the other.
 
         Requested log-probabilities are those of the unchanged logits.
         """
@@ -179,23 +180,34 @@ class Sampler:
     def _draws(self, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None) -> Draws:
         params = [requests[i].spec.params for i in rows]
         temperature = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
-        mask_of = {} if masks is None else {r: m for m, r in enumerate(masks.requests)}
+        numbered = [*_numbered(requests)]
+        mask_of = {} if masks is None else {row: m for m, row in enumerate(_numbered(masks.requests))}
         return Draws(
             rows,
             temperature,
             [p.min_p for p in params],
-            [self._uniform(requests[i]) if t else 0.0 for i, t in zip(rows, temperature, strict=True)],
-            [mask_of.get(requests[i], -1) for i in rows],
+            [self._uniform(*numbered[i]) if t else 0.0 for i, t in zip(rows, temperature, strict=True)],
+            [mask_of.get(numbered[i], -1) for i in rows],
             None if masks is None else torch.from_numpy(masks.words_MW),
         )
 
-    def _uniform(self, request: Request) -> float:
-        """A number in [0, 1): a function of the token's position and the seed, or the request if it has no seed."""
+    def _uniform(self, request: Request, number: int = 0) -> float:
+        """A number in [0, 1): a function of the token's position and the seed, or the request if it has no seed.
+        `number`: of its next tokens.
+        """
         seed = request.spec.params.seed
         key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
-        position = len(request.output_ids) + request.num_in_flight
+        position = len(request.output_ids) + request.num_in_flight + number
         digest = blake2b(f"{name}:{position}".encode(), digest_size=8, key=key).digest()
         return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+
+def _numbered(requests: Iterable[Request]) -> Iterator[tuple[Request, int]]:
+    """Give each request with the number of times that it stood just before."""
+    last, number = None, 0
+    for request in requests:
+        last, number = request, number + 1 if request is last else 0
+        yield request, number
 
 
 def needs_history(request: Request) -> bool:

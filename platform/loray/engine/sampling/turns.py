@@ -22,6 +22,7 @@ from loray.engine.request import Request
 from loray.text.grammar import MAX_MEAN_MASK_S, MIN_MASKS
 
 _QUICK_S = 0.001  # of a mask that is computed in a group
+_LEAST_S = 1e-5  # that any mask takes
 _FADES = 0.9  # what is left, with each mask, of the time for which the next one is expected
 # A tenant that is so far behind has not made the debt. It is more than any mask takes, so that tenants whose masks are
 # all slow do not overtake each other in debt.
@@ -134,6 +135,16 @@ class MaskTurns:
         least = max(self._used_s.values(), default=0.0) - _MOST_BEHIND_S
         self._used_s = {tenant: max(used_s, least) for tenant, used_s in self._used_s.items()}
         return computed
+
+    def num_quick(self, request: Request) -> int:
+        """Return how many more masks of the request may be computed beside a step: none if they are slow."""
+        expected_s = self._costs[request].expected_s
+        return 0 if expected_s > _QUICK_S else int(self.budget_s / max(expected_s, _LEAST_S))
+
+    def was_slow(self, request: Request) -> None:
+        """Expect its next masks to be slow."""
+        if (cost := self._costs.get(request)) is not None:
+            cost.expected_s = max(cost.expected_s, self.budget_s)
 
     def mean_s(self, request: Request) -> float:
         """The mean time that a mask of the request has taken."""

@@ -26,7 +26,8 @@ from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
-from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
+from loray.engine.scheduling.speculation import Speculation
+from loray.engine.scheduling.step_budget import MIN_CHUNK, Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
@@ -129,7 +130,7 @@ class Admission(Generic[P, R]):
         self.emptied = False  # the pool, in this step
 
     def fits_at_all(self, request: Request) -> bool:
-        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
+        needed = self._adapter_blocks(request) + self._kv_cache.most_blocks(request.max_tokens, request.num_tokens)
         return needed <= self._allocator.geometry.num_blocks
 
     def why_not(self, request: Request) -> str:
@@ -224,11 +225,13 @@ class Admission(Generic[P, R]):
         return False
 
     def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
-        num_output = len(request.output_ids)
+        num_output, block_tokens = len(request.output_ids), self._allocator.geometry.block_tokens
+        num_freed = request.num_freed_blocks
         if num_shared_blocks is None:
-            num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
+            num_shared_blocks = max(0, (request.num_cached_tokens or 0) // block_tokens - num_freed)
         remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
-        return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
+        held = request.num_tokens - num_freed * block_tokens
+        return Growth(held, len(request.held_blocks), num_shared_blocks, _SHARE * remaining)
 
 
 class Scheduler(Generic[P, R]):
@@ -240,6 +243,7 @@ class Scheduler(Generic[P, R]):
     ttft_slo_s      for requests without one of their own; None: they may wait forever
     clock           seconds
     places_ahead    adapters of waiting requests are copied into free blocks before their turn
+    window          see KVCacheManager
     """
 
     def __init__(
@@ -257,6 +261,7 @@ class Scheduler(Generic[P, R]):
         clock: Callable[[], float] = time.monotonic,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
+        window: int | None = None,
     ) -> None:
         self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
@@ -266,6 +271,7 @@ class Scheduler(Generic[P, R]):
             adapter_manager,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
+            window=window,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
@@ -284,6 +290,8 @@ class Scheduler(Generic[P, R]):
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.speculation: Speculation | None = None  # the engine sets it
+        self._allocator = allocator
 
     @property
     def has_work(self) -> bool:
@@ -311,6 +319,8 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
             self.output_lengths.observe(len(request.output_ids))
+            if self.speculation is not None:
+                self.speculation.ended(request)
             self._release(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
@@ -338,6 +348,8 @@ class Scheduler(Generic[P, R]):
             self.preempt(one)
         budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
         chunks, failed = self._decode(budget), Failures()
+        if self.speculation is not None:
+            self._guess(self.speculation, chunks, budget)
         self._admission.stepped()
         for request, error in chain.from_iterable(late() for late in (self._targets.refuse_late, self._limits.overdue)):
             self.waiting.refuse(request)
@@ -376,6 +388,20 @@ class Scheduler(Generic[P, R]):
         budget.in_burst = self._burst.goes_on(now - oldest, len(chunks), num_prompts, seconds)
         return chunks
 
+    def _guess(self, speculation: Speculation, chunks: list[Chunk], budget: StepBudget) -> None:
+        """Add guessed tokens to the chunks of requests that decode; prompts keep the least that they are given.
+
+        No request is preempted for them: they take blocks only where one is left for each request that runs.
+        """
+        for i, guesses in speculation.guesses(chunks, budget.work, budget.num_left - MIN_CHUNK):
+            request = chunks[i].request
+            if self._allocator.num_free + self.prefix_cache.num_idle > len(self.running):
+                self.kv_cache.extend(request, request.num_tokens + len(guesses))
+            room = len(request.blocks) * self._allocator.geometry.block_tokens - request.num_tokens
+            if own := tuple(guesses[:room]):
+                budget.guess(len(own))
+                chunks[i] = Chunk(request, chunks[i].start, chunks[i].num_tokens + len(own), own)
+
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
         """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
         is_blocked = False
@@ -393,6 +419,7 @@ class Scheduler(Generic[P, R]):
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
             self.kv_cache.share(request)
+            self.kv_cache.free_behind_window(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
@@ -430,6 +457,7 @@ class Scheduler(Generic[P, R]):
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
         self.kv_cache.share(request)
+        self.kv_cache.free_behind_window(request)
         while not self.kv_cache.extend(request, request.num_tokens):
             self.preempt(last := self.running[-1])
             if last is request:

@@ -172,6 +172,11 @@ class StepBudget:
         self._prompts = StepWork()
 
     @property
+    def num_left(self) -> int:
+        """The tokens that may still be added."""
+        return self._num_left
+
+    @property
     def work(self) -> StepWork:
         """All that was added."""
         return self._decoding.plus(self._prompts)
@@ -189,6 +194,12 @@ class StepBudget:
         else:
             self._forced = self._forced.plus(StepWork.of(start, n))
         return n
+
+    def guess(self, num_guesses: int) -> None:
+        """Add guessed tokens of a request that decodes: rows like its own, which read what it reads."""
+        self._num_left -= num_guesses
+        self._num_decoded += num_guesses
+        self._num_keys += num_guesses
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk of a prompt."""

@@ -32,7 +32,7 @@ from loray.telemetry import StageProgress, get_logger
 from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import evaluating
-from loray.train.objectives import cross_entropy, labelled_states
+from loray.train.objectives import LabelledStates, labelled_states
 
 log = get_logger(__name__)
 
@@ -178,7 +178,7 @@ def take_all(passes: Sequence[Pass], compute: Callable[[int], Figures]) -> list[
     return KeptFigures().figures({}, passes, compute)
 
 
-Score = Callable[[Tensor, Tensor, Tensor], Figures]  # of (hidden_ND, head_VD, labels_N)
+Score = Callable[[LabelledStates], Figures]
 
 
 class Measured(nn.Module):
@@ -205,8 +205,7 @@ class Measured(nn.Module):
         return found
 
     def forward(self, batch: TrainBatch, score: Score) -> Figures:
-        hidden_ND, head_VD, labels_N, _ = labelled_states(self.model, batch)
-        return score(hidden_ND, head_VD, labels_N)
+        return score(labelled_states(self.model, batch))
 
 
 def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int32]], take: Take = take_all) -> float:
@@ -230,5 +229,5 @@ def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int3
     return sum(f["nll"] for f in figures) / sum(f["num_tokens"] for f in figures)
 
 
-def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
-    return {"nll": float(cross_entropy(hidden_ND, head_VD, labels_N).sum()), "num_tokens": float(len(labels_N))}
+def _summed(states: LabelledStates) -> Figures:
+    return {"nll": float(states.losses().sum()), "num_tokens": float(len(states.labels_N))}

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from loray.errors import SpecError
 from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.data.batches import IGNORED
+from loray.train.divergence import head_logits
 from loray.train.evaluation.documents import token_ids
 from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all
+from loray.train.objectives import LabelledStates
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -239,8 +240,10 @@ def score(model: Measured, tokenizer: Any, prompt: Prompt) -> RetrievalScore:
     labels_1T[0, len(prompt.ids) - 1 : -1] = ids_1T[0, len(prompt.ids) :]
     labels_1T[0, -1] = _AFTER
 
-    def answer(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
-        log_probs_NV = (hidden_ND @ head_VD.T).float().log_softmax(-1)
+    def answer(states: LabelledStates) -> Figures:
+        labels_N = states.labels_N
+        logits_NV = head_logits(states.hidden_ND, states.head_VD, states.soft_cap, torch.float32)
+        log_probs_NV = logits_NV.log_softmax(-1)
         likely_N, is_key_N = log_probs_NV.argmax(-1), labels_N != _AFTER
         of_key_N = log_probs_NV[is_key_N].gather(1, labels_N[is_key_N][:, None])
         num_wrong = int((likely_N != labels_N)[is_key_N].sum())

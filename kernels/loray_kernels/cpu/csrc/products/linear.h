@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias with packed weights; `put` decides what is done with each sum.
+// y = x Wᵀ + bias with packed weights: `Product` knows how they are packed, `put` decides what is done with each sum.
 //
 // A panel is COLUMNS outputs of W with all their inputs, in the order in which a tile of up to TOKENS tokens reads
 // them. Each output has one accumulator over the inputs in order, so a token's result is the same, bit for bit, in any
@@ -81,12 +81,19 @@ struct PanelFetch {
     i64 lines;
     Prefetch rows;
     i64 row_lines;
+    inline void panel(i64 num) {
+        for (i64 n = 0; n < num; n++) __builtin_prefetch(at + n * 64, 0, 2);
+        at += num * 64;
+    }
     inline void some() {
-        for (i64 n = 0; n < lines; n++) __builtin_prefetch(at + n * 64, 0, 2);
-        at += lines * 64;
+        panel(lines);
         rows.some(row_lines);
     }
 };
+
+// A function with the loops of a tile: one for all that is done with its sums, into which all it calls is inlined, so that
+// sums stay in registers.
+#define TILE __attribute__((noinline, flatten))
 
 // The inputs of the tokens from `first` on, `stride` apart.
 template <class Operand>
@@ -111,16 +118,21 @@ static inline Inputs<float> converted(const bf16* x, i64 x_stride, i64 width, i6
     return {at, width, first};
 }
 
-// put(t, column, n, sums) takes the outputs of token t from `column` on; n as in `vectors`.
-template <class T, class Put>
-struct Linear {
+// Weights and inputs of the same type T.
+template <class T>
+struct PlainProduct {
+    using Operand = typename Step<T>::Operand;
+    static constexpr i64 FETCHED = UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T));  // bytes between two prefetches
+
     const T* x;
     i64 x_stride;
     const Matrix<T>& w;
-    Put put;
-    Meanwhile meanwhile = {};
 
-    using Operand = typename Step<T>::Operand;
+    i64 panel_bytes() const { return panel_size<T>(w.in) * i64(sizeof(T)); }
+    i64 fetches() const { return w.in / Step<T>::STEP / UNROLL; }  // of a tile
+    Inputs<Operand> inputs(i64 first, i64 last) const {
+        return converted(x, x_stride, w.in, first, last, (const Operand*)nullptr);
+    }
 
     template <int NT, int NV>
     static inline void put_aside(Vec (&acc)[NT][NV], float (&total)[NT][NV][W]) {
@@ -131,11 +143,13 @@ struct Linear {
         });
     }
 
-    // The first NV vectors of a panel; only the last panel may have fewer than all.
+    // The first NV vectors of a panel.
     template <int NT, int NV>
-    inline void tile(const Inputs<Operand>& inputs, i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
+    TILE void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
+                       Vec (&sums)[NT][NV]) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
+        const T* const panel = (const T*)at;
         const Operand* from = inputs.token(token);
         const i64 stride = inputs.stride;
         Vec acc[NT][NV];
@@ -168,10 +182,27 @@ struct Linear {
                 });
             });
         if constexpr (S::CHUNK > 0) put_aside<NT, NV>(acc, total);
-        Vec sums[NT][NV];  // of which `finish` may take the address: acc stays in registers
         each<NT * NV>([&](auto i) {
             sums[i / NV][i % NV] = S::CHUNK > 0 ? load(total[i / NV][i % NV]) : acc[i / NV][i % NV];
         });
+    }
+};
+
+// put(t, column, n, sums) takes the outputs of token t from `column` on; n as in `vectors`.
+template <class T, class Product, class Put>
+struct Linear {
+    Product product;
+    const Matrix<T>& w;
+    Put put;
+    Meanwhile meanwhile = {};
+
+    using Operand = typename Product::Operand;
+
+    // The first NV vectors of a panel; only the last panel may have fewer than all.
+    template <int NT, int NV>
+    inline void tile(const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column, PanelFetch& fetch) const {
+        Vec sums[NT][NV];
+        product.template multiply<NT, NV>(inputs, token, panel, fetch, sums);
         if (column + NV * W <= w.out)
             finish<NT, NV>(sums, token, column, [](int) { return Whole{}; });
         else
@@ -188,7 +219,7 @@ struct Linear {
     }
 
     template <int NV, int NT = TOKENS>
-    inline void tile_of(i64 count, const Inputs<Operand>& inputs, i64 token, const T* panel, i64 column,
+    inline void tile_of(i64 count, const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column,
                         PanelFetch& fetch) const {
         if (count == NT)
             tile<NT, NV>(inputs, token, panel, column, fetch);
@@ -199,12 +230,11 @@ struct Linear {
     // Tokens [inputs.first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full
     // one.
     void panel(i64 p, const Inputs<Operand>& inputs, i64 last, const Prefetch& rows) const {
-        const i64 size = panel_size<T>(w.in), num = last - inputs.first, tiles = ceil_div(num, TOKENS);
-        const T* weights = w.packed + p * size;
-        const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
-        const i64 times = max_(1, tiles * (w.in / Step<T>::STEP / UNROLL));
-        PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles),
-                            rows, min_(MOST_LINES, ceil_div(rows.left, times))};
+        const i64 size = product.panel_bytes(), num = last - inputs.first, tiles = ceil_div(num, TOKENS);
+        const char* weights = (const char*)w.packed + p * size;
+        const i64 times = max_(1, tiles * product.fetches());
+        PanelFetch fetch = {weights + (tiles == 1 ? AHEAD : size), ceil_div(ceil_div(Product::FETCHED, 64), tiles), rows,
+                            min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
         for (i64 i = 0, t = inputs.first; i < tiles; i++) {
             const i64 count = num / tiles + (i < num % tiles);
@@ -243,8 +273,7 @@ struct Linear {
         shares.each(omp_get_thread_num(), [&](i64 i, i64) {
             const i64 first = i / panels() * size, last = min_(num_tokens, first + size);
             if (first >= last) return;
-            if (inputs.first != first)
-                inputs = converted(x, x_stride, w.in, first, last, (const Operand*)nullptr);
+            if (inputs.first != first) inputs = product.inputs(first, last);
             panel(i % panels(), inputs, last,
                   ahead ? meanwhile.rows->part(meanwhile, i, num) : Prefetch{});
         });
@@ -257,9 +286,15 @@ struct Linear {
     }
 };
 
+template <class T, class Product, class Put>
+static inline Linear<T, Product, Put> linear_by(Product product, const Matrix<T>& w, Put put, Meanwhile meanwhile = {}) {
+    return {product, w, put, meanwhile};
+}
+
+// With weights of T.
 template <class T, class Put>
-static inline Linear<T, Put> linear_of(const T* x, i64 x_stride, const Matrix<T>& w, Put put, Meanwhile meanwhile = {}) {
-    return {x, x_stride, w, put, meanwhile};
+static inline auto linear_of(const T* x, i64 x_stride, const Matrix<T>& w, Put put, Meanwhile meanwhile = {}) {
+    return linear_by<T>(PlainProduct<T>{x, x_stride, w}, w, put, meanwhile);
 }
 
 }  // namespace LORAY_NAMESPACE

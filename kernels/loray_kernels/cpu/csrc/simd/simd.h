@@ -63,7 +63,7 @@ static inline bf16 round_bf16(float x) {
 
 static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
-static inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+static constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512BF16__)
 
@@ -220,6 +220,13 @@ static inline Vec exp(Vec x) {
     p = fma(p, r, set1(5.0000001201e-1f));
     p = fma(p, r * r, r) + set1(1.0f);
     return x < lowest ? zero() : scale2(p, n);
+}
+
+// To a few units of 2⁻²⁴, also where x is small.
+static inline Vec tanh(Vec x) {
+    const Vec none = zero(), one = set1(1.0f), twice = x + x;
+    const Vec e = exp(x < none ? twice : none - twice), size = (one - e) / (one + e);
+    return x < none ? none - size : size;
 }
 
 // One step of a dot product: STEP elements of both sides into W partial sums.

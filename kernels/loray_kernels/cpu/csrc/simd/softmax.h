@@ -48,12 +48,20 @@ struct KeyBlock {
     float* scores;
 };
 
+// What attention has beside causal: row r does not see the first `behind + r / group` keys of the block; a score s, scaled,
+// is cap · tanh(s / cap), where there is a cap.
+struct Beside {
+    i64 behind = -(i64(1) << 40);
+    float cap = 0.0f;
+};
+
 // Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
 // block; other scores are set to −∞. `score(queries, num)` computes the scores of `num` rows; `add(weights, sums, num)`
-// adds their weighted values to their sums.
+// adds their weighted values to their sums. A block of which a row sees nothing does not change its bits.
 template <class P, class Score, class Add>
 static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
-                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale, Score score, Add add) {
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale, Score score, Add add,
+                          Beside beside = {}) {
     constexpr int NV = KEYS / W;
     float iota[W];
     for (int i = 0; i < W; i++) iota[i] = float(i);
@@ -61,12 +69,16 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
     const i64 units = d / P::PER_UNIT;
     for (i64 first = 0; first < rows; first += QUERIES) {
         const i64 num = min_(QUERIES, rows - first);
-        if (limit + (first + num - 1) / group <= 0) continue;
+        if (limit + (first + num - 1) / group <= 0 || beside.behind + first / group >= num_keys) continue;
         score(queries + first * units, num);
         for (i64 q = 0; q < num; q++) {
-            const i64 r = first + q, visible = limit + r / group;
+            const i64 r = first + q, visible = limit + r / group, behind = beside.behind + r / group;
             Vec s[NV];
             for (int v = 0; v < NV; v++) s[v] = load(w.scores + q * KEYS + v * W) * set1(scale);
+            if (beside.cap > 0.0f)
+                for (int v = 0; v < NV; v++) s[v] = set1(beside.cap) * tanh(s[v] * set1(1.0f / beside.cap));
+            if (behind > 0)
+                for (int v = 0; v < NV; v++) s[v] = lane < set1(float(behind - v * W)) ? hidden : s[v];
             if (visible < KEYS)
                 for (int v = 0; v < NV; v++) s[v] = lane < set1(float(visible - v * W)) ? s[v] : hidden;
             Vec high = s[0];

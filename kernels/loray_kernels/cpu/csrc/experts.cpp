@@ -1,0 +1,122 @@
+// Experts: each token passes those that its router gives the largest logits, and their results are added up.
+//
+// Pairs of a token and an expert are put together by expert, so that a step reads an expert's matrices once. A token's
+// products do not depend on who is beside it, and its results are added in the order of its own experts: its sum is the
+// same, bit for bit, in any batch.
+
+#include "kernels.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr i64 SERIAL = 1 << 12;  // elements below which one thread is faster
+
+static thread_local Scratch memory[6];
+
+template <class T>
+static T* room(int i, i64 elements) {
+    return (T*)memory[i].get(elements * sizeof(T));
+}
+
+// The experts of one token and its shares; of equal logits the first one's counts as larger. `weights` has room for all.
+static inline void choose(const float* logits, i64 num, i64 per_token, bool normalised, i64* experts, float* shares,
+                          float* weights) {
+    for (i64 k = 0; k < per_token; k++) {
+        i64 best = -1;
+        for (i64 e = 0; e < num; e++) {
+            bool is_free = best < 0 || logits[e] > logits[best];
+            for (i64 j = 0; is_free && j < k; j++) is_free = experts[j] != e;
+            if (is_free) best = e;
+        }
+        experts[k] = best;
+    }
+    const Vec largest = set1(logits[experts[0]]);
+    vectors(num, [&](i64 i, auto n) { store_n(weights + i, exp(load_n(logits + i, n) - largest), n); });
+    float total = 0;
+    if (normalised)
+        for (i64 k = 0; k < per_token; k++) total += weights[experts[k]];
+    else
+        for (i64 e = 0; e < num; e++) total += weights[e];
+    for (i64 k = 0; k < per_token; k++) shares[k] = weights[experts[k]] / total;
+}
+
+static void choose_all(const float* logits, i64 num_tokens, i64 num, i64 per_token, bool normalised, i64* experts,
+                       float* shares, int threads) {
+#pragma omp parallel num_threads(threads) if (num_tokens * num > SERIAL)
+    {
+        static thread_local Scratch own;
+        float* weights = (float*)own.get(num * sizeof(float));
+#pragma omp for
+        for (i64 t = 0; t < num_tokens; t++)
+            choose(logits + t * num, num, per_token, normalised, experts + t * per_token, shares + t * per_token,
+                   weights);
+    }
+}
+
+template <class T>
+void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads) {
+    const i64 hidden = w.router.in, wide = w.gate_up->out, middle = w.down->in, pairs = num_tokens * w.per_token;
+    T* const raw = room<T>(0, num_tokens * w.num);
+    float* const logits = room<float>(1, num_tokens * w.num);
+    i64* const chosen = room<i64>(2, 3 * pairs + w.num + 1);
+    i64 *const place = chosen + pairs, *const tokens = place + pairs, *const first = tokens + pairs;
+    float* const shares = room<float>(3, pairs);
+    T* const by_expert = room<T>(4, pairs * hidden);
+    T* const gate_up = room<T>(5, pairs * (wide + middle));
+    T* const product = gate_up + pairs * wide;
+
+    linear(x, hidden, num_tokens, w.router, raw, threads);
+    vectors(num_tokens * w.num, [&](i64 i, auto n) { store_n(logits + i, load_n(raw + i, n), n); });
+    choose_all(logits, num_tokens, w.num, w.per_token, w.normalised, chosen, shares, threads);
+    for (i64 e = 0; e <= w.num; e++) first[e] = 0;
+    for (i64 p = 0; p < pairs; p++) first[chosen[p] + 1]++;
+    for (i64 e = 0; e < w.num; e++) first[e + 1] += first[e];
+    for (i64 p = 0; p < pairs; p++) {  // moves each expert's first pair to behind its last one
+        place[p] = first[chosen[p]]++;
+        tokens[place[p]] = p / w.per_token;
+    }
+#pragma omp parallel for num_threads(threads) if (pairs * hidden > SERIAL)
+    for (i64 p = 0; p < pairs; p++) memcpy((void*)(by_expert + p * hidden), x + tokens[p] * hidden, hidden * sizeof(T));
+    const auto each = [&](auto multiply) {
+        for (i64 e = 0, start = 0; e < w.num; start = first[e++])
+            if (first[e] > start) multiply(e, start, first[e] - start);
+    };
+    each([&](i64 e, i64 start, i64 num) {
+        linear(by_expert + start * hidden, hidden, num, w.gate_up[e], gate_up + start * wide, threads);
+    });
+    silu_mul(gate_up, wide, pairs, middle, product, threads);
+    each([&](i64 e, i64 start, i64 num) {
+        linear(product + start * middle, middle, num, w.down[e], by_expert + start * hidden, threads);
+    });
+#pragma omp parallel for num_threads(threads) if (pairs * hidden > SERIAL)
+    for (i64 t = 0; t < num_tokens; t++) {
+        const i64* own = place + t * w.per_token;
+        const float* share = shares + t * w.per_token;
+        vectors(hidden, [&](i64 i, auto n) {
+            Vec sum = load_n(by_expert + own[0] * hidden + i, n) * set1(share[0]);
+            for (i64 k = 1; k < w.per_token; k++)
+                sum = sum + load_n(by_expert + own[k] * hidden + i, n) * set1(share[k]);
+            store_n(y + t * hidden + i, sum, n);
+        });
+    }
+}
+
+template void experts<bf16>(const bf16*, i64, const Experts<bf16>&, bf16*, int);
+template void experts<float>(const float*, i64, const Experts<float>&, float*, int);
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+#define LORAY_EXPERTS(type, suffix)                                                                                   \
+    LORAY_ENTRY(choose_experts_##suffix##_)                                                                           \
+    (const float* logits, i64 num_tokens, i64 num, i64 per_token, i64 normalised, i64* experts, float* shares,        \
+     int threads) {                                                                                                   \
+        choose_all(logits, num_tokens, num, per_token, normalised, experts, shares, threads);                         \
+    }                                                                                                                 \
+    LORAY_ENTRY(experts_##suffix##_)                                                                                  \
+    (const type* x, i64 num_tokens, const Experts<type>* weights, type* y, int threads) {                             \
+        experts(x, num_tokens, *weights, y, threads);                                                                 \
+    }
+
+LORAY_EXPERTS(bf16, bf16)
+LORAY_EXPERTS(float, fp32)
