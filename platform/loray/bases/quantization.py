@@ -259,6 +259,8 @@ def _shape(quantization: Quantization, parts: Mapping[str, TensorInfo]) -> tuple
                 _ = parts["weight_shape"]
                 return out, words * in_word
             out, width = parts["weight"].shape
+            if (dtype := parts["weight"].dtype) != (stored := "F8_E4M3" if quantization.kind == "fp8" else "I8"):
+                raise ValueError(f"its weight is {dtype}, not {stored}")
             return out, width
         case "bitsandbytes":
             out, width = (int(n) for n in state_of(parts)["shape"])

@@ -117,7 +117,7 @@ class WeightSource:
         assert self._quantization is not None
         try:
             return _DECODERS[self._quantization.layout](self._quantization, stored, tensor)
-        except (IndexError, KeyError, RuntimeError, ValueError) as e:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise IntegrityError(f"{name} is not stored as config.json's quantization_config says: {e}") from e
 
 
@@ -236,13 +236,14 @@ def _compressed_tensors(quantization: Quantization, stored: StoredWeight, tensor
         zero = unpacked(zero.t(), quantization.bits).t()[:out]
     scale_OG = _by_row(scale, out, width, quantization.group_size)
     zero_OG = None if zero is None else _by_row(zero.float(), out, width, quantization.group_size)
+    group_I = _uneven(quantization, scale_OG, width, parts.get("weight_g_idx"))
     if is_packed:
-        bits, group_I = quantization.bits, _uneven(quantization, scale_OG, width, parts.get("weight_g_idx"))
+        bits = quantization.bits
         return _packed_weight(unpacked(parts["weight_packed"], bits), scale_OG, zero_OG, bits, group_I)
     if zero_OG is not None and not bool(zero_OG.any()):
         zero_OG = None
     q_OI = parts["weight"]
-    if (group_I := _uneven(quantization, scale_OG, width)) is not None:
+    if group_I is not None:
         values_OI = q_OI.float() if zero_OG is None else q_OI.float() - zero_OG[:, group_I]
         return values_OI * scale_OG[:, group_I]
     return QuantizedWeight(q_OI, scale_OG, zero_OG)
