@@ -368,7 +368,7 @@ class Engine:
         reason = f"{model} gave {what} that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
-        self.scheduler.prefix_cache.forget(request.kv_digest)
+        self.scheduler.kv_cache.forget(request.kv_digest)
         return output
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:

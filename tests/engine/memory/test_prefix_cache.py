@@ -159,6 +159,20 @@ def test_adapters_branch_off_from_the_bases_tree() -> None:
     assert cache.match("a", tokens, active_from=NEVER) == cache.match(None, tokens)
 
 
+def test_what_a_failed_step_should_have_written_goes_with_all_after_it() -> None:
+    allocator = BlockAllocator(GEOMETRY)
+    cache = PrefixCache(allocator)
+    blocks = allocator.allocate_kv(4)
+    assert blocks is not None
+    tokens = [1, 1, 2, 2, 3, 3, 4, 4]
+    cache.store(None, tokens[:4], blocks[:2], ahead=True)
+    cache.release(cache.store(None, tokens[4:], blocks, num_known=2))  # from the host
+    assert cache.drop_unwritten() == frozenset(blocks[:2])
+    cache.check_integrity()
+    assert cache.match(None, tokens) == []
+    assert allocator.num_free == GEOMETRY.num_blocks
+
+
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=40),
     st.sampled_from([None, "a"]),

@@ -272,8 +272,7 @@ class PrefixCache:
         """The step that should have written them has failed: forget these blocks, and return them."""
         dropped = [node for node in reversed(self._unwritten) if self._nodes.get(node.block) is node]
         for node in dropped:
-            self._detach(node)
-            self._drop(node)
+            self._cut(node)
         self._unwritten.clear()
         return frozenset(node.block for node in dropped)
 
@@ -299,10 +298,7 @@ class PrefixCache:
         if digest is not None and base is not None:  # below the base alone adapters become active
             own += [n for n in _below(base) if isinstance(n.key, _Activation) and n.key.digest == digest]
         for node in own:
-            self._detach(node)
-            for below in list(_below(node)):
-                if below.block >= 0:
-                    self._drop(below)
+            self._cut(node)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """The contents of blocks have been copied from the keys of `moves` to its values."""
@@ -473,6 +469,13 @@ class PrefixCache:
             if parent.children or parent.block >= 0:
                 return
             node = parent
+
+    def _cut(self, node: _Node) -> None:
+        """Forget a node and all below it."""
+        self._detach(node)
+        for each in [node, *_below(node)]:
+            if each.block >= 0:
+                self._drop(each)
 
     def _drop(self, node: _Node) -> None:
         self._idle.discard(node)
