@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -171,6 +172,17 @@ def test_what_a_failed_step_should_have_written_goes_with_all_after_it() -> None
     cache.check_integrity()
     assert cache.match(None, tokens) == []
     assert allocator.num_free == GEOMETRY.num_blocks
+
+
+def test_prefixes_that_no_router_asks_for_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.engine.memory.prefix_cache._MOST_TOLD", 3)
+    allocator = BlockAllocator(GEOMETRY)
+    cache = PrefixCache(allocator)
+    for i in range(9):
+        known(cache, allocator, None, [i] * 8)
+        cache.evict(4)
+    assert len(cache._untold) == 3
+    assert cache.told() == ()
 
 
 @given(

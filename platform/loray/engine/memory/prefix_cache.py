@@ -135,7 +135,7 @@ class PrefixCache:
         self._restore_seconds = float("inf")  # of a block; not known yet
         self._unsaved: deque[_Node] = deque()  # idle ones that have no copy; some have gone since
         self._saving: tuple[Future[list[Any]], list[tuple[int, _Node | None]]] | None = None
-        self._untold: list[_Node] = []  # new ones whose names routers are to be told
+        self._untold: deque[_Node] = deque(maxlen=_MOST_TOLD)  # new ones whose names routers are to be told
         self._told: OrderedDict[str, None] = OrderedDict()  # those that were used longest ago first
         self._unwritten: list[_Node] = []  # known, and not computed before the step that is being scheduled
 
