@@ -192,7 +192,8 @@ class Engine:
         )
         pool.on_kv_moved = self.scheduler.moved
         if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
-            self.scheduler.prefix_cache.host = HostTier(self.adapter_manager.host, pool.copies)
+            tier = HostTier(self.adapter_manager.host, pool.copies, lambda: self.wake())
+            self.scheduler.prefix_cache.host = tier
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
         self._runner = ModelRunner(

@@ -108,3 +108,20 @@ def test_what_is_forgotten_on_its_way_from_the_host_is_not_kept() -> None:
     sim.scheduler.kv_cache.forget(None)
     sim.run()
     assert [request.num_cached_tokens for request in asked] == [0, 7 * BLOCK_TOKENS]  # the second has the first one's
+
+
+def test_prefixes_do_not_take_the_place_of_adapters_that_are_worth_more() -> None:
+    sim = Simulation(num_blocks=64, has_host_tier=True, host_bytes=10, loads_at_once=False, step_s=0.1, token_s=0.001)
+    ref = adapter("a", 8)
+    sim.add(max_tokens=1, adapter=ref)
+    sim.add(max_tokens=40)
+    for _ in range(50):
+        sim.step()
+    sim.finish(ref.digest)
+    sim.run()
+    for i in range(4):
+        sim.add(8 * BLOCK_TOKENS, max_tokens=1)
+        for _ in range(3):
+            sim.step()
+        assert sim.adapter_manager.host_used <= 10, i
+    assert sim.adapter_manager.counts.num_host_evictions == 0
