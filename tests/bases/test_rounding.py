@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,6 +104,13 @@ def test_rounding_again_verifies_and_an_interruption_leaves_nothing(base: BaseMo
     assert add_rounded(base, "int8", home=home, name="tiny-int8") == form == get_base(home, "tiny-int8")
     assert (form.path / "model.safetensors").stat().st_ino == inode
     verify_base(form)
+    (form.path / "model.safetensors").write_bytes(b"")
+
+    def remove(stage: str, share: float) -> None:
+        if stage == "fingerprinting":  # as another process that makes it anew
+            shutil.rmtree(form.path, ignore_errors=True)
+
+    assert add_rounded(base, "int8", home=home, progress=remove) == form
     with pytest.raises(ConflictError, match="tiny-int8"):
         add_rounded(base, "int4", home=home, name="tiny-int8")
     with pytest.raises(SpecError, match=r"tiny-int8 is quantised already \(int8 \(compressed-tensors\)\)"):

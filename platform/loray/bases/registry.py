@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -280,7 +281,8 @@ def add_filled(
         )
         (target / _Record.FILE).write_bytes(record.to_bytes())
         if damaged is not None:
-            (root / name).rename(temporary / "damaged")
+            with suppress(FileNotFoundError):  # another process does the same
+                (root / name).rename(temporary / "damaged")
         _move(target, root / name, record)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
