@@ -79,8 +79,10 @@ def test_experts_with_an_adapter_are_kept(tiny_base: Callable[..., BaseModel], a
     assert (kept[1] - kept[0]) / 2 == pytest.approx(counted + changed / 2, rel=0.05)
 
 
-@pytest.mark.parametrize("modules", [ALL, ALL[:4]], ids=["all", "attention"])
-@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [(name, modules) for name in (*EXPERTS, "GptOssForCausalLM") for modules in (ALL, ALL[:4])],
+)
 def test_parameters_of_experts_are_counted_exactly(
     tiny_base: Callable[..., BaseModel], architecture: str, modules: list[str]
 ) -> None:

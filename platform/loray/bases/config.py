@@ -24,11 +24,17 @@ class Experts:
     up in shares, which are a softmax of the logits.
 
     normalised  over the token's own experts, so that its shares add up to 1; else over all experts
+    bias        of router and experts
+    limit       of gpt-oss's gate and up, whose product is another one than SwiGLU's; None: it is SwiGLU's
+    by_turns    where gate and up are one matrix, in checkpoints and PEFT's files, it has their outputs so
     """
 
     num: int
     per_token: int
     normalised: bool = True
+    bias: bool = False
+    limit: float | None = None
+    by_turns: bool = False
 
 
 # Modules that some families have as one, their rows one after the other.
@@ -45,7 +51,7 @@ Activation = Literal["silu", "gelu_tanh"]
 class LayerSpec:
     """This says how a decoder layer differs from a plain one.
 
-    qkv_bias         q, k and v have a bias
+    qkv_bias         q, k and v have a bias; o_bias: o has one
     qk_norm          RMSNorm on each query and key head
     attention_scale  of scores; None: head_dim ** -0.5
     norms            before attention and MLP ("pre"), or also of their results ("sandwich")
@@ -53,6 +59,7 @@ class LayerSpec:
     window           tokens that a token attends to, itself included; None: all up to it
     rope             which of ModelConfig.ropes
     experts          in the place of one MLP; None: the layer is dense
+    has_sinks        attention has one more key, whose value is 0, with a score of its own for each head
     """
 
     qkv_bias: bool = False
@@ -63,6 +70,8 @@ class LayerSpec:
     window: int | None = None
     rope: int = 0
     experts: Experts | None = None
+    o_bias: bool = False
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,6 +441,26 @@ def _experts(dense: Architecture, experts: Callable[[Mapping[str, Any]], Experts
     return dense._replace(layers=layers, refuses=refuses)
 
 
+def _gpt_oss() -> Architecture:
+    """gpt-oss but for its experts: biases, sinks, and a window in every second layer."""
+
+    def refuses(hf: Mapping[str, Any]) -> str | None:
+        if hf.get("swiglu_alpha", 1.702) != 1.702:
+            return f"swiglu_alpha {hf['swiglu_alpha']} is not supported; only 1.702 is"
+        if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+            return "config.json of a gpt-oss has to have rope_parameters"
+        return None
+
+    def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+        types = hf.get("layer_types") or [_FULL if i % 2 else _WINDOWED for i in range(hf["num_hidden_layers"])]
+        bias = bool(hf.get("attention_bias", True))
+        return tuple(
+            LayerSpec(qkv_bias=bias, o_bias=bias, has_sinks=True, window=window) for window in _windows(hf, types)
+        )
+
+    return Architecture("GptOssForCausalLM", "gpt-oss", layers, refuses)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
@@ -460,6 +489,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 hf.get("num_experts") or hf["num_local_experts"],
                 hf["num_experts_per_tok"],
                 normalised=bool(hf.get("norm_topk_prob", False)),
+            ),
+        ),
+        _experts(
+            _gpt_oss(),
+            lambda hf: Experts(
+                hf["num_local_experts"],
+                hf["num_experts_per_tok"],
+                bias=True,
+                limit=hf.get("swiglu_limit", 7.0),
+                by_turns=True,
             ),
         ),
     )

@@ -255,7 +255,9 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
     is_copied = is_copied and "o_proj" in run.adapter.target_modules
     attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
-    if model.attention_soft_cap is not None:  # op by op: capped scores, weights in fp32, and again in the dtype
+    if (
+        model.attention_soft_cap is not None or model.layers[0].has_sinks
+    ):  # op by op: capped scores, weights in fp32, and again in the dtype
         attention += model.num_heads * run.padded_length * (2 * e + _FP32)
     mlp = e * model.num_active_mlps * model.intermediate_size  # of each of gate, silu(gate) and up
     # Of experts also their results, which shares multiply, and what the router computes in fp32.
