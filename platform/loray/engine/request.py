@@ -52,7 +52,7 @@ class Request:
     `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     active_from         the token from which its adapter is active, see `AdapterRef.active_from`; 0 without an adapter
-    blocks              a list that only grows: where a block is replaced, moved or freed there is a new list
+    blocks              a list that only grows: where a block is replaced or moved there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted

@@ -56,12 +56,14 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     assert ops.replayed == replayed
 
 
-@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"]
+)
 def test_a_familys_replayed_steps_give_the_logits_of_peft(
     tiny_base: Callable[..., BaseModel], ops: ShimOps, architecture: str, tmp_path: Path
 ) -> None:
     """Windows, soft caps, two RoPEs, norms of results, and parts of fused modules in the rows of a pair's B."""
-    base = tiny_base(architecture)
+    base = tiny_base(architecture, **({"sliding_window": 24} if architecture == "MistralForCausalLM" else {}))
     names = ("lora-r16", "dora", "vera-all", "longlora", "ia3-outputs", "road-1")
     adapters = make_adapters(base, tmp_path, configs_for(base, {name: CONFIGS[name] for name in names}))
     engine, oracle, models = make_engine(base, adapters), Oracle(base, adapters), [None, *adapters]

@@ -204,14 +204,15 @@ class KVCacheManager:
         return [block for fetch in self._fetches for block in fetch.blocks]
 
     def free_behind_window(self, request: Request) -> None:
-        """Free the blocks that no token from the next one on attends to."""
+        """Free the blocks that no token from the next one on attends to. They keep their places in the request's list,
+        where nothing reads them.
+        """
         if self._window is None:
             return
         behind = (request.num_computed - self._window + 1) // self._allocator.geometry.block_tokens
         first = request.num_freed_blocks
         if behind > first and behind >= request.num_shared_blocks:
             self.prefix_cache.release(request.blocks[first:behind])
-            request.blocks = [request.blocks[behind]] * behind + request.blocks[behind:]
             request.num_freed_blocks = behind
 
     def most_blocks(self, num_tokens: int, num_held: int) -> int:
