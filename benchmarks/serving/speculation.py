@@ -3,7 +3,7 @@
     python -m benchmarks.serving.speculation [--adapter FOLDER --rows FILE] [--only TASK] [--prompts 8] [--json FILE]
 
 Two engines in this process, which take turns; each request is the only one, and is answered by both with the same
-tokens. Texts, code and records are copied, in part, by the base: `quotes` of the guide, `code` of the standard library
+tokens. Texts, code and records are copied, in part, by the base: `quotes` of a licence, `code` of the standard library
 with another name, `json` held to a schema; `free` is sampled at temperature 1 and copies nothing. `--adapter`: a folder
 in PEFT's format, and chats as its training data has them, whose first messages are answered: such as `orders` of
 `make demo`. What is learned of earlier requests is forgotten before each task.
@@ -46,7 +46,7 @@ from loray.text.templates import ChatTemplates
 _COPYING, _FREE = 1.5, 0.97
 _MOST_PROMPT = 700  # tokens
 _COLUMNS = ("task", "without, tok/s\t.1f", "with, tok/s\t.1f", "×\t.2f", "tokens a step\t.2f", "guessed", "right\t.2f")
-_GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
+_TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 _TOPICS = ("a lighthouse", "two brothers", "the first snow", "a lost letter", "a market", "an old dog")
 _PEOPLE = ("Mia Okafor", "Omar Lindqvist", "Lena Moreau", "Kofi Tanaka", "Yuki Novak", "Diego Hassan", "Anya Berg")
 _CITIES = ("Lisbon", "Nairobi", "Osaka", "Tallinn", "Quito", "Galway", "Hanoi")
@@ -73,8 +73,8 @@ class Ran(NamedTuple):
 
 
 def _quotes(num: int, greedy: SamplingParams) -> list[Asked]:
-    pages = [path.read_text(encoding="utf-8") for path in sorted(_GUIDE.glob("*.md"))]
-    parts = [part for page in pages for part in page.split("\n\n") if len(part) > 400 and part[0].isalpha()]
+    paragraphs = [" ".join(part.split()) for part in _TEXT.read_text(encoding="utf-8").split("\n\n")]
+    parts = [part for part in paragraphs if len(part) > 400]
     asked = "Summarise this text: quote its most important sentences, word for word.\n\n{}"
     return [Asked(asked.format(part), greedy) for part in parts[:num]]
 

@@ -100,8 +100,8 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
 
     assert spec.init_adapter is not None
     ref = catalog.adapters.resolve(spec.init_adapter)
-    forms = [form.fingerprint for form in list_bases(settings.home) if form.of == base.fingerprint]
-    if spec.quantization is None or ref.base_fingerprint not in forms:
+    of = None if spec.quantization is None else catalog.bases.forms().get(ref.base_fingerprint)
+    if of != base.fingerprint:  # else QLoRA trained it, on a form that this machine need not have yet
         ref.check_base(base.name, base.fingerprint)
     with tempfile.TemporaryDirectory(prefix="loray-initial-") as scratch:
         folder = Path(scratch) / "adapter"

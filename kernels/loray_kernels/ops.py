@@ -174,7 +174,7 @@ class QuantizedWeight:
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Compute rows of W, (rows, I), in fp32, and round them to `dtype`."""
         part = self.rows(rows)
-        q_RGg = part.values().float().unflatten(1, (-1, self.group))
+        q_RGg = part.values().float().reshape(len(part.q_OI), -1, self.group)
         return ((q_RGg - part.zeros().unsqueeze(-1)) * part.scale_OG.unsqueeze(-1)).flatten(1).to(dtype)
 
     @staticmethod
@@ -271,6 +271,7 @@ class ExpertWeights(Preparable):
     router      has an output for each expert
     per_token   experts that a token passes: those with the largest logits of the router
     normalised  a token's shares of their results are a softmax over these logits; else over all
+    limit       of gate and up, whose product is `clamped_mul`; None: it is `silu_mul`
     """
 
     router: LinearWeights
@@ -278,6 +279,7 @@ class ExpertWeights(Preparable):
     down: tuple[LinearWeights, ...]
     per_token: int
     normalised: bool
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,6 +306,7 @@ class LayerWeights(Preparable):
     norm_offset: float = 0.0
     window: int | None = None
     soft_cap: float | None = None
+    sinks_H: Tensor | None = None
     activation: Activation = "silu"
     post_attention_norm_D: Tensor | None = None
     post_mlp_norm_D: Tensor | None = None

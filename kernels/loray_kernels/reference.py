@@ -67,37 +67,70 @@ def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int =
 
 
 def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Quantise activations: q (T, I), and the scale of each row, fp32 (T, 1), with x ≈ scale · q.
+    """Round rows so that the largest element is the largest value: q (T, I), and each row's scale, fp32 (T, 1).
 
-    The scale is max|x| / 127 for int8, / 448 for float8_e4m3fn, and q is x · (127 / max|x|) in fp32, rounded to
-    nearest, ties to even. A row of zeros has q = 0; one that is not finite has the scale NaN and q = 0, so all that
-    comes of it is NaN.
+    x ≈ scale · q; the scale is max|x| / 127 for int8, / 448 for float8_e4m3fn, and q is x · (127 / max|x|) in fp32,
+    rounded to nearest, ties to even. A row of zeros has q = 0; one that is not finite has the scale NaN and q = 0, so
+    all that comes of it is NaN.
     """
     most = 127 if dtype is torch.int8 else torch.finfo(dtype).max
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
+    q_TI, scale_T1 = _rounded(x32_TI, largest_T1, largest_T1, most, to_whole=dtype is torch.int8)
+    return q_TI.clamp_(-most, most).to(dtype), scale_T1
+
+
+def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows as `quantize_rows` does to int8, but with outliers: q, int32 (T, I), and each row's scale.
+
+    A few elements are a hundred times larger than the others of their row, and a scale by them would leave these no
+    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it. There are fewer than
+    I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of |x| · (32767 / max|x|)
+    rounded to whole numbers, whose sum has the same bits in any order.
+    """
+    x32_TI = x_TI.float()
+    largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
+    whole_TI, _ = _rounded(x32_TI.abs(), largest_T1, largest_T1, 32767, to_whole=True)
+    total_T1 = whole_TI.long().sum(dim=1, keepdim=True).float()
+    share_T1 = total_T1 / torch.full_like(total_T1, 32767 * x_TI.shape[1])
+    limit_T1 = torch.minimum(largest_T1, largest_T1 * (share_T1 * 8))
+    q_TI, scale_T1 = _rounded(x32_TI, largest_T1, limit_T1, 127, to_whole=True)
+    return q_TI.int(), scale_T1
+
+
+def _rounded(
+    x_TI: Tensor, largest_T1: Tensor, limit_T1: Tensor, most: float, *, to_whole: bool
+) -> tuple[Tensor, Tensor]:
+    """x · (most / limit), and limit / most, in fp32."""
     is_finite_T1 = largest_T1.isfinite()
     most_T1 = torch.full_like(largest_T1, most)  # torch would take the inverse of one operand that is a number
-    scale_T1 = torch.where(is_finite_T1, largest_T1 / most_T1, torch.nan)
+    scale_T1 = torch.where(is_finite_T1, limit_T1 / most_T1, torch.nan)
     # So small a maximum that its inverse is infinite counts as zero.
-    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / largest_T1, 0.0)
-    q_TI = torch.where(is_finite_T1, x32_TI * inverse_T1, 0.0)
-    return (q_TI.round() if dtype is torch.int8 else q_TI.clamp_(-most, most)).to(dtype), scale_T1
+    inverse_T1 = torch.where(largest_T1 >= _LEAST, most_T1 / limit_T1, 0.0)
+    q_TI = torch.where(is_finite_T1, x_TI * inverse_T1, 0.0)
+    return (q_TI.round_() if to_whole else q_TI), scale_T1
 
 
-def quantized_linear(x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + bias of activations that are quantised row by row, as `quantize_rows`, in x's dtype, (T, O).
+def quantized_linear(
+    x_TI: Tensor, weight: QuantizedWeight, bias_O: Tensor | None = None, *, keeps_outliers: bool = True
+) -> Tensor:
+    """y = x Wᵀ + bias of activations that are rounded row by row, in x's dtype, (T, O).
 
     With the columns k of a group g:  y = scale_x · Σ_g scale_g · (Σ_k q_x · (q − zero_g)) + bias. For int8 and int4 the
     inner sums are exact, since zeros are whole numbers; what is outside of them is in fp32, in this order, and rounded
-    once at the end. Weights in float8 meet activations in float8.
+    once at the end. Activations are rounded by `quantize_activations`, or by `quantize_rows`, which also rounds those
+    that meet weights in float8 to float8.
     """
     is_float = weight.q_OI.dtype.is_floating_point
-    q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
+    if is_float or not keeps_outliers:
+        q_TI, scale_T1 = quantize_rows(x_TI, weight.q_OI.dtype if is_float else torch.int8)
+    else:
+        q_TI, scale_T1 = quantize_activations(x_TI)
     exact = torch.float32 if is_float else torch.float64
-    values_GOg = weight.values().to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    in_groups = (weight.scale_OG.shape[1], weight.group)
+    values_GOg = weight.values().to(exact).reshape(-1, *in_groups).transpose(0, 1)
     zeros_GO1 = weight.zeros().to(exact).T.unsqueeze(-1)
-    q_GTg = q_TI.to(exact).unflatten(1, (-1, weight.group)).transpose(0, 1)
+    q_GTg = q_TI.to(exact).view(-1, *in_groups).transpose(0, 1)
     sums_GTO = q_GTg @ (values_GOg - zeros_GO1).transpose(1, 2)
     y_TO = torch.zeros_like(sums_GTO[0], dtype=torch.float32)
     for sums_TO, scale_O in zip(sums_GTO.float(), weight.scale_OG.T, strict=True):
@@ -179,6 +212,14 @@ class ReferenceOps:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.gelu(gate_TM, approximate="tanh") * up_TM
 
+    def clamped_mul(self, gate_up_TM: Tensor, limit: float) -> Tensor:
+        """gpt-oss's g · σ(1.702 g) · (u + 1) with g = min(gate, limit) and u = up within ± limit, in fp32; shapes as of
+        `silu_mul`.
+        """
+        gate_TM, up_TM = gate_up_TM.float().chunk(2, dim=-1)
+        gate_TM = gate_TM.clamp(max=limit)
+        return (gate_TM * torch.sigmoid(1.702 * gate_TM) * (up_TM.clamp(-limit, limit) + 1)).to(gate_up_TM.dtype)
+
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         """Give each token's experts, (T, K), the one with the largest logit first, of equal ones the first; and its
         shares of their results, (T, K) in fp32: a softmax over these logits, or over all unless it is `normalised`.
@@ -221,7 +262,9 @@ class ReferenceOps:
             return y_PO
 
         gate_up_PM = products(x_TD[groups.tokens_P], weights.gate_up, "gate_proj", "up_proj")
-        y_PD = products(self.silu_mul(gate_up_PM), weights.down, "down_proj")
+        limit = weights.limit
+        middle_PM = self.silu_mul(gate_up_PM) if limit is None else self.clamped_mul(gate_up_PM, limit)
+        y_PD = products(middle_PM, weights.down, "down_proj")
         return groups.summed(y_PD, shares_TK)
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
@@ -308,11 +351,13 @@ class ReferenceOps:
         scale: float,
         window: int | None = None,
         soft_cap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each sequence's last tokens over its cache; (T, H, d).
 
         window    tokens that a token attends to, itself included; blocks behind all windows are not read
         soft_cap  c: a score s, scaled, is c · tanh(s / c)
+        sinks_H   of each head the score of one more key, whose value is 0
         """
         cache = _kv(pool, layout)[:, layer]
         out_THd = torch.empty_like(q_THd)
@@ -335,13 +380,18 @@ class ReferenceOps:
                 mask = key_C <= position_Q1
                 if window is not None:
                     mask &= key_C > position_Q1 - window
-            if soft_cap is None:
+            if soft_cap is None and sinks_H is None:
                 attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
             else:
-                score_KQC = soft_cap * torch.tanh((q_KQd.float() @ k_KCd.float().mT) * (scale / soft_cap))
+                score_KQC = (q_KQd.float() @ k_KCd.float().mT) * scale
+                if soft_cap is not None:
+                    score_KQC = soft_cap * torch.tanh(score_KQC / soft_cap)
                 if mask is not None:
                     score_KQC = score_KQC.masked_fill(~mask, -math.inf)
-                attended = (score_KQC.softmax(-1) @ v_KCd.float()).to(q_THd.dtype)
+                if sinks_H is not None:
+                    sinks_KQ1 = sinks_H.float().view(-1, group).repeat_interleave(num_queries, dim=1).unsqueeze(-1)
+                    score_KQC = torch.cat((score_KQC, sinks_KQ1), dim=-1)
+                attended = (score_KQC.softmax(-1)[..., : k_KCd.shape[1]] @ v_KCd.float()).to(q_THd.dtype)
             out_THd[start:stop] = attended.reshape(-1, num_queries, layout.head_dim).transpose(0, 1)
         return out_THd
 

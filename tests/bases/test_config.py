@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from loray.bases.checkpoint import canonical_config, expected_shapes, plain_name
 from loray.bases.config import ARCHITECTURES, Experts, LayerSpec, ModelConfig, scaled
+from loray.bases.presets import preset
 from loray.engine.model.decoder import frequencies
 from loray.errors import UnsupportedError
 from loray.spec import RopeParameters, RopeScaling
@@ -127,6 +128,22 @@ def test_a_familys_experts() -> None:
         assert elements == 2 * (attention + num * 3 * 16 * 10 + 8 * 16) + 32 * 16
 
 
+def test_the_layers_of_gpt_oss() -> None:
+    config = preset("gpt-oss-20b")
+    assert config is not None
+    experts = Experts(32, 4, bias=True, limit=7.0, by_turns=True)
+    windowed = LayerSpec(qkv_bias=True, o_bias=True, has_sinks=True, window=128, experts=experts)
+    assert config.layers == (windowed, replace(windowed, window=None)) * 12
+    assert config.window is None
+    shapes = expected_shapes(config)
+    assert shapes["model.layers.3.self_attn.sinks"] == (64,)
+    assert shapes["model.layers.3.mlp.experts.31.up_proj.bias"] == (2880,)
+    with pytest.raises(UnsupportedError, match=r"swiglu_alpha 1\.0 is not supported"):
+        config_of("GptOss", **OF_MIXTRAL, swiglu_alpha=1.0)
+    with pytest.raises(UnsupportedError, match="has to have rope_parameters"):
+        config_of("GptOss", **OF_MIXTRAL)
+
+
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
@@ -135,6 +152,7 @@ def test_a_familys_experts() -> None:
         ("model.layers.3.block_sparse_moe.experts.5.w2.weight", "model.layers.3.mlp.experts.5.down_proj.weight"),
         ("model.layers.3.block_sparse_moe.experts.5.w3.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
         ("model.layers.3.mlp.experts.5.up_proj.weight", "model.layers.3.mlp.experts.5.up_proj.weight"),
+        ("model.layers.3.mlp.router.bias", "model.layers.3.mlp.gate.bias"),
     ],
 )
 def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors, tensor_infos
 from loray.bases.quantization import RoundedTo
-from loray.bases.quantized import rounded
+from loray.bases.quantized import dequantized, is_quantized, rounded
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
 from loray.bases.rounding import QloraBase, add_rounded, form_trained_on, is_rounded, rounding_errors
 from loray.bases.weights import WeightSource
 from loray.errors import BaseMismatch, ConflictError, SpecError, UnsupportedError
 from loray.spec import DType, QuantizationSpec
+from loray.train.model import BaseWeights, model_config, read_quantized, without_weights
 from loray_kernels import QuantizedWeight
 from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.training import recipe
@@ -102,6 +104,13 @@ def test_rounding_again_verifies_and_an_interruption_leaves_nothing(base: BaseMo
     assert add_rounded(base, "int8", home=home, name="tiny-int8") == form == get_base(home, "tiny-int8")
     assert (form.path / "model.safetensors").stat().st_ino == inode
     verify_base(form)
+    (form.path / "model.safetensors").write_bytes(b"")
+
+    def remove(stage: str, share: float) -> None:
+        if stage == "fingerprinting":  # as another process that makes it anew
+            shutil.rmtree(form.path, ignore_errors=True)
+
+    assert add_rounded(base, "int8", home=home, progress=remove) == form
     with pytest.raises(ConflictError, match="tiny-int8"):
         add_rounded(base, "int4", home=home, name="tiny-int8")
     with pytest.raises(SpecError, match=r"tiny-int8 is quantised already \(int8 \(compressed-tensors\)\)"):
@@ -125,6 +134,8 @@ def test_a_checkpoint_says_whose_form_it_is(base: BaseModel, home: Path, tmp_pat
     whole = add_base(str(base.path), home=elsewhere)
     related = add_base(str(form.path), home=elsewhere, name="bare", of=whole)
     assert (related.fingerprint, related.of) == (bare.fingerprint, base.fingerprint)
+    (bare.path / "model.safetensors").write_bytes(b"")
+    assert add_base(str(form.path), home=elsewhere, name="bare") == related  # made anew
     with pytest.raises(SpecError, match="tiny is not quantised, so it is no quantised form of tiny"):
         add_base(str(base.path), home=elsewhere, of=get_base(elsewhere, "tiny"))
     with pytest.raises(SpecError, match="not of bare, which is quantised itself"):
@@ -168,6 +179,20 @@ def test_qlora_s_base_has_its_weights_to_the_last_bit(
             found = source.read(name)
             assert isinstance(found, Tensor)
             assert torch.equal(found, rounded(tensor.to(read_in), spec))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_stay_as_qlora_leaves_them(architecture: str, home: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "moe", architecture, dtype=torch.bfloat16)
+    base, trained_by = add_base(str(folder), home=home), recipe("lora", dtype="bfloat16", quantization={})
+    form = BaseWeights(form_trained_on(base, trained_by, home), "bfloat16")
+    model = without_weights(model_config(base, None), dtype="bfloat16", attention="sdpa")
+    read_quantized(model, BaseWeights(base, "bfloat16"), NF4)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            computed_with = dequantized(module) if is_quantized(parameter) else parameter
+            assert torch.equal(form.read(f"{path}.{name}"), computed_with)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")

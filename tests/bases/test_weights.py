@@ -28,6 +28,11 @@ BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_
 LAYOUTS: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "int8 by rows": (q.compressed_tensors("int-quantized"), q.int8_rows, True),
     "int8 asymmetric": (q.compressed_tensors("int-quantized", symmetric=False), q.int8_asymmetric, True),
+    "int8 by activation order": (
+        q.compressed_tensors("int-quantized", strategy="group", group_size=q.GROUP, actorder="group"),
+        q.int8_mixed,
+        False,
+    ),
     "fp8": (q.compressed_tensors("float-quantized", type="float", strategy="tensor"), q.fp8_whole, True),
     "fp8 in blocks": (
         q.compressed_tensors("float-quantized", type="float", strategy="block", block_structure=[48, 48]),
@@ -140,6 +145,11 @@ def test_missing_and_misshapen_parts_are_named(tmp_path: Path) -> None:
     save_file(whole | {f"{name}.weight_scale": torch.ones(3, 2)}, path)
     with pytest.raises(IntegrityError, match=rf"{name}.weight is not stored as .* scales of shape \(3, 2\)"):
         WeightSource(folder, read_config(folder)).read(f"{name}.weight")
+    others = {key: t for key, t in whole.items() if name not in key}
+    in_16_bits = {f"{name}.weight": torch.ones(128, 64).bfloat16(), f"{name}.weight_scale": torch.ones(128, 1)}
+    save_file(others | in_16_bits, path)
+    with pytest.raises(IntegrityError, match=rf"{name} is damaged: its weight is BF16, not I8"):
+        checked_config(folder)
     save_file(whole, path)
     edited = json.loads((folder / "config.json").read_text())
     del edited["quantization_config"]

@@ -25,6 +25,7 @@ import pytest
 from click.testing import CliRunner
 
 from loray.bases.registry import add_base
+from loray.bases.rounding import add_rounded
 from loray.catalog import Catalog
 from loray.cli import doctor
 from loray.cli.doctor import CHECKS, CheckResult, Situation, _specs, examined
@@ -243,6 +244,15 @@ def test_a_base_that_is_missing_or_damaged(situation: Situations, tmp_path: Path
     assert [doctor.base(s).severity, doctor.base(deep).severity] == ["ok", "error"]
     weights.write_bytes(whole[:-100])
     check(doctor.base(s), "error", "is damaged", f"loray base add {base.source} --name tiny")
+    weights.write_bytes(whole)
+    form = add_rounded(base, "int8", home=s.settings.home)
+    (form.path / "model.safetensors").write_bytes(whole[:-100])
+    of_form = situation(spec={"base": "tiny-int8"})
+    check(doctor.base(of_form), "error", "is damaged", "loray base add tiny --quantise int8 --name tiny-int8")
+    named = add_base(str(write_checkpoint(tmp_path / "best of breed")), home=s.settings.home, name="named")
+    (named.path / "model.safetensors").write_bytes(whole[:-100])
+    of_named = situation(spec={"base": "named"})
+    check(doctor.base(of_named), "error", "is damaged", f"loray base add '{named.source}' --name named")
     (base.path / "loray-base.json").write_text("{}")
     assert "loray base add tiny" in (doctor.base(s).mend or "")
 

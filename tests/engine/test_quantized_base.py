@@ -13,8 +13,13 @@ import torch
 from peft import LoraConfig, VeraConfig
 from safetensors.torch import save_file
 
-from loray.bases.registry import add_base
+from loray.bases.checkpoint import tensor_infos
+from loray.bases.config import ARCHITECTURES
+from loray.bases.registry import BaseModel, add_base
+from loray.bases.rounding import add_rounded
+from loray.bases.weights import WeightSource
 from loray.errors import BaseMismatch
+from loray_kernels import QuantizedWeight
 from tests.fixtures import quantized as q
 from tests.fixtures.engines import Spy, for_each, make_engine, request, run
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, Adapters, TestAdapter, make_adapters
@@ -49,6 +54,26 @@ def test_what_is_dequantised_computes_the_same(config: Any, make: Callable[..., 
         found.append({name: torch.stack(rows) for name, rows in spy.logits.items()})
     assert found[0].keys() == found[1].keys() == {"0", "1", "2", "3", "4"}
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_family_has_forms(architecture: str, tiny_base: Callable[..., BaseModel]) -> None:
+    whole = tiny_base(architecture, std=0.05)
+    home = whole.path.parent.parent
+    form = add_rounded(whole, "int8", home=home)
+    weights, rounded = WeightSource(whole.path, whole.config), WeightSource(form.path, form.config)
+    names = [info.name for info in tensor_infos(whole.path)]
+    assert any(isinstance(rounded.read(name), QuantizedWeight) for name in names)
+    for name in names:
+        torch.testing.assert_close(rounded.dense(name), weights.dense(name), atol=0.002, rtol=0)
+    logits = []
+    for base in (whole, form):
+        engine = make_engine(base)
+        spy = Spy(engine)
+        run(engine, for_each([None], max_tokens=1))
+        logits.append(spy.logits["0"][0])
+    assert not torch.equal(*logits)
+    assert torch.cosine_similarity(*logits, dim=0) > 0.99
 
 
 def test_adapters_of_another_base_are_refused(adapters: Adapters, base: Any) -> None:

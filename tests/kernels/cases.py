@@ -176,9 +176,16 @@ def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(9, 3), (8, 8), (4, 1)])
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (7, 0.5)])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "has_sinks"), [(None, None, False), (5, None, False), (7, 0.5, False), (5, None, True)]
+)
 def test_paged_attention(
-    ops: Ops, window: int | None, soft_cap: float | None, heads: tuple[int, int], dtype: torch.dtype
+    ops: Ops,
+    window: int | None,
+    soft_cap: float | None,
+    has_sinks: bool,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
 ) -> None:
     """Decode, whole prompts and chunks in the middle of one, over shuffled blocks."""
     num_heads, num_kv = heads
@@ -188,6 +195,8 @@ def test_paged_attention(
     pool = torch.randn(40 * 2 * layout.layer_share, generator=generator).to(dtype)
     free = list(range(40))
     random.Random(0).shuffle(free)
+    # From heads that have next to no sink to one that leaves next to nothing.
+    sinks_H = torch.linspace(-200, 200, num_heads).to(dtype) if has_sinks else None
     queries, contexts, tables, slots, keys, values, expected = [], [], [], [], [], [], []
     for num_queries, context in sequences:
         blocks = [free.pop() for _ in range(-(-context // 4))]
@@ -210,12 +219,16 @@ def test_paged_attention(
             scores = soft_cap * (scores / soft_cap).tanh()
         behind = torch.arange(past, context)[:, None] - torch.arange(context)[None]
         hidden = (behind < 0) | (behind >= (window or context))
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks_H is not None:  # one more key, whose value is 0
+            sinks_HQ1 = sinks_H.double()[:, None, None].expand(-1, num_queries, 1)
+            scores = torch.cat([scores, sinks_HQ1], dim=-1)
+        weights = scores.softmax(-1)[..., :context]
         expected.append(torch.einsum("hqc,chd->qhd", weights, v.double().repeat_interleave(repeat, 1)))
     starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
     meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
     store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
-    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25, window, soft_cap)
+    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25, window, soft_cap, sinks_H)
     close(got_THd, torch.cat(expected), dtype)
 
 

@@ -81,6 +81,19 @@ def test_experts_are_those_of_fp64(ops: Ops, dtype: torch.dtype, normalised: boo
     torch.testing.assert_close(got_TD.double(), expected_TD, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamped_gate_is_that_of_fp64(ops: Ops, dtype: torch.dtype) -> None:
+    gate_up_TM = (randn(8, 9, 2 * 37) * 4).to(dtype)
+    gate_up_TM[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
+    gate, up = gate_up_TM.double().chunk(2, dim=1)
+    gate, up = gate.clamp(max=3.0), up.clamp(-3.0, 3.0)
+    expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    got = ops.clamped_mul(gate_up_TM, 3.0)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+    assert bool(((got.double() - expected).abs() <= tolerance * (expected.abs() + 1e-3)).all())
+
+
 def test_of_equal_logits_the_first_counts(ops: Ops) -> None:
     logits_TE = torch.tensor([[1.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0], [-3e38, 3e38, 0.0, 1.0]])
     experts_TK, shares_TK = ops.choose_experts(logits_TE, 2, normalised=True)

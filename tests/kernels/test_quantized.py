@@ -11,43 +11,14 @@ from torch import Tensor
 
 from loray_kernels import Ops, QuantizedWeight
 from loray_kernels.ops import join_weights
-from loray_kernels.reference import quantize_rows, quantized_linear
+from loray_kernels.reference import quantize_activations, quantize_rows, quantized_linear
+from tests.fixtures.quantized_weights import KINDS, drawn, randn
 from tests.kernels.backends import INTEGER, make_ops
-
-KINDS = ["int8", "int8 groups", "int4", "int4 zeros", "fp8"]
-GROUP = 16
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quantized(kind: str, size: tuple[int, int], seed: int = 0) -> tuple[QuantizedWeight, Tensor]:
-    """A weight whose q, scales and zeros are drawn, and what it stands for in fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    num_rows, num_columns = size
-    num_groups = 1 if kind in ("int8", "fp8") else num_columns // GROUP
-    scale_OG = torch.rand(num_rows, num_groups, generator=generator) * 0.02 + 0.01
-    lowest, highest = (0, 15) if kind.startswith("int4") else (-128, 127)
-    q_OI = torch.randint(lowest, highest + 1, size, generator=generator)
-    zero_OG = torch.full_like(scale_OG, 8 if kind == "int4" else 0)
-    if kind == "int4 zeros":
-        zero_OG = torch.randint(0, 16, scale_OG.shape, generator=generator).float()
-    if kind == "fp8":
-        q_OI = (randn(seed, *size) * 50).to(torch.float8_e4m3fn)
-    columns = num_columns // num_groups
-    each = [x.double().repeat_interleave(columns, dim=1) for x in (scale_OG, zero_OG)]
-    whole = each[0] * (q_OI.double() - each[1])
-    if kind.startswith("int4"):
-        q_OI = (q_OI[:, 0::2] + 16 * q_OI[:, 1::2]).to(torch.uint8)
-    elif kind != "fp8":
-        q_OI = q_OI.to(torch.int8)
-    return QuantizedWeight(q_OI, scale_OG, zero_OG if kind == "int4 zeros" else None), whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_stands_for_scale_times_q_less_zero(kind: str) -> None:
-    weight, whole_OI = quantized(kind, (6, 64))
+    weight, whole_OI = drawn(kind, (6, 64))
     assert weight.shape == whole_OI.shape
     torch.testing.assert_close(weight.dequantized(slice(None), torch.float32).double(), whole_OI, rtol=2e-7, atol=0)
     rows = weight.dequantized(slice(2, 5), torch.bfloat16)
@@ -56,8 +27,8 @@ def test_a_weight_stands_for_scale_times_q_less_zero(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_weight_stand_for_parts_of_the_matrix(kind: str) -> None:
-    weight, _ = quantized(kind, (6, 64))
-    other, _ = quantized("int4" if kind == "int4 zeros" else kind, (3, 64), seed=1)
+    weight, _ = drawn(kind, (6, 64))
+    other, _ = drawn("int4" if kind == "int4 zeros" else kind, (3, 64), seed=1)
     whole_OI, other_OI = (w.dequantized(slice(None), torch.float32) for w in (weight, other))
 
     def equal(part: QuantizedWeight, expected: Tensor) -> None:
@@ -74,7 +45,7 @@ def test_parts_of_a_weight_stand_for_parts_of_the_matrix(kind: str) -> None:
 
 
 def test_what_cannot_be_joined_or_cut_is_refused() -> None:
-    int8, int4 = (quantized(kind, (4, 64))[0] for kind in ("int8", "int4"))
+    int8, int4 = (drawn(kind, (4, 64))[0] for kind in ("int8", "int4"))
     with pytest.raises(
         ValueError, match=r"in one way, not as torch.int8 in groups of 64 and torch.uint8 in groups of 16"
     ):
@@ -92,7 +63,23 @@ def test_activations_are_quantised_row_by_row() -> None:
     assert scale_T1[:2, 0].tolist() == [pytest.approx(2 / 127), 0.0]
     assert scale_T1[2].isnan().all()
     assert q_TI[2:].eq(0).all()
-    assert quantized_linear(x_TI, quantized("int8", (3, 4))[0])[2].isnan().all()
+    assert quantized_linear(x_TI, drawn("int8", (3, 4))[0])[2].isnan().all()
+
+
+def test_an_outlier_takes_no_digits_from_its_row() -> None:
+    x_TI = randn(3, 6, 512)
+    x_TI[1, 7], x_TI[2, :3], x_TI[3] = 1000, 50, 0
+    x_TI[3, 9], x_TI[4, 5] = -1e30, torch.nan
+    q_TI, scale_T1 = quantize_activations(x_TI)
+    mean_T1 = x_TI.abs().double().mean(dim=1, keepdim=True)
+    assert q_TI[0].abs().max() == 127
+    assert [int((row.abs() > 127).sum()) for row in q_TI] == [0, 1, 3, 1, 0, 0]
+    for row in (0, 1, 2, 3, 5):
+        assert float(scale_T1[row]) <= 8.02 * float(mean_T1[row]) / 127
+        error_I = (q_TI[row].double() * scale_T1[row].double() - x_TI[row].double()).abs()
+        assert bool((error_I <= scale_T1[row] * 0.501 + 1e-6 * x_TI[row].abs()).all())
+        assert q_TI[row].abs().sum() <= 127 * 512
+    assert scale_T1[4].isnan()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,11 +88,11 @@ def test_the_reference_differs_from_fp64_by_the_rounding_of_activations(kind: st
     """The product of quantised activations is exact up to fp32's rounding; that with the activations themselves
     differs by no more than half a step of each, as far as it meets a weight.
     """
-    weight, whole_OI = quantized(kind, (48, 96))
+    weight, whole_OI = drawn(kind, (48, 96))
     x_TI, bias_O = randn(1, 9, 96).to(dtype), randn(2, 48).to(dtype)
     got_TO = quantized_linear(x_TI, weight, bias_O)
     assert got_TO.dtype == dtype
-    q_TI, scale_T1 = quantize_rows(x_TI, torch.float8_e4m3fn if kind == "fp8" else torch.int8)
+    q_TI, scale_T1 = quantize_rows(x_TI, torch.float8_e4m3fn) if kind == "fp8" else quantize_activations(x_TI)
     near_TI = q_TI.double() * scale_T1.double()
     expected_TO = near_TI @ whole_OI.T + bias_O.double()
     rounding = 2e-6 * (near_TI.abs() @ whole_OI.T.abs() + 1) + (
@@ -138,11 +125,14 @@ def test_the_kernels_give_the_reference_s_bits(
 ) -> None:
     """Of one token, some, and enough for tiles and blocks; of strided rows, and of rows of zeros or not finite."""
     in_features, out_features = size
-    weight, _ = quantized(kind, (out_features, in_features))
+    weight, _ = drawn(kind, (out_features, in_features))
     assert native.has_kernel(weight)
     bias_O, wide_TI = randn(2, out_features).to(dtype), (randn(1, 150, in_features + 8) * 3).to(dtype)
     x_TI = wide_TI[:, :in_features]
     x_TI[3], x_TI[5, 0] = 0, torch.inf
+    x_TI[7, in_features // 2] *= 1000  # outliers: one, all there is of a row, as many as there may be
+    x_TI[8], x_TI[8, -1] = 0, -5
+    x_TI[9], x_TI[9, :: min(10, in_features)] = 0.01, 3
     plain, biased = native.pack_linear([weight]), native.pack_linear([weight], bias_O)
     expected_TO, biased_TO = quantized_linear(x_TI, weight), quantized_linear(x_TI, weight, bias_O)
     assert expected_TO[5].isnan().all()
@@ -166,7 +156,7 @@ def test_the_largest_sums_are_exact(native: Ops) -> None:
 
 
 def test_matrices_of_one_input_are_packed_side_by_side(native: Ops) -> None:
-    parts = [quantized("int8", (rows, 64), seed=rows)[0] for rows in (32, 16, 7)]
+    parts = [drawn("int8", (rows, 64), seed=rows)[0] for rows in (32, 16, 7)]
     x_TI = randn(1, 3, 64).bfloat16()
     apart = [native.linear(x_TI, native.pack_linear([part])) for part in parts]
     assert torch.equal(native.linear(x_TI, native.pack_linear(parts)), torch.cat(apart, dim=1))
@@ -177,16 +167,16 @@ def test_matrices_of_one_input_are_packed_side_by_side(native: Ops) -> None:
 
 
 def test_other_dtypes_are_multiplied_in_fp32(native: Ops) -> None:
-    weight, bias_O, x_TI = quantized("int8", (20, 64))[0], randn(2, 20).half(), randn(1, 3, 64).half()
+    weight, bias_O, x_TI = drawn("int8", (20, 64))[0], randn(2, 20).half(), randn(1, 3, 64).half()
     got_TO = native.linear(x_TI, native.pack_linear([weight], bias_O))
     assert torch.equal(got_TO, quantized_linear(x_TI, weight, bias_O))
 
 
 def test_what_has_no_kernel_is_the_reference_s(native: Ops) -> None:
     x_TI = randn(1, 3, 64).bfloat16()
-    whole, scale_OG = quantized("int4", (4, 64))[0], torch.ones(4, 8)
+    whole, scale_OG = drawn("int4", (4, 64))[0], torch.ones(4, 8)
     for weight in (
-        quantized("fp8", (4, 64))[0],
+        drawn("fp8", (4, 64))[0],
         QuantizedWeight(whole.q_OI, whole.scale_OG, whole.zeros() + 0.5),
         QuantizedWeight(whole.values().view(torch.int8), scale_OG),  # groups of 8
     ):

@@ -79,8 +79,10 @@ def test_experts_with_an_adapter_are_kept(tiny_base: Callable[..., BaseModel], a
     assert (kept[1] - kept[0]) / 2 == pytest.approx(counted + changed / 2, rel=0.05)
 
 
-@pytest.mark.parametrize("modules", [ALL, ALL[:4]], ids=["all", "attention"])
-@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [(name, modules) for name in (*EXPERTS, "GptOssForCausalLM") for modules in (ALL, ALL[:4])],
+)
 def test_parameters_of_experts_are_counted_exactly(
     tiny_base: Callable[..., BaseModel], architecture: str, modules: list[str]
 ) -> None:
@@ -141,6 +143,17 @@ def test_what_is_scaled_is_kept(tiny_base: Callable[..., BaseModel], adapter: di
     short, long = ([kept_bytes(base, spec, n) for base in bases] for n in (TOKENS, 2 * TOKENS))
     counted = sum(part.nbytes for part in memory.saved_by_layer(shape_of(spec, bases[0].config)))
     assert (long[1] - long[0]) - (short[1] - short[0]) == 2 * TOKENS * counted
+
+
+@pytest.mark.parametrize(("length", "has_mask"), [(24, False), (64, True)])
+def test_a_window_that_is_shorter_than_rows_has_a_mask(
+    tiny_base: Callable[..., BaseModel], length: int, has_mask: bool
+) -> None:
+    base = tiny_base("Gemma3ForCausalLM")  # with a window of 24
+    spec = recipe(data={"train": "x", "max_length": length})
+    plan = memory.plan_memory(shape_of(spec, base.config), bare())
+    masks = [item.nbytes for item in plan.items if item.name.startswith("masks of attention")]
+    assert masks == ([spec.batch.rows * length**2] if has_mask else [])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from jobs.driver.prepare import prepare
 from loray.bases.presets import preset
+from loray.bases.quantization import Quantization
 from loray.bases.registry import BaseModel, add_base, ensure_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError
 from loray.methods import METHODS
@@ -191,6 +193,14 @@ def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, setting
     assert window.row_length == 512  # of the base
     too_long = write(tmp_path, **long, data={"train": "data.jsonl", "max_length": 129})
     refused(SpecError, r"context is 128 tokens; lower it$", resolve, too_long.spec, base.config)
+
+
+def test_a_quantised_base_is_not_quantised_again(tmp_path: Path, base: BaseModel) -> None:
+    form = replace(base.config, quantization=Quantization("awq", "int4", 128))
+    recipe = write(tmp_path, quantization={}).spec
+    assert resolve(recipe, base.config) == resolve(write(tmp_path).spec, form)
+    message = r"the base tiny is quantised already \(int4 \(awq, groups of 128\)\): leave quantization out"
+    refused(SpecError, message, resolve, recipe, form)
 
 
 def test_attention_scaling_and_method_are_independent(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("modules", MODULES)
-@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize(("architecture", "modules"), [*product(EXPERTS, MODULES), ("GptOssForCausalLM", "attention")])
 def test_what_is_trained_is_published_and_served(
     tiny_base: BaseFactory, tmp_path: Path, architecture: str, modules: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_what_is_trained_is_published_and_served(
     torch.testing.assert_close(served, logits_of(model, whole)[0, len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize("architecture", [*EXPERTS, "GptOssForCausalLM"])
 def test_parameters_are_read_one_by_one(tiny_base: BaseFactory, architecture: str) -> None:
     base = tiny_base(architecture)
     weights = BaseWeights(base, "float32")
@@ -99,3 +99,10 @@ def test_what_experts_do_not_take_is_refused(
     base = tiny_base("MixtralForCausalLM")
     with pytest.raises(SpecError, match=why):
         resolve(model_recipe(method, adapter=adapter), base.config)
+
+
+def test_what_gpt_oss_does_not_take_is_refused(tiny_base: BaseFactory) -> None:
+    base, adapter = tiny_base("GptOssForCausalLM"), {"target_modules": ATTENTION}
+    s2 = model_recipe("lora", adapter=adapter, attention={"type": "s2", "group_size": 8})
+    with pytest.raises(SpecError, match="has sinks, which only dense attention over whole rows has"):
+        resolve(s2, base.config)

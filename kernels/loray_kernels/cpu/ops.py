@@ -198,6 +198,17 @@ class CpuOps(ReferenceOps):
         f = self._for(gate_up_TM)
         return super().gelu_mul(gate_up_TM) if f is None else _gated(f.gelu_mul, gate_up_TM)
 
+    def clamped_mul(self, gate_up_TM: Tensor, limit: float) -> Tensor:
+        f = self._for(gate_up_TM)
+        if f is None:
+            return super().clamped_mul(gate_up_TM, limit)
+        gate_up_TM = token_rows(gate_up_TM)
+        (num_tokens, wide), stride = gate_up_TM.shape, gate_up_TM.stride(0)
+        y_TM = gate_up_TM.new_empty(num_tokens, wide // 2)
+        address, threads = gate_up_TM.data_ptr(), torch.get_num_threads()
+        f.clamped_mul(address, stride, num_tokens, wide // 2, limit, y_TM.data_ptr(), threads)
+        return y_TM
+
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
         num_tokens, num_experts = logits_TE.shape
@@ -321,10 +332,12 @@ class CpuOps(ReferenceOps):
         scale: float,
         window: int | None = None,
         soft_cap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        f = self._for(pool, q_THd)
+        f = self._for(pool, q_THd, *(() if sinks_H is None else (sinks_H,)))
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
+        assert sinks_H is None or (sinks_H.is_contiguous() and sinks_H.shape == q_THd.shape[1:2])
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
         num_heads = q_THd.shape[1]
@@ -344,6 +357,7 @@ class CpuOps(ReferenceOps):
             scale,
             window or 0,
             soft_cap or 0.0,
+            None if sinks_H is None else sinks_H.data_ptr(),
             torch.get_num_threads(),
         )
         return out_THd

@@ -123,7 +123,8 @@ def pack_experts(weights: ExpertWeights) -> CStruct:
     words = pack_matrix(weights.router)
     for matrices in (weights.gate_up, weights.down):
         words.append(kept.words([word for matrix in matrices for word in pack_matrix(matrix)]))
-    words += (len(weights.down), weights.per_token, weights.normalised)
+    limit = 0.0 if weights.limit is None else weights.limit
+    words += (len(weights.down), weights.per_token, weights.normalised, *unpack("q", pack("d", limit)))
     return CStruct(kept.words(words), kept, (weights.router.in_features,))
 
 
@@ -139,6 +140,7 @@ def pack_layer_weights(weights: LayerWeights) -> CStruct:
     numbers = (weights.eps, weights.scale, weights.norm_offset, weights.soft_cap or 0.0)
     words += [weights.num_heads, *unpack("4q", pack("4d", *numbers))]
     words += [weights.window or 0, weights.activation == "gelu_tanh"]
+    words.append(0 if weights.sinks_H is None else weights.sinks_H.data_ptr())
     words.append(0 if weights.experts is None else kept.struct(pack_experts(weights.experts)))
     return CStruct(kept.words(words), kept, (weights.qkv.in_features,))
 

@@ -312,10 +312,11 @@ class CudaOps(ReferenceOps):
         scale: float,
         window: int | None = None,
         soft_cap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         d = layout.head_dim
-        if not _one_dtype(pool, q_THd) or not _attends(d):
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap)
+        if not _one_dtype(pool, q_THd) or not _attends(d) or sinks_H is not None:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
         q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d

@@ -127,6 +127,10 @@ def _merged(
     adapted: dict[str, ModuleWeights] = {}
     for key, module in weights.modules.items():
         if isinstance(module, ExpertLoraWeights):
+            if module.by_turns:
+                raise UnsupportedError(
+                    f"LoRA of the experts of {base.config.architecture} is not merged: serve it as it is"
+                )
             path = f"model.layers.{key.layer}.{EXPERTS}"
             adapted |= {f"{path}.{i}.{key.module}": module.expert(i) for i in range(module.num_experts)}
         else:

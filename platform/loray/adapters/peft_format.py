@@ -299,6 +299,7 @@ def _read_experts(
                 alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
                 base.experts.num,
                 module,
+                by_turns=base.experts.by_turns,
             )
             if weights.rank != rank:
                 raise IntegrityError(

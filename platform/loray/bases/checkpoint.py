@@ -161,11 +161,35 @@ def stored_dtype(folder: Path) -> DType:
 
 _RENAMED = {"gate": "gate", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's
 _OF_MIXTRAL = re.compile(r"\.block_sparse_moe\.(?P<expert>(?:experts\.\d+\.)?)(?P<module>gate|w[123])\.")
+# gpt-oss's: of weights (E, I, O) and of biases (E, O) of all experts; gate_up_proj has the outputs of both by turns.
+_OF_GPT_OSS = re.compile(r"(?P<path>.+\.experts)\.(?P<matrix>gate_up|down)_proj(?P<bias>(?:_bias)?)")
+_MATRICES: Mapping[str, tuple[str, ...]] = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 def plain_name(name: str) -> str:
     """Name a stored tensor as the decoder does, which names experts as most families do: `mlp.experts.3.gate_proj`."""
+    name = name.replace(".mlp.router.", ".mlp.gate.")
     return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
+
+
+class ExpertPart(NamedTuple):
+    """Where a tensor of all experts has one's: outputs `first`, `first + every` …"""
+
+    expert: int
+    first: int
+    every: int
+
+
+def expert_parts(name: str, num_experts: int) -> dict[str, ExpertPart]:
+    """Find what a tensor of all experts has, by the decoder's names; nothing in any other tensor."""
+    if (match := _OF_GPT_OSS.fullmatch(name)) is None:
+        return {}
+    modules, kind = _MATRICES[match["matrix"]], "bias" if match["bias"] else "weight"
+    return {
+        f"{match['path']}.{expert}.{module}.{kind}": ExpertPart(expert, first, len(modules))
+        for expert in range(num_experts)
+        for first, module in enumerate(modules)
+    }
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -255,7 +279,11 @@ def _unfused(
         for part, own in parts.items():
             shape: Any = (own.stop - own.start, *stored.shape[1:])
             yield part, stored._replace(shape=shape)
-        if not parts:
+        own_experts = expert_parts(name, stored.shape[0])
+        for part, (_, _, every) in own_experts.items():
+            shape = (stored.shape[-1] // every, *stored.shape[1:-1])
+            yield part, stored._replace(shape=shape)
+        if not parts and not own_experts:
             yield plain_name(name), stored
 
 
@@ -294,12 +322,21 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if spec.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
         mlps = [f"{layer}.mlp"]
+        if spec.o_bias:
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (h,)
+        if spec.has_sinks:
+            shapes[f"{layer}.self_attn.sinks"] = (config.num_heads,)
+        has_biases = spec.experts is not None and spec.experts.bias
         if spec.experts is not None:
             shapes[f"{layer}.mlp.gate.weight"] = (spec.experts.num, h)
+            if has_biases:
+                shapes[f"{layer}.mlp.gate.bias"] = (spec.experts.num,)
             mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(spec.experts.num)]
         for mlp in mlps:
             for module in MLP_MODULES:
                 shapes[f"{mlp}.{module}.weight"] = config.module_shape(module)
+                if has_biases:
+                    shapes[f"{mlp}.{module}.bias"] = config.module_shape(module)[:1]
         if spec.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)

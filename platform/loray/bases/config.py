@@ -24,11 +24,17 @@ class Experts:
     up in shares, which are a softmax of the logits.
 
     normalised  over the token's own experts, so that its shares add up to 1; else over all experts
+    bias        of router and experts
+    limit       of gpt-oss's gate and up, whose product is another one than SwiGLU's; None: it is SwiGLU's
+    by_turns    where gate and up are one matrix, in checkpoints and PEFT's files, it has their outputs so
     """
 
     num: int
     per_token: int
     normalised: bool = True
+    bias: bool = False
+    limit: float | None = None
+    by_turns: bool = False
 
 
 # Modules that some families have as one, their rows one after the other.
@@ -45,7 +51,7 @@ Activation = Literal["silu", "gelu_tanh"]
 class LayerSpec:
     """This says how a decoder layer differs from a plain one.
 
-    qkv_bias         q, k and v have a bias
+    qkv_bias         q, k and v have a bias; o_bias: o has one
     qk_norm          RMSNorm on each query and key head
     attention_scale  of scores; None: head_dim ** -0.5
     norms            before attention and MLP ("pre"), or also of their results ("sandwich")
@@ -53,6 +59,7 @@ class LayerSpec:
     window           tokens that a token attends to, itself included; None: all up to it
     rope             which of ModelConfig.ropes
     experts          in the place of one MLP; None: the layer is dense
+    has_sinks        attention has one more key, whose value is 0, with a score of its own for each head
     """
 
     qkv_bias: bool = False
@@ -63,6 +70,8 @@ class LayerSpec:
     window: int | None = None
     rope: int = 0
     experts: Experts | None = None
+    o_bias: bool = False
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,12 +332,12 @@ def _gemma(
     name: str,
     gguf: str,
     *,
-    qk_norm: bool,
+    layer: LayerSpec,
     pattern: int,
     thetas: tuple[float, ...],
     soft_caps: tuple[float | None, float | None],
 ) -> Architecture:
-    """A Gemma: GeGLU, norms on both sides, 1 + weight in norms, and in most layers a window.
+    """A Gemma: layers like `layer` with GeGLU, and most with a window; 1 + weight in norms.
 
     What config.json does not say:
     pattern    each so many layers one without a window
@@ -350,13 +359,12 @@ def _gemma(
         return None
 
     def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-        own, scale = hf.get("sliding_window_pattern") or pattern, hf.get("query_pre_attn_scalar", 256) ** -0.5
+        own, scale = hf.get("sliding_window_pattern") or pattern, hf.get("query_pre_attn_scalar")
         types = hf.get("layer_types") or [_WINDOWED if (i + 1) % own else _FULL for i in range(hf["num_hidden_layers"])]
         return tuple(
-            LayerSpec(
-                qk_norm=qk_norm,
-                attention_scale=scale,
-                norms="sandwich",
+            replace(
+                layer,
+                attention_scale=scale and scale**-0.5,
                 activation="gelu_tanh",
                 window=window,
                 rope=int(len(thetas) > 1 and kind == _WINDOWED),
@@ -380,6 +388,9 @@ def _gemma(
         }
 
     return Architecture(name, gguf, layers, refuses, fields)
+
+
+_SANDWICH = LayerSpec(norms="sandwich")
 
 
 def _phi3() -> Architecture:
@@ -430,6 +441,26 @@ def _experts(dense: Architecture, experts: Callable[[Mapping[str, Any]], Experts
     return dense._replace(layers=layers, refuses=refuses)
 
 
+def _gpt_oss() -> Architecture:
+    """gpt-oss but for its experts: biases, sinks, and a window in every second layer."""
+
+    def refuses(hf: Mapping[str, Any]) -> str | None:
+        if hf.get("swiglu_alpha", 1.702) != 1.702:
+            return f"swiglu_alpha {hf['swiglu_alpha']} is not supported; only 1.702 is"
+        if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+            return "config.json of a gpt-oss has to have rope_parameters"
+        return None
+
+    def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+        types = hf.get("layer_types") or [_FULL if i % 2 else _WINDOWED for i in range(hf["num_hidden_layers"])]
+        bias = bool(hf.get("attention_bias", True))
+        return tuple(
+            LayerSpec(qkv_bias=bias, o_bias=bias, has_sinks=True, window=window) for window in _windows(hf, types)
+        )
+
+    return Architecture("GptOssForCausalLM", "gpt-oss", layers, refuses)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
@@ -437,8 +468,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _dense("MistralForCausalLM", "llama", has_window=True),
         _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True)),
         _dense("Qwen3ForCausalLM", "qwen3", LayerSpec(qk_norm=True), biases=("attention_bias",)),
-        _gemma("Gemma2ForCausalLM", "gemma2", qk_norm=False, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
-        _gemma("Gemma3ForCausalLM", "gemma3", qk_norm=True, pattern=6, thetas=(1e6, 1e4), soft_caps=(None, None)),
+        _gemma("GemmaForCausalLM", "gemma", layer=LayerSpec(), pattern=1, thetas=(1e4,), soft_caps=(None, None)),
+        _gemma("Gemma2ForCausalLM", "gemma2", layer=_SANDWICH, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
+        _gemma(
+            "Gemma3ForCausalLM",
+            "gemma3",
+            layer=replace(_SANDWICH, qk_norm=True),
+            pattern=6,
+            thetas=(1e6, 1e4),
+            soft_caps=(None, None),
+        ),
         _phi3(),
         _experts(
             _dense("MixtralForCausalLM", "llama", has_window=True),
@@ -450,6 +489,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 hf.get("num_experts") or hf["num_local_experts"],
                 hf["num_experts_per_tok"],
                 normalised=bool(hf.get("norm_topk_prob", False)),
+            ),
+        ),
+        _experts(
+            _gpt_oss(),
+            lambda hf: Experts(
+                hf["num_local_experts"],
+                hf["num_experts_per_tok"],
+                bias=True,
+                limit=hf.get("swiglu_limit", 7.0),
+                by_turns=True,
             ),
         ),
     )

@@ -30,13 +30,14 @@ from loray.errors import IntegrityError, UnsupportedError
 if TYPE_CHECKING:
     from loray.bases.checkpoint import TensorInfo
 
-Layout = Literal["compressed-tensors", "fp8", "gptq", "gptq_v2", "awq", "bitsandbytes"]
-WeightKind = Literal["int8", "fp8", "int4", "nf4", "fp4"]
+Layout = Literal["compressed-tensors", "fp8", "gptq", "gptq_v2", "awq", "bitsandbytes", "mxfp4"]
+WeightKind = Literal["int8", "fp8", "int4", "nf4", "fp4", "mxfp4"]
 RoundedTo = Literal["int8", "fp8", "int4"]  # of a 16-bit base, see `bases.rounding`
 
 _WORD = 32  # bits, of packed values
-_BITS: Mapping[WeightKind, int] = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4, "fp4": 4}
+_BITS: Mapping[WeightKind, int] = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4, "fp4": 4, "mxfp4": 4}
 _BITSANDBYTES_BLOCK = 64
+_MXFP4_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,7 @@ _PARSERS: Mapping[Any, Callable[[Mapping[str, Any]], Quantization]] = {
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": lambda fields: Quantization("mxfp4", "mxfp4", _MXFP4_GROUP),
 }
 
 
@@ -203,7 +205,7 @@ _MARKS: Mapping[Layout, str] = {  # of a module whose weight is quantised
 class StoredWeight(NamedTuple):
     """The tensors that stand in place of a weight of shape (O, I), by their suffixes."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parts: Mapping[str, TensorInfo]
 
 
@@ -212,6 +214,8 @@ def stored_weights(quantization: Quantization, infos: Mapping[str, TensorInfo]) 
 
     Raises IntegrityError where a part is missing or damaged.
     """
+    if quantization.layout == "mxfp4":
+        return _mxfp4_weights(infos)
     modules: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for suffix in _PARTS[quantization.layout]:
         for name, info in infos.items():
@@ -229,6 +233,22 @@ def stored_weights(quantization: Quantization, infos: Mapping[str, TensorInfo]) 
     return found
 
 
+def _mxfp4_weights(infos: Mapping[str, TensorInfo]) -> dict[str, StoredWeight]:
+    """Those of gpt-oss's experts, (E, I, O): `_blocks` (E, O, G, 16) has two values a byte, `_scales` is (E, O, G)."""
+    found = {}
+    for name, blocks in infos.items():
+        if name.endswith("_blocks"):
+            weight = name.removesuffix("_blocks")
+            if (scales := infos.get(f"{weight}_scales")) is None:
+                raise IntegrityError(f"{weight} is incomplete: the tensor {weight}_scales is missing")
+            if len(blocks.shape) != 4 or blocks.shape[3] != _MXFP4_GROUP // 2 or scales.shape != blocks.shape[:3]:
+                raise IntegrityError(f"{weight} is damaged: blocks {blocks.shape} and scales {scales.shape} do not fit")
+            experts, out, num_groups, _ = blocks.shape
+            shape = (experts, num_groups * _MXFP4_GROUP, out)
+            found[weight] = StoredWeight(shape, {"blocks": blocks, "scales": scales})
+    return found
+
+
 def _shape(quantization: Quantization, parts: Mapping[str, TensorInfo]) -> tuple[int, int]:
     """(O, I). Raises KeyError, which has the suffix of a part that is missing."""
     in_word = _WORD // quantization.bits
@@ -239,6 +259,8 @@ def _shape(quantization: Quantization, parts: Mapping[str, TensorInfo]) -> tuple
                 _ = parts["weight_shape"]
                 return out, words * in_word
             out, width = parts["weight"].shape
+            if (dtype := parts["weight"].dtype) != (stored := "F8_E4M3" if quantization.kind == "fp8" else "I8"):
+                raise ValueError(f"its weight is {dtype}, not {stored}")
             return out, width
         case "bitsandbytes":
             out, width = (int(n) for n in state_of(parts)["shape"])

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -230,7 +231,7 @@ def add_filled(
     for folder in root.glob(f"{_TEMPORARY}*"):  # of processes that died: adding a base takes less than a day
         if time.time() - folder.stat().st_mtime > _STALE_S:
             shutil.rmtree(folder, ignore_errors=True)
-    damaged = False
+    damaged: BaseModel | None = None
     if _read_record(root / name) is not None:
         existing = get_base(home, name)
         if existing.source != source and origin is None:
@@ -241,7 +242,7 @@ def add_filled(
             if existing.source != source:
                 raise
             log.warning("%s; adding it again from %s", e, source)
-            damaged = True
+            damaged = existing
         else:
             if origin is not None:
                 config_json = checkpoint.canonical_config(read_config(origin))
@@ -268,7 +269,7 @@ def add_filled(
             _check_form(config, of, name)
         tokenizer.write(target)
         copied = None if origin is None else _read_record(origin)
-        said = None if copied is None else copied.of
+        said = next((known.of for known in (copied, damaged) if known is not None and known.of is not None), None)
         record = _Record(
             source=source,
             of=said if of is None else of.fingerprint,
@@ -279,8 +280,9 @@ def add_filled(
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         (target / _Record.FILE).write_bytes(record.to_bytes())
-        if damaged:
-            (root / name).rename(temporary / "damaged")
+        if damaged is not None:
+            with suppress(FileNotFoundError):  # another process does the same
+                (root / name).rename(temporary / "damaged")
         _move(target, root / name, record)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

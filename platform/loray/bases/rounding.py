@@ -2,7 +2,7 @@
 
 int8, fp8  a scale a row, the row's largest magnitude over 127 or 448; products may round activations row by row, too
 int4       a scale a group of 128, 64 or 32 inputs: the value of largest magnitude over −8, shrunk to the least error
-nf4, fp4   as QLoRA rounds its base (Dettmers et al., 2023)
+nf4, fp4   as QLoRA rounds its base (Dettmers et al., 2023), whose experts stay as they are
 
 The first three are written as llm-compressor writes them (compressed-tensors), the last as transformers does.
 Embeddings, norms, biases and the output head stay as they are.
@@ -117,7 +117,10 @@ def _fill(base: BaseModel, rounds: _Rounding, target: Path, scratch: Path, progr
         if is_copied(path.name) and path.name != "config.json":
             shutil.copy2(path, target / path.name)
     infos = tensor_infos(base.path)
-    plain = [i.name for i in infos if len(i.shape) == 2 and not is_rounded(i.name, i.shape) and "embed" not in i.name]
+    linear = {i.name for i in infos if is_rounded(i.name, i.shape)}
+    if not rounds.has_experts:
+        linear = {name for name in linear if ".experts." not in name}
+    plain = [i.name for i in infos if len(i.shape) == 2 and i.name not in linear and "embed" not in i.name]
     ignored = sorted({"lm_head", *(name.removesuffix(".weight") for name in plain)})
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = rounds.config(ignored)
@@ -125,7 +128,7 @@ def _fill(base: BaseModel, rounds: _Rounding, target: Path, scratch: Path, progr
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         for i, (name, tensor) in enumerate(read_tensors(base.path)):
-            if is_rounded(name, tensor.shape):
+            if name in linear:
                 prefix = name.removesuffix("weight")
                 yield from ((prefix + suffix, part) for suffix, part in rounds.parts(tensor).items())
             elif not (name == "lm_head.weight" and base.config.tie_word_embeddings):
@@ -137,6 +140,8 @@ def _fill(base: BaseModel, rounds: _Rounding, target: Path, scratch: Path, progr
 
 class _Rows:
     """int8 and float8 by rows, int4 by groups, as compressed-tensors."""
+
+    has_experts = True
 
     def __init__(self, label: RoundedTo, group_size: int | None) -> None:
         self.label: RoundedTo = label
@@ -207,7 +212,9 @@ def _usable(scale: Tensor) -> Tensor:
 
 
 class _Nf4:
-    """4 bits as bitsandbytes rounds to them, and as transformers stores them."""
+    """4 bits as bitsandbytes rounds to them, and as transformers stores them, whose experts are no linear modules."""
+
+    has_experts = False
 
     def __init__(self, to: QloraBase) -> None:
         self.label, self._to = to.spec.bnb_4bit_quant_type, to

@@ -20,7 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo, fused_parts, plain_name, tensor_infos
+from loray.bases.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorInfo,
+    expert_parts,
+    fused_parts,
+    plain_name,
+    tensor_infos,
+)
 from loray.bases.config import ModelConfig
 from loray.bases.quantization import Layout, Quantization, StoredWeight, state_of, stored_weights
 from loray.errors import IntegrityError
@@ -109,7 +117,7 @@ class WeightSource:
         assert self._quantization is not None
         try:
             return _DECODERS[self._quantization.layout](self._quantization, stored, tensor)
-        except (IndexError, KeyError, RuntimeError, ValueError) as e:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise IntegrityError(f"{name} is not stored as config.json's quantization_config says: {e}") from e
 
 
@@ -119,7 +127,12 @@ def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Itera
         parts = fused_parts(name, config)
         for part, rows in parts.items():
             yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
-        if not parts:
+        experts = expert_parts(name, tensor.shape[0])
+        for part, (expert, first, every) in experts.items():
+            assert isinstance(tensor, Tensor)
+            own = tensor[expert, ..., first::every]
+            yield part, own.t() if own.dim() == 2 else own
+        if not parts and not experts:
             yield plain_name(name), tensor
 
 
@@ -223,13 +236,14 @@ def _compressed_tensors(quantization: Quantization, stored: StoredWeight, tensor
         zero = unpacked(zero.t(), quantization.bits).t()[:out]
     scale_OG = _by_row(scale, out, width, quantization.group_size)
     zero_OG = None if zero is None else _by_row(zero.float(), out, width, quantization.group_size)
+    group_I = _uneven(quantization, scale_OG, width, parts.get("weight_g_idx"))
     if is_packed:
-        bits, group_I = quantization.bits, _uneven(quantization, scale_OG, width, parts.get("weight_g_idx"))
+        bits = quantization.bits
         return _packed_weight(unpacked(parts["weight_packed"], bits), scale_OG, zero_OG, bits, group_I)
     if zero_OG is not None and not bool(zero_OG.any()):
         zero_OG = None
     q_OI = parts["weight"]
-    if (group_I := _uneven(quantization, scale_OG, width)) is not None:
+    if group_I is not None:
         values_OI = q_OI.float() if zero_OG is None else q_OI.float() - zero_OG[:, group_I]
         return values_OI * scale_OG[:, group_I]
     return QuantizedWeight(q_OI, scale_OG, zero_OG)
@@ -281,6 +295,22 @@ def _bitsandbytes(quantization: Quantization, stored: StoredWeight, tensor: _Rea
     return weight_E.to(dtype).view(stored.shape)
 
 
+_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _mxfp4(quantization: Quantization, stored: StoredWeight, tensor: _Read) -> Weight:
+    """One of 16 levels times a power of two that 32 inputs share (Open Compute Project, 2023), which is exact in bf16.
+    Of all experts, (E, I, O).
+    """
+    blocks_EOGb, scales_EOG = (tensor(stored.parts[part]) for part in ("blocks", "scales"))
+    weight_EIO = torch.empty(stored.shape, dtype=torch.bfloat16)
+    for own_IO, blocks_OGb, scales_OG in zip(weight_EIO, blocks_EOGb, scales_EOG, strict=True):
+        pairs_OGb2 = torch.stack((blocks_OGb & 15, blocks_OGb >> 4), dim=-1)
+        levels_OGv = torch.tensor(_LEVELS)[pairs_OGb2.long()].flatten(2)
+        own_IO.copy_(torch.ldexp(levels_OGv, scales_OG.int().unsqueeze(-1) - 127).flatten(1).t())
+    return weight_EIO
+
+
 _DECODERS: Mapping[Layout, Callable[[Quantization, StoredWeight, _Read], Weight]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _compressed_tensors,
@@ -288,4 +318,5 @@ _DECODERS: Mapping[Layout, Callable[[Quantization, StoredWeight, _Read], Weight]
     "gptq_v2": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }

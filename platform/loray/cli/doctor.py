@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -331,9 +332,9 @@ def base(s: Situation) -> CheckResult:
         else:
             check_tensors(found.path, found.config)
     except (LorayError, OSError, ValueError) as e:
-        source, is_form, whole = found.source.removeprefix("hf:").partition(" of ")
-        if found.of is not None and is_form:  # as `bases.rounding` says it: int8 of NAME (FINGERPRINT)
-            source = f"{whole.split()[0]} --quantise {source}"
+        source = shlex.quote(found.source.removeprefix("hf:"))
+        if form := re.fullmatch(r"(\S+) of (\S+) \(\w{12}\)", found.source):  # as `bases.rounding` says it
+            source = f"{form[2]} --quantise {form[1]}"
         return error(f"the base model {name} is damaged: {e}", f"loray base add {source} --name {name}")
     return ok(f"base model {name}{', every byte' if s.deep else ''}")
 

@@ -192,7 +192,8 @@ class Engine:
         )
         pool.on_kv_moved = self.scheduler.moved
         if pool.tensor.is_cuda and workers is None:  # on a CPU the pool is host memory itself
-            self.scheduler.prefix_cache.host = HostTier(self.adapter_manager.host, pool.copies)
+            tier = HostTier(self.adapter_manager.host, pool.copies, lambda: self.wake())
+            self.scheduler.prefix_cache.host = tier
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
         self._runner = ModelRunner(
@@ -369,7 +370,7 @@ class Engine:
         reason = f"{model} gave {what} that are not finite in {self.spec.dtype}; its weights are unusable"
         output = self._fail(request, IntegrityError(reason))
         # Its keys and values may not be finite either. It has just left the last of them.
-        self.scheduler.prefix_cache.forget(request.kv_digest)
+        self.scheduler.kv_cache.forget(request.kv_digest)
         return output
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:

@@ -3,7 +3,7 @@
 Models have the matrices of all of a layer's experts in two parameters, `mlp.experts.gate_up_proj` and
 `mlp.experts.down_proj`, which PEFT adapts as `target_parameters`. Each has one A (E R, I), the rows of expert after
 expert, and one B (O, R E), of each rank the columns of all experts. O of gate_up_proj is that of gate_proj and of
-up_proj, one after the other. Older files have A and B of each module of each expert by itself.
+up_proj, one after the other, or by turns (gpt-oss). Older files have A and B of each module of each expert by itself.
 
 Shapes: E experts, R rank of each, I input width, O output width.
 """
@@ -33,6 +33,7 @@ class ExpertLoraWeights(AddedWeights):
     stored   its tensors by their names in PEFT's files, below the layer
     a, b     one of all experts, or one for each
     module   of the two that gate_up_proj holds, this one; they have A in common
+    by_turns the outputs of these two
     """
 
     stored: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class ExpertLoraWeights(AddedWeights):
     scale: float
     num_experts: int
     module: str
+    by_turns: bool = False
 
     @property
     def method(self) -> Literal["lora"]:
@@ -71,9 +73,9 @@ class ExpertLoraWeights(AddedWeights):
             return LoraWeights(self.a[number], self.b[number], self.scale)
         (a_AI,), (b_OA,), rank = self.a, self.b, self.rank
         beside = _modules_beside(self.module)
-        own = b_OA.shape[0] // len(beside)
-        first = beside.index(self.module) * own
-        b_OR = b_OA[first : first + own].view(own, rank, self.num_experts)[:, :, number]
+        own, at = b_OA.shape[0] // len(beside), beside.index(self.module)
+        rows = slice(at, None, len(beside)) if self.by_turns else slice(at * own, (at + 1) * own)
+        b_OR = b_OA[rows].reshape(own, rank, self.num_experts)[:, :, number]
         return LoraWeights(a_AI[number * rank : (number + 1) * rank], b_OR, self.scale)
 
     def rows(self) -> Iterator[PoolRows]:

@@ -168,6 +168,10 @@ def _activations(run: RunShape, device: Device) -> Iterator[Item]:
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
+    windows = [layer.window for layer in run.model.layers if layer.window is not None]
+    if run.model.attention_soft_cap is not None or any(window < run.row_length for window in windows):
+        mask = run.num_sequences * run.padded_length**2
+        yield Item("masks of attention with a window or a soft cap", mask, alive, mask)
     if (shared := run.shared_dense) is not None:
         yield from _shared_dense(run, shared)
     elif run.sequence > 1:
@@ -230,7 +234,7 @@ def _share(nbytes: int, shards: int) -> int:
 # Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
 # with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
 # attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row
-# length, but for attention with a soft cap.
+# length, but for attention with a soft cap, and a mask where layers have a window.
 
 
 def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
@@ -251,7 +255,9 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
     is_copied = is_copied and "o_proj" in run.adapter.target_modules
     attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
-    if model.attention_soft_cap is not None:  # op by op: capped scores, weights in fp32, and again in the dtype
+    if (
+        model.attention_soft_cap is not None or model.layers[0].has_sinks
+    ):  # op by op: capped scores, weights in fp32, and again in the dtype
         attention += model.num_heads * run.padded_length * (2 * e + _FP32)
     mlp = e * model.num_active_mlps * model.intermediate_size  # of each of gate, silu(gate) and up
     # Of experts also their results, which shares multiply, and what the router computes in fp32.

@@ -69,6 +69,9 @@ def count_base(model: ModelConfig) -> BaseCounts:
     layer = model.layers[0]
     norms = (4 if layer.norms == "sandwich" else 2) * model.hidden_size + (2 * model.head_dim if layer.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim if layer.qkv_bias else 0
+    biases += model.hidden_size * layer.o_bias + model.num_heads * layer.has_sinks
+    if layer.experts is not None and layer.experts.bias:
+        biases += layer.experts.num * (1 + 2 * model.intermediate_size + model.hidden_size)
     embedding = model.vocab_size * model.hidden_size
     matrices = model.num_matrix_elements - embedding  # the output head is as large as the input embedding
     return BaseCounts(

@@ -19,10 +19,8 @@ _BYTES = 24
 def chained(before: str, part: Sequence[int] | str | None) -> str:
     """Name what comes after `before`: a block of tokens, or an adapter or salt (None: the base)."""
     if part is None or isinstance(part, str):
-        kind, content = b"owner", repr(part).encode()
-    else:
-        kind, content = b"tokens", array("q", part).tobytes()
-    return blake2b(content, key=before.encode(), person=kind, digest_size=_BYTES).hexdigest()
+        return _named(before, b"owner", repr(part).encode())
+    return _named(before, b"tokens", array("q", part).tobytes())
 
 
 def started(digest: str | None, salt: str = "") -> str:
@@ -33,7 +31,11 @@ def started(digest: str | None, salt: str = "") -> str:
 
 def activated(before: str, digest: str, offset: int) -> str:
     """Name the prefix `before` of the base, where an adapter is active from token `offset` of the next block on."""
-    return chained(before, f"{digest}@{offset}")
+    return _named(before, b"activation", f"{digest}@{offset}".encode())  # no caller can give a salt of the same name
+
+
+def _named(before: str, kind: bytes, content: bytes) -> str:
+    return blake2b(content, key=before.encode(), person=kind, digest_size=_BYTES).hexdigest()
 
 
 def block_names(

@@ -70,6 +70,11 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
         raise SpecError(problem)
     if spec.quantization is not None and model.quantization is not None:
         raise SpecError(f"the base {spec.base} is quantised already ({model.quantization}): leave quantization out")
+    if model.layers[0].has_sinks and (spec.attention.type != "dense" or spec.parallel.sequence > 1):
+        raise SpecError(
+            f"attention of {model.architecture} has sinks, which only dense attention over whole rows has: set "
+            "attention.type: dense and parallel.sequence: 1"
+        )
     original = context = model.max_position_embeddings
     scaling, rope = spec.rope_scaling, None
     if scaling is not None:

@@ -46,6 +46,7 @@ class RopeParameters(Frozen):
     attention_factor: float | None = Field(default=None, ge=1e-6, le=16)
     beta_fast: _Rotations | None = None
     beta_slow: _Rotations | None = None
+    truncate: bool | None = Field(default=None, description="YaRN's bands to whole frequencies; null: true")
     low_freq_factor: _Rotations | None = None
     high_freq_factor: _Rotations | None = None
     short_factor: tuple[_Divisor, ...] | None = Field(default=None, max_length=512, description="of each frequency")

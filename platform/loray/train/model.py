@@ -91,12 +91,18 @@ def load_model(
         model = without_weights(model_config(base, rope, config_fields), dtype=dtype, attention=attention)
         replace_parameters(model, lambda name, _: weights.read(name).clone())
         return model
+    config = model_config(base, rope, config_fields)
     return AutoModelForCausalLM.from_pretrained(
         base.path,
-        config=model_config(base, rope, config_fields),
+        config=config,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention,
+        attn_implementation=_implementation(config, attention),
     )
+
+
+def _implementation(config: Any, attention: str) -> str:
+    """Attention with sinks is transformers' own, op by op."""
+    return "eager" if config.model_type == "gpt_oss" else attention
 
 
 def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -178,14 +184,15 @@ class BaseWeights:
     def read(self, name: str) -> Tensor:
         """Read the whole tensor; a view of the mapped file where it is stored in the dtype."""
         stored = self._stored(name)
-        if self._experts is not None and _EXPERTS.fullmatch(stored):
+        if self._experts is not None and stored not in self._source:
             return self.read_rows(name, 0, self._experts.num)
         return self._source.dense(stored).to(self._dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read its rows from `start` up to `stop` alone."""
         stored = self._stored(name)
-        if (found := _EXPERTS.fullmatch(stored)) is None:
+        found = None if stored in self._source else _EXPERTS.fullmatch(stored)
+        if found is None:
             return self._source.dense_rows(stored, start, stop).to(self._dtype)
         paths = [f"{found['path']}.{expert}" for expert in range(start, stop)]
         modules = _MATRICES[found["matrix"]]
@@ -200,7 +207,9 @@ class BaseWeights:
 def without_weights(config: Any, *, dtype: DType, attention: str) -> Any:
     """Make the causal language model of a transformers configuration. Parameters are on meta, buffers on the CPU."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=_implementation(config, attention)
+        )
     for path, module in list(model.named_modules()):
         if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
             module.embed_scale = torch.tensor(module.scalar_embed_scale)

@@ -239,9 +239,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return None
 
     def _prefix(self, request: GenerateRequest | None) -> Sequence[str]:
-        """Name the prefixes of what a request has the replica compute."""
-        if request is None:
+        """Name the prefixes that spare the replica a part of a request's prompt."""
+        if request is None or request.pooling == "mean":
             return ()
+        if request.params.prompt_logprobs is not None and not request.output_ids:
+            return ()  # each token is computed, as for a mean
         ref, tokens = request.adapter, (*request.prompt_ids, *request.output_ids)
         active_from = 0 if ref is None else ref.active_from(request.prompt_ids)
         digest = None if ref is None or active_from == NEVER else ref.digest

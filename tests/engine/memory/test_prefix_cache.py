@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -157,6 +158,31 @@ def test_adapters_branch_off_from_the_bases_tree() -> None:
     assert found["b", 6][2] == cache.match(None, tokens)[2]  # before its invocation an adapter computes for the base
     assert cache.match("a", tokens) == []
     assert cache.match("a", tokens, active_from=NEVER) == cache.match(None, tokens)
+
+
+def test_what_a_failed_step_should_have_written_goes_with_all_after_it() -> None:
+    allocator = BlockAllocator(GEOMETRY)
+    cache = PrefixCache(allocator)
+    blocks = allocator.allocate_kv(4)
+    assert blocks is not None
+    tokens = [1, 1, 2, 2, 3, 3, 4, 4]
+    cache.store(None, tokens[:4], blocks[:2], ahead=True)
+    cache.release(cache.store(None, tokens[4:], blocks, num_known=2))  # from the host
+    assert cache.drop_unwritten() == frozenset(blocks[:2])
+    cache.check_integrity()
+    assert cache.match(None, tokens) == []
+    assert allocator.num_free == GEOMETRY.num_blocks
+
+
+def test_prefixes_that_no_router_asks_for_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.engine.memory.prefix_cache._MOST_TOLD", 3)
+    allocator = BlockAllocator(GEOMETRY)
+    cache = PrefixCache(allocator)
+    for i in range(9):
+        known(cache, allocator, None, [i] * 8)
+        cache.evict(4)
+    assert len(cache._untold) == 3
+    assert cache.told() == ()
 
 
 @given(

@@ -29,7 +29,7 @@ from loray.engine.model.decoder import Decoder, compile_adapters
 from loray.engine.pool.pool import Pool, input_shapes
 from loray.errors import IntegrityError
 from loray.spec import GenerateRequest, RopeParameters
-from loray_kernels import Ops, backend
+from loray_kernels import Ops, Weight, backend
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
@@ -333,9 +333,10 @@ def test_no_more_than_a_layer_is_there_twice(deep: BaseModel, monkeypatch: pytes
     taken: list[tuple[weakref.ref[Tensor], int]] = []
     most, take = 0, decoder._take
 
-    def counted(name: str, tensor: Tensor, *rest: Any) -> Tensor:
+    def counted(name: str, tensor: Weight, *arguments: Any) -> Weight:
         nonlocal most
-        got: Tensor = take(name, tensor, *rest)
+        got = take(name, tensor, *arguments)
+        assert isinstance(got, Tensor)
         if got.dim() > 1 and ".layers." in name:
             taken.append((weakref.ref(got), got.nbytes))
         most = max(most, sum(size for ref, size in taken if ref() is not None))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,38 +18,17 @@ from peft import LoraConfig, VeraConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel, add_base
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray.spec import LINEAR_MODULES, ServeSpec
-from loray_kernels import QuantizedWeight, Weight
-from loray_kernels.reference import ReferenceOps, quantize_rows, quantized_linear
+from loray.engine.model import decoder
+from loray.spec import ServeSpec
+from loray_kernels import QuantizedWeight
+from loray_kernels.reference import ReferenceOps, quantized_linear
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, outputs, prompts, request, run
 from tests.fixtures.peft_adapters import ALL, ATTENTION, Oracle, TestAdapter, hf_model, make_adapters
-
-GROUP = 32
-
-
-def quantized(weight_OI: Tensor, kind: str) -> QuantizedWeight:
-    """Rounded to nearest: int8 with a scale a row, int4 with one for GROUP columns."""
-    if kind == "int8":
-        return QuantizedWeight(*quantize_rows(weight_OI))
-    w_OGg = weight_OI.float().unflatten(1, (-1, GROUP))
-    scale_OG1 = w_OGg.abs().amax(dim=2, keepdim=True) / 7
-    q_OI = ((w_OGg / scale_OG1).round() + 8).flatten(1).to(torch.uint8)
-    return QuantizedWeight(q_OI[:, 0::2] | q_OI[:, 1::2] << 4, scale_OG1.squeeze(2))
-
-
-def is_quantized(name: str) -> bool:
-    module, _, kind = name.rpartition(".")
-    return kind == "weight" and module.rpartition(".")[2] in LINEAR_MODULES
-
-
-def quantized_tensors(base: BaseModel, kind: str | None) -> Iterator[tuple[str, Weight]]:
-    for name, tensor in read_tensors(base.path):
-        yield name, quantized(tensor, kind) if kind and is_quantized(name) else tensor
+from tests.fixtures.quantized_weights import is_quantized, quantized, quantized_tensors
 
 
 def make_engine(base: BaseModel, kind: str | None, adapters: Sequence[TestAdapter] = (), **spec: Any) -> Engine:
@@ -145,6 +125,7 @@ def test_what_the_backend_does_not_multiply_is_dequantised_with_one_warning(
 
     base, _, kind = case
     monkeypatch.setattr(build, "backend", lambda name, device: Plain())
+    decoder._warn_dequantized.cache_clear()
     spy = Spy(engine := make_engine(base, kind))
     run(engine, [request("a", prompts(1)[0], max_tokens=3)])
     plain = Spy(engine := make_engine(base, None))
@@ -163,9 +144,15 @@ def held_out_text() -> str:
 @pytest.mark.slow
 def test_smollm2_in_int8_predicts_as_well_as_in_bf16(smollm2: BaseModel) -> None:
     """Perplexity within 1 %, and the same first token of 95 of 100 prompts."""
-    ids: list[int] = AutoTokenizer.from_pretrained(smollm2.path)(held_out_text())["input_ids"]
+    tokenizer, text = AutoTokenizer.from_pretrained(smollm2.path), held_out_text()
+    ids: list[int] = tokenizer(text)["input_ids"]
     windows = [ids[i : i + 512] for i in range(0, 512 * 16, 512)]
-    starts = [ids[i : i + 40] for i in range(0, 60 * 100, 60)]
+    sentences = [s for s in re.split(r"(?<=[.:])\s+", text) if 40 < len(s) < 200][:100]
+    chats = []
+    for sentence in sentences:
+        messages = [{"role": "user", "content": f"What does this mean? {sentence}"}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        chats.append(tokenizer(rendered)["input_ids"])
     perplexity, first = {}, {}
     for kind in (None, "int8"):
         engine = make_engine(smollm2, kind, dtype="bfloat16", pool_bytes=256 << 20)
@@ -173,7 +160,7 @@ def test_smollm2_in_int8_predicts_as_well_as_in_bf16(smollm2: BaseModel) -> None
         found = [p.logprob for out in outputs(engine, *scored) for p in out.prompt_logprobs or ()]
         assert len(found) == 511 * len(windows)
         perplexity[kind] = math.exp(-sum(found) / len(found))
-        first[kind] = run(engine, [request(str(i), start, max_tokens=1) for i, start in enumerate(starts)])
+        first[kind] = run(engine, [request(str(i), chat, max_tokens=1) for i, chat in enumerate(chats)])
     same = sum(first[None][name] == first["int8"][name] for name in first[None])
     print(f"perplexity {perplexity[None]:.3f} in bf16, {perplexity['int8']:.3f} in int8; {same} of 100 first tokens")
     assert perplexity["int8"] <= 1.01 * perplexity[None]

@@ -12,7 +12,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.parallel.shard import Shard, local_tensors
 from loray.errors import SpecError
 from loray_kernels import QuantizedWeight, Weight
-from tests.engine.model.test_quantized import quantized_tensors
+from tests.fixtures.quantized_weights import quantized_tensors
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 

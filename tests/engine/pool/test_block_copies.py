@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -110,6 +111,18 @@ def test_a_copy_that_fails_costs_a_prefix_and_nothing_else(base: BaseModel, capl
     assert engine.adapter_manager.host_used == 0
     (out,) = outputs(engine, request("b", ids(40), max_tokens=1))
     assert out.num_cached_tokens == 32
+
+
+def test_an_engine_that_sleeps_is_told_of_copies(base: BaseModel) -> None:
+    """Until it takes them, they keep the memory that a load may wait for."""
+    engine, was_made = tiered(base, []), threading.Event()
+    tier = engine.scheduler.prefix_cache.host
+    assert tier is not None
+    engine.scheduler.prefix_cache.host = tier._replace(wake=was_made.set)
+    [*outputs(engine, request("a", ids(40), max_tokens=1))]
+    engine.step()
+    assert was_made.wait(60)
+    save_all(engine)
 
 
 class Stream:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from loray.engine.request import Request
-from tests.fixtures.scheduling import Simulation, adapter
+from tests.fixtures.scheduling import BLOCK_TOKENS, Simulation, adapter
 
 USERS, TURNS, ADAPTERS = 32, 8, 4
 SYSTEM, MESSAGE, ANSWER = 128, 32, 32  # tokens; the system prompt is an adapter's
@@ -90,3 +90,38 @@ def test_the_host_tier_keeps_within_its_bytes_and_gives_way_to_adapters() -> Non
     unbounded = talk(num_blocks=NUM_BLOCKS // 3, has_host_tier=True)
     none = talk(num_blocks=NUM_BLOCKS // 3)
     assert none.hits < bounded.hits < unbounded.hits
+
+
+def test_what_is_forgotten_on_its_way_from_the_host_is_not_kept() -> None:
+    sim = Simulation(num_blocks=64, has_host_tier=True, copy_steps=lambda: 3)
+    prompt = range(8 * BLOCK_TOKENS)
+    sim.add(max_tokens=1, prompt_ids=prompt)
+    sim.run()
+    for _ in range(3):
+        sim.step()
+    sim.scheduler.prefix_cache.evict(64)
+    sim.add(max_tokens=40)  # beside which the blocks come
+    sim.step()
+    asked = [sim.add(max_tokens=1, prompt_ids=prompt) for _ in range(2)]
+    sim.step()
+    assert sim.scheduler.kv_cache.fetched()
+    sim.scheduler.kv_cache.forget(None)
+    sim.run()
+    assert [request.num_cached_tokens for request in asked] == [0, 7 * BLOCK_TOKENS]  # the second has the first one's
+
+
+def test_prefixes_do_not_take_the_place_of_adapters_that_are_worth_more() -> None:
+    sim = Simulation(num_blocks=64, has_host_tier=True, host_bytes=10, loads_at_once=False, step_s=0.1, token_s=0.001)
+    ref = adapter("a", 8)
+    sim.add(max_tokens=1, adapter=ref)
+    sim.add(max_tokens=40)
+    for _ in range(50):
+        sim.step()
+    sim.finish(ref.digest)
+    sim.run()
+    for i in range(4):
+        sim.add(8 * BLOCK_TOKENS, max_tokens=1)
+        for _ in range(3):
+            sim.step()
+        assert sim.adapter_manager.host_used <= 10, i
+    assert sim.adapter_manager.counts.num_host_evictions == 0

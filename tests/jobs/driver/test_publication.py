@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,12 @@ def test_what_qlora_trains_belongs_to_the_base_that_it_trained_on(tmp_path: Path
     manifest = catalog.adapters.version("arithmetic", 1).manifest
     assert (manifest.base, manifest.base_fingerprint) == (form.name, form.fingerprint)
     assert catalog.bases.forms() == {form.fingerprint: form.of}
+    shutil.rmtree(form.path)  # another machine goes on from it
+    further = write(tmp_path, dtype="float32", quantization={}, name="further", init_adapter="arithmetic")
+    assert prepare(further, settings).spec.init_adapter == "arithmetic@1"
+    plain = write(tmp_path, dtype="float32", name="further", init_adapter="arithmetic")
+    with pytest.raises(BaseMismatch, match="was trained on another base than 'tiny'"):
+        prepare(plain, settings)
 
 
 Run = tuple[Recipe, RunFolder, Any]

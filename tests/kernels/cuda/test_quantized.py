@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import quantize_rows, quantized_linear
-from tests.kernels.test_quantized import quantized, randn
+from tests.fixtures.quantized_weights import drawn, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,13 +20,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_int8_has_the_reference_s_bits(gathers: CudaOps, num_tokens: int, dtype: torch.dtype) -> None:
-    weight, x_TI, bias_O = quantized("int8", (48, 320))[0], randn(1, num_tokens, 330).to(dtype), randn(2, 48).to(dtype)
+    weight, x_TI, bias_O = drawn("int8", (48, 320))[0], randn(1, num_tokens, 330).to(dtype), randn(2, 48).to(dtype)
     x_TI = x_TI[:, :320]
     x_TI[0, 5] = torch.nan
     assert gathers.has_kernel(weight)
     for bias in (None, bias_O):
         got_TO = gathers.linear(x_TI, gathers.pack_linear([weight], bias))
-        expected_TO = quantized_linear(x_TI, weight, bias)
+        expected_TO = quantized_linear(x_TI, weight, bias, keeps_outliers=False)
         assert got_TO[0].isnan().all()
         assert torch.equal(got_TO[1:], expected_TO[1:])
     assert gathers.logits(x_TI, gathers.pack_linear([weight])).dtype is torch.float32
@@ -36,7 +36,7 @@ def test_int8_has_the_reference_s_bits(gathers: CudaOps, num_tokens: int, dtype:
 def test_float8_is_rounded_as_the_reference_does_and_multiplied_by_torch(
     gathers: CudaOps, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, x_TI, bias_O = quantized("fp8", (48, 320))[0], randn(1, 5, 320).to(dtype), randn(2, 48).to(dtype)
+    weight, x_TI, bias_O = drawn("fp8", (48, 320))[0], randn(1, 5, 320).to(dtype), randn(2, 48).to(dtype)
     x_TI[1] *= torch.logspace(-6, 1, 320)  # subnormal, too
     x_TI[2] = 0
     expected_TI, expected_T1 = quantize_rows(x_TI, torch.float8_e4m3fn)
@@ -57,9 +57,9 @@ def test_float8_is_rounded_as_the_reference_does_and_multiplied_by_torch(
 
 
 def test_what_torch_does_not_multiply_has_no_kernel(gathers: CudaOps) -> None:
-    assert not any(gathers.has_kernel(quantized(kind, (48, 64))[0]) for kind in ("int8 groups", "int4", "int4 zeros"))
-    assert not gathers.has_kernel(quantized("int8", (50, 64))[0])
-    fp8 = quantized("fp8", (48, 64))[0]
+    assert not any(gathers.has_kernel(drawn(kind, (48, 64))[0]) for kind in ("int8 groups", "int4", "int4 zeros"))
+    assert not gathers.has_kernel(drawn("int8", (50, 64))[0])
+    fp8 = drawn("fp8", (48, 64))[0]
     assert not gathers.has_kernel(fp8)  # a CPU has no capability of a GPU
     x_TI = randn(1, 3, 64)
     assert torch.equal(gathers.linear(x_TI, gathers.pack_linear([fp8])), quantized_linear(x_TI, fp8))

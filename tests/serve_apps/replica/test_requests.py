@@ -55,6 +55,14 @@ async def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, as
     assert engine.asked == asked
 
 
+async def test_an_embedding_goes_to_a_reader_of_this_process() -> None:
+    class Embeds(Limited):
+        def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+            sink.deliver([(key, TokenOutput("r", None, finish_reason="stop", embedding=(0.6, 0.8)))])
+
+    assert await ask(Embeds(200, 200), 0) == [TokenDelta((), "stop", embedding=(0.6, 0.8))]
+
+
 @pytest.mark.parametrize("method", ["lora", "vera"])
 async def test_a_default_leaves_room_for_the_adapter(
     base: BaseModel, settings: Settings, published: Callable[..., AdapterRef], method: str

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from loray.bases.config import ARCHITECTURES
 from loray.bases.quantization import RoundedTo
-from loray.bases.registry import add_base
+from loray.bases.registry import BaseModel, add_base
 from loray.bases.rounding import add_rounded
 from loray.bases.weights import WeightSource
 from loray.train.evaluation.measure import MeasuredModel, load
@@ -32,3 +34,15 @@ def test_linear_modules_compute_what_the_op_does(to: RoundedTo, tmp_path: Path) 
     else:
         expected_TM = quantized_linear(x_BTD.flatten(0, 1), weight)
     torch.testing.assert_close(y_BTM.flatten(0, 1), expected_TM, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_form_of_every_family_is_measured(architecture: str, tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base(architecture, std=0.05)
+    form = add_rounded(base, "int8", home=base.path.parent.parent)
+    logits = []
+    for each in (base, form):
+        model = load(each, MeasuredModel("base"), dtype="float32", device=torch.device("cpu")).model
+        logits.append(model(input_ids=torch.arange(60, 90)[None]).logits[0])
+    assert not torch.equal(*logits)
+    assert torch.cosine_similarity(*logits, dim=1).median() > 0.99  # a token may have another expert

@@ -60,6 +60,7 @@ struct Attention {
     float scale;
     i64 window;  // keys that a query sees, its own included; 0: all up to it
     float soft_cap;
+    const T* sinks;  // of each head the score of one more key, whose value is 0; may be missing
 
     static constexpr i64 PER_UNIT = 4 / sizeof(T);
 
@@ -154,7 +155,14 @@ struct Attention {
         const i64 d = layout.head_dim, g = group();
         for (i64 r = 0; r < rows; r++) {
             T* to = out + ((token + r / g) * num_heads + head * g + r % g) * d;
-            const Vec share = set1(1.0f / total.weight[r]);
+            float weight = total.weight[r];
+            if (sinks) {
+                float sink[W];
+                store(sink, load_n(sinks + head * g + r % g, i64(1)));
+                const float above = sink[0] - total.top[r];
+                weight += exp1(above < 80.0f ? above : 80.0f);  // more would overflow, and leaves nothing as well
+            }
+            const Vec share = set1(1.0f / weight);
             for (i64 i = 0; i < d; i += W) store(to + i, load(total.sums + r * d + i) * share);
         }
     }
@@ -285,14 +293,14 @@ struct Attention {
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
-                     const Meta& meta, float scale, i64 window, float soft_cap, int threads) {
+                     const Meta& meta, float scale, i64 window, float soft_cap, const T* sinks, int threads) {
     Attention<typename Packing<T>::P, T>{q,    q_stride, out,   num_heads, layer,   pool,
-                                         layout, meta,   scale, window,    soft_cap}(threads);
+                                         layout, meta,   scale, window,    soft_cap, sinks}(threads);
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                        \
     template void paged_attention<T>(const T*, i64, T*, i64, const T*, const Layout&, i64, const Meta&, float, i64,  \
-                                     float, int);
+                                     float, const T*, int);
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
@@ -304,8 +312,9 @@ using namespace LORAY_NAMESPACE;
 #define LORAY_ATTENTION(type, suffix)                                                                               \
     LORAY_ENTRY(paged_attention_##suffix##_)                                                                        \
     (const type* q, i64 q_stride, type* out, i64 num_heads, const type* pool, const Layout* layout, i64 layer,      \
-     const Meta* meta, float scale, i64 window, float soft_cap, int threads) {                                      \
-        paged_attention(q, q_stride, out, num_heads, pool, *layout, layer, *meta, scale, window, soft_cap, threads); \
+     const Meta* meta, float scale, i64 window, float soft_cap, const type* sinks, int threads) {                   \
+        paged_attention(q, q_stride, out, num_heads, pool, *layout, layer, *meta, scale, window, soft_cap, sinks,   \
+                        threads);                                                                                   \
     }
 
 LORAY_ATTENTION(bf16, bf16)

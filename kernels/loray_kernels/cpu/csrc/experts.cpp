@@ -52,6 +52,23 @@ static void choose_all(const float* logits, i64 num_tokens, i64 num, i64 per_tok
     }
 }
 
+// y = g · σ(1.702 g) · (u + 1), with g = min(gate, limit) and u = up within ± limit.
+template <class T>
+static void clamped_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, float limit, T* y, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
+    for (i64 t = 0; t < num_tokens; t++) {
+        const T *gate = x + t * x_stride, *up = gate + width;
+        vectors(width, [&](i64 i, auto n) {
+            const Vec most = set1(limit), least = set1(-limit), none = zero(), one = set1(1.0f);
+            Vec g = load_n(gate + i, n), u = load_n(up + i, n);
+            g = most < g ? most : g;
+            u = most < u ? most : u < least ? least : u;
+            const Vec z = g * set1(1.702f), e = exp(z < none ? z : none - z);  // e^−|z|, which cannot overflow
+            store_n(y + t * width + i, g * ((z < none ? e : one) / (one + e)) * (u + one), n);
+        });
+    }
+}
+
 template <class T>
 void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads) {
     const i64 hidden = w.router.in, wide = w.gate_up->out, middle = w.down->in, pairs = num_tokens * w.per_token;
@@ -83,7 +100,10 @@ void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads)
     each([&](i64 e, i64 start, i64 num) {
         linear(by_expert + start * hidden, hidden, num, w.gate_up[e], gate_up + start * wide, threads);
     });
-    silu_mul(gate_up, wide, pairs, middle, product, threads);
+    if (w.limit > 0)
+        clamped_mul(gate_up, wide, pairs, middle, float(w.limit), product, threads);
+    else
+        silu_mul(gate_up, wide, pairs, middle, product, threads);
     each([&](i64 e, i64 start, i64 num) {
         linear(product + start * middle, middle, num, w.down[e], by_expert + start * hidden, threads);
     });
@@ -112,6 +132,10 @@ using namespace LORAY_NAMESPACE;
     (const float* logits, i64 num_tokens, i64 num, i64 per_token, i64 normalised, i64* experts, float* shares,        \
      int threads) {                                                                                                   \
         choose_all(logits, num_tokens, num, per_token, normalised, experts, shares, threads);                         \
+    }                                                                                                                 \
+    LORAY_ENTRY(clamped_mul_##suffix##_)                                                                              \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 width, float limit, type* y, int threads) {                     \
+        clamped_mul(x, x_stride, num_tokens, width, limit, y, threads);                                               \
     }                                                                                                                 \
     LORAY_ENTRY(experts_##suffix##_)                                                                                  \
     (const type* x, i64 num_tokens, const Experts<type>* weights, type* y, int threads) {                             \

@@ -63,6 +63,7 @@ struct Experts {
     Matrix<T> router;
     const Matrix<T> *gate_up, *down;  // of each expert
     i64 num, per_token, normalised;
+    double limit;  // of gate and up; 0: there is none
 };
 
 template <class T>
@@ -73,6 +74,7 @@ struct LayerWeights {
     i64 num_heads;
     double eps, scale, norm_offset, soft_cap;
     i64 window, is_gelu;
+    const T* sinks;             // of attention, may be missing
     const Experts<T>* experts;  // may be missing; else gate_up and down are the first one's
 };
 
@@ -185,7 +187,7 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
-                     const Meta& meta, float scale, i64 window, float soft_cap, int threads);
+                     const Meta& meta, float scale, i64 window, float soft_cap, const T* sinks, int threads);
 
 template <class T>
 void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,

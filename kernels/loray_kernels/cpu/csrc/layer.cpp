@@ -117,7 +117,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     write_kv(pool, layout.num_layers * share, layout.block_tokens, keys, kv_width, v, w.qkv.out, kv_width, step.slots,
              n, threads);
     paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, w.window, w.soft_cap,
-                    threads);
+                    w.sinks, threads);
     linear(narrow, q_width, n, w.o, normed, threads, during(3, own));
     add_adapters(narrow, q_width, normed, w.o, tables.o, step, pool, threads);
     if (w.post_attention_norm) norm(normed, w.post_attention_norm, tables.post_attention_norm, narrow);

@@ -109,6 +109,25 @@ class HostMemory(Generic[P]):
         self.touch(name, worth, before)
         self.set_removable(name, math.inf)
 
+    def would_keep(self, worths: Iterable[float], nbytes: int) -> list[bool]:
+        """Say which copies of blocks, each of `nbytes`, are to be made: those that find room in what is free or in the
+        place of copies of a lower value. The others are as good as evicted. `worths`: as in `touch`.
+        """
+        free, inflation, found = self._limit - self.used, self._inflation.value, list[bool]()
+        with closing(self._evictable.ascending()) as evictable:
+            least = next(evictable, None)
+            for worth in worths:
+                value = inflation + worth / max(1, nbytes)
+                while free < nbytes and least is not None and self._values[least][0] <= value:
+                    free += self._copies[least].host_bytes
+                    least = next(evictable, None)
+                found.append(free >= nbytes)
+                if found[-1]:
+                    free -= nbytes
+                else:
+                    self._inflation.evicted(value)
+        return found
+
     def forget_blocks(self, owner: str | None) -> None:
         """Drop the blocks that depend on an adapter, or on the base. O(n)."""
         for name in [n for n, copy in self._copies.items() if isinstance(copy, BlockCopy) and owner in copy.owners]:
@@ -163,7 +182,7 @@ class HostMemory(Generic[P]):
         """The copy, if there is one, was used.
 
         worth   seconds to have it again, for the uses that are expected
-        before  the name of the block before a block, after which it goes never: its copy would be without use
+        before  the name of the block before a block, which is dropped later than it: alone a block is of no use
         """
         copy = self._copies.get(digest)
         if copy is None:

@@ -16,7 +16,7 @@ from loray.engine.request import Request
 @dataclass(slots=True, eq=False)
 class _Fetch:
     """Blocks on their way from host memory. As a request does, it holds them and the `num_known` blocks before them,
-    and stores them when they are there.
+    and stores them when they are there; not where prefixes have been forgotten since, perhaps these.
     """
 
     like: Request
@@ -27,6 +27,7 @@ class _Fetch:
     began: float
     is_there: Callable[[], bool]
     waiting: list[Request] = field(default_factory=list)
+    is_forgotten: bool = False
 
 
 class KVCacheManager:
@@ -179,9 +180,10 @@ class KVCacheManager:
         for fetch in there:
             self._fetches.remove(fetch)
             for name in fetch.names:
-                del self._coming[name]
+                self._coming.pop(name, None)
             blocks, known, like = fetch.blocks, fetch.num_known, fetch.like
-            if not known or blocks[known - 1] in self.prefix_cache:  # else the adapter's prefixes were forgotten
+            # A failed step may have forgotten those before them.
+            if not fetch.is_forgotten and (not known or blocks[known - 1] in self.prefix_cache):
                 tokens = fetch.tokens[: len(fetch.names) * self._allocator.geometry.block_tokens]
                 salt = like.spec.cache_salt
                 blocks = self.prefix_cache.store(like.kv_digest, tokens, blocks, salt, known, like.active_from)
@@ -189,6 +191,13 @@ class KVCacheManager:
             if not at_once:
                 self.prefix_cache.restored((self._clock() - fetch.began) / len(fetch.names))
         return [request for fetch in there for request in fetch.waiting]
+
+    def forget(self, digest: str | None) -> None:
+        """Drop all prefixes of an adapter or the base, see PrefixCache, and keep nothing of what is on its way."""
+        self.prefix_cache.forget(digest)
+        for fetch in self._fetches:
+            fetch.is_forgotten = True
+        self._coming.clear()
 
     def fetched(self) -> list[int]:
         """The blocks that are held for what is on its way from host memory."""

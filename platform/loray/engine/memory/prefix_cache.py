@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 from loray.engine.memory.blocks import BlockAllocator
@@ -79,8 +80,11 @@ class BlockCopies(Protocol):
 
 
 class HostTier(NamedTuple):
+    """`wake`: called in any thread when copies have been made: a load may wait for the memory that they reserve."""
+
     memory: HostMemory[Any]
     copies: BlockCopies
+    wake: Callable[[], None] = lambda: None
 
 
 class PrefixCache:
@@ -135,7 +139,7 @@ class PrefixCache:
         self._restore_seconds = float("inf")  # of a block; not known yet
         self._unsaved: deque[_Node] = deque()  # idle ones that have no copy; some have gone since
         self._saving: tuple[Future[list[Any]], list[tuple[int, _Node | None]]] | None = None
-        self._untold: list[_Node] = []  # new ones whose names routers are to be told
+        self._untold: deque[_Node] = deque(maxlen=_MOST_TOLD)  # new ones whose names routers are to be told
         self._told: OrderedDict[str, None] = OrderedDict()  # those that were used longest ago first
         self._unwritten: list[_Node] = []  # known, and not computed before the step that is being scheduled
 
@@ -272,8 +276,7 @@ class PrefixCache:
         """The step that should have written them has failed: forget these blocks, and return them."""
         dropped = [node for node in reversed(self._unwritten) if self._nodes.get(node.block) is node]
         for node in dropped:
-            self._detach(node)
-            self._drop(node)
+            self._cut(node)
         self._unwritten.clear()
         return frozenset(node.block for node in dropped)
 
@@ -299,10 +302,7 @@ class PrefixCache:
         if digest is not None and base is not None:  # below the base alone adapters become active
             own += [n for n in _below(base) if isinstance(n.key, _Activation) and n.key.digest == digest]
         for node in own:
-            self._detach(node)
-            for below in list(_below(node)):
-                if below.block >= 0:
-                    self._drop(below)
+            self._cut(node)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """The contents of blocks have been copied from the keys of `moves` to its values."""
@@ -333,7 +333,7 @@ class PrefixCache:
         """Take the copies that have been made, and begin to make those of further idle blocks."""
         if self.host is None or not (self._saving or self._unsaved):
             return
-        memory, copies = self.host
+        memory, copies, wake = self.host
         if self._saving is not None:
             saved, nodes = self._saving
             if not saved.done():
@@ -352,14 +352,17 @@ class PrefixCache:
                         self._rank(node, node.rank[1], is_saved=True)
                         if not node.children:
                             self._ends.set(node, node.rank)
-        found: dict[int, _Node] = {}
-        while self._unsaved and len(found) < _MOST_SAVED:
+        unsaved: dict[int, _Node] = {}
+        while self._unsaved and len(unsaved) < _MOST_SAVED:
             node = self._unsaved.popleft()
             if self._nodes.get(node.block) is node and memory.block(self._name(node)) is None:
-                found[node.block] = node
+                unsaved[node.block] = node
+        are_kept = memory.would_keep([self._worth(node) for node in unsaved.values()], copies.host_bytes)
+        found: list[tuple[int, _Node | None]] = [*compress(unsaved.items(), are_kept)]
         if found:
             memory.reserve(copies.host_bytes * len(found))
-            self._saving = copies.save([*found]), [*found.items()]
+            self._saving = copies.save([block for block, _ in found]), found
+            self._saving[0].add_done_callback(lambda _: wake())
 
     def on_host(
         self, digest: str | None, tokens: Sequence[int], salt: str = "", active_from: int = 0, known: Sequence[int] = ()
@@ -473,6 +476,13 @@ class PrefixCache:
             if parent.children or parent.block >= 0:
                 return
             node = parent
+
+    def _cut(self, node: _Node) -> None:
+        """Forget a node and all below it."""
+        self._detach(node)
+        for each in [node, *_below(node)]:
+            if each.block >= 0:
+                self._drop(each)
 
     def _drop(self, node: _Node) -> None:
         self._idle.discard(node)

@@ -154,7 +154,7 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
         if name != _EMBEDDING:
             if ops.has_kernel(tensor):
                 return tensor
-            _warn_dequantized(tensor.q_OI.dtype, tensor.group, dtype)
+            _warn_dequantized(tensor.q_OI.dtype, dtype)
         return tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
@@ -162,11 +162,11 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
 
 
 @cache
-def _warn_dequantized(kind: torch.dtype, group: int, dtype: torch.dtype) -> None:
+def _warn_dequantized(kind: torch.dtype, dtype: torch.dtype) -> None:
     _log.warning(
-        "weights in %s with a scale for %d columns are dequantised to %s: no kernel here multiplies them as they are, "
-        "so the base takes as much memory as if it were not quantised",
-        *(str(kind).removeprefix("torch."), group, str(dtype).removeprefix("torch.")),
+        "%s weights are dequantised to %s: no kernel here multiplies them as they are, so the base takes as much "
+        "memory as if it were not quantised",
+        *(str(each).removeprefix("torch.") for each in (kind, dtype)),
     )
 
 
@@ -290,8 +290,9 @@ class Decoder:
             lambda name, tensor: _take(name, tensor, ops, dtype, device),
             lambda layer, own: Layer(layer, config, own, ops, linears),
         )
-        self.embedding_VD = others[_EMBEDDING]
-        self._head = ops.pack_linear([self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]])
+        self.embedding_VD: Tensor = others[_EMBEDDING]
+        head: Weight = self._tied_head() if config.tie_word_embeddings else others["lm_head.weight"]
+        self._head = ops.pack_linear([head])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config)
         self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 

@@ -20,6 +20,7 @@ from loray_kernels import (
     INPUTS,
     ExpertWeights,
     LayerWeights,
+    LinearWeights,
     Ops,
     RowOverrides,
     StepInputs,
@@ -68,7 +69,9 @@ class Linear:
         self._widths = [w.shape[0] for w in weights.values()]
         self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
-        self.weights = ops.pack_linear(list(weights.values()), bias_O)
+        # Several are copied when they are joined; one may be a view, which would keep the whole checkpoint in memory.
+        own = list(weights.values()) if len(weights) > 1 else [w.clone() for w in weights.values()]
+        self.weights = ops.pack_linear(own, bias_O)
 
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
@@ -179,7 +182,9 @@ class Attention:
         self.scale, self.spec = config.attention_scale(layer), (spec := config.layers[layer])
         biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if spec.qkv_bias else {}
         self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
-        self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
+        biases = {"o_proj": tensors[f"{prefix}.o_proj.bias"]} if spec.o_bias else {}
+        self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, biases, ops)
+        self.sinks_H: Tensor | None = tensors[f"{prefix}.sinks"] if spec.has_sinks else None
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], config)
@@ -198,9 +203,9 @@ class Attention:
         q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs[self.spec.rope], self._layer)
         if logits_step is not None:
             q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
-        meta = step.batch.attention
+        cache, meta = (pool.tensor, pool.layout, self._layer), step.batch.attention
         out_THd = step.ops.paged_attention(
-            q_THd, pool.tensor, pool.layout, self._layer, meta, self.scale, self.spec.window, c.attention_soft_cap
+            q_THd, *cache, meta, self.scale, self.spec.window, c.attention_soft_cap, self.sinks_H
         )
         return self.o(out_THd.flatten(1), step)
 
@@ -227,14 +232,19 @@ class Experts:
         spec, prefix = config.layers[layer].experts, f"model.layers.{layer}.mlp"
         assert spec is not None
         own = [f"{prefix}.experts.{expert}" for expert in range(spec.num)]
+
+        def packed(path: str, *modules: str) -> LinearWeights:
+            biases = [tensors[f"{path}{module}.bias"] for module in modules] if spec.bias else []
+            weights = [tensors[f"{path}{module}.weight"] for module in modules]
+            return ops.pack_linear(weights, torch.cat(biases) if biases else None)
+
         self.weights = ExpertWeights(
-            router=ops.pack_linear([tensors[f"{prefix}.gate.weight"]]),
-            gate_up=tuple(
-                ops.pack_linear([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in own
-            ),
-            down=tuple(ops.pack_linear([tensors[f"{e}.down_proj.weight"]]) for e in own),
+            router=packed(f"{prefix}.", "gate"),
+            gate_up=tuple(packed(f"{e}.", "gate_proj", "up_proj") for e in own),
+            down=tuple(packed(f"{e}.", "down_proj") for e in own),
             per_token=spec.per_token,
             normalised=spec.normalised,
+            limit=spec.limit,
         )
         self._layer, self._add_up = layer, linears.add_up
 
@@ -295,6 +305,7 @@ class Layer:
             norm_offset=config.norm_offset,
             window=spec.window,
             soft_cap=config.attention_soft_cap,
+            sinks_H=attention.sinks_H,
             activation=spec.activation,
             post_attention_norm_D=None if self._post_attention_norm is None else self._post_attention_norm.weight_D,
             post_mlp_norm_D=None if self._post_mlp_norm is None else self._post_mlp_norm.weight_D,

@@ -98,8 +98,13 @@ def local_tensors(
         if last in COLUMN_PARALLEL:
             yield name, _rows(tensor, shard.slice(tensor.shape[0]))
         elif last in ROW_PARALLEL:
-            assert kind == "weight", "the decoder has no biases there"
-            yield name, _columns(name, tensor, shard)
+            if kind == "weight":
+                yield name, _columns(name, tensor, shard)
+            else:  # which one rank adds to its part of the sum
+                assert isinstance(tensor, Tensor)
+                yield name, tensor if shard.rank == 0 else torch.zeros_like(tensor)
+        elif kind == "sinks":
+            yield name, _rows(tensor, shard.slice(tensor.shape[0]))
         elif last == "lm_head":
             if not config.tie_word_embeddings:  # some checkpoints have one although it is tied
                 yield name, local_head(tensor, shard)

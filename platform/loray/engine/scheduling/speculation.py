@@ -25,6 +25,7 @@ _CANDIDATES = 8  # places that are compared for the longest match
 _PIECE = 4096  # tokens of a prompt that are taken in a step
 _LEAD, _KEPT, _MOST_OWNERS = 4, 512, 256  # tokens before an answer, and of the answers that are kept, and of how many
 _NEW, _NEW_OF_ALL = 0.2, 0.02  # weight of what has just come in a rate of one request, and in one of all
+_FIRST_RATE = 0.3  # before anything has come
 
 
 _Owner = tuple[str, str | None, str]
@@ -32,7 +33,7 @@ _Owner = tuple[str, str | None, str]
 
 def new_rates() -> list[float]:
     """Give the rates before anything has come, by the length of a match up to MAX_MATCH."""
-    return [0.5] * (MAX_MATCH + 1)
+    return [_FIRST_RATE] * (MAX_MATCH + 1)
 
 
 class NgramIndex:

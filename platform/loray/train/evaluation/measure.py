@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
+from loray.bases.config import FUSED
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.files import file_sha256
@@ -131,7 +132,7 @@ def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) 
         return ((q_TI.float() * scale_T1).to(inputs[0].dtype).view_as(inputs[0]),)
 
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEAR_MODULES:
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in (*LINEAR_MODULES, *FUSED):
             module.register_forward_pre_hook(rounded)
 
 

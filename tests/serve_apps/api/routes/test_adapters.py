@@ -30,7 +30,11 @@ def test_pages_of_adapters(api: Api) -> None:
     ]
     assert (second.json()["next"], "link" in second.headers) == (None, False)
     assert problem(api.http.get("/adapters", params={"method": "loha"}), 422)["errors"][0]["field"] == "method"
-    assert api.http.get("/bases").json()["items"] == [{"name": "smollm2", "fingerprint": BASE, "projections": []}]
+    api.catalog.bases.add("smollm2-int8", "8" * 64, BASE)
+    assert api.http.get("/bases").json()["items"] == [
+        {"name": "smollm2", "fingerprint": BASE, "of": None, "projections": []},
+        {"name": "smollm2-int8", "fingerprint": "8" * 64, "of": BASE, "projections": []},
+    ]
 
 
 def test_search_and_tags(api: Api) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from ray import cloudpickle
@@ -13,6 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from loray.policy.prefixes import told_names
+from loray.spec import SamplingParams
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import (
     ROUTER_CLASS,
@@ -94,6 +96,20 @@ async def test_a_prompt_goes_where_its_prefix_is(pair: list[Replica]) -> None:
     assert decisions("engine")["prefix"] == 3
     tokens = {name: module.own.tokens(name) for name in ("one", "two")}
     assert tokens == {"one": 400 + (430 - 384) + (400 - 384), "two": (400 - 320) + 400}
+
+
+@pytest.mark.parametrize("whole", [{"pooling": "mean"}, {"params": SamplingParams(prompt_logprobs=0)}])
+async def test_who_has_its_whole_prompt_computed_goes_where_the_adapter_is(
+    pair: list[Replica], whole: dict[str, Any]
+) -> None:
+    said = tuple(range(400))
+    async with routing(pair) as router:
+        pair[0].report(DIGESTS[0])
+        pair[1].report(prefixes=told_names(DIGESTS[0], said, 16))
+        asked = pending(DIGESTS[0], prompt=said)
+        asked.args[0] = replace(asked.args[0], **whole)
+        assert await route(router, asked) == "one"
+    assert module.own.tokens("one") == 400
 
 
 @pytest.mark.parametrize("http_request", [None, "shared"])

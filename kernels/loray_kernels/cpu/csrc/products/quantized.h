@@ -1,5 +1,6 @@
 // Products with quantised weights, as `quantized_linear` of reference.py has them: inputs are quantised row by row, sums of
 // whole numbers are exact, and what comes after them is computed in the same order, so that the bits are the reference's.
+// Few inputs are larger than an operand: what they have beyond it is added in further steps, which a row has a list of.
 //
 // A panel has its groups of inputs one after the other, each with the scales and the zeros of its COLUMNS outputs before
 // the weights. These are bytes, q + 128 of int8, or two steps of int4 in one: zeros are stored likewise.
@@ -20,18 +21,36 @@ static i64 group_bytes(i64 group) {
 
 constexpr i64 FEW_INPUTS = 1 << 15;  // below which one thread is faster
 
-// Inputs, `stride` apart, with zeros up to a whole vector behind them; the sum of each group, and the scale of each token.
+// What an input has beyond ByteStep::MOST, in one more of its step in a group.
+struct Extra {
+    int32_t step;
+    ByteStep::Operand inputs[4 / sizeof(ByteStep::Operand)];
+};
+
+// Inputs, `stride` apart, with zeros up to a whole vector behind them; the sum of each group, and the end of its extras
+// among those of the token; the scale of each token.
 struct QuantizedInputs {
+    i64 stride, groups, most_extras;  // of a token
     ByteStep::Operand* at;
-    i64 stride;
-    int32_t* sums;
+    Extra* extras;
+    int32_t *sums, *ends;
     float* scales;
 };
 
-// The row of one token, see `quantize_rows`. `sums`: of the groups.
+template <class F>
+static inline int64_t sum_of(F lane) {
+    int64_t sum = 0;
+    for (int i = 0; i < W; i++) sum += lane(i);
+    return sum;
+}
+
+// The row of token t, see `quantize_activations`.
 template <class T>
-static inline float quantize_row(const T* x, i64 width, i64 group, ByteStep::Operand* to, int32_t* sums) {
-    typedef ByteStep::Operand Narrow __attribute__((vector_size(W * sizeof(ByteStep::Operand))));
+static inline void quantize_row(const T* x, i64 width, i64 t, const QuantizedInputs& in) {
+    using S = ByteStep;
+    typedef S::Operand Narrow __attribute__((vector_size(W * sizeof(S::Operand))));
+    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
+    const auto whole = [&](Vec v) { return (Ints)(v + magic) - (Ints)magic; };
     Ints most = {};  // of floats without their sign, which are in the order of their bits, and infinite and NaN above all
     vectors(width, [&](i64 i, auto n) {
         const Ints bits = (Ints)load_n(x + i, n) & 0x7fffffff;
@@ -41,39 +60,59 @@ static inline float quantize_row(const T* x, i64 width, i64 group, ByteStep::Ope
     for (int i = 0; i < W; i++) bits = most[i] > bits ? most[i] : bits;
     float largest;
     memcpy(&largest, &bits, 4);
-    const bool is_finite = bits < 0x7f800000;
-    const Vec inverse = set1(is_finite && largest >= 1e-30f ? 127.0f / largest : 0.0f);
-    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
-    for (i64 first = 0; first < width; first += group) {
+    const bool is_finite = bits < 0x7f800000, is_some = is_finite && largest >= 1e-30f;
+    const Vec fine = set1(is_some ? 32767.0f / largest : 0.0f);
+    Ints all = {};
+    vectors(width, [&](i64 i, auto n) {
+        all += whole((Vec)((Ints)load_n(x + i, n) & 0x7fffffff) * fine) & (is_finite ? -1 : 0);
+    });
+    const float share = float(sum_of([&](int i) { return all[i]; })) / float(32767 * width);
+    const float beyond = largest * (share * 8.0f), limit = beyond < largest ? beyond : largest;
+    const Vec inverse = set1(is_some ? 127.0f / limit : 0.0f);
+    in.scales[t] = is_finite ? limit / 127.0f : __builtin_nanf("");
+
+    const i64 group = width / in.groups;
+    S::Operand* to = in.at + t * in.stride;
+    Extra* const extras = in.extras + t * in.most_extras;
+    int32_t num = 0;
+    for (i64 g = 0; g < in.groups; g++, x += group, to += group) {
         Ints sum = {};
-        vectors(min_(group, width - first), [&](i64 i, auto n) {
-            Ints q = (Ints)(load_n(x + first + i, n) * inverse + magic) - (Ints)magic;
+        vectors(group, [&](i64 i, auto n) {
+            Ints q = whole(load_n(x + i, n) * inverse);
             if (!is_finite) q = Ints{};
-            const Narrow narrow = __builtin_convertvector(q, Narrow);
-            memcpy(to + first + i, &narrow, sizeof narrow);
+            Ints inside = q > S::MOST ? Ints{} + S::MOST : q;
+            inside = inside < -S::MOST ? Ints{} - S::MOST : inside;
+            const Narrow narrow = __builtin_convertvector(inside, Narrow);
+            memcpy(to + i, &narrow, sizeof narrow);
             sum += q;
+            if (!S::any(q - inside)) return;
+            for (i64 k = 0; k < W; k++)
+                for (int32_t left = q[k] - inside[k]; left;) {
+                    const int32_t now = int32_t(max_(-S::MOST, min_(S::MOST, left)));
+                    Extra& extra = extras[num++] = {int32_t((i + k) / S::STEP), {}};
+                    extra.inputs[(i + k) % S::STEP] = S::Operand(now);
+                    left -= now;
+                }
         });
-        *sums = 0;
-        for (int i = 0; i < W; i++) *sums += sum[i];
-        sums++;
+        in.sums[t * in.groups + g] = int32_t(sum_of([&](int i) { return sum[i]; }));
+        in.ends[t * in.groups + g] = num;
     }
-    return is_finite ? largest / 127.0f : __builtin_nanf("");
 }
 
 // All tokens' rows, in memory that is valid in this thread until the next call.
 template <class T>
 static QuantizedInputs quantized(const T* x, i64 x_stride, i64 num_tokens, i64 width, i64 group, int threads) {
     static thread_local Scratch memory;
-    const i64 stride = ceil_div(width, 16) * 16, groups = width / group;
-    const i64 token = stride * i64(sizeof(ByteStep::Operand)) + 4 * groups + 4;
     QuantizedInputs in;
-    in.at = (ByteStep::Operand*)memory.get(max_(1, num_tokens) * token);
-    in.stride = stride;
-    in.sums = (int32_t*)(in.at + num_tokens * stride);
-    in.scales = (float*)(in.sums + num_tokens * groups);
+    in.stride = ceil_div(width, 16) * 16, in.groups = width / group;
+    in.most_extras = width / 4 + width / 4 * width / 65536 + 16;  // as the mean is rounded, too
+    const i64 sizes[] = {in.stride * i64(sizeof(ByteStep::Operand)), in.most_extras * i64(sizeof(Extra)), 4 * in.groups,
+                         4 * in.groups, 4};
+    void** const fields[] = {(void**)&in.at, (void**)&in.extras, (void**)&in.sums, (void**)&in.ends, (void**)&in.scales};
+    char* at = (char*)memory.get(max_(1, num_tokens) * (sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]));
+    for (int i = 0; i < 5; i++) *fields[i] = at, at += num_tokens * sizes[i];
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > FEW_INPUTS)
-    for (i64 t = 0; t < num_tokens; t++)
-        in.scales[t] = quantize_row(x + t * x_stride, width, group, in.at + t * stride, in.sums + t * groups);
+    for (i64 t = 0; t < num_tokens; t++) quantize_row(x + t * x_stride, width, t, in);
     return in;
 }
 
@@ -95,7 +134,7 @@ struct QuantizedProduct {
         using S = ByteStep;
         typedef uint8_t Bytes __attribute__((vector_size(W)));
         constexpr i64 STEP = COLUMNS * S::STEP;  // bytes
-        const i64 groups = in / group, units = ceil_div(group, UNIT), stride = inputs.stride;
+        const i64 groups = rows.groups, units = ceil_div(group, UNIT), stride = inputs.stride;
         const Operand* from = inputs.token(token);
         for (i64 g = 0; g < groups; g++) {
             const float* const scales = (const float*)at;
@@ -127,6 +166,22 @@ struct QuantizedProduct {
                 fetch.some();
             }
             for (; k < units; k++) unit(k);
+            each<NT>([&](auto t) {
+                const i64 own = (token + t) * groups + g;
+                const Extra* const extras = rows.extras + (token + t) * rows.most_extras;
+                for (i64 e = g ? rows.ends[own - 1] : 0; e < rows.ends[own]; e++) {
+                    const auto value = S::input(extras[e].inputs);
+                    const i64 at_step = extras[e].step;
+                    each<NV>([&](auto v) {
+                        S::Weights one[2];
+                        if constexpr (BITS == 4)
+                            S::halves(panel + at_step / 2 * STEP + v * W * S::STEP, one[0], one[1]);
+                        else
+                            one[0] = one[1] = S::weights(panel + at_step * STEP + v * W * S::STEP);
+                        acc[t][v] = S::mac(acc[t][v], at_step % 2 ? one[1] : one[0], value);
+                    });
+                }
+            });
             if (fetch.lines == ceil_div(FETCHED, 64)) fetch.panel(ceil_div(HEADER, 64));  // of one tile alone
             each<NV>([&](auto v) {
                 Bytes bytes;

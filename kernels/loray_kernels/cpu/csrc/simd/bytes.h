@@ -1,5 +1,5 @@
 // One step of products of whole numbers: STEP inputs of a token times the weights of W outputs, added to W sums of 32 bits.
-// All is exact. Weights are bytes without a sign, or half of one; inputs are −127 to 127.
+// All is exact. Weights are bytes without a sign, or half of one.
 #pragma once
 
 #include "simd.h"
@@ -103,6 +103,21 @@ struct ByteStep {
         return sums;
     }
 #endif
+
+    static constexpr int32_t MOST = sizeof(Operand) == 1 ? 127 : 32767;  // of an input
+
+    // Whether a lane is not 0.
+    static inline bool any(Ints v) {
+#if defined(__AVX512VNNI__)
+        return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif defined(__AVX2__)
+        return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+        int32_t all = 0;
+        for (int i = 0; i < W; i++) all |= v[i];
+        return all;
+#endif
+    }
 
   private:
     [[maybe_unused]] static inline int four(const void* x) {  // bytes
