@@ -5,7 +5,7 @@
 Two engines in this process, which take turns; each request is the only one, and is answered by both with the same
 tokens. Texts, code and records are copied, in part, by the base: `quotes` of a licence, `code` of the standard library
 with another name, `json` held to a schema; `free` is sampled at temperature 1 and copies nothing. `--adapter`: a folder
-in PEFT's format, and chats as its training data has them, whose last messages are answered: such as `orders` of
+in PEFT's format, and chats as its training data has them, whose first messages are answered: such as `orders` of
 `make demo`. What is learned of earlier requests is forgotten before each task.
 
 The claims: tasks that copy ≥ 1.5 × without, free text ≥ 0.97 ×, from the first token to the last.

@@ -206,6 +206,19 @@ def test_a_request_may_be_cancelled_and_end_among_its_guesses(base: BaseModel) -
     empty(engine)
 
 
+def test_guesses_behind_the_end_are_not_accepted(base: BaseModel) -> None:
+    """Each step of a single request gives it a token beside those that are accepted, but the last one that of none."""
+    answer = run(make_engine(base), [request("whole", ids(9), max_tokens=40)])["whole"]
+    engine, stops = make_engine(base), answer[6:16]
+    Told(engine, {str(stop): answer for stop in stops}, wrong=0.0)
+    for stop in stops:
+        own = run(engine, [request(str(stop), ids(9), max_tokens=40, stop_token_ids=(stop,))])
+        assert own[str(stop)] == answer[: answer.index(stop) + 1]
+    stats = engine.stats()
+    assert stats.num_accepted_tokens > 0
+    assert 0 <= stats.num_steps + stats.num_accepted_tokens - stats.num_output_tokens <= len(stops)
+
+
 def test_what_is_drawn_has_the_distribution_of_the_model(base: BaseModel) -> None:
     """The first two tokens, of which the second is a guess that is often wrong: χ² of the most likely pairs."""
     num, temperature, prompt = 1600, 0.7, ids(12)
@@ -263,5 +276,5 @@ def test_speculation_is_off_where_it_is_not_wanted(base: BaseModel) -> None:
     assert make_engine(base).scheduler.speculation is None
     for dtype in ("float32", "float16"):  # the kernels for CPUs have no float16
         engine = make_engine(base, speculation="auto", dtype=dtype)
-        is_exact = engine._model.ops.is_batch_invariant(getattr(torch, dtype))
+        is_exact = engine._model.is_batch_invariant
         assert (engine.scheduler.speculation is not None) == is_exact == (dtype == "float32")

@@ -81,7 +81,7 @@ def _ready(engine: Engine, model: Decoder) -> Engine:
     try:
         max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
         model.use_captures(pool, num_slots=spec.max_num_seqs, max_blocks=max_blocks)
-        if spec.speculation == "auto" and not model.can_capture and model.ops.is_batch_invariant(pool.tensor.dtype):
+        if spec.speculation == "auto" and not model.can_capture and model.is_batch_invariant:
             engine.guess_tokens()
     except BaseException:
         engine.close()

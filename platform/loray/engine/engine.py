@@ -345,6 +345,7 @@ class Engine:
                 outputs.append(self._fail(request, sampled))
             else:
                 request.num_computed += was_guessed
+                self.counters.num_accepted_tokens += was_guessed
                 outputs.append(self._postprocess(request, sampled.token, sampled.logprobs))
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))

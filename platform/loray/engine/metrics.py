@@ -61,11 +61,6 @@ class Counters:
         self.num_prompt_tokens += max(0, prompt - request.num_prompt_counted)
         request.num_prompt_counted = max(prompt, request.num_prompt_counted)
 
-    def guessed(self, num_guesses: int, num_right: int) -> None:
-        """Count the guesses of a request in a step, and how many of the first were right."""
-        self.num_draft_tokens += num_guesses
-        self.num_accepted_tokens += num_right
-
     def stepped(self, num_tokens: int, num_adapters: int, seconds: float) -> None:
         self.num_steps += 1
         self.max_adapters_in_step = max(self.max_adapters_in_step, num_adapters)

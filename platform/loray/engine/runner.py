@@ -177,11 +177,10 @@ class ModelRunner:
             outcome, *others = islice(rows, 1 + len(chunk.guesses))
             if chunk.request.state is RequestState.FINISHED:
                 continue
-            num_right = 0
+            self._counters.num_draft_tokens += len(chunk.guesses)
             for guess, following in zip(chunk.guesses, others, strict=True):
                 if not (isinstance(outcome, Sampled) and outcome.token == guess and isinstance(following, Sampled)):
                     break
                 yield NextToken(chunk.request, outcome, was_guessed=True)
-                outcome, num_right = following, num_right + 1
+                outcome = following
             yield NextToken(chunk.request, outcome)
-            self._counters.guessed(len(chunk.guesses), num_right)

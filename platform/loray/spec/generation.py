@@ -187,7 +187,7 @@ class GenerateRequest:
     tenant      that is charged for the request; all requests without one belong to the same tenant
     priority    a smaller number is served earlier, as in vLLM
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
-    cache_salt  the prefix cache is shared with requests of the same salt alone
+    cache_salt  the prefix cache and what guesses come from are shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     pooling      an embedding is wanted and no answer, so max_tokens is 0: of the prompt's hidden states after the final
                  norm the last one, as vLLM's default, or their mean; scaled to length 1

@@ -126,6 +126,11 @@ def test_ranks_compute_what_is_guessed(world: World) -> None:
     assert world.engine.stats().num_accepted_tokens > before.num_accepted_tokens
 
 
+def test_more_than_two_ranks_guess_nothing(world: World) -> None:
+    """Where they add up a token's values in an order of its own, it would have other bits among guesses."""
+    assert world.engine._model.is_batch_invariant == (world.communicator.shard.world_size == 2)
+
+
 def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:
     schema = {"type": "array", "items": {"enum": ["a", 1, None]}, "maxItems": 4}
     constraint = Constraint.from_schema(schema, whitespace="")

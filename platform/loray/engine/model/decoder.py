@@ -309,6 +309,11 @@ class Decoder:
         """The backend captures decode steps, see `use_captures`."""
         return self._captures is not None
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """A token's logits have the same bits whatever else is in its batch."""
+        return self.ops.is_batch_invariant(self.embedding_VD.dtype)
+
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """Make decode steps over `pool` those that can be captured, if the backend supports it. Before adapters are
         placed. Those of experts are not captured: which tokens an expert has is known on the host alone.

@@ -81,6 +81,11 @@ class ShardedDecoder(Decoder):
         )
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """An all-reduce of more than two ranks adds them up in an order that depends on the place in the batch."""
+        return super().is_batch_invariant and self._communicator.shard.world_size <= 2
+
     def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
         ranks = CaptureBarrier(self._communicator.silent, self._communicator.agree, self._communicator.connect)
         return super()._decoding(pool, num_slots, max_blocks)._replace(ranks=ranks)
