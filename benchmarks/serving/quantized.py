@@ -48,7 +48,9 @@ def build(base: BaseModel, form: str) -> Engine:
     def no_adapters(*_: Any) -> Any:
         raise AssertionError
 
-    spec = ServeSpec(base=base.name, dtype="bfloat16", pool_bytes=256 << 20, max_num_batched_tokens=2048)
+    spec = ServeSpec(
+        base=base.name, dtype="bfloat16", pool_bytes=256 << 20, max_num_batched_tokens=2048, speculation="off"
+    )
     engine = build_engine(spec, base, no_adapters, tensors(base, form))
     engine.warm_up()
     return engine
