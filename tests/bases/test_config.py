@@ -75,6 +75,20 @@ def test_what_is_no_rope_of_transformers_is_refused(base: RopeParameters, kind: 
         scaled(base, scaling, original_context=4096, head_dim=DIM)
 
 
+def test_longrope_is_not_scaled() -> None:
+    """Beyond the original context transformers, which trains, has other frequencies than those that are served."""
+    base = RopeParameters(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        factor=2.0,
+        original_max_position_embeddings=4096,
+        short_factor=(1.0,) * (DIM // 2),
+        long_factor=(2.0,) * (DIM // 2),
+    )
+    with pytest.raises(ValueError, match=r"is 'longrope', .* leave rope_scaling out"):
+        scaled(base, RopeScaling(type="ntk", factor=2), original_context=4096, head_dim=DIM)
+
+
 TINY: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 16,

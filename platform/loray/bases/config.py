@@ -563,9 +563,14 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
     yarn    by frequency band, with attention temperature (Peng et al., 2023)
     A base that is scaled already is scaled further: factors of linear and of yarn multiply, each on a base of its own
-    type, and ntk stretches theta under any type. Raises ValueError for other combinations, which are no RoPE that
-    transformers computes.
+    type, and ntk stretches theta under any type but longrope, whose frequencies depend on a row's length. Raises
+    ValueError for other combinations, which are no RoPE that transformers computes, or that is served.
     """
+    if base.rope_type == "longrope":
+        raise ValueError(
+            "its RoPE is 'longrope', of which transformers takes other frequencies for rows longer than the original "
+            "context: leave rope_scaling out"
+        )
     match scaling.type, base.rope_type:
         case "linear", "default" | "linear":
             factor = scaling.factor * (base.factor or 1.0)
