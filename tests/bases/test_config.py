@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +73,20 @@ def test_what_is_no_rope_of_transformers_is_refused(base: RopeParameters, kind: 
     scaling = RopeScaling.model_validate({"type": kind, "factor": 2})
     with pytest.raises(ValueError, match=f"is '{base.rope_type}' already, which {kind} cannot .* type: ntk"):
         scaled(base, scaling, original_context=4096, head_dim=DIM)
+
+
+def test_longrope_is_not_scaled() -> None:
+    """Beyond the original context transformers, which trains, has other frequencies than those that are served."""
+    base = RopeParameters(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        factor=2.0,
+        original_max_position_embeddings=4096,
+        short_factor=(1.0,) * (DIM // 2),
+        long_factor=(2.0,) * (DIM // 2),
+    )
+    with pytest.raises(ValueError, match=r"is 'longrope', .* leave rope_scaling out"):
+        scaled(base, RopeScaling(type="ntk", factor=2), original_context=4096, head_dim=DIM)
 
 
 TINY: dict[str, Any] = {
@@ -171,6 +186,7 @@ def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:
             OF_QWEN3 | {"mlp_only_layers": [0]},
             r"\(mlp_only_layers, decoder_sparse_step\) are not supported",
         ),
+        ("Gemma", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported in GemmaForCausalLM"),
         ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported in Gemma3ForCausalLM"),
         ("Gemma3", {"use_bidirectional_attention": True}, "with use_bidirectional_attention are not supported"),
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "with attn_logit_softcapping are not supported"),
@@ -187,6 +203,7 @@ def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any]
         ("Mistral", {"sliding_window": 64}),  # as long as the context
         ("Qwen2", {"sliding_window": 32}),  # which it does not use
         ("Qwen2", {"attention_bias": True}),  # no field of its own
+        ("Gemma", {"hidden_act": "gelu"}),  # by which its first checkpoints mean the approximation
     ],
 )
 def test_a_familys_checkpoint_is_served(family: str, fields: dict[str, Any]) -> None:
@@ -204,6 +221,7 @@ def test_a_familys_checkpoint_is_served(family: str, fields: dict[str, Any]) -> 
             {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full"]},
             (8, None),
         ),
+        ("Qwen3Moe", OF_QWEN3 | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, (32, 32)),
         ("Gemma2", {"sliding_window": 32}, (32, None)),
         ("Gemma3", {"sliding_window": 32}, (32, 32)),  # five of six
         ("Gemma3", {"sliding_window": 32, "sliding_window_pattern": 2}, (32, None)),
@@ -213,6 +231,31 @@ def test_windows_of_layers(family: str, fields: dict[str, Any], windows: tuple[i
     config = config_of(family, **fields)
     assert tuple(layer.window for layer in config.layers) == windows
     assert config.window == (None if None in windows else max(w for w in windows if w))
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type", "more"),
+    [
+        ("Llama", "llama", {}),
+        ("Mistral", "mistral", {}),
+        ("Qwen2", "qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("Qwen3", "qwen3", {"head_dim": 8, "use_sliding_window": True, "max_window_layers": 1}),
+        ("Gemma", "gemma", {}),
+        ("Gemma2", "gemma2", {}),
+        ("Gemma3", "gemma3_text", {}),
+        ("Phi3", "phi3", {}),
+        ("Mixtral", "mixtral", OF_MIXTRAL),
+        ("Qwen3Moe", "qwen3_moe", OF_QWEN3 | {"use_sliding_window": True}),
+        ("GptOss", "gpt_oss", OF_MIXTRAL | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_what_config_json_lacks_is_what_transformers_takes(family: str, model_type: str, more: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    fields = TINY | more | {"max_position_embeddings": 8192, "eos_token_id": 1}
+    named = {"architectures": [f"{family}ForCausalLM"]}
+    whole = AutoConfig.for_model(model_type, **deepcopy(fields)).to_dict()
+    assert ModelConfig.from_hf(fields | named) == ModelConfig.from_hf(whole | named)
 
 
 @pytest.mark.parametrize(

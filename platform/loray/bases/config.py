@@ -216,6 +216,7 @@ class ModelConfig:
             raise UnsupportedError(
                 f"architecture {name} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
             )
+        hf = {**architecture.missing, **hf}
         if (why := architecture.refuses(hf)) is not None:
             raise UnsupportedError(why)
         eos = hf.get("eos_token_id")
@@ -274,6 +275,7 @@ class Architecture(NamedTuple):
     refuses  why the checkpoint of a config.json is not served; None: it is
     fields   of ModelConfig that are the family's own, from config.json
     ropes    the types of RoPE that transformers has for it, where not all
+    missing  what transformers takes where config.json says nothing
     """
 
     name: str
@@ -282,6 +284,7 @@ class Architecture(NamedTuple):
     refuses: Callable[[Mapping[str, Any]], str | None]
     fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {}
     ropes: tuple[str, ...] = get_args(RopeType)
+    missing: Mapping[str, Any] = {}
 
 
 def _dense(
@@ -291,11 +294,15 @@ def _dense(
     *,
     biases: tuple[str, ...] = (),
     has_window: bool = False,
+    has_types: bool = True,
+    missing: Mapping[str, Any] = {},
 ) -> Architecture:
     """A family whose layers differ in their windows alone, with SwiGLU.
 
     biases      the fields with which config.json asks for biases that the decoder does not add
     has_window  a sliding window counts also where config.json does not say so
+    has_types   config.json says which layers have the window; else all have it
+    missing     that of Architecture
     """
 
     def refuses(hf: Mapping[str, Any]) -> str | None:
@@ -306,18 +313,17 @@ def _dense(
         return None
 
     def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-        if has_window:
-            types = None
-        elif hf.get("use_sliding_window"):
+        types: Sequence[str] | None = None
+        if not has_window and not hf.get("use_sliding_window"):
+            types = [_FULL] * hf["num_hidden_layers"]
+        elif has_types:
             first = hf.get("max_window_layers", 28)  # transformers' default
             types = hf.get("layer_types") or [
                 _WINDOWED if i >= first else _FULL for i in range(hf["num_hidden_layers"])
             ]
-        else:
-            types = [_FULL] * hf["num_hidden_layers"]
         return tuple(replace(layer, window=window) for window in _windows(hf, types))
 
-    return Architecture(name, gguf, layers, refuses)
+    return Architecture(name, gguf, layers, refuses, missing=missing)
 
 
 def _windows(hf: Mapping[str, Any], types: Sequence[str] | None) -> Iterator[int | None]:
@@ -336,6 +342,8 @@ def _gemma(
     pattern: int,
     thetas: tuple[float, ...],
     soft_caps: tuple[float | None, float | None],
+    activation: str = "hidden_activation",
+    missing: Mapping[str, Any] = {"query_pre_attn_scalar": 256, "sliding_window": 4096},
 ) -> Architecture:
     """A Gemma: layers like `layer` with GeGLU, and most with a window; 1 + weight in norms.
 
@@ -343,12 +351,14 @@ def _gemma(
     pattern    each so many layers one without a window
     thetas     of RoPE; a second one of layers with a window
     soft_caps  of attention and of logits
+    missing    that of Architecture, beside head_dim
+    `activation` is its name for the MLP's.
     """
 
     def refuses(hf: Mapping[str, Any]) -> str | None:
-        activation = hf.get("hidden_activation") or "gelu_pytorch_tanh"
-        if activation != "gelu_pytorch_tanh":
-            return f"hidden_activation {activation!r} is not supported in {name}; only gelu_pytorch_tanh is"
+        own = hf.get(activation) or "gelu_pytorch_tanh"
+        if own != "gelu_pytorch_tanh" and (activation, own) != ("hidden_act", "gelu"):  # which Gemma 1 means by it
+            return f"{activation} {own!r} is not supported in {name}; only gelu_pytorch_tanh is"
         for field in (
             "attention_bias",
             "use_bidirectional_attention",
@@ -387,7 +397,7 @@ def _gemma(
             "logit_soft_cap": hf.get("final_logit_softcapping", soft_caps[1]),
         }
 
-    return Architecture(name, gguf, layers, refuses, fields)
+    return Architecture(name, gguf, layers, refuses, fields, missing={"head_dim": 256, **missing})
 
 
 _SANDWICH = LayerSpec(norms="sandwich")
@@ -458,17 +468,33 @@ def _gpt_oss() -> Architecture:
             LayerSpec(qkv_bias=bias, o_bias=bias, has_sinks=True, window=window) for window in _windows(hf, types)
         )
 
-    return Architecture("GptOssForCausalLM", "gpt-oss", layers, refuses)
+    missing = {"head_dim": 64, "sliding_window": 128, "rope_theta": 150000.0}
+    return Architecture("GptOssForCausalLM", "gpt-oss", layers, refuses, missing=missing)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     family.name: family
     for family in (
         _dense("LlamaForCausalLM", "llama", biases=("attention_bias", "mlp_bias")),
-        _dense("MistralForCausalLM", "llama", has_window=True),
-        _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True)),
-        _dense("Qwen3ForCausalLM", "qwen3", LayerSpec(qk_norm=True), biases=("attention_bias",)),
-        _gemma("GemmaForCausalLM", "gemma", layer=LayerSpec(), pattern=1, thetas=(1e4,), soft_caps=(None, None)),
+        _dense("MistralForCausalLM", "llama", has_window=True, has_types=False, missing={"sliding_window": 4096}),
+        _dense("Qwen2ForCausalLM", "qwen2", LayerSpec(qkv_bias=True), missing={"sliding_window": 4096}),
+        _dense(
+            "Qwen3ForCausalLM",
+            "qwen3",
+            LayerSpec(qk_norm=True),
+            biases=("attention_bias",),
+            missing={"sliding_window": 4096},
+        ),
+        _gemma(
+            "GemmaForCausalLM",
+            "gemma",
+            layer=LayerSpec(),
+            pattern=1,
+            thetas=(1e4,),
+            soft_caps=(None, None),
+            activation="hidden_act",
+            missing={},
+        ),
         _gemma("Gemma2ForCausalLM", "gemma2", layer=_SANDWICH, pattern=2, thetas=(1e4,), soft_caps=(50.0, 30.0)),
         _gemma(
             "Gemma3ForCausalLM",
@@ -480,11 +506,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         _phi3(),
         _experts(
-            _dense("MixtralForCausalLM", "llama", has_window=True),
+            _dense("MixtralForCausalLM", "llama", has_window=True, has_types=False, missing={"rope_theta": 1e6}),
             lambda hf: Experts(hf["num_local_experts"], hf["num_experts_per_tok"]),
         ),
         _experts(
-            _dense("Qwen3MoeForCausalLM", "qwen3moe", LayerSpec(qk_norm=True), biases=("attention_bias",)),
+            _dense(
+                "Qwen3MoeForCausalLM",
+                "qwen3moe",
+                LayerSpec(qk_norm=True),
+                biases=("attention_bias",),
+                has_types=False,
+                missing={"sliding_window": 4096},
+            ),
             lambda hf: Experts(
                 hf.get("num_experts") or hf["num_local_experts"],
                 hf["num_experts_per_tok"],
@@ -530,9 +563,14 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
     yarn    by frequency band, with attention temperature (Peng et al., 2023)
     A base that is scaled already is scaled further: factors of linear and of yarn multiply, each on a base of its own
-    type, and ntk stretches theta under any type. Raises ValueError for other combinations, which are no RoPE that
-    transformers computes.
+    type, and ntk stretches theta under any type but longrope, whose frequencies depend on a row's length. Raises
+    ValueError for other combinations, which are no RoPE that transformers computes, or that is served.
     """
+    if base.rope_type == "longrope":
+        raise ValueError(
+            "its RoPE is 'longrope', of which transformers takes other frequencies for rows longer than the original "
+            "context: leave rope_scaling out"
+        )
     match scaling.type, base.rope_type:
         case "linear", "default" | "linear":
             factor = scaling.factor * (base.factor or 1.0)

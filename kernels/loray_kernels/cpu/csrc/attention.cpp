@@ -46,7 +46,7 @@ struct Workspace : KeyBlock<P> {
     }
 };
 
-static thread_local Scratch work_memory, item_memory, part_memory;
+static thread_local Scratch work_memory, item_memory, part_memory, zero_memory;
 
 template <class P, class T>
 struct Attention {
@@ -61,6 +61,7 @@ struct Attention {
     i64 window;  // keys that a query sees, its own included; 0: all up to it
     float soft_cap;
     const T* sinks;  // of each head the score of one more key, whose value is 0; may be missing
+    const T* zeros;  // a layer's share of a block, where the window is shorter than one; else missing
 
     static constexpr i64 PER_UNIT = 4 / sizeof(T);
 
@@ -68,7 +69,8 @@ struct Attention {
 
     // Calls at(block, position, n, j) for the runs of keys [key, key + num) that are neighbours in a block of the pool:
     // n keys from key + j on are at `position` of the layer's share at `block`. In place of blocks that no query of the
-    // item sees, which may be others' by now and hold what is no number, is the first one that they see.
+    // item sees, which may be others' by now and hold what is no number, is the first one that they see; or zeros, where
+    // that one may be the last, of which a part is not written yet.
     template <class At>
     void runs(const Item& item, i64 key, i64 num, At at) const {
         const i64* table = meta.block_table[item.sequence];
@@ -76,7 +78,8 @@ struct Attention {
         i64 block = key / layout.block_tokens;
         for (i64 j = 0, n, position = key % layout.block_tokens; j < num; j += n, position = 0, block++) {
             n = min_(layout.block_tokens - position, num - j);
-            at(pool + (table[max_(block, seen)] * layout.num_layers + layer) * 2 * block_width(), position, n, j);
+            const T* const own = pool + (table[max_(block, seen)] * layout.num_layers + layer) * 2 * block_width();
+            at(zeros && block < seen ? zeros : own, position, n, j);
         }
     }
 
@@ -294,8 +297,14 @@ struct Attention {
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
                      const Meta& meta, float scale, i64 window, float soft_cap, const T* sinks, int threads) {
-    Attention<typename Packing<T>::P, T>{q,    q_stride, out,   num_heads, layer,   pool,
-                                         layout, meta,   scale, window,    soft_cap, sinks}(threads);
+    T* zeros = nullptr;
+    if (window && window < layout.block_tokens) {
+        const i64 bytes = 2 * layout.block_tokens * layout.num_kv_heads * layout.head_dim * i64(sizeof(T));
+        zeros = (T*)zero_memory.get(bytes);
+        memset((void*)zeros, 0, bytes);
+    }
+    Attention<typename Packing<T>::P, T>{q,     q_stride, out,    num_heads, layer, pool, layout, meta,
+                                         scale, window,   soft_cap, sinks,   zeros}(threads);
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                        \
