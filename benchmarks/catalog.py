@@ -171,7 +171,7 @@ async def measured(setup: Setup, folder: Path) -> dict[str, float]:
 
 def _directory(url: str) -> ModelResolver:
     config = SimpleNamespace(max_position_embeddings=8192)
-    base = SimpleNamespace(name="smollm2", fingerprint=BASES["smollm2"], config=config)
+    base = SimpleNamespace(name="smollm2", fingerprint=BASES["smollm2"], config=config, of=None)
     return ModelResolver([cast("Any", base)], CatalogWatcher(lambda: Catalog(url)))
 
 
