@@ -105,23 +105,23 @@ int main(int, char** arguments) {
     for (;;) {
         struct {
             uint64_t length, words[16];
-            float real;
+            float reals[2];
         } call;
         receive(&call.length, 8);
         std::string name(call.length, 0);
         receive(name.data(), call.length);
         receive(call.words, sizeof call.words);
-        receive(&call.real, 4);
-        // Whole numbers and pointers are passed in registers, then on the stack, in order; the only float in a register of
-        // its own, wherever it stands among them. What a kernel does not expect it does not see.
+        receive(call.reals, 8);
+        // Whole numbers and pointers are passed in registers, then on the stack, in order; floats in registers of their
+        // own, wherever they stand among them. What a kernel does not expect it does not see.
         using Word = uint64_t;
         using Kernel = void (*)(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word,
-                                Word, float);
+                                Word, float, float);
         const Kernel kernel = (Kernel)dlsym(library, name.c_str());
         if (!kernel) return fprintf(stderr, "%s\n", dlerror()), 1;
         const Word* w = call.words;
         kernel(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15],
-               call.real);
+               call.reals[0], call.reals[1]);
         give_back();
     }
 }

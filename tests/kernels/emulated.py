@@ -63,10 +63,11 @@ class _Library:
     def __getitem__(self, name: str) -> _Kernel:
         return _Kernel(self, name)
 
-    def call(self, name: str, words: list[int], real: float) -> None:
+    def call(self, name: str, words: list[int], reals: list[float]) -> None:
         """AssertionError if the kernel dies or reads where this process has no memory."""
         words = [w % 2**64 for w in words] + [0] * (_WORDS - len(words))
-        message = struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<{_WORDS}Qf", *words, real)
+        reals = reals + [0.0] * (2 - len(reals))
+        message = struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<{_WORDS}Q2f", *words, *reals)
         for _ in range(_TRIES):  # a new process has its own memory elsewhere
             if self._done(name, message):
                 return
@@ -120,12 +121,13 @@ class _Kernel:
         self.restype = None
 
     def __call__(self, *arguments: Any) -> None:
-        words, real = [], 0.0
+        words: list[int] = []
+        reals: list[float] = []
         for value, kind in zip(arguments, self.argtypes, strict=True):
             if kind is ctypes.c_float:
-                real = value
+                reals.append(value)
             elif isinstance(value, ctypes.Array):
                 words.append(ctypes.addressof(value))
             else:
                 words.append(value or 0)
-        self._library.call(self._name, words, real)
+        self._library.call(self._name, words, reals)
