@@ -6,7 +6,12 @@
 
 constexpr int HEAD = 256; // largest head dimension; multiples of 8
 constexpr int LANES = 8;  // that share a key
-constexpr int DECODE_BLOCKS = 5; // on a multiprocessor, at least: up to 96 registers, of which none is spilled
+// Blocks on a multiprocessor, at least: of up to 96 registers, of which none is spilled; for Blackwell the compiler takes more.
+#if __CUDA_ARCH__ >= 1000
+constexpr int DECODE_BLOCKS = 4;
+#else
+constexpr int DECODE_BLOCKS = 5;
+#endif
 constexpr int TENSOR_BLOCKS = 2; // likewise: up to 255
 
 // `v`, of which the compiler knows nothing: it computes what follows from it where that is used. Without it, it holds in
