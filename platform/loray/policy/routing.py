@@ -161,14 +161,15 @@ class Routing:
         most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
         num_known = {r.id: self.num_known(r, prefix) for r in free} if prefix else {}
         others = free
-        holders: list[ReplicaView] = []
+        first: list[Candidate] = []
         if num_known:
-            # Sorting is stable: of equal prefixes those that are first anyway stay so.
-            others = sorted(free, key=lambda r: -num_known[r.id])
-            least = self.policy.min_prefix
-            holders = [r for r in others if num_known[r.id] >= least and r.load < max_load and r.unanswered <= most]
-            others = [r for r in others if r not in holders]
-        first = [Candidate(r.id, "prefix") for r in holders]
+            # Of equal prefixes those that are first anyway stay so.
+            by_prefix, others = sorted(free, key=lambda r: -num_known[r.id]), []
+            for r in by_prefix:
+                if num_known[r.id] >= self.policy.min_prefix and r.load < max_load and r.unanswered <= most:
+                    first.append(Candidate(r.id, "prefix"))
+                else:
+                    others.append(r)
         if adapter is None:
             return first + [Candidate(r.id, "base") for r in sorted(others, key=attrgetter("load")) + last_resort]
         held = {r.id: self._num_adapters(r) for r in free}
