@@ -32,6 +32,7 @@ def test_runs_beside_each_other_are_those_of_each_alone() -> None:
         np.testing.assert_equal(run.course, course(alone, requests))
 
 
-def test_a_scenario_without_requests_is_refused() -> None:
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_scenario_without_requests_is_refused(turns: int) -> None:
     with pytest.raises(SpecError, match="no requests"):
-        run_all([replace(SMALL, minutes=1e-6)], POLICIES, lambda share: None)
+        run_all([replace(SMALL, minutes=1e-6, turns=turns)], POLICIES, lambda share: None)

@@ -99,14 +99,12 @@ class Scenario:
                 )
 
             found = talks(self._requests(found.work(self.profile) / talks(found).work(self.profile)))
-        if not len(found):
-            raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
         if found.seconds < self.warm_up:
             raise SpecError(f"the last request comes after {found.seconds:.0f} s, in the warm-up")
         return found
 
     def _requests(self, share: float) -> RequestTrace:
-        """Without conversations. `share`: of the utilisation."""
+        """Return the requests, each a conversation of its own, that take this share of the utilisation."""
         rng = np.random.default_rng(self.seed)
         capacity = share * self.utilization * self.replicas
         if self.trace is None:
@@ -120,6 +118,8 @@ class Scenario:
                 rate = capacity * len(found) / found.work(self.profile)
                 found = at_rate(found, rate=rate, seconds=self.seconds, rng=rng)
                 found = with_adapters(found, self.adapters, self.alpha, rng)
+        if not len(found):
+            raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
         return found
 
 
