@@ -65,8 +65,9 @@ _MOST_SUMS = 100_000  # of usage, without a server
 
 
 class CatalogService:
-    """What the catalog's caller may do with adapters, keys, tenants, usage and uploads. `CatalogClient` has the methods
-    of the same names over HTTP, so that a command takes either; those that make one page are the API's alone.
+    """Does what the catalog's caller may ask for: with adapters, keys, tenants, usage and uploads. `CatalogClient` has
+    the methods of the same names over HTTP, so that a command takes either; those that make one page are the API's
+    alone.
 
     Raises what catalog, store and publishing raise. An `etag` is that of an alias, `"0"` where it must not be set.
     """

@@ -152,8 +152,8 @@ class AdapterResource(Resource):
 
 
 class AdapterFilter(TypedDict, total=False):
-    """Which adapters are listed; all that is given must hold. `base` and `method` are of the version that the bare name
-    means; `search` is a part of the name, in any case; `tags`: key → value, None for any.
+    """Says which adapters are listed; all that is given must hold. `base` and `method` are of the version that the bare
+    name means; `search` is a part of the name, in any case; `tags`: key → value, None for any.
     """
 
     tenant: str | None
@@ -445,7 +445,7 @@ class UploadResource(Resource):
 
 
 class UsageFilter(TypedDict, total=False):
-    """Which requests are summed up: they ended from `since` until before `until`. `tenant`: for administrators."""
+    """Says which requests are summed up: they ended from `since` until before `until`. `tenant`: for administrators."""
 
     tenant: str | None
     key_id: str | None

@@ -87,7 +87,7 @@ class PriorityQueue(Generic[T]):
         self._valid.pop(item, None)
 
     def ascending(self) -> Generator[T]:
-        """The least first. Nothing else is called before this is closed; O(log n) for each item that is taken."""
+        """Yield the items, the least first. Nothing else is called before this is closed; O(log n) for each of them."""
         taken: list[tuple[Any, int, T]] = []
         try:
             while self._heap:

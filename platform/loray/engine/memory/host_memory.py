@@ -94,7 +94,7 @@ class HostMemory(Generic[P]):
         self._use(nbytes)
 
     def end_reservation(self, nbytes: int) -> None:
-        """It has a result or has failed."""
+        """The load, or the copy of blocks, has a result or has failed."""
         self._reserved -= nbytes
         self._use(-nbytes)
 

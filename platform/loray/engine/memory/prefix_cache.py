@@ -386,7 +386,7 @@ class PrefixCache:
         return found
 
     def restored(self, seconds: float) -> None:
-        """It took so long to bring a block back."""
+        """A block came back from the host in this time."""
         known = self._restore_seconds
         self._restore_seconds = seconds if known == float("inf") else known + 0.1 * (seconds - known)
 
