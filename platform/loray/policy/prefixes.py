@@ -23,7 +23,7 @@ def chained(before: str, part: Sequence[int] | str | None) -> str:
     return _named(before, b"tokens", array("q", part).tobytes())
 
 
-def started(digest: str | None, salt: str = "") -> str:
+def _started(digest: str | None, salt: str) -> str:
     """Name the empty prefix of an adapter, or of the base."""
     name = chained("", digest)
     return chained(name, salt) if salt else name
@@ -39,14 +39,24 @@ def _named(before: str, kind: bytes, content: bytes) -> str:
 
 
 def block_names(
-    digest: str | None, tokens: Sequence[int], block_tokens: int, *, salt: str = "", active_from: int = 0
+    digest: str | None,
+    tokens: Sequence[int],
+    block_tokens: int,
+    *,
+    salt: str = "",
+    active_from: int = 0,
+    before: tuple[int, str] = (0, ""),
 ) -> Iterator[str]:
-    """Name the full blocks of a prompt. `active_from`: the token from which the adapter is active; those before it are
-    the base's.
+    """Name the full blocks of a prompt.
+
+    active_from  the token of the prompt from which the adapter is active; those before it are the base's
+    before       the number of blocks before `tokens`, and the last one's name
     """
-    name = started(None if active_from else digest, salt)
+    num_before, name = before
+    if not num_before:
+        name = _started(None if active_from else digest, salt)
     for i in range(len(tokens) // block_tokens):
-        if active_from and digest is not None and i == active_from // block_tokens:
+        if active_from and digest is not None and num_before + i == active_from // block_tokens:
             name = activated(name, digest, active_from % block_tokens)
         name = chained(name, tokens[i * block_tokens : (i + 1) * block_tokens])
         yield name

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
 from loray.engine.memory.host_memory import BlockCopy, HostMemory
-from loray.policy.prefixes import TOLD_BLOCKS, activated, chained, started, told
+from loray.policy.prefixes import TOLD_BLOCKS, activated, block_names, chained, told
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -373,12 +373,8 @@ class PrefixCache:
         found: dict[str, BlockCopy] = {}
         if self.host is None:
             return found
-        name = self._name(self._nodes[known[-1]]) if known else started(None if active_from else digest, salt)
-        branch = self._branch(digest, active_from)
-        for i, key in enumerate(self._keys(tokens), len(known)):
-            if i in branch:
-                name = activated(name, *branch[i])
-            name = chained(name, key)
+        before = (len(known), self._name(self._nodes[known[-1]]) if known else "")
+        for name in block_names(digest, tokens, self._block_tokens, salt=salt, active_from=active_from, before=before):
             copy = self.host.memory.block(name)
             if copy is None:
                 break
