@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.world import started_s3
 from loray.adapters.manifest import ManifestDetails
-from loray.adapters.peft_format import PREFIX, write_folder
+from loray.adapters.peft_format import PREFIX, read_adapter, write_folder
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.methods import METHODS, Method
-from loray.methods.weights import ModuleKey
+from loray.methods.weights import AdapterWeights, ModuleKey
 from loray.planning.run import count_trained
 from loray.publishing import Destination, publish
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterRef, LoraSpec, VeraSpec
@@ -112,6 +112,16 @@ def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: in
     else:
         config |= {"lora_alpha": _ALPHA, "lora_dropout": 0.0}
     write_folder(folder, config, tensors)
+
+
+def made_adapter(base: BaseModel, rank: int, index: int) -> tuple[AdapterRef, AdapterWeights]:
+    """Make a LoRA adapter of this rank, with random weights of its own, that no store has."""
+    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+        write_adapter(Path(folder), base, AdapterSet(index + 1, ranks=(rank,)), index)
+        weights = read_adapter(Path(folder), base.config)
+    nbytes = sum(part.nbytes for module in weights.modules.values() for part in module.parts.values())
+    context = base.config.max_position_embeddings
+    return AdapterRef(f"{index:064x}", f"a{index}", 1, "lora", base.fingerprint, context, nbytes), weights
 
 
 class Library:

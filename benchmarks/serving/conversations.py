@@ -17,7 +17,6 @@ import argparse
 import heapq
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +26,11 @@ import click
 
 from benchmarks.options import one_or_more
 from benchmarks.report import Cell, Report, Verdict, machine_line, quantile
-from benchmarks.serving.adapters import AdapterSet, write_adapter
+from benchmarks.serving.adapters import made_adapter
 from benchmarks.serving.models import bench_base
 from benchmarks.world import describe_machine
-from loray.adapters.peft_format import read_adapter
-from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
-from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _SYSTEM, _MESSAGE, _ANSWER = 128, 32, 32  # tokens
@@ -57,16 +53,6 @@ class Result(NamedTuple):
     num_hits: int
     ttft_s: list[float]
     seconds: float
-
-
-def make_adapter(base: BaseModel, index: int) -> tuple[AdapterRef, AdapterWeights]:
-    """Make random weights, and what names them."""
-    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-        write_adapter(Path(folder), base, AdapterSet(index + 1, ranks=(_RANK,)), index)
-        weights = read_adapter(Path(folder), base.config)
-    nbytes = sum(part.nbytes for module in weights.modules.values() for part in module.parts.values())
-    context = base.config.max_position_embeddings
-    return AdapterRef(f"{index:064x}", f"a{index}", 1, "lora", base.fingerprint, context, nbytes), weights
 
 
 def talk(engine: Engine, refs: Sequence[AdapterRef], load: Load) -> Result:
@@ -127,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     machine = describe_machine()
     click.echo(machine_line(machine))
     base = bench_base(args.model)
-    adapters = dict(make_adapter(base, i) for i in range(args.adapters))
+    adapters = dict(made_adapter(base, _RANK, i) for i in range(args.adapters))
     weights = {ref.digest: own for ref, own in adapters.items()}
     load, rows, results = Load(args.users, args.turns, args.think), list[list[Cell]](), list[Result]()
     held = 0.0

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,11 +28,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.options import one_or_more
 from benchmarks.report import Cell, Report, machine_line
-from benchmarks.serving.adapters import AdapterSet, write_adapter
+from benchmarks.serving.adapters import made_adapter
 from benchmarks.serving.models import bench_base
 from benchmarks.stepping import finish
 from benchmarks.world import describe_machine, load_average
-from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
@@ -59,19 +57,9 @@ class Bench:
         self.lora = self._adapter(0, None)
 
     def _adapter(self, index: int, invocation: tuple[int, ...] | None) -> AdapterRef:
-        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-            write_adapter(Path(folder), self.base, AdapterSet(index + 1, ranks=(_RANK,)), index)
-            weights = read_adapter(Path(folder), self.base.config)
-        ref = AdapterRef(
-            digest=f"{index:032x}{'a' if invocation else 'b':0>32}",
-            name=f"a{index}",
-            version=1,
-            method="alora" if invocation else "lora",
-            base_fingerprint=self.base.fingerprint,
-            context_length=self.base.config.max_position_embeddings,
-            nbytes=sum(part.nbytes for module in weights.modules.values() for part in module.parts.values()),
-            invocation_tokens=invocation,
-        )
+        ref, weights = made_adapter(self.base, _RANK, index)
+        if invocation is not None:
+            ref = replace(ref, digest=f"a{index:063x}", method="alora", invocation_tokens=invocation)
         self._weights[ref.digest] = replace(weights, invocation_tokens=invocation)
         return ref
 
