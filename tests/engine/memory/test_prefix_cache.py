@@ -5,7 +5,10 @@ right.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
-from loray.engine.memory.prefix_cache import PrefixCache
-from loray.policy.prefixes import told_names
+from loray.engine.memory.host_memory import HostMemory
+from loray.engine.memory.prefix_cache import HostTier, PrefixCache
+from loray.policy.prefixes import block_names, told_names
 from loray.spec import NEVER
 
 BLOCK_TOKENS = 2
@@ -183,6 +187,42 @@ def test_prefixes_that_no_router_asks_for_do_not_pile_up(monkeypatch: pytest.Mon
         cache.evict(4)
     assert len(cache._untold) == 3
     assert cache.told() == ()
+
+
+class Copies:
+    """Copies of nothing, of a byte each, which are made at once."""
+
+    host_bytes = 1
+
+    def save(self, blocks: Sequence[int]) -> Future[list[Any]]:
+        saved: Future[list[Any]] = Future()
+        saved.set_result([None for _ in blocks])
+        return saved
+
+    def restore(self, copies: Mapping[int, Any]) -> Callable[[], bool]:
+        return lambda: True
+
+    def wait(self) -> None:
+        pass
+
+
+def test_the_host_drops_what_an_adapter_computed_after_the_base_before_the_base() -> None:
+    """Without the base's blocks before it, it is of no use, however often it was used."""
+    allocator, memory = BlockAllocator(GEOMETRY), HostMemory[Any](3)
+    cache = PrefixCache(allocator, token_seconds=lambda: 1.0)
+    cache.host = HostTier(memory, Copies())
+    blocks = allocator.allocate_kv(3)
+    assert blocks is not None
+    tokens = [1, 1, 2, 2, 3, 3]
+    cache.store("a", tokens, blocks, active_from=4)
+    for _ in range(4):
+        cache.used(blocks[2:])
+    cache.release(blocks)
+    cache.save_idle()
+    cache.save_idle()
+    assert len(cache.on_host("a", tokens, active_from=4)) == 3
+    victims = memory.room_for("b", 1, 0.0)
+    assert victims == [[*block_names("a", tokens, BLOCK_TOKENS, active_from=4)][2]]
 
 
 @given(

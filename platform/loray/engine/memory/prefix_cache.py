@@ -394,7 +394,9 @@ class PrefixCache:
         node.rank = (self._inflation.value + self._worth(node, is_saved=is_saved), number)
 
     def _before(self, node: _Node) -> str:
-        return node.parent.name if node.parent is not None else ""
+        """Return the name of the block before a block; empty where it is the first."""
+        before = _block_before(node)
+        return "" if before is None else before.name
 
     def _name(self, node: _Node) -> str:
         """Name it, and all before it."""
@@ -425,10 +427,7 @@ class PrefixCache:
         ends = {node for node in idle if not node.children}
         assert ends == self._ends.items(), "the blocks that can be evicted differ from the ends of idle prefixes"
         for node in self._nodes.values():
-            parent = node.parent
-            while parent is not None and parent.block < 0:
-                parent = parent.parent
-            assert parent not in idle or node in idle, "a request holds a block, and not the one before it"
+            assert _block_before(node) not in idle or node in idle, "a request holds a block, and not the one before it"
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -487,6 +486,13 @@ class PrefixCache:
         self._allocator.release_kv((node.block,))
         if node.name and (self.host is None or self.host.memory.block(node.name) is None):
             self._told.pop(told(node.name), None)
+
+
+def _block_before(node: _Node) -> _Node | None:
+    before = node.parent
+    while before is not None and before.block < 0:
+        before = before.parent
+    return before
 
 
 def _below(node: _Node) -> Iterator[_Node]:
