@@ -197,14 +197,7 @@ class CpuOps(ReferenceOps):
 
     def clamped_mul(self, gate_up_TM: Tensor, limit: float) -> Tensor:
         f = self._for(gate_up_TM)
-        if f is None:
-            return super().clamped_mul(gate_up_TM, limit)
-        gate_up_TM = token_rows(gate_up_TM)
-        (num_tokens, wide), stride = gate_up_TM.shape, gate_up_TM.stride(0)
-        y_TM = gate_up_TM.new_empty(num_tokens, wide // 2)
-        address, threads = gate_up_TM.data_ptr(), torch.get_num_threads()
-        f.clamped_mul(address, stride, num_tokens, wide // 2, limit, y_TM.data_ptr(), threads)
-        return y_TM
+        return super().clamped_mul(gate_up_TM, limit) if f is None else _gated(f.clamped_mul, gate_up_TM, limit)
 
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
@@ -537,11 +530,12 @@ class CpuOps(ReferenceOps):
         return weights
 
 
-def _gated(function: Any, gate_up_TM: Tensor) -> Tensor:
+def _gated(function: Any, gate_up_TM: Tensor, *limit: float) -> Tensor:
     gate_up_TM = token_rows(gate_up_TM)
     num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
     y_TM = gate_up_TM.new_empty(num_tokens, width)
-    function(gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads())
+    x = gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width
+    function(*x, *limit, y_TM.data_ptr(), torch.get_num_threads())
     return y_TM
 
 
