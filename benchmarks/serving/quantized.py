@@ -35,7 +35,8 @@ from loray.spec import LINEAR_MODULES, GenerateRequest, SamplingParams, ServeSpe
 from loray_kernels import Weight, backend
 
 NEW, PROMPT = 48, 16
-BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
+# Of a weight of a layer, and of the head, which is int8 with int4 layers, too.
+BYTES = {"bf16": (2.0, 2.0), "int8": (1.0, 1.0), "int4": (0.5, 1.0)}
 
 
 def tensors(base: BaseModel, form: str) -> Iterator[tuple[str, Weight]]:
@@ -83,10 +84,10 @@ def prompt_rate(engine: Engine, base: BaseModel, length: int) -> float:
 
 def floor_rate(size: ModelSize, form: str, rates: MachineRates, tokens: int, *, is_prompt: bool) -> float:
     """Tokens/s of a step with so many tokens."""
-    logits, all_weights = 1 if is_prompt else tokens, size.layer_weights + size.head_weights
+    logits, (layer, head) = 1 if is_prompt else tokens, BYTES[form]
     flops = 2.0 * (tokens * size.layer_weights + logits * size.head_weights)
     rate = rates.flops * (1 if form == "bf16" else 2)
-    return tokens / max(all_weights * BYTES[form] / rates.bandwidth, flops / rate)
+    return tokens / max((size.layer_weights * layer + size.head_weights * head) / rates.bandwidth, flops / rate)
 
 
 def main() -> None:

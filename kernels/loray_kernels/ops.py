@@ -281,6 +281,10 @@ class ExpertWeights(Preparable):
     normalised: bool
     limit: float | None = None
 
+    @property
+    def matrices(self) -> tuple[LinearWeights, ...]:
+        return self.router, *self.gate_up, *self.down
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
@@ -311,6 +315,11 @@ class LayerWeights(Preparable):
     post_attention_norm_D: Tensor | None = None
     post_mlp_norm_D: Tensor | None = None
     experts: ExpertWeights | None = None
+
+    @property
+    def matrices(self) -> tuple[LinearWeights, ...]:
+        experts = () if self.experts is None else self.experts.matrices
+        return self.qkv, self.o, self.gate_up, self.down, *experts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -128,14 +128,11 @@ class CpuOps(ReferenceOps):
         data = weights.data
         return None if isinstance(data, QuantizedWeight) or data.dim() != 1 else self._for(data, x_TI)
 
-    def _reads_layer(self, weights: LayerWeights, x_TD: Tensor) -> bool:
+    def _reads_all(self, weights: LayerWeights | ExpertWeights, x_TD: Tensor) -> bool:
         key = (self.isa, x_TD.dtype)
         found: bool | None = weights.prepared.get(key)
         if found is None:
-            matrices = [weights.qkv, weights.o, weights.gate_up, weights.down]
-            if (experts := weights.experts) is not None:
-                matrices += (experts.router, *experts.gate_up, *experts.down)
-            found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
+            found = weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in weights.matrices)
         return found
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
@@ -200,14 +197,7 @@ class CpuOps(ReferenceOps):
 
     def clamped_mul(self, gate_up_TM: Tensor, limit: float) -> Tensor:
         f = self._for(gate_up_TM)
-        if f is None:
-            return super().clamped_mul(gate_up_TM, limit)
-        gate_up_TM = token_rows(gate_up_TM)
-        (num_tokens, wide), stride = gate_up_TM.shape, gate_up_TM.stride(0)
-        y_TM = gate_up_TM.new_empty(num_tokens, wide // 2)
-        address, threads = gate_up_TM.data_ptr(), torch.get_num_threads()
-        f.clamped_mul(address, stride, num_tokens, wide // 2, limit, y_TM.data_ptr(), threads)
-        return y_TM
+        return super().clamped_mul(gate_up_TM, limit) if f is None else _gated(f.clamped_mul, gate_up_TM, limit)
 
     def choose_experts(self, logits_TE: Tensor, per_token: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
         f, logits_TE = self._functions[torch.float32], logits_TE.float().contiguous()
@@ -235,11 +225,8 @@ class CpuOps(ReferenceOps):
         segments: AdapterSegments,
         layer_offset: int,
     ) -> Tensor:
-        key, f = (self.isa, x_TD.dtype), self._for(x_TD)
-        if key not in weights.prepared:
-            matrices = (weights.router, *weights.gate_up, *weights.down)
-            weights.prepared[key] = all(self._reads(m, x_TD) is not None for m in matrices)
-        if f is None or not weights.prepared[key] or has_expert_lora(lora):
+        f = self._for(x_TD)
+        if f is None or not self._reads_all(weights, x_TD) or has_expert_lora(lora):
             return super().experts(x_TD, weights, pool, lora, segments, layer_offset)
         x_TD = x_TD.contiguous()
         packed = pack_experts(weights)
@@ -366,7 +353,7 @@ class CpuOps(ReferenceOps):
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
         f = self._for(step.pool, x_TD, step.cos_Td)
-        if f is None or step.layout.head_dim % 16 or not all(self._reads_layer(w, x_TD) for w in weights):
+        if f is None or step.layout.head_dim % 16 or not all(self._reads_all(w, x_TD) for w in weights):
             return None
         if any(w.experts is not None and has_expert_lora(tables(i).lora) for i, w in enumerate(weights, first)):
             return None
@@ -543,11 +530,12 @@ class CpuOps(ReferenceOps):
         return weights
 
 
-def _gated(function: Any, gate_up_TM: Tensor) -> Tensor:
+def _gated(function: Any, gate_up_TM: Tensor, *limit: float) -> Tensor:
     gate_up_TM = token_rows(gate_up_TM)
     num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
     y_TM = gate_up_TM.new_empty(num_tokens, width)
-    function(gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads())
+    x = gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width
+    function(*x, *limit, y_TM.data_ptr(), torch.get_num_threads())
     return y_TM
 
 

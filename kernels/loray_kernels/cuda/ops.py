@@ -77,7 +77,9 @@ class CudaOps(ReferenceOps):
         self._sampling: Sampling | None = None
 
     def has_kernel(self, weight: QuantizedWeight) -> bool:
-        """int8, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16 divides."""
+        """int8 has kernels, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16
+        divides.
+        """
         if (
             weight.is_int4
             or weight.scale_OG.shape[1] > 1
@@ -90,9 +92,7 @@ class CudaOps(ReferenceOps):
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
         weight, bias_O = weights.data, weights.bias_O
-        if not isinstance(weight, QuantizedWeight):
-            return super().linear(x_TI, weights)
-        if x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
+        if not isinstance(weight, QuantizedWeight) or x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
             return super().linear(x_TI, weights)
         x_TI, kind = token_rows(x_TI), weight.q_OI.dtype
         (num_tokens, width), suffix = x_TI.shape, SUFFIX[x_TI.dtype]

@@ -10,7 +10,7 @@ namespace LORAY_NAMESPACE {
 
 constexpr i64 SERIAL = 1 << 12;  // elements below which one thread is faster
 
-static thread_local Scratch memory[6];
+static thread_local Scratch memory[5];
 
 template <class T>
 static T* room(int i, i64 elements) {
@@ -72,17 +72,15 @@ static void clamped_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, flo
 template <class T>
 void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads) {
     const i64 hidden = w.router.in, wide = w.gate_up->out, middle = w.down->in, pairs = num_tokens * w.per_token;
-    T* const raw = room<T>(0, num_tokens * w.num);
-    float* const logits = room<float>(1, num_tokens * w.num);
-    i64* const chosen = room<i64>(2, 3 * pairs + w.num + 1);
+    float* const logits = room<float>(0, num_tokens * w.num);
+    i64* const chosen = room<i64>(1, 3 * pairs + w.num + 1);
     i64 *const place = chosen + pairs, *const tokens = place + pairs, *const first = tokens + pairs;
-    float* const shares = room<float>(3, pairs);
-    T* const by_expert = room<T>(4, pairs * hidden);
-    T* const gate_up = room<T>(5, pairs * (wide + middle));
+    float* const shares = room<float>(2, pairs);
+    T* const by_expert = room<T>(3, pairs * hidden);
+    T* const gate_up = room<T>(4, pairs * (wide + middle));
     T* const product = gate_up + pairs * wide;
 
-    linear(x, hidden, num_tokens, w.router, raw, threads);
-    vectors(num_tokens * w.num, [&](i64 i, auto n) { store_n(logits + i, load_n(raw + i, n), n); });
+    linear(x, hidden, num_tokens, w.router, logits, threads);
     choose_all(logits, num_tokens, w.num, w.per_token, w.normalised, chosen, shares, threads);
     for (i64 e = 0; e <= w.num; e++) first[e] = 0;
     for (i64 p = 0; p < pairs; p++) first[chosen[p] + 1]++;

@@ -94,6 +94,7 @@ void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int thr
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
+template void linear<bf16, float>(const bf16*, i64, i64, const Matrix<bf16>&, float*, int, Meanwhile);
 
 }  // namespace LORAY_NAMESPACE
 
