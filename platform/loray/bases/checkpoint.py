@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -180,14 +180,14 @@ class ExpertPart(NamedTuple):
     every: int
 
 
-def expert_parts(name: str, num_experts: int) -> dict[str, ExpertPart]:
-    """Find what a tensor of all experts has, by the decoder's names; nothing in any other tensor."""
+def expert_parts(name: str, shape: Sequence[int]) -> dict[str, ExpertPart]:
+    """Find what a tensor of all experts has, by the decoder's names; nothing in any other, also a scalar."""
     if (match := _OF_GPT_OSS.fullmatch(name)) is None:
         return {}
     modules, kind = _MATRICES[match["matrix"]], "bias" if match["bias"] else "weight"
     return {
         f"{match['path']}.{expert}.{module}.{kind}": ExpertPart(expert, first, len(modules))
-        for expert in range(num_experts)
+        for expert in range(shape[0])
         for first, module in enumerate(modules)
     }
 
@@ -279,7 +279,7 @@ def _unfused(
         for part, own in parts.items():
             shape: Any = (own.stop - own.start, *stored.shape[1:])
             yield part, stored._replace(shape=shape)
-        own_experts = expert_parts(name, stored.shape[0])
+        own_experts = expert_parts(name, stored.shape)
         for part, (_, _, every) in own_experts.items():
             shape = (stored.shape[-1] // every, *stored.shape[1:-1])
             yield part, stored._replace(shape=shape)

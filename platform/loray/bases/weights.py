@@ -127,7 +127,7 @@ def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Itera
         parts = fused_parts(name, config)
         for part, rows in parts.items():
             yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
-        experts = expert_parts(name, tensor.shape[0])
+        experts = expert_parts(name, tensor.shape)
         for part, (expert, first, every) in experts.items():
             assert isinstance(tensor, Tensor)
             own = tensor[expert, ..., first::every]
