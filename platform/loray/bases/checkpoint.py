@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from loray.bases.config import ModelConfig
-from loray.bases.quantization import StoredWeight, stored_weights
+from loray.bases.quantization import StoredWeight, contents
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.files import canonical_json
 from loray.spec import ATTENTION_MODULES, DTYPE_BYTES, MLP_MODULES, DType
@@ -239,12 +239,8 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     the decoder does not use or a dtype that it does not read.
     """
     expected = expected_shapes(config)
-    infos = {info.name: info for info in tensor_infos(folder)}
-    quantized = {} if config.quantization is None else stored_weights(config.quantization, infos)
-    parts = {info.name for stored in quantized.values() for info in stored.parts.values()}
-    held: dict[str, TensorInfo | StoredWeight] = dict(quantized)
-    held |= {name: info for name, info in infos.items() if name not in parts}
-    held = dict(_unfused(held, config, folder))
+    plain, quantized = contents(config.quantization, tensor_infos(folder))
+    held = dict(_unfused({**quantized, **plain}, config, folder))
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         held.pop("lm_head.weight", None)
