@@ -19,6 +19,8 @@ from loray.settings import Settings
 from loray.spec import Evaluation, PerplexitySpec, QuantizationSpec, format_size
 from loray.telemetry import Progress
 
+FORMS = (*get_args(RoundedTo), "nf4")  # that --quantise makes
+
 
 @click.group()
 def base() -> None:
@@ -31,7 +33,7 @@ def base() -> None:
 @click.option(
     "--quantise",
     "rounded_to",
-    type=click.Choice([*get_args(RoundedTo), "nf4"]),
+    type=click.Choice(FORMS),
     help="Add the form of SOURCE that is rounded so: by rows, int4 in groups; nf4: as QLoRA rounds it.",
 )
 @click.option("--data", metavar="FILE", help="--quantise: what perplexity is measured on (default: Python's manual).")
