@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loray.bases.registry import add_base, checked_config, read_config
-from loray.bases.weights import WeightSource
+from loray.bases.weights import WeightSource, unfused
 from loray.errors import IntegrityError, UnsupportedError
 from loray.spec import LINEAR_MODULES
 from loray.train.model import load_model
@@ -132,6 +132,16 @@ def test_biases_of_zeros_are_of_no_account(tmp_path: Path) -> None:
     save_file(whole | {name: torch.arange(128.0)}, path)
     with pytest.raises(UnsupportedError, match=rf"tensor {name} is no part of LlamaForCausalLM"):
         checked_config(folder)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.ones(1)], ids=["scalar", "vector"])
+def test_scales_of_a_quantised_kv_cache_are_left_out(scale: torch.Tensor, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    path, plain = folder / "model.safetensors", read_config(folder)
+    name = "model.layers.0.self_attn.k_scale"
+    save_file(load_file(path) | {name: scale}, path)
+    assert checked_config(folder) == plain
+    assert dict(unfused(WeightSource(folder, plain), plain))[name] == scale
 
 
 def test_missing_and_misshapen_parts_are_named(tmp_path: Path) -> None:

@@ -249,6 +249,11 @@ def test_a_base_that_is_missing_or_damaged(situation: Situations, tmp_path: Path
     (form.path / "model.safetensors").write_bytes(whole[:-100])
     of_form = situation(spec={"base": "tiny-int8"})
     check(doctor.base(of_form), "error", "is damaged", "loray base add tiny --quantise int8 --name tiny-int8")
+    record = form.path / "loray-base.json"
+    record.write_text(
+        record.read_text().replace("int8 of tiny", "nf4-single of tiny")
+    )  # what --quantise has no name for
+    check(doctor.base(of_form), "error", "is damaged", f"rm -r {form.path}  (training with that quantization of tiny")
     named = add_base(str(write_checkpoint(tmp_path / "best of breed")), home=s.settings.home, name="named")
     (named.path / "model.safetensors").write_bytes(whole[:-100])
     of_named = situation(spec={"base": "named"})

@@ -278,19 +278,21 @@ def _read_experts(
         raise UnsupportedError(f"{source}: it adapts experts, which only plain LoRA does")
     modules: dict[ModuleKey, ModuleWeights] = {}
     for layer, own in tensors.items():
+        path = f"model.layers.{layer}.{EXPERTS}"
+        targeted = tuple(n for n in PARAMETERS if any(f".{path}.{n}".endswith(f".{t}") for t in targets))
+        stored = {parameter: p for p, parameter in wrapped(targeted).items()}
         for module in MLP_MODULES:
-            path = f"model.layers.{layer}.{EXPERTS}"
             parameter = next(name for name, held in PARAMETERS.items() if module in held)
-            targeted = tuple(n for n in PARAMETERS if any(f".{path}.{n}".endswith(f".{t}") for t in targets))
-            fused = next((p for p, name in wrapped(targeted).items() if name == parameter), None)
             each = [f"{EXPERTS}.{expert}.{module}" for expert in range(base.experts.num)]
-            paths = each if f"{each[0]}.lora_A.weight" in own else [fused] if fused is not None else []
-            if not paths:
+            if f"{each[0]}.lora_A.weight" in own:
+                paths, of = each, f"{path}.0.{module}"
+            elif parameter in stored:
+                paths, of = [stored[parameter]], f"{path}.{parameter}"
+            else:
                 continue
             names = [(f"{p}.lora_A.weight", f"{p}.lora_B.weight") for p in paths]
             if lacking := sorted({*chain(*names)} - {*own}):
                 raise IntegrityError(f"{source}: layer {layer} lacks {lacking[0]}, with {len(lacking) - 1} others")
-            of = f"{path}.0.{module}" if paths is each else f"{path}.{parameter}"
             rank, alpha = ranks.value(of, config.get("r", 0)), alphas.value(of, config.get("lora_alpha", 0.0))
             weights = ExpertLoraWeights(
                 {name: own[name] for name in chain(*names)},

@@ -11,12 +11,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from loray.bases.config import ModelConfig
-from loray.bases.quantization import StoredWeight, stored_weights
+from loray.bases.quantization import StoredWeight, contents
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.files import canonical_json
 from loray.spec import ATTENTION_MODULES, DTYPE_BYTES, MLP_MODULES, DType
@@ -180,14 +180,14 @@ class ExpertPart(NamedTuple):
     every: int
 
 
-def expert_parts(name: str, num_experts: int) -> dict[str, ExpertPart]:
-    """Find what a tensor of all experts has, by the decoder's names; nothing in any other tensor."""
+def expert_parts(name: str, shape: Sequence[int]) -> dict[str, ExpertPart]:
+    """Find what a tensor of all experts has, by the decoder's names; nothing in any other, also a scalar."""
     if (match := _OF_GPT_OSS.fullmatch(name)) is None:
         return {}
     modules, kind = _MATRICES[match["matrix"]], "bias" if match["bias"] else "weight"
     return {
         f"{match['path']}.{expert}.{module}.{kind}": ExpertPart(expert, first, len(modules))
-        for expert in range(num_experts)
+        for expert in range(shape[0])
         for first, module in enumerate(modules)
     }
 
@@ -239,12 +239,8 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     the decoder does not use or a dtype that it does not read.
     """
     expected = expected_shapes(config)
-    infos = {info.name: info for info in tensor_infos(folder)}
-    quantized = {} if config.quantization is None else stored_weights(config.quantization, infos)
-    parts = {info.name for stored in quantized.values() for info in stored.parts.values()}
-    held: dict[str, TensorInfo | StoredWeight] = dict(quantized)
-    held |= {name: info for name, info in infos.items() if name not in parts}
-    held = dict(_unfused(held, config, folder))
+    plain, quantized = contents(config.quantization, tensor_infos(folder))
+    held = dict(_unfused({**quantized, **plain}, config, folder))
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         held.pop("lm_head.weight", None)
@@ -279,7 +275,7 @@ def _unfused(
         for part, own in parts.items():
             shape: Any = (own.stop - own.start, *stored.shape[1:])
             yield part, stored._replace(shape=shape)
-        own_experts = expert_parts(name, stored.shape[0])
+        own_experts = expert_parts(name, stored.shape)
         for part, (_, _, every) in own_experts.items():
             shape = (stored.shape[-1] // every, *stored.shape[1:-1])
             yield part, stored._replace(shape=shape)

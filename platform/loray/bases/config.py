@@ -308,9 +308,7 @@ def _dense(
     def refuses(hf: Mapping[str, Any]) -> str | None:
         if any(hf.get(bias) for bias in biases):
             return f"{name.removesuffix('ForCausalLM')} checkpoints with {' or '.join(biases)} are not supported"
-        if hf.get("hidden_act", "silu") != "silu":
-            return f"hidden_act {hf['hidden_act']!r} is not supported; only silu is"
-        return None
+        return _refuses_activation(hf)
 
     def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
         types: Sequence[str] | None = None
@@ -324,6 +322,11 @@ def _dense(
         return tuple(replace(layer, window=window) for window in _windows(hf, types))
 
     return Architecture(name, gguf, layers, refuses, missing=missing)
+
+
+def _refuses_activation(hf: Mapping[str, Any]) -> str | None:
+    activation = hf.get("hidden_act", "silu")
+    return None if activation == "silu" else f"hidden_act {activation!r} is not supported; only silu is"
 
 
 def _windows(hf: Mapping[str, Any], types: Sequence[str] | None) -> Iterator[int | None]:
@@ -406,10 +409,6 @@ _SANDWICH = LayerSpec(norms="sandwich")
 def _phi3() -> Architecture:
     """Phi-3 and Phi-4. Of LongRoPE the frequencies of the original context, which is what is served."""
 
-    def refuses(hf: Mapping[str, Any]) -> str | None:
-        activation = hf.get("hidden_act", "silu")
-        return None if activation == "silu" else f"hidden_act {activation!r} is not supported; only silu is"
-
     def layers(hf: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(window=window) for window in _windows(hf, None))
 
@@ -429,7 +428,7 @@ def _phi3() -> Architecture:
             "has_fused_modules": True,
         }
 
-    return Architecture("Phi3ForCausalLM", "phi3", layers, refuses, fields, ropes=("default", "longrope"))
+    return Architecture("Phi3ForCausalLM", "phi3", layers, _refuses_activation, fields, ropes=("default", "longrope"))
 
 
 def _experts(dense: Architecture, experts: Callable[[Mapping[str, Any]], Experts]) -> Architecture:

@@ -2,7 +2,7 @@
 and the tensors that stand in place of a weight.
 
 These layouts are read: compressed-tensors, which llm-compressor writes, AutoGPTQ's, AutoAWQ's, bitsandbytes' 4 bits,
-and blocks of float8 as DeepSeek and Qwen publish them.
+blocks of float8 as DeepSeek and Qwen publish them, and MXFP4 of gpt-oss's experts.
 The module's path and these suffixes name the tensors; O outputs, I inputs, G groups of inputs that share a scale, n
 values in a word of 32 bits:
 
@@ -13,6 +13,7 @@ values in a word of 32 bits:
     awq                  qweight (I, O/8), qzeros (G, O/8), scales (G, O)
     bitsandbytes         weight (O·I/2, 1), weight.absmax, weight.quant_map (16), weight.nested_absmax and
                          weight.nested_quant_map where scales are quantised too, weight.quant_state.bitsandbytes__TYPE
+    mxfp4                of all experts (E, I, O): _blocks (E, O, G, 16), two values a byte; _scales (E, O, G)
 
 A static scale of activations (`input_scale`) is not used: activations stay in 16 bits, or are scaled row by row.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -209,11 +210,26 @@ class StoredWeight(NamedTuple):
     parts: Mapping[str, TensorInfo]
 
 
-def stored_weights(quantization: Quantization, infos: Mapping[str, TensorInfo]) -> dict[str, StoredWeight]:
-    """Find the quantised weights of a checkpoint by their plain names, `model.layers.0.self_attn.q_proj.weight`.
+class Contents(NamedTuple):
+    """What a checkpoint holds by name: `plain` tensors are stored as they are, `quantized` weights in parts."""
+
+    plain: Mapping[str, TensorInfo]
+    quantized: Mapping[str, StoredWeight]
+
+
+def contents(quantization: Quantization | None, tensors: Iterable[TensorInfo]) -> Contents:
+    """Sort the tensors of a checkpoint. Its quantised weights are named as plain ones are,
+    `model.layers.0.self_attn.q_proj.weight`.
 
     Raises IntegrityError where a part is missing or damaged.
     """
+    infos = {info.name: info for info in tensors}
+    quantized = {} if quantization is None else _stored_weights(quantization, infos)
+    parts = {info.name for stored in quantized.values() for info in stored.parts.values()}
+    return Contents({name: info for name, info in infos.items() if name not in parts}, quantized)
+
+
+def _stored_weights(quantization: Quantization, infos: Mapping[str, TensorInfo]) -> dict[str, StoredWeight]:
     if quantization.layout == "mxfp4":
         return _mxfp4_weights(infos)
     modules: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -234,7 +250,6 @@ def stored_weights(quantization: Quantization, infos: Mapping[str, TensorInfo]) 
 
 
 def _mxfp4_weights(infos: Mapping[str, TensorInfo]) -> dict[str, StoredWeight]:
-    """Those of gpt-oss's experts, (E, I, O): `_blocks` (E, O, G, 16) has two values a byte, `_scales` is (E, O, G)."""
     found = {}
     for name, blocks in infos.items():
         if name.endswith("_blocks"):

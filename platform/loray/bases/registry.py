@@ -177,11 +177,15 @@ def list_bases(home: Path) -> list[BaseModel]:
     return [get_base(home, name) for name in base_names(home)]
 
 
+def find_base(home: Path, fingerprint: str) -> BaseModel | None:
+    """Find the base with this fingerprint; None where this machine has none."""
+    return next((base for base in list_bases(home) if base.fingerprint == fingerprint), None)
+
+
 def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:
     """Find the base with this fingerprint. Raises BaseMismatch, which names `name`, where there is none."""
-    for base in list_bases(home):
-        if base.fingerprint == fingerprint:
-            return base
+    if (found := find_base(home, fingerprint)) is not None:
+        return found
     raise BaseMismatch(
         f"the adapter was trained on {name} ({fingerprint[:12]}), which this machine does not have; add that base "
         "model first"
@@ -205,7 +209,7 @@ def verify_base(base: BaseModel, progress: Progress | None = None) -> None:
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-Fill = Callable[[Path, Path, Progress], None]  # (checkpoint folder to fill, scratch folder, progress)
+_Fill = Callable[[Path, Path, Progress], None]  # (checkpoint folder to fill, scratch folder, progress)
 
 
 def add_filled(
@@ -213,7 +217,7 @@ def add_filled(
     source: str,
     home: Path,
     progress: Progress,
-    fill: Fill,
+    fill: _Fill,
     *,
     origin: Path | None = None,
     licence: str | None = None,

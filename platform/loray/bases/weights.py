@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,19 +30,12 @@ from loray.bases.checkpoint import (
     tensor_infos,
 )
 from loray.bases.config import ModelConfig
-from loray.bases.quantization import Layout, Quantization, StoredWeight, state_of, stored_weights
+from loray.bases.quantization import Contents, Layout, Quantization, StoredWeight, contents, state_of
 from loray.errors import IntegrityError
 from loray_kernels.ops import QuantizedWeight, Weight
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of eight, that each four bits of a word are of
 _SAME_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
-
-
-class _Contents(NamedTuple):
-    """`plain`: tensors that are stored as they are. `quantized`: the parts of the others."""
-
-    plain: Mapping[str, TensorInfo]
-    quantized: Mapping[str, StoredWeight]
 
 
 class WeightSource:
@@ -56,11 +49,8 @@ class WeightSource:
         self._folder, self._quantization = folder, config.quantization
 
     @cached_property
-    def _contents(self) -> _Contents:
-        infos = {info.name: info for info in tensor_infos(self._folder)}
-        found = {} if self._quantization is None else stored_weights(self._quantization, infos)
-        parts = {info.name for stored in found.values() for info in stored.parts.values()}
-        return _Contents({name: info for name, info in infos.items() if name not in parts}, found)
+    def _contents(self) -> Contents:
+        return contents(self._quantization, tensor_infos(self._folder))
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
@@ -127,7 +117,7 @@ def unfused(tensors: Iterable[tuple[str, Weight]], config: ModelConfig) -> Itera
         parts = fused_parts(name, config)
         for part, rows in parts.items():
             yield part, tensor.rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
-        experts = expert_parts(name, tensor.shape[0])
+        experts = expert_parts(name, tensor.shape)
         for part, (expert, first, every) in experts.items():
             assert isinstance(tensor, Tensor)
             own = tensor[expert, ..., first::every]

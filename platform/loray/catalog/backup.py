@@ -108,7 +108,7 @@ def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
 
 
 def _read_header(line: Line) -> datetime:
-    """The time at which the backup was made. Raises UnsupportedError where its tables are not of this revision."""
+    """The time at which the backup was made. Raises UnsupportedError where its revision is not read."""
     if not isinstance(line, Mapping) or "format" not in line:
         raise IntegrityError("it is no backup of a catalog")
     if line["format"] != _FORMAT or not OLDEST <= str(line["revision"]) <= HEAD:

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 import click
 
-from loray.bases.checkpoint import expected_shapes, tensor_infos
+from loray.bases.checkpoint import expected_shapes, stored_dtype, tensor_infos
 from loray.bases.quantization import RoundedTo
 from loray.bases.registry import BaseModel, add_base, base_names, get_base, list_bases, verify_base
 from loray.cli.output import Verification, console, count, emit, json_option, pairs, progress_bar, report, table, tell
@@ -18,6 +18,8 @@ from loray.machine import hardware, training_dtype
 from loray.settings import Settings
 from loray.spec import Evaluation, PerplexitySpec, QuantizationSpec, format_size
 from loray.telemetry import Progress
+
+FORMS = (*get_args(RoundedTo), "nf4")  # that --quantise makes
 
 
 @click.group()
@@ -31,7 +33,7 @@ def base() -> None:
 @click.option(
     "--quantise",
     "rounded_to",
-    type=click.Choice([*get_args(RoundedTo), "nf4"]),
+    type=click.Choice(FORMS),
     help="Add the form of SOURCE that is rounded so: by rows, int4 in groups; nf4: as QLoRA rounds it.",
 )
 @click.option("--data", metavar="FILE", help="--quantise: what perplexity is measured on (default: Python's manual).")
@@ -40,10 +42,10 @@ def base() -> None:
 def add(source: str, name: str | None, rounded_to: str | None, data: str | None, of: str | None, as_json: bool) -> None:
     """Add SOURCE: `smollm2`, a folder with a Hugging Face checkpoint, or a Hugging Face id (OWNER/NAME).
 
-    Checkpoints of Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, Mixtral, Qwen3-MoE and gpt-oss in safetensors are
-    covered, in 16 bits or quantised (compressed-tensors, AWQ, GPTQ, bitsandbytes' 4 bits, MXFP4). Adding the same one
-    again verifies it. With --quantise SOURCE may also be a base of this machine; the weights' errors are printed by
-    layer, and perplexity before and after.
+    Checkpoints of Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, Mixtral, Qwen3-MoE and gpt-oss in safetensors are
+    covered, in 16 bits or quantised (compressed-tensors, AWQ, GPTQ, bitsandbytes' 4 bits, MXFP4, float8 in blocks).
+    Adding the same one again verifies it. With --quantise SOURCE may also be a base of this machine; the weights'
+    errors are printed by layer, and perplexity before and after.
     """
     home = Settings.from_env().home
     if rounded_to is None:
@@ -56,7 +58,6 @@ def add(source: str, name: str | None, rounded_to: str | None, data: str | None,
         return
     if of is not None:
         raise click.UsageError("--quantise adds a form of SOURCE: leave out --of")
-    from loray.bases.checkpoint import stored_dtype
     from loray.bases.rounding import QloraBase, add_rounded, rounding_errors  # imports torch, which takes a second
 
     with progress_bar() as progress:

@@ -34,6 +34,7 @@ from rich.markup import escape
 from loray.bases.checkpoint import check_tensors, stored_dtype, tensor_infos
 from loray.bases.config import ModelConfig
 from loray.bases.registry import get_base, verify_base
+from loray.cli.base import FORMS
 from loray.cli.output import console, emit, json_option
 from loray.cli.plan import measured
 from loray.errors import (
@@ -332,10 +333,12 @@ def base(s: Situation) -> CheckResult:
         else:
             check_tensors(found.path, found.config)
     except (LorayError, OSError, ValueError) as e:
-        source = shlex.quote(found.source.removeprefix("hf:"))
+        mend = f"loray base add {shlex.quote(found.source.removeprefix('hf:'))} --name {name}"
         if form := re.fullmatch(r"(\S+) of (\S+) \(\w{12}\)", found.source):  # as `bases.rounding` says it
-            source = f"{form[2]} --quantise {form[1]}"
-        return error(f"the base model {name} is damaged: {e}", f"loray base add {source} --name {name}")
+            mend = f"loray base add {form[2]} --quantise {form[1]} --name {name}"
+            if form[1] not in FORMS:
+                mend = f"rm -r {found.path}  (training with that quantization of {form[2]} makes it again)"
+        return error(f"the base model {name} is damaged: {e}", mend)
     return ok(f"base model {name}{', every byte' if s.deep else ''}")
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from loray.adapters.manifest import verify_folder
 from loray.bases.config import scaled
-from loray.bases.registry import BaseModel, get_base, list_bases
+from loray.bases.registry import BaseModel, base_names, find_base, get_base
 from loray.catalog import AdapterVersion
 from loray.cli import describe
 from loray.cli.connect import open_services
@@ -200,14 +200,14 @@ def opened(options: Options) -> Iterator[EvaluatedModel]:
     with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
         if os.sep in model:
             found = _folder(Path(model).expanduser(), settings, options.base_name)
-        elif model in {base.name for base in list_bases(settings.home)}:
+        elif model in base_names(settings.home):
             if options.base_name is not None:
                 raise SpecError(f"--base is for folders and published adapters; {model} is a base itself")
             base = get_base(settings.home, model)
             found = EvaluatedModel(model, base, base.config.max_position_embeddings)
         else:
             found = _published(model, Path(scratch) / "adapter", options.base_name)
-        whole = next((base for base in list_bases(settings.home) if base.fingerprint == found.base.of), None)
+        whole = None if found.base.of is None else find_base(settings.home, found.base.of)
         yield _scaled(replace(found, whole=whole), options.scaling, options.original_context)
 
 
@@ -447,9 +447,9 @@ def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluat
 def _as_json(
     target: EvaluatedModel, options: Options, measured: _Evaluations, on_whole: _Evaluations, took: _Took
 ) -> dict[str, Any]:
-    compared = (
-        {} if target.whole is None or not on_whole else {"base": target.whole.name, "evaluations": _dumped(on_whole)}
-    )
+    compared: dict[str, Any] = {}
+    if target.whole is not None and on_whole:
+        compared = {"of": {"base": target.whole.name, "evaluations": _dumped(on_whole)}}
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,
@@ -457,7 +457,7 @@ def _as_json(
         "rope_parameters": target.rope and target.rope.to_hf(),
         "dtype": took.dtype,
         "evaluations": _dumped(measured),
-        **({"of": compared} if compared else {}),
+        **compared,
         "recorded": target.is_recorded and options.record,
         "seconds": round(took.seconds, 1),
         "num_computed": took.num_computed,

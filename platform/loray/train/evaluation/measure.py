@@ -122,15 +122,14 @@ def load(
 
 def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) -> None:
     """Round the inputs of linear modules as engines do on such a device."""
-    quantization = base.config.quantization
-    on_gpu = device.type == "cuda"
+    quantization, on_gpu = base.config.quantization, device.type == "cuda"
     if quantization is None or not quantization.is_kept(on_gpu=on_gpu):
         return
     dtype = torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8
+    quantize = partial(quantize_rows, dtype=dtype) if on_gpu else quantize_activations
 
     def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x_TI = inputs[0].flatten(0, -2)
-        q_TI, scale_T1 = quantize_rows(x_TI, dtype) if on_gpu else quantize_activations(x_TI)
+        q_TI, scale_T1 = quantize(inputs[0].flatten(0, -2))
         return ((q_TI.float() * scale_T1).to(inputs[0].dtype).view_as(inputs[0]),)
 
     for path, module in model.named_modules():
