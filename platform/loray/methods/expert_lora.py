@@ -50,7 +50,7 @@ class ExpertLoraWeights(AddedWeights):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the file has one A and one B of all experts."""
+        """The file has one A and one B of all experts."""
         return len(self.a) < self.num_experts or self.num_experts == 1
 
     @property
@@ -91,7 +91,7 @@ class ExpertLoraWeights(AddedWeights):
 
 
 def _modules_beside(module: str) -> tuple[str, ...]:
-    """The modules of the parameter that holds `module`."""
+    """Return the modules of the parameter that holds `module`."""
     return next(modules for modules in PARAMETERS.values() if module in modules)
 
 

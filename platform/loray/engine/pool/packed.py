@@ -39,8 +39,14 @@ from loray_kernels.memory import Recycled
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _COMPARED_BYTES = 16 << 20  # of the base's rows at a time
-_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
-_NORMS |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_NORMS = {
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+}
 _FORMAT = 1  # of the file
 _PAGE = mmap.PAGESIZE
 
