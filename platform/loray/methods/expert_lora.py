@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loray.errors import UnsupportedError
 from loray.methods.weights import AddedWeights, LoraWeights, PoolRows, SharedProjection
-from loray.spec import ATTENTION_MODULES, MLP_MODULES, AdapterSpec
+from loray.spec import MLP_MODULES, AdapterSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ def peft_targets(spec: AdapterSpec, model: Any) -> dict[str, list[str]]:
     if not own or not has_experts(model):
         return {}
     return {
-        "target_modules": [m for m in spec.target_modules if m in ATTENTION_MODULES],
+        "target_modules": [m for m in spec.target_modules if m not in MLP_MODULES],
         "target_parameters": [f"{EXPERTS}.{name}" for name, modules in PARAMETERS.items() if {*modules} & {*own}],
     }
 
