@@ -12,6 +12,7 @@ from loray.bases.presets import preset
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
 from loray.methods import METHODS
+from loray.methods.base import shapes as module_shapes
 from loray.methods.vera import VeraWeights
 from loray.methods.vera_module import draw_pair
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
@@ -33,43 +34,45 @@ def shape(name: str = "smollm2") -> ModelConfig:
 
 
 SMALL = replace(shape(), layers=shape().layers[:3])
+FUSED = replace(SMALL, has_fused_modules=True)
 
 
-def weights(spec: AdapterSpec) -> AdapterWeights:
+def weights(spec: AdapterSpec, model: ModelConfig) -> AdapterWeights:
     modules: dict[ModuleKey, LoraWeights | VeraWeights] = {}
-    for layer in range(SMALL.num_layers):
-        for module in spec.target_modules:
-            out, width = SMALL.module_shape(module)
+    stored = module_shapes(spec, model)
+    for layer in range(model.num_layers):
+        for module, (out, width) in stored.items():
             if isinstance(spec, VeraSpec):
                 own: LoraWeights | VeraWeights = VeraWeights(torch.ones(spec.rank), torch.ones(out))
             else:
                 own = LoraWeights(torch.ones(spec.rank, width), torch.ones(out, spec.rank), 1.0)
             modules[ModuleKey(layer, module)] = own
-    shapes = [SMALL.module_shape(module) for module in spec.target_modules]
-    is_vera = isinstance(spec, VeraSpec)
-    pair = draw_pair(0, spec.rank, max(i for _, i in shapes), max(o for o, _ in shapes)) if is_vera else None
+    outs, widths = zip(*stored.values(), strict=True)
+    pair = draw_pair(0, spec.rank, max(widths), max(outs)) if isinstance(spec, VeraSpec) else None
     return AdapterWeights(modules, pair)
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "model"),
     [
-        LoraSpec(rank=8, target_modules=("q_proj", "v_proj")),
-        LoraSpec(target_modules=LINEAR_MODULES),
-        VeraSpec(),
-        VeraSpec(target_modules=LINEAR_MODULES),
+        (LoraSpec(rank=8, target_modules=("q_proj", "v_proj")), SMALL),
+        (LoraSpec(target_modules=LINEAR_MODULES), SMALL),
+        (LoraSpec(target_modules=LINEAR_MODULES), FUSED),
+        (VeraSpec(), SMALL),
+        (VeraSpec(target_modules=LINEAR_MODULES), SMALL),
+        (VeraSpec(target_modules=LINEAR_MODULES), FUSED),
     ],
 )
-def test_as_many_fit_as_an_idle_pool_takes(spec: AdapterSpec) -> None:
+def test_as_many_fit_as_an_idle_pool_takes(spec: AdapterSpec, model: ModelConfig) -> None:
     layout = KvLayout(SMALL.num_layers, 16, SMALL.num_kv_heads, SMALL.head_dim)
     num_blocks = 4 * MIB // (layout.num_layers * layout.layer_share * 2)
     pool = Pool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
-    packer = Packer(pool.geometry, torch.bfloat16, torch.zeros(1, SMALL.hidden_size, dtype=torch.bfloat16))
-    packed = packer.pack(weights(spec))
+    embedding_VD = torch.zeros(1, SMALL.hidden_size, dtype=torch.bfloat16)
+    packed = Packer(pool.geometry, torch.bfloat16, embedding_VD, fused=model.fused).pack(weights(spec, model))
     number = 0
     while pool.place(ref(number), packed) is not None:
         number += 1
-    assert adapters_in(spec, SMALL, 4 * MIB) == number > 0
+    assert adapters_in(spec, model, 4 * MIB) == number > 0
 
 
 def ref(number: int) -> AdapterRef:
@@ -91,6 +94,28 @@ def test_the_pair_alone_may_be_more_than_the_pool() -> None:
 def test_vera_is_twenty_times_as_dense_as_lora() -> None:
     lora, vera = (adapters_in(spec(target_modules=LINEAR_MODULES), shape(), 64 * MIB) for spec in (LoraSpec, VeraSpec))
     assert vera >= 20 * lora > 0
+
+
+def test_a_base_with_fused_modules_has_estimates_of_every_method() -> None:
+    """Of a module that a method's default names in part the other parts are trained, too."""
+    found = {e.method: e for e in estimate_methods(Answers(2048, 10), FUSED, A100)}
+    assert not any(e.problem for e in found.values())
+    assert found["ia3"].settings.split(", ") == ["q", "k", "v", "down"]
+    q_k_v = sum(FUSED.module_shape(module)[0] for module in ("q_proj", "k_proj", "v_proj"))
+    assert found["ia3"].trained_parameters == 3 * (q_k_v + FUSED.module_shape("down_proj")[1])
+
+
+def test_a_pair_is_read_once_for_modules_with_one_input() -> None:
+    """Of fused modules all rows of B are read."""
+    spec, method = VeraSpec(target_modules=LINEAR_MODULES), METHODS["vera"]
+    hidden, wide, kv = 576, 1536, 192
+    assert method.pair_reads(spec, SMALL) == 256 * (
+        (hidden + hidden) + (hidden + hidden) + (hidden + wide) + (wide + hidden)
+    )
+    qkv, gate_up = hidden + 2 * kv, 2 * wide
+    assert method.pair_reads(spec, FUSED) == 256 * (
+        (hidden + qkv) + (hidden + hidden) + (hidden + gate_up) + (wide + hidden)
+    )
 
 
 def test_estimates_are_the_plans() -> None:

@@ -6,7 +6,7 @@ Two engines in this process, which take turns; each request is the only one, and
 tokens. Texts, code and records are copied, in part, by the base: `quotes` of a licence, `code` of the standard library
 with another name, `json` held to a schema; `free` is sampled at temperature 1 and copies nothing. `--adapter`: a folder
 in PEFT's format, and chats as its training data has them, whose first messages are answered: such as `orders` of
-`make demo`. What is learned of earlier requests is forgotten before each task.
+`make demo`. What is learned of earlier requests is forgotten before each round of a task.
 
 The claims: tasks that copy ≥ 1.5 × without, free text ≥ 0.97 ×, from the first token to the last.
 """
@@ -168,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser.add_argument("--rounds", type=one_or_more, default=3, help="the figures are medians (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
+    if (args.adapter is None) != (args.rows is None):
+        parser.error("--adapter and --rows belong together")
     machine = describe_machine()
     click.echo(machine_line(machine))
     bench = Bench(bench_base(args.model), args.adapter)
@@ -192,10 +194,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         after = bench.with_guesses.stats()
         without, with_guesses = (statistics.median(column) for column in zip(*rounds, strict=True))
         ratio = statistics.median(a / b for a, b in rounds)
-        num_drafts, num_right = (
-            after.num_draft_tokens - before.num_draft_tokens,
-            after.num_accepted_tokens - before.num_accepted_tokens,
-        )
+        num_drafts = after.num_draft_tokens - before.num_draft_tokens
+        num_right = after.num_accepted_tokens - before.num_accepted_tokens
         num_given = num_tokens * args.rounds
         rows.append(
             [

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
-from loray.engine.memory.adapter_layout import AdapterShape, Matrix
+from loray.engine.memory.adapter_layout import OF_INPUTS, AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.limits import pool_geometry
 from loray.errors import SpecError, UnsupportedError
@@ -187,7 +187,10 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
 
 def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
     """Return the adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
-    own = [Matrix(*matrix) for matrix in method_of(adapter).matrices(adapter, model)]
+    own: list[Matrix] = []
+    for module, role, rows, width in method_of(adapter).matrices(adapter, model):
+        for part, outputs in model.fused.get(module, {module: slice(0, width)}).items():
+            own.append(Matrix(part, role, rows, width if role in OF_INPUTS else outputs.stop - outputs.start))
     flat: list[Matrix] = []
     if adapter.train_norms:
         norms = ("input_layernorm", "post_attention_layernorm")
@@ -203,7 +206,7 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
     for method in METHODS.values():
         if method.name != "longlora":
             adapter: Any = method.spec.model_validate({})
-            yield method.name, recipe_of(adapter, context_length)
+            yield method.name, recipe_of(_with_whole_modules(adapter, model), context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
     stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)
@@ -211,6 +214,13 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
     if context_length > window:
         both = recipe_of(VeraSpec(train_norms=True), context_length, rope_scaling=stretched, attention="s2")
         yield "vera + longlora", both
+
+
+def _with_whole_modules(adapter: AdapterSpec, model: ModelConfig) -> AdapterSpec:
+    """Add to the target modules the other parts of those that are one module on this base."""
+    parts = {part: tuple(fused) for fused in model.fused.values() for part in fused}
+    modules = dict.fromkeys(m for module in adapter.target_modules for m in parts.get(module, (module,)))
+    return adapter.model_copy(update={"target_modules": tuple(modules)})
 
 
 def _estimate(name: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:

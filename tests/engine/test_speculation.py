@@ -114,6 +114,16 @@ def test_random_requests_are_answered_as_without_guesses(
     empty(tight)
 
 
+def check_random_requests(base: BaseModel, *, seed: int, **options: Any) -> None:
+    requests = random_requests(random.Random(seed), [None], 16)
+    expected = results(make_engine(base), requests)
+    engine = make_engine(base, max_num_seqs=6, **options)
+    Told(engine, answers_of(expected))
+    assert results(engine, requests) == expected
+    assert engine.stats().num_accepted_tokens > 0
+    empty(engine)
+
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "a window": ("MistralForCausalLM", {"sliding_window": 24}),
     "Gemma 2": ("Gemma2ForCausalLM", {}),
@@ -130,13 +140,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_bases_of_every_family_answer_as_without_guesses(tiny_base: Callable[..., BaseModel], family: str) -> None:
     architecture, config = FAMILIES[family]
     base = tiny_base(architecture, **config)
-    requests = random_requests(random.Random(1), [None], 16)
-    expected = results(make_engine(base), requests)
-    engine = make_engine(base, pool_bytes=40 * BLOCK_BYTES, max_num_seqs=6)
-    Told(engine, answers_of(expected))
-    assert results(engine, requests) == expected
-    assert engine.stats().num_accepted_tokens > 0
-    empty(engine)
+    check_random_requests(base, seed=1, pool_bytes=40 * BLOCK_BYTES)
 
 
 FORMS: dict[str, tuple[dict[str, Any], Callable[..., q.Made]]] = {
@@ -152,12 +156,7 @@ def test_quantised_bases_answer_as_without_guesses(tmp_path: Path, form: str) ->
     folder = write_checkpoint(tmp_path / "form", dtype=torch.float32)
     q.store(folder, *FORMS[form])
     base = add_base(str(folder), home=tmp_path / "home")
-    requests = random_requests(random.Random(2), [None], 16)
-    expected = results(make_engine(base), requests)
-    engine = make_engine(base, max_num_seqs=6)
-    Told(engine, answers_of(expected))
-    assert results(engine, requests) == expected
-    assert engine.stats().num_accepted_tokens > 0
+    check_random_requests(base, seed=2)
 
 
 def test_an_engine_that_repeats_itself_takes_fewer_steps(base: BaseModel, adapters: Adapters) -> None:
@@ -225,11 +224,11 @@ def test_what_is_drawn_has_the_distribution_of_the_model(base: BaseModel) -> Non
     oracle = Oracle(base, [])
     first_V = (oracle.logits(prompt, None)[-1] / temperature).softmax(-1)
     likely = first_V.topk(4).indices.tolist()
-    expected: Counter[tuple[int, int]] = Counter()
+    expected: dict[tuple[int, int], float] = {}
     for one in likely:
         second_V = (oracle.logits([*prompt, one], None)[-1] / temperature).softmax(-1)
         for two in second_V.topk(4).indices.tolist():
-            expected[one, two] = float(first_V[one] * second_V[two]) * num  # type: ignore[assignment]
+            expected[one, two] = float(first_V[one] * second_V[two]) * num
     engine = make_engine(base, max_queued=num)
     engine._runner._sampler._salt = bytes(16)
     best = run(make_engine(base), [request("best", prompt, max_tokens=4)])["best"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loray.errors import UnsupportedError
 from loray.methods.weights import AddedWeights, LoraWeights, PoolRows, SharedProjection
-from loray.spec import ATTENTION_MODULES, MLP_MODULES, AdapterSpec
+from loray.spec import MLP_MODULES, AdapterSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class ExpertLoraWeights(AddedWeights):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the file has one A and one B of all experts."""
+        """The file has one A and one B of all experts."""
         return len(self.a) < self.num_experts or self.num_experts == 1
 
     @property
@@ -91,7 +91,7 @@ class ExpertLoraWeights(AddedWeights):
 
 
 def _modules_beside(module: str) -> tuple[str, ...]:
-    """The modules of the parameter that holds `module`."""
+    """Return the modules of the parameter that holds `module`."""
     return next(modules for modules in PARAMETERS.values() if module in modules)
 
 
@@ -109,7 +109,7 @@ def peft_targets(spec: AdapterSpec, model: Any) -> dict[str, list[str]]:
     if not own or not has_experts(model):
         return {}
     return {
-        "target_modules": [m for m in spec.target_modules if m in ATTENTION_MODULES],
+        "target_modules": [m for m in spec.target_modules if m not in MLP_MODULES],
         "target_parameters": [f"{EXPERTS}.{name}" for name, modules in PARAMETERS.items() if {*modules} & {*own}],
     }
 

@@ -55,9 +55,9 @@ class Lora(Method):
     def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
         rank = spec.published.rank
         for module, (out, width) in shapes(spec, model).items():
-            is_expert = model.experts is not None and module in MLP_MODULES
-            rows = rank * model.experts.num if model.experts is not None and is_expert else rank
-            if not (is_expert and module == "up_proj"):  # whose A is gate_proj's
+            experts = model.experts if module in MLP_MODULES else None
+            rows = rank if experts is None else rank * experts.num
+            if experts is None or module != "up_proj":  # whose A is gate_proj's
                 yield ServedMatrix(module, "lora_a", rows, width)
             yield ServedMatrix(module, "lora_b", rows, out)
 
@@ -69,12 +69,9 @@ class Lora(Method):
         return iter(trained.values())
 
     def factors(self, spec: LoraSpec, model: ModelConfig) -> int:
-        if model.experts is None:
-            return super().factors(spec.published, model)
-        own = shapes(spec, model).items()
-        return sum(
-            spec.published.rank * (out + width) * (model.num_active_mlps if module in MLP_MODULES else 1)
-            for module, (out, width) in own
+        return spec.published.rank * sum(
+            (out + width) * (model.num_active_mlps if module in MLP_MODULES else 1)
+            for module, (out, width) in shapes(spec, model).items()
         )
 
     def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:

@@ -86,8 +86,9 @@ class Miss(Method):
     def saved(self, spec: MissSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
         """Count the sums, which are the input of every D, and with dropout the mask of every module's input."""
         sums = element_bytes * spec.rank
-        masks = [element_bytes * width for _, width in shapes(spec, model).values()] if spec.dropout else []
-        return SavedTensors("adapter", sums * len(spec.target_modules) + sum(masks), max(sums, *masks, 0))
+        own = shapes(spec, model)
+        masks = [element_bytes * width for _, width in own.values()] if spec.dropout else []
+        return SavedTensors("adapter", sums * len(own) + sum(masks), max(sums, *masks, 0))
 
     def peft_config(self, spec: MissSpec, **options: Any) -> MissConfig:
         from peft import MissConfig

@@ -14,7 +14,7 @@ from loray.errors import BaseMismatch, IntegrityError, shown
 from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
 from loray.methods.pairs import PAIR_NAMES, PairKey, drawn_digest
 from loray.methods.weights import AdapterWeights, AddedWeights, LoraWeights, PoolRows, SharedProjection
-from loray.spec import MODULES_BY_INPUT, Default, VeraSpec
+from loray.spec import Default, VeraSpec
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
@@ -106,11 +106,10 @@ class Vera(Method):
 
     def pair_reads(self, spec: VeraSpec, model: ModelConfig) -> int:
         """Count A once for the modules with the same input, and of B the rows of the widest of them."""
-        reads = 0
-        for modules in MODULES_BY_INPUT:
-            if own := [model.module_shape(module) for module in modules if module in spec.target_modules]:
-                reads += spec.rank * (own[0][1] + max(out for out, _ in own))
-        return reads
+        reads: dict[tuple[str, ...], int] = {}
+        for module, (out, width) in shapes(spec, model).items():
+            reads[input_of(module)] = max(reads.get(input_of(module), 0), width + out)
+        return spec.rank * sum(reads.values())
 
     def inject(self, model: Any, spec: VeraSpec) -> None:
         from loray.methods.vera_module import inject_vera

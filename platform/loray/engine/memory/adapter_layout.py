@@ -20,6 +20,7 @@ from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.methods.weights import Role
 
 SUMMED: Role = "summed_a"
+OF_INPUTS: frozenset[Role] = frozenset({"lora_a", SUMMED, "vera_d"})  # the parts of a fused module have them alike
 
 
 class Matrix(NamedTuple):

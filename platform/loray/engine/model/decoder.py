@@ -297,8 +297,8 @@ class Decoder:
         self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     def _tied_head(self) -> Weight:
-        """The embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties them
-        cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
+        """Return the embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties
+        them cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
         """
         if not self._layers[0].weights.qkv.are_integers:
             return self.embedding_VD

@@ -152,17 +152,14 @@ class RMSNorm:
         self.weight_D, self._eps, self._offset = weight_D, config.rms_norm_eps, config.norm_offset
 
     def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
-        own, layer_offset = self._own(step)
-        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, own, layer_offset, self._offset)
+        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step), self._offset)
 
     def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext) -> tuple[Tensor, Tensor]:
         """Compute x + added, or x if nothing is to be added, and the norm of that."""
         if added_TD is None:
             return x_TD, self(x_TD, step)
-        own, layer_offset = self._own(step)
-        return step.ops.add_rms_norm(
-            x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, own, layer_offset, self._offset
-        )
+        weights = (self.weight_D, self._eps, step.pool.tensor, *self._own(step), self._offset)
+        return step.ops.add_rms_norm(x_TD, added_TD, *weights)
 
     def _own(self, step: ForwardContext) -> tuple[RowOverrides | None, int]:
         """Find the weights of adapters, and their layer's offset."""

@@ -115,12 +115,12 @@ def local_tensors(
 
 
 def _rows(weight: Weight, rows: slice) -> Weight:
-    """A copy of rows: a view would keep the whole tensor."""
+    """Copy rows: a view would keep the whole tensor."""
     return (weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows]).clone()
 
 
 def _columns(name: str, weight: Weight, shard: Shard) -> Weight:
-    """A copy of the rank's columns."""
+    """Copy the rank's columns."""
     columns = shard.slice(weight.shape[1])
     if not isinstance(weight, QuantizedWeight):
         return weight[:, columns].clone()
@@ -133,13 +133,10 @@ def _columns(name: str, weight: Weight, shard: Shard) -> Weight:
 def local_head(head_VD: Weight, shard: Shard) -> Weight:
     """Cut the rank's rows from a vocabulary that is padded with zeros so that the ranks divide it."""
     padding = -head_VD.shape[0] % shard.world_size
-    if not padding:
-        return _rows(head_VD, shard.slice(head_VD.shape[0]))
-    if isinstance(head_VD, QuantizedWeight):
-        padded: Weight = head_VD.padded(padding)
-    else:
-        padded = F.pad(head_VD, (0, 0, 0, padding))
-    return _rows(padded, shard.slice(padded.shape[0]))
+    if padding:
+        zeros = (0, 0, 0, padding)
+        head_VD = head_VD.padded(padding) if isinstance(head_VD, QuantizedWeight) else F.pad(head_VD, zeros)
+    return _rows(head_VD, shard.slice(head_VD.shape[0]))
 
 
 def local_device(spec: ServeSpec, rank: int) -> torch.device:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import DTYPE_CODES
 from loray.bases.weights import WeightSource
-from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
+from loray.engine.memory.adapter_layout import OF_INPUTS, AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, Role, SharedProjection
@@ -39,8 +39,14 @@ from loray_kernels.memory import Recycled
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _COMPARED_BYTES = 16 << 20  # of the base's rows at a time
-_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
-_NORMS |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_NORMS = {
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+}
 _FORMAT = 1  # of the file
 _PAGE = mmap.PAGESIZE
 
@@ -220,8 +226,7 @@ class Packer:
         of them.
         """
         for name, outputs in self.fused.get(module, {module: slice(0, None)}).items():
-            is_of_outputs = role not in ("lora_a", "summed_a", "vera_d")
-            yield name, tensor[:, outputs] if is_of_outputs else tensor, outputs.start
+            yield name, tensor if role in OF_INPUTS else tensor[:, outputs], outputs.start
 
     def _excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
         """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the

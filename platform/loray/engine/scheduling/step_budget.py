@@ -173,7 +173,7 @@ class StepBudget:
 
     @property
     def num_left(self) -> int:
-        """The tokens that may still be added."""
+        """Count the tokens that may still be added."""
         return self._num_left
 
     @property
