@@ -28,6 +28,7 @@ def test_linear_modules_compute_what_the_op_does(to: RoundedTo, tmp_path: Path) 
     weight = WeightSource(form.path, form.config).read("model.layers.0.mlp.up_proj.weight")
     assert isinstance(weight, QuantizedWeight)
     x_BTD = Normal(0)(2, 3, 64)
+    x_BTD[0, 0, 5] = 200.0  # so much larger than its row that it goes beyond 8 bits on a CPU
     y_BTM = model.model.layers[0].mlp.up_proj(x_BTD)
     if to == "fp8":  # on a CPU it is dequantised, and activations stay as they are
         expected_TM = x_BTD.flatten(0, 1) @ weight.dequantized(slice(None), torch.float32).T

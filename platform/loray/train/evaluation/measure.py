@@ -41,7 +41,7 @@ from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import BaseWeights, load_model, model_config, stand_ins, without_weights
-from loray_kernels.reference import quantize_rows
+from loray_kernels.reference import quantize_activations, quantize_rows
 
 
 class MeasuredModel(NamedTuple):
@@ -125,10 +125,12 @@ def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) 
     quantization = base.config.quantization
     if quantization is None or not quantization.is_kept(on_gpu=device.type == "cuda"):
         return
-    dtype = torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = quantize_activations
+    if device.type == "cuda":
+        quantize = partial(quantize_rows, dtype=torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8)
 
     def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        q_TI, scale_T1 = quantize_rows(inputs[0].flatten(0, -2), dtype)
+        q_TI, scale_T1 = quantize(inputs[0].flatten(0, -2))
         return ((q_TI.float() * scale_T1).to(inputs[0].dtype).view_as(inputs[0]),)
 
     for path, module in model.named_modules():
