@@ -89,9 +89,8 @@ def train(
         )
         for warning in prepared.warnings:
             emit({"event": "warning", "message": warning})
-        whole.bases.add(
-            prepared.base.name, prepared.base.fingerprint, prepared.base.of
-        )  # refuses other weights under a known name
+        base = prepared.base
+        whole.bases.add(base.name, base.fingerprint, base.of)  # refuses other weights under a known name
         published = None if run is None else already_published(run, recipe)
         if published is None:
             connect(prepared.spec, settings, job.interrupts)

@@ -73,6 +73,11 @@ class LayerSpec:
     o_bias: bool = False
     has_sinks: bool = False
 
+    @property
+    def num_norms(self) -> int:
+        """Count the RMSNorms of whole hidden states."""
+        return 4 if self.norms == "sandwich" else 2
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:

@@ -42,8 +42,9 @@ def base() -> None:
 def add(source: str, name: str | None, rounded_to: str | None, data: str | None, of: str | None, as_json: bool) -> None:
     """Add SOURCE: `smollm2`, a folder with a Hugging Face checkpoint, or a Hugging Face id (OWNER/NAME).
 
-    Checkpoints of Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, Mixtral, Qwen3-MoE and gpt-oss in safetensors are
-    covered, in 16 bits or quantised (compressed-tensors, AWQ, GPTQ, bitsandbytes' 4 bits, MXFP4, float8 in blocks).
+    Checkpoints of Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3 and Phi-4, Mixtral, Qwen3-MoE and gpt-oss in
+    safetensors are covered, in 16 bits or quantised (compressed-tensors, AWQ, GPTQ, bitsandbytes' 4 bits, MXFP4, float8
+    in blocks).
     Adding the same one again verifies it. With --quantise SOURCE may also be a base of this machine; the weights'
     errors are printed by layer, and perplexity before and after.
     """

@@ -317,8 +317,7 @@ def _eager_bytes(run: RunShape) -> float:
     """
     model, e = run.model, run.element_bytes
     norm = 4 * e + 28  # read, written in fp32, squared, averaged, scaled, written, weighted
-    num_norms = 4 if model.layers[0].norms == "sandwich" else 2
-    width = num_norms * norm * model.hidden_size + 6 * e * model.hidden_size
+    width = model.layers[0].num_norms * norm * model.hidden_size + 6 * e * model.hidden_size
     width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
     width += 5 * e * sum(out for out, _ in shapes(run.adapter, model).values())
     width += 5 * e * model.num_active_mlps * model.intermediate_size

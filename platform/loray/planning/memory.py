@@ -246,7 +246,7 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
     adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
-    widths = [(1, model.hidden_size)] * (4 if model.layers[0].norms == "sandwich" else 2)
+    widths = [(1, model.hidden_size)] * model.layers[0].num_norms
     widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []
     trained = e if run.adapter.train_norms else 0
     norms = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
@@ -255,15 +255,14 @@ def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors
     is_copied = on_gpu and not is_shared and (run.group_size is not None or run.num_sequences > 1)
     is_copied = is_copied and "o_proj" in run.adapter.target_modules
     attention = 2 * (q + kv) + _FP32 * model.num_heads + is_copied * q
-    if (
-        model.attention_soft_cap is not None or model.layers[0].has_sinks
-    ):  # op by op: capped scores, weights in fp32, and again in the dtype
+    if model.attention_soft_cap is not None or model.layers[0].has_sinks:
+        # Op by op: capped scores, weights in fp32, and again in the dtype.
         attention += model.num_heads * run.padded_length * (2 * e + _FP32)
     mlp = e * model.num_active_mlps * model.intermediate_size  # of each of gate, silu(gate) and up
     # Of experts also their results, which shares multiply, and what the router computes in fp32.
-    routed = (
-        0 if model.experts is None else e * model.num_active_mlps * model.hidden_size + 2 * _FP32 * model.experts.num
-    )
+    routed = 0
+    if model.experts is not None:
+        routed = e * model.num_active_mlps * model.hidden_size + 2 * _FP32 * model.experts.num
     kept = (
         SavedTensors("norms", norms, _FP32 * model.hidden_size),
         SavedTensors("attention", attention, q),

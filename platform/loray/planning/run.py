@@ -67,7 +67,7 @@ class TrainedCounts:
 def count_base(model: ModelConfig) -> BaseCounts:
     """Count the elements of a base, whose layers are taken as equal."""
     layer = model.layers[0]
-    norms = (4 if layer.norms == "sandwich" else 2) * model.hidden_size + (2 * model.head_dim if layer.qk_norm else 0)
+    norms = layer.num_norms * model.hidden_size + (2 * model.head_dim if layer.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim if layer.qkv_bias else 0
     biases += model.hidden_size * layer.o_bias + model.num_heads * layer.has_sinks
     if layer.experts is not None and layer.experts.bias:

@@ -86,12 +86,12 @@ def load_model(
 
     A quantised base is dequantised: it computes with the values that it has, in 16 or 32 bits.
     """
+    config = model_config(base, rope, config_fields)
     if base.config.quantization is not None:
         weights = BaseWeights(base, dtype)
-        model = without_weights(model_config(base, rope, config_fields), dtype=dtype, attention=attention)
+        model = without_weights(config, dtype=dtype, attention=attention)
         replace_parameters(model, lambda name, _: weights.read(name).clone())
         return model
-    config = model_config(base, rope, config_fields)
     return AutoModelForCausalLM.from_pretrained(
         base.path,
         config=config,
@@ -101,7 +101,7 @@ def load_model(
 
 
 def _implementation(config: Any, attention: str) -> str:
-    """Attention with sinks is transformers' own, op by op."""
+    """Choose an implementation of attention: with sinks it is transformers' own, op by op."""
     return "eager" if config.model_type == "gpt_oss" else attention
 
 
