@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel, add_base
+from loray.bases.rounding import is_rounded
 from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.model import decoder
@@ -28,7 +29,7 @@ from loray_kernels.reference import ReferenceOps, quantized_linear
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, outputs, prompts, request, run
 from tests.fixtures.peft_adapters import ALL, ATTENTION, Oracle, TestAdapter, hf_model, make_adapters
-from tests.fixtures.quantized_weights import is_quantized, quantized, quantized_tensors
+from tests.fixtures.quantized_weights import quantized, quantized_tensors
 
 
 def make_engine(base: BaseModel, kind: str | None, adapters: Sequence[TestAdapter] = (), **spec: Any) -> Engine:
@@ -55,7 +56,8 @@ class QuantizedOracle(Oracle):
         self._models[None] = copy.deepcopy(self._models[None])  # that of other tests is theirs
         for model in self._models.values():
             for name, module in model.named_modules():
-                if isinstance(module, nn.Linear) and is_quantized(name.removesuffix(".base_layer") + ".weight"):
+                stored = name.removesuffix(".base_layer") + ".weight"
+                if isinstance(module, nn.Linear) and is_rounded(stored, module.weight.shape):
                     module.forward = multiply(quantized(module.weight.data, kind), module.bias)
                 elif name.endswith("lm_head") and model.config.tie_word_embeddings:
                     module.forward = multiply(quantized(module.weight.data, "int8"), None)
@@ -74,7 +76,7 @@ def case(kind: str, tiny_base: Callable[..., BaseModel], tmp_path_factory: pytes
     base = tiny_base("Qwen2ForCausalLM", tie_word_embeddings=True)
     model = copy.deepcopy(hf_model(base))
     for name, parameter in model.named_parameters():
-        if is_quantized(name):
+        if is_rounded(name, parameter.shape):
             parameter.data = quantized(parameter.data, kind).dequantized(slice(None), torch.float32)
     folder = tmp_path_factory.mktemp(kind)
     model.save_pretrained(folder / "base")
