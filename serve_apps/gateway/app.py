@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
 from loray import __version__
@@ -22,6 +23,8 @@ from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissio
 from serve_apps.gateway import errors
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
+from serve_apps.gateway.files.batches import batch_routes
+from serve_apps.gateway.files.lines import BatchLines
 from serve_apps.gateway.files.routes import file_routes
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import MAX_FORM_BYTES
@@ -61,16 +64,18 @@ def create_app(
         if files is not None:
             files.close()
 
+    own = create_routes(gateway)
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*create_routes(gateway), *([] if files is None else file_routes(files)), *auth.router.routes],
+        routes=[*own, *([] if files is None else stored_routes(files, own)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
+    app.state.lines = BatchLines(app, gateway, access)
     gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 
@@ -94,6 +99,12 @@ def create_app(
 
     describe(app, permissions)
     return app
+
+
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute]) -> list[BaseRoute]:
+    """Make the routes of what tenants keep here. `own`: those of the gateway, which batches may ask."""
+    paths = {route.path for route in own if isinstance(route, Route)}
+    return [*file_routes(files), *batch_routes(files, paths)]
 
 
 def open_gateway(

@@ -151,7 +151,16 @@ class Files:
     def give_up(self, file_id: str) -> None:
         """The upload has failed: what is stored of it is garbage."""
         with self.db.writing() as c:
-            c.execute(files.update().where(files.c.id == file_id).values(state="deleted"))
+            given_up = files.update().where(files.c.id == file_id, files.c.state == "uploading")
+            c.execute(given_up.values(state="deleted"))
+
+    def of_batch(self, file_id: str) -> UserFile:
+        """The input of a batch that has not ended, which may have been deleted. Raises UserFileNotFound."""
+        with self.db.reading() as c:
+            row = c.execute(sa.select(files).where(files.c.id == file_id)).first()
+        if row is None:
+            raise _unknown(file_id)
+        return _file(row)
 
     def unneeded(self, limit: int = 100) -> list[Unneeded]:
         """Files of all tenants that were deleted, have expired or will never be complete, and no batch needs."""

@@ -34,6 +34,9 @@ OPERATIONS = [
     *(f"{method} /v1/files" for method in ("GET", "POST")),
     *(f"{method} /v1/files/{{file_id}}" for method in ("DELETE", "GET")),
     "GET /v1/files/{file_id}/content",
+    *(f"{method} /v1/batches" for method in ("GET", "POST")),
+    "GET /v1/batches/{batch_id}",
+    "POST /v1/batches/{batch_id}/cancel",
     *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
