@@ -24,6 +24,8 @@ class Thing(NamedTuple):
     job: str = "job-nope"
     key: str = "key-nope"
     upload: str = "0" * 32
+    file: str = "file-nope"
+    batch: str = "batch-nope"
 
     @property
     def model(self) -> str:
@@ -90,6 +92,21 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
 }
 
 _OF = {"tenant": "{tenant}"}
+FILES = frozenset({"infer", "train"})
+GATEWAY |= {
+    "POST /v1/files": Route(FILES, {}),
+    "GET /v1/files": Route(FILES),
+    "GET /v1/files/{file_id}": Route(FILES),
+    "GET /v1/files/{file_id}/content": Route(FILES),
+    "DELETE /v1/files/{file_id}": Route(FILES),
+    "POST /v1/batches": Route(
+        INFER, {"input_file_id": "{file}", "endpoint": "/v1/completions", "completion_window": "24h"}
+    ),
+    "GET /v1/batches": Route(INFER),
+    "GET /v1/batches/{batch_id}": Route(INFER),
+    "POST /v1/batches/{batch_id}/cancel": Route(INFER),
+}
+
 _NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
 _VERSION = "/adapters/{name}/versions/{version}"
 _RECIPE = {
