@@ -8,6 +8,8 @@
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
     │   ├── KeyNotFound        no such API key or tenant in the catalog
+    │   ├── UserFileNotFound   no such file of `/v1/files`, or of another tenant
+    │   ├── BatchNotFound      no such batch of `/v1/batches`, or of another tenant
     │   └── JobNotFound        no such training job in the catalog or in Ray
     │       └── LogsGone       the job is known, but Ray no longer has its log
     ├── Unauthenticated        no API key, or none that is valid
@@ -105,6 +107,16 @@ class LogsGone(JobNotFound):
 
 class KeyNotFound(NotFoundError):
     pass
+
+
+class UserFileNotFound(NotFoundError):
+    code = "file_not_found"
+    param = "id"
+
+
+class BatchNotFound(NotFoundError):
+    code = "batch_not_found"
+    param = "id"
 
 
 class Unauthenticated(LorayError):

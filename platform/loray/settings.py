@@ -15,7 +15,9 @@ from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 from loray.variables import (
     NONE,
+    OFF,
     hashes,
+    is_on,
     log_target,
     origins,
     positive,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE GATE_TRUSTS USAGE_DAYS ACCESS_LOG DATA "
     "MAX_JOBS MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
-    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS"
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS FILES"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -82,6 +84,7 @@ class Settings:
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
     key_max_age_s  how long the catalog's keys go on while it cannot be read (`LORAY_KEY_MAX_AGE_S`, default an hour)
+    files    whether gateways take files and batches (`LORAY_FILES`, default on; off: they do not have these routes)
     origins  of sites whose pages may ask gateways that need keys (`LORAY_CORS_ORIGINS`, comma-separated, or `*`;
              default none)
     """
@@ -108,6 +111,7 @@ class Settings:
     metrics_key_hashes: tuple[str, ...] = ()
     key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
     origins: tuple[str, ...] = ()
+    files: bool = True
     url: str | None = None
 
     @classmethod
@@ -159,6 +163,7 @@ class Settings:
             metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
             key_max_age_s=positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
             origins=origins(env, "LORAY_CORS_ORIGINS"),
+            files=is_on(env, "LORAY_FILES"),
         )
 
     @property
@@ -202,6 +207,7 @@ class Settings:
             "LORAY_SNAPSHOT_BYTES": None if self.snapshot_bytes == DEFAULT_SNAPSHOT_BYTES else self.snapshot_bytes,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
             "LORAY_FRONT_GROUP": self.front_group,
+            "LORAY_FILES": None if self.files else OFF,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         for name, most, default in (

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 
 _JOBS, _KEYS = "jobs", "keys"  # of LORAY_GATE_TRUSTS
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
+ON, OFF = "on", "off"  # of LORAY_FILES
 STDOUT = "-"  # of LORAY_ACCESS_LOG
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?")
@@ -103,6 +104,13 @@ def trusts_keys(env: Mapping[str, str]) -> bool:
     if value not in (_JOBS, _KEYS):
         raise SettingsError(f"LORAY_GATE_TRUSTS={value!r} must be {_JOBS} or {_KEYS}")
     return value == _KEYS
+
+
+def is_on(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name) or ON
+    if value not in (ON, OFF):
+        raise SettingsError(f"{name}={value!r} must be {ON} or {OFF}")
+    return value == ON
 
 
 def share(text: str) -> float:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.types import Scope
 
 from loray import __version__
 from loray.bases.registry import get_bases
@@ -21,6 +22,9 @@ from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissio
 from serve_apps.gateway import errors
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
+from serve_apps.gateway.files.routes import file_routes
+from serve_apps.gateway.files.storage import FileStorage
+from serve_apps.gateway.files.upload import MAX_FORM_BYTES
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import create_routes, describe
@@ -32,9 +36,15 @@ _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger 
 
 
 def create_app(
-    gateway: Gateway, access: Authenticator, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
+    gateway: Gateway,
+    access: Authenticator,
+    tracing: Tracing | None = None,
+    origins: frozenset[str] = frozenset(),
+    files: FileStorage | None = None,
 ) -> FastAPI:
-    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
+    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins. `files`
+    None: it has no routes of files.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,12 +58,14 @@ def create_app(
             base.prompts.close()
         await gateway.directory.follower.stop()
         await access.stop()
+        if files is not None:
+            files.close()
 
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*create_routes(gateway), *auth.router.routes],
+        routes=[*create_routes(gateway), *([] if files is None else file_routes(files)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -65,7 +77,11 @@ def create_app(
     def refused(error: Exception) -> Response:
         return errors.response_of(errors.failure_of(error))
 
-    app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
+    def max_bytes(scope: Scope) -> int:
+        is_file = scope["path"].removeprefix(scope.get("root_path", "")) == "/v1/files"
+        return MAX_FORM_BYTES if is_file else gateway.max_body_bytes()
+
+    app.add_middleware(BodyLimit, max_bytes=max_bytes, advice=_ADVICE)
     paths = permissions.paths("infer")  # which generate or tokenise
     app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=paths, refused=refused)
     if tracing is not None:
@@ -101,4 +117,5 @@ def open_gateway(
     accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
-    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)
+    files = FileStorage(settings) if settings.files else None
+    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins), files), settings.access_log)

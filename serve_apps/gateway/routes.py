@@ -56,13 +56,16 @@ E = TypeVar("E", bound=Callable[..., object])
 _ANSWERS = "loray_answers"
 _TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
-_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+JSON, BINARY = "application/json", "application/octet-stream"
+_JSON, _TEXT, _EVENTS = JSON, "text/plain", "text/event-stream"
 _WITH_KEY = (401, 403, 500, 503)
 _ABOUT_MODEL = (400, 404, *_WITH_KEY)
 _WITH_BODY = (408, 413, *_ABOUT_MODEL)
 _TOKENIZES = (429, *_WITH_BODY)
 _GENERATES = (501, 504, *_TOKENIZES)
 _HEALTH = (500, 503)
+ABOUT_OWN = (429, *_ABOUT_MODEL)  # what a tenant keeps here
+WITH_FORM = (429, *_WITH_BODY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,18 +300,22 @@ _OF_LIMITS = {
 def describe(app: FastAPI, permissions: Permissions) -> None:
     """Give each operation its answers and the schema of its body, and say whether it needs a key."""
     shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    answers: dict[str, Answers] = {route.path_format: getattr(route.endpoint, _ANSWERS) for route in shown}
-    bodies = {path: about.body for path, about in answers.items() if about.body is not None}
+    answers: dict[tuple[str, str], Answers] = {
+        (route.path_format, method.lower()): getattr(route.endpoint, _ANSWERS)
+        for route in shown
+        for method in route.methods or ()
+    }
+    bodies = {at: about.body for at, about in answers.items() if about.body is not None}
     models: set[type[BaseModel]] = {ErrorBody}
     for about in answers.values():
         models.update(model for model in about.content.values() if model is not None)
 
     def edit(document: dict[str, Any]) -> None:
         for path, operations in document["paths"].items():
-            for operation in operations.values():
-                operation["responses"] = _responses(answers[path])
-        for path, body in bodies.items():
-            document["paths"][path]["post"]["requestBody"] = {
+            for method, operation in operations.items():
+                operation["responses"] = _responses(answers[path, method])
+        for (path, method), body in bodies.items():
+            document["paths"][path][method]["requestBody"] = {
                 "required": True,
                 "content": {_JSON: {"schema": schema_reference(body.__name__)}},
             }

@@ -32,6 +32,8 @@ Action = Literal[
     "open",
     "identify",
     "infer",
+    "batch",
+    "files",
     "read",
     "download",
     "publish",
@@ -47,6 +49,8 @@ Action = Literal[
 # One of these scopes is enough; an administrator does everything. "open" needs no key, "identify" any key.
 SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "infer": frozenset({"infer"}),
+    "batch": frozenset({"infer"}),  # what generates later
+    "files": frozenset({"infer", "train"}),  # each file by its purpose
     "read": frozenset({"infer", "publish", "promote", "train"}),
     "download": frozenset({"publish", "promote", "train"}),
     "publish": frozenset({"publish"}),

@@ -51,7 +51,7 @@ class Limits(Frozen):
     max_budget: float | None = Field(default=None, ge=0, strict=True, description="tokens in one `budget_duration`")
     budget_duration: Duration = "30d"
     max_adapters: int | None = Field(default=None, ge=0, strict=True, description="names of a tenant")
-    max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
+    max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters and files")
     max_jobs: int | None = Field(default=None, ge=0, strict=True, description="training jobs of a tenant at once")
     max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")
     min_priority: int | None = Field(

@@ -291,6 +291,7 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
 class EngineFigures(BaseModel):
     """The state of an engine at one moment, and totals since it started.
 
+    longest_wait_s      of the requests that could run at once and do not yet, but for preempted ones
     num_loading         adapters on their way from the store
     blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run
     host_bytes          host memory that adapters and prefixes take
@@ -305,6 +306,7 @@ class EngineFigures(BaseModel):
 
     num_running: int = 0
     num_waiting: int = 0
+    longest_wait_s: float = 0.0
     num_loading: int = 0
     blocks: dict[str, int] = {}
     host_bytes: int = 0

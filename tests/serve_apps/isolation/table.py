@@ -24,6 +24,7 @@ class Thing(NamedTuple):
     job: str = "job-nope"
     key: str = "key-nope"
     upload: str = "0" * 32
+    file: str = "file-nope"
 
     @property
     def model(self) -> str:
@@ -90,6 +91,15 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
 }
 
 _OF = {"tenant": "{tenant}"}
+FILES = frozenset({"infer", "train"})
+GATEWAY |= {
+    "POST /v1/files": Route(FILES, {}),
+    "GET /v1/files": Route(FILES),
+    "GET /v1/files/{file_id}": Route(FILES),
+    "GET /v1/files/{file_id}/content": Route(FILES),
+    "DELETE /v1/files/{file_id}": Route(FILES),
+}
+
 _NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
 _VERSION = "/adapters/{name}/versions/{version}"
 _RECIPE = {
