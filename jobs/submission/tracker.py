@@ -57,8 +57,9 @@ def limits_of(principal: Principal, settings: Settings) -> JobLimits:
 def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> None:
     """Raises PermissionDenied for more workers, or other data, than the caller may have.
 
-    A tenant names its own data: files of `/v1/files`, and s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
-    options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's credentials.
+    A tenant names its own data: files of `/v1/files`, and s3:// URLs without options below `LORAY_DATA/TENANT`. The
+    driver opens these with the options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's
+    credentials.
     """
     if principal.is_admin:
         return
@@ -79,8 +80,8 @@ def _check_source(source: str, tenant: str, settings: Settings) -> None:
         return  # `_check_files` asks the catalog
     if settings.data is None:
         raise PermissionDenied(
-            f"data {source!r}: this deployment has no place for tenants' data but `/v1/files`: upload it there, and name "
-            f"{UPLOADED}ID; or its operator sets LORAY_DATA to a place, as s3://bucket/prefix"
+            f"data {source!r}: this deployment has no place for tenants' data but `/v1/files`: upload it there, and "
+            f"name {UPLOADED}ID; or its operator sets LORAY_DATA to a place, as s3://bucket/prefix"
         )
     place = parse_location(settings.data)
     assert isinstance(place, S3Location)  # Settings has checked it

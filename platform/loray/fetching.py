@@ -80,8 +80,8 @@ def fetched(
     paths: Sequence[str], settings: Settings, columns: ColumnNames | None = None
 ) -> Iterator[Mapping[str, Copy]]:
     """Maps each s3://, hf:// and files:// source of `paths` to a copy on this machine, which is removed when the block
-    ends. Of a bucket's objects only the state is asked for; one is fetched when it is read, as an uploaded file is. `columns`: other names of the columns
-    that are read.
+    ends. Of a bucket's objects only the state is asked for; one is fetched when it is read, as an uploaded file is.
+    `columns`: other names of the columns that are read.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.

@@ -7,8 +7,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import Scope
 
+from jobs.submission.server import RayJobServer
 from loray import __version__
 from loray.bases.registry import get_bases
 from loray.catalog.snapshot_file import SnapshotFile
@@ -25,6 +27,8 @@ from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.files.routes import file_routes
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import MAX_FORM_BYTES
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from serve_apps.gateway.fine_tuning.routes import fine_tuning_routes
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import create_routes, describe
@@ -41,9 +45,10 @@ def create_app(
     tracing: Tracing | None = None,
     origins: frozenset[str] = frozenset(),
     files: FileStorage | None = None,
+    tuning: FineTuning | None = None,
 ) -> FastAPI:
     """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins. `files`
-    None: it has no routes of files.
+    None: it has no routes of files; nor of fine-tuning, where `tuning` is None.
     """
 
     @asynccontextmanager
@@ -58,6 +63,8 @@ def create_app(
             base.prompts.close()
         await gateway.directory.follower.stop()
         await access.stop()
+        if tuning is not None:
+            tuning.close()
         if files is not None:
             files.close()
 
@@ -65,7 +72,7 @@ def create_app(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*create_routes(gateway), *([] if files is None else file_routes(files)), *auth.router.routes],
+        routes=[*create_routes(gateway), *_routes_of_files(files, tuning), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -96,6 +103,12 @@ def create_app(
     return app
 
 
+def _routes_of_files(files: FileStorage | None, tuning: FineTuning | None) -> list[BaseRoute]:
+    if files is None:
+        return []
+    return [*file_routes(files), *([] if tuning is None else fine_tuning_routes(files, tuning))]
+
+
 def open_gateway(
     fleet: FleetSpec,
     settings: Settings,
@@ -104,6 +117,7 @@ def open_gateway(
     exchange: QuotaExchange | None = None,
     access: Authenticator | None = None,
     tracing: Tracing | None = None,
+    jobs: RayJobServer | None = None,
 ) -> FastAPI:
     """Open a gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 

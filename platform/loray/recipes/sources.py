@@ -1,8 +1,8 @@
 """The files of a recipe's data sources. It is quick to import: the command that submits a job uses it, too.
 
 A source is a file, a glob, a folder, or a data set that Hugging Face's `datasets` has saved with `save_to_disk`. An
-s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub, a files:// source a file that was
-uploaded to `/v1/files`; they are read from a copy on this machine.
+s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub, a files:// source a file that
+was uploaded to `/v1/files`; they are read from a copy on this machine.
 """
 
 from __future__ import annotations

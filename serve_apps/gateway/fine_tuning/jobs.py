@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -31,9 +31,11 @@ from loray.spec import JobStatus, Principal, qualified_name, split_qualified
 from loray.store.objects import ObjectStore
 from serve_apps.gateway.fine_tuning.progress import JobProgress, Progress
 from serve_apps.gateway.fine_tuning.recipe import file_of, hyperparameters_of, recipe_of
+from serve_apps.places import MostPlaces, Places
 
-T = TypeVar("T", FineTuningEvent, FineTuningCheckpoint)
+T, R = TypeVar("T", FineTuningEvent, FineTuningCheckpoint), TypeVar("R")
 
+_ASKING = MostPlaces(total=8, of_tenant=4, wait_s=10.0)  # of Ray, which may answer late
 _MOST_FOLLOWED = 64  # jobs whose events are kept; those of another one are read from their beginning
 _CHECKED_BYTES = 1 << 20  # of a file, at once; the run checks all of it
 _PAGE = 100  # jobs that are read at once where only those with some metadata are wanted
@@ -57,7 +59,15 @@ class FineTuning:
 
     def __init__(self, server: RayJobServer, settings: Settings) -> None:
         self._server, self._settings = server, settings
+        self._places = Places("requests for training jobs", _ASKING)
         self._progress = lru_cache(maxsize=_MOST_FOLLOWED)(self._opened)
+
+    async def run(self, tenant: str, question: Callable[[], R]) -> R:
+        """Return or raise what one of the operations below does, in a thread."""
+        return await self._places.run(tenant, question)
+
+    def close(self) -> None:
+        self._places.close()
 
     def create(self, catalog: Catalog, store: ObjectStore, asked: FineTuningRequest) -> FineTuningJob:
         """Train the recipe that the request stands for, and publish what it gives."""
@@ -79,9 +89,7 @@ class FineTuning:
             raise RequestError(str(e)) from e
         return self._shown(catalog.principal, job)
 
-    def page(
-        self, catalog: Catalog, after: str | None, limit: int, metadata: Mapping[str, str]
-    ) -> FineTuningJobList:
+    def page(self, catalog: Catalog, after: str | None, limit: int, metadata: Mapping[str, str]) -> FineTuningJobList:
         """Jobs of the own tenant with this metadata, newest first."""
         jobs, found = self._jobs(catalog), list[Job]()
         cursor = None if after is None else jobs.get(after).id

@@ -38,7 +38,7 @@ class JobProgress:
 
     def __init__(self, run: RunEvents) -> None:
         self._run, self._lock = run, Lock()
-        self._checkpoint: FineTuningCheckpoint | None = None
+        self._published: dict[str, Any] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -52,12 +52,13 @@ class JobProgress:
         with self._lock:
             try:
                 self._read(job)
-                if self._checkpoint is None and model is not None and job.has_ended:
-                    self._checkpoint = self._published(job, model)
+                if self._published is None and job.version is not None:
+                    self._published = self._run.published()
             except StoreError as e:
                 _log.warning("the events of job %s are not shown: %s", job.id, e)
             events = [*_first(job), *self._events, *_last(job, model)]
-            return Progress(self._has_begun, self._step, events, self._checkpoint)
+            checkpoint = None if model is None else self._checkpoint(job, model)
+            return Progress(self._has_begun, self._step, events, checkpoint)
 
     def _read(self, job: Job) -> None:
         found = self._run.read()
@@ -82,21 +83,20 @@ class JobProgress:
         elif kind in _UNTOLD or kind == "eval" or (kind == "progress" and fields.get("done")):
             return
         at = fields.get("time")
-        level: Literal["info", "warn", "error"] = "warn" if kind in _WARNINGS else "error" if kind == "error" else "info"
         self._num_events += 1
         self._events.append(
             FineTuningEvent(
                 id=f"ftevent-{self._num_events}-{job_id}",
                 created_at=int(at if isinstance(at, int | float) else began_at.timestamp()),
-                level=level,
+                level="warn" if kind in _WARNINGS else "error" if kind == "error" else "info",
                 message=in_words(event),
                 type="metrics" if data else "message",
                 data=data,
             )
         )
 
-    def _published(self, job: Job, model: str) -> FineTuningCheckpoint | None:
-        event = self._run.published()
+    def _checkpoint(self, job: Job, model: str) -> FineTuningCheckpoint | None:
+        event = self._published
         if event is None or event.get("version") != job.version or job.ended_at is None:
             return None
         step = int(event.get("step", 0))
@@ -140,5 +140,10 @@ def _of_job(
     job: Job, what: str, at: datetime, message: str, level: Literal["info", "warn", "error"] = "info"
 ) -> FineTuningEvent:
     return FineTuningEvent(
-        id=f"ftevent-{what}-{job.id}", created_at=int(at.timestamp()), level=level, message=message, type="message", data={}
+        id=f"ftevent-{what}-{job.id}",
+        created_at=int(at.timestamp()),
+        level=level,
+        message=message,
+        type="message",
+        data={},
     )

@@ -11,14 +11,15 @@ from pydantic import ValidationError
 
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
-from loray.errors import NotFoundError, RequestError
+from loray.catalog.entries import check_name
+from loray.errors import NotFoundError, RequestError, SpecError
 from loray.policy.auth import check_model
 from loray.recipes.defaults import complete, defaults_of
 from loray.recipes.fields import merge
 from loray.recipes.load import size_of_base
 from loray.recipes.sources import UPLOADED
 from loray.schemas.openai.fine_tuning import RECIPE, DpoHyperparameters, FineTuningRequest
-from loray.spec import TrainSpec, split_qualified
+from loray.spec import TrainSpec
 from loray.spec.fields import mistakes
 
 _OF_REQUEST = {  # fields of a recipe that the request has under other names
@@ -38,6 +39,11 @@ def recipe_of(asked: FineTuningRequest, job: str, catalog: Catalog, home: Path) 
     adapter where the request gives no name. Raises RequestError that names the field.
     """
     fields = _begun(asked.model, catalog)
+    if asked.suffix is not None:
+        try:
+            check_name(asked.suffix, "suffix")
+        except SpecError as e:
+            raise RequestError(str(e), "suffix") from e
     hyper = asked.chosen
     fields |= {
         "name": asked.suffix or f"ft-{fields['base']}-{job}",
@@ -64,7 +70,9 @@ def recipe_of(asked: FineTuningRequest, job: str, catalog: Catalog, home: Path) 
     except ValidationError as e:
         wrong = mistakes(e)
         paths = [".".join(map(str, error["loc"])) for error in wrong]
-        told = "; ".join(f"{path}: {error['msg']}" if path else error["msg"] for path, error in zip(paths, wrong))
+        told = "; ".join(
+            f"{path}: {error['msg']}" if path else error["msg"] for path, error in zip(paths, wrong, strict=True)
+        )
         param = next((theirs for ours, theirs in _OF_REQUEST.items() if paths[0] == ours), f"metadata.{RECIPE}")
         raise RequestError(told, param) from e
 

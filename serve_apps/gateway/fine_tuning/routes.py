@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -25,11 +25,7 @@ from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, body_of
-from serve_apps.places import MostPlaces, Places
 
-T = TypeVar("T", bound=ResponseBody)
-
-_ASKING = MostPlaces(total=8, of_tenant=4, wait_s=10.0)  # of Ray, which may answer late
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 JobPath = Annotated[JobId, Path(description="`id` of a job")]
@@ -39,12 +35,12 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 def fine_tuning_routes(storage: FileStorage, jobs: FineTuning) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router, places = APIRouter(), Places("requests for training jobs", _ASKING)
+    router = APIRouter()
 
     async def answer(request: Request, question: Callable[[Catalog], ResponseBody]) -> Response:
         principal = principal_of(request)
         storage.count(principal)
-        found = await places.run(principal.tenant, lambda: question(storage.catalog_of(principal)))
+        found = await jobs.run(principal.tenant, lambda: question(storage.catalog_of(principal)))
         return Response(found.to_json(), media_type=JSON)
 
     @router.post("/v1/fine_tuning/jobs", response_class=JSONResponse)

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's fine-tuning routes. A job is a training job of loray, whose recipe the request is translated to."""
+"""Bodies of OpenAI's fine-tuning routes. A job is a training job of loray, and a request stands for its recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from loray.errors import RequestError
 from loray.schemas.openai import fields
 from loray.schemas.openai.fields import Body
-from loray.schemas.openai.responses import ResponseBody
+from loray.schemas.openai.files import Answer
 from loray.spec import JobMetadata
 
 RECIPE = "loray.recipe"  # the key of `metadata` with further fields of the recipe, as JSON
@@ -85,7 +85,8 @@ class FineTuningRequest(Body):
     method: FineTuningMethod | None = Field(default=None, description="supervised, unless given")
     hyperparameters: Hyperparameters | None = Field(default=None, description="OpenAI's older form of the method's")
     metadata: Annotated[JobMetadata, AfterValidator(_short)] = Field(
-        default_factory=dict, description=f"strings of the caller's; `{RECIPE}` is JSON with further fields of the recipe"
+        default_factory=dict,
+        description=f"strings of the caller's; `{RECIPE}` is JSON with other fields of the recipe",
     )
     integrations: Annotated[list[Any] | None, _refused(_ELSEWHERE)] = Field(default=None, description="none")
 
@@ -107,13 +108,13 @@ class FineTuningRequest(Body):
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
-class FineTuningError(ResponseBody):
+class FineTuningError(Answer):
     code: str
     message: str
     param: str | None
 
 
-class FineTuningJob(ResponseBody):
+class FineTuningJob(Answer):
     """A job. `trained_tokens` are those that have been learned so far; `fine_tuned_model` can be requested once the
     job has succeeded.
     """
@@ -139,13 +140,13 @@ class FineTuningJob(ResponseBody):
     metadata: dict[str, str]
 
 
-class FineTuningJobList(ResponseBody):
+class FineTuningJobList(Answer):
     object: Literal["list"] = "list"
     data: list[FineTuningJob]
     has_more: bool
 
 
-class FineTuningEvent(ResponseBody):
+class FineTuningEvent(Answer):
     """`data` of a step: step, train_loss, total_steps, learning_rate; of an evaluation: step, valid_loss."""
 
     id: str
@@ -157,19 +158,19 @@ class FineTuningEvent(ResponseBody):
     data: dict[str, Any]
 
 
-class FineTuningEventList(ResponseBody):
+class FineTuningEventList(Answer):
     object: Literal["list"] = "list"
     data: list[FineTuningEvent]
     has_more: bool
 
 
-class CheckpointMetrics(ResponseBody):
+class CheckpointMetrics(Answer):
     step: int
     train_loss: float | None = None
     valid_loss: float | None = None
 
 
-class FineTuningCheckpoint(ResponseBody):
+class FineTuningCheckpoint(Answer):
     """A version that was published: no other checkpoint can be asked for by a model's name."""
 
     id: str
@@ -181,7 +182,7 @@ class FineTuningCheckpoint(ResponseBody):
     metrics: CheckpointMetrics
 
 
-class FineTuningCheckpointList(ResponseBody):
+class FineTuningCheckpointList(Answer):
     object: Literal["list"] = "list"
     data: list[FineTuningCheckpoint]
     first_id: str | None

@@ -1,4 +1,4 @@
-"""Fine-tuning over HTTP: OpenAI's client unmodified, from files to a recipe, and from a job's events to its progress."""
+"""Fine-tuning over HTTP: OpenAI's client unmodified, from files to a recipe, and from events to progress."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog, Job
 from loray.publishing.user_files import FileWriter
 from loray.schemas.openai.fine_tuning import RECIPE
+from loray.settings import Settings
 from loray.spec import Limits, Principal, TrainSpec
 from serve_apps.auth import Authenticator
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
@@ -73,7 +74,7 @@ def make(base: BaseModel, home: Path, access: Callable[[str], Authenticator] = a
     catalog = Catalog(url)
     catalog.bases.add(base.name, base.fingerprint)
     files, jobs = file_storage(url, home), FakeJobs()
-    tuning = FineTuning(jobs, files.settings)
+    tuning = FineTuning(jobs, Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": url}))
     app = gateway_app(base, url, ScriptedEngines(), access=access(url), files=files, tuning=tuning)
     return Site(app, catalog, jobs, home, base)
 
@@ -111,14 +112,21 @@ async def test_openais_client_from_a_file_to_the_jobs_end(site: Site) -> None:
             metadata={"team": "sales"},
             method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
         )
-        assert (job.object, job.status, job.fine_tuned_model, job.finished_at) == ("fine_tuning.job", "queued", None, None)
+        assert (job.object, job.status, job.fine_tuned_model, job.finished_at) == (
+            "fine_tuning.job",
+            "queued",
+            None,
+            None,
+        )
         assert (job.training_file, job.validation_file, job.seed) == (file.id, other.id, 7)
         assert job.method.supervised.hyperparameters.model_dump() == hyper
         assert (job.metadata, job.result_files, job.integrations, job.error) == ({"team": "sales"}, [], [], None)
         recipe = recipe_of(site, job.id)
         assert (recipe.name, recipe.base, recipe.num_epochs, recipe.batch.rows) == ("tone", site.base.name, 3, 4)
         assert (recipe.data.train, recipe.data.eval) == (f"files://{file.id}", f"files://{other.id}")
-        assert recipe.optimizer.learning_rate == pytest.approx(2 * 1e-3)
+        assert recipe.optimizer.learning_rate == pytest.approx(
+            2 * 2e-4
+        )  # the base is not on the gateway's machine, so it counts as large
 
         known = site.catalog.jobs.get(job.id)
         site.catalog.jobs.start(job.id)
@@ -127,14 +135,15 @@ async def test_openais_client_from_a_file_to_the_jobs_end(site: Site) -> None:
         step = {"event": "step", "loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 9.0, "mfu": 0.1}
         step |= {"num_steps": 2, "num_tokens": 64, "skipped_steps": 0, "eta_s": 30.0, "time": 1e9}
         first = {**step, "step": 1}
-        site.run(known, {"event": "progress", "stage": "loading", "done": 0, "total": None}, first)
+        loading = {"event": "progress", "stage": "loading", "done": 0, "total": None}
+        site.run(known, loading, first)
         running = await client.fine_tuning.jobs.retrieve(job.id)
         assert (running.status, running.trained_tokens, running.estimated_finish) == ("running", 64, 1_000_000_030)
 
         event = {"version": 3, "step": 2, "evaluations": [{"metric": "loss", "subject": "adapter", "value": 1.25}]}
         held = {"event": "eval", "step": 2, "subject": "adapter", "eval_loss": 1.25, "time": 1e9 + 2}
         last = {**step, "step": 2, "loss": 1.5, "num_tokens": 128, "time": 1e9 + 1}
-        site.run(known, {"event": "progress", "stage": "loading", "done": 0, "total": None}, first, last, held, published=event)
+        site.run(known, loading, first, last, held, published=event)
         site.catalog.jobs.end(job.id, "succeeded", version=3)
         ended = await client.fine_tuning.jobs.retrieve(job.id)
         assert (ended.status, ended.fine_tuned_model, ended.trained_tokens) == ("succeeded", "tone@3", 128)
@@ -281,14 +290,19 @@ def test_lists_are_paged_by_what_they_have(site: Site, client: TestClient) -> No
         assert error_of(client.get(path, params={"after": "nothing"}), 400)["param"] == "after"
     assert error_of(client.get("/v1/fine_tuning/jobs", params={"metadata": "team"}), 400)["param"] == "metadata"
     assert client.get(f"{url}/checkpoints").json() == {
-        **{"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
     }
 
 
 def test_what_openai_has_and_this_has_not(site: Site, client: TestClient) -> None:
     for path in ("jobs/x/pause", "jobs/x/resume", "checkpoints/ft:a@1/permissions"):
-        assert "cancel" in (error := error_of(client.post(f"/v1/fine_tuning/{path}"), 404))["message"] or "share" in (
-            error["message"]
+        assert (
+            "cancel" in (error := error_of(client.post(f"/v1/fine_tuning/{path}"), 404))["message"]
+            or "share" in (error["message"])
         )
     error = error_of(client.get("/v1/fine_tuning/jobs/nothing"), 404)
     assert error["code"] == "job_not_found"
@@ -313,7 +327,11 @@ async def test_tenants_have_their_own_files_jobs_and_limits(base: BaseModel, tmp
             await theirs.fine_tuning.jobs.create(**given)
         job = await ours.fine_tuning.jobs.create(**given)
         assert job.organization_id == "acme"
-        for call in (theirs.fine_tuning.jobs.retrieve, theirs.fine_tuning.jobs.cancel, theirs.fine_tuning.jobs.list_events):
+        for call in (
+            theirs.fine_tuning.jobs.retrieve,
+            theirs.fine_tuning.jobs.cancel,
+            theirs.fine_tuning.jobs.list_events,
+        ):
             with pytest.raises(openai.NotFoundError):
                 await call(job.id)
         assert [one async for one in await theirs.fine_tuning.jobs.list()] == []
