@@ -132,4 +132,6 @@ def open_gateway(
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
     files = FileStorage(settings) if settings.files else None
-    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins), files), settings.access_log)
+    tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
+    app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)
+    return log_access(app, settings.access_log)

@@ -124,9 +124,7 @@ async def test_openais_client_from_a_file_to_the_jobs_end(site: Site) -> None:
         recipe = recipe_of(site, job.id)
         assert (recipe.name, recipe.base, recipe.num_epochs, recipe.batch.rows) == ("tone", site.base.name, 3, 4)
         assert (recipe.data.train, recipe.data.eval) == (f"files://{file.id}", f"files://{other.id}")
-        assert recipe.optimizer.learning_rate == pytest.approx(
-            2 * 2e-4
-        )  # the base is not on the gateway's machine, so it counts as large
+        assert recipe.optimizer.learning_rate == pytest.approx(2 * 2e-4)  # of a base of unknown size
 
         known = site.catalog.jobs.get(job.id)
         site.catalog.jobs.start(job.id)
