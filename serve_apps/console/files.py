@@ -1,4 +1,4 @@
-"""The page of the tenant's files: what `/v1/files` has, sent from and to a browser."""
+"""The pages of the tenant's files, sent from and to a browser, and of its batches."""
 
 from __future__ import annotations
 
@@ -102,3 +102,37 @@ def delete_file(service: Service, request: Request, id: FilePath) -> Response:
     """Delete a file. A batch or a job that reads it goes on."""
     service.catalog.files.delete(id)
     return led_to(request, "/files")
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+BatchPath = Annotated[str, Path(max_length=64)]
+
+
+@router.get("/batches")
+@may("batch")
+def list_batches(
+    console: ConsoleDep,
+    service: Service,
+    request: Request,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+) -> Response:
+    """Batches of the own tenant, newest first."""
+    page = service.catalog.batches.page(limit=_PAGE, after=after)
+    more = page.batches[-1].id if page.has_more else None
+    return console.renderer.page(request, "batches.html", batches=page.batches, more=more)
+
+
+@router.get("/batches/{id}/live")
+@router.get("/batches/{id}")
+@may("batch")
+def show_batch(console: ConsoleDep, service: Service, request: Request, id: BatchPath) -> Response:
+    return console.renderer.followed(request, "batch.html", batch=service.catalog.batches.get(id))
+
+
+@router.post("/batches/{id}/cancel")
+@may("batch")
+def cancel_batch(service: Service, request: Request, id: BatchPath) -> Response:
+    """Cancel a batch: what has an answer is in its files."""
+    service.catalog.batches.cancel(id)
+    return led_to(request, f"/batches/{id}")
