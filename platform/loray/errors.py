@@ -96,7 +96,8 @@ class AdapterNotFound(NotFoundError):
 
 
 class JobNotFound(NotFoundError):
-    pass
+    code = "job_not_found"
+    param = "id"
 
 
 class LogsGone(JobNotFound):

@@ -29,6 +29,7 @@ PAGES = (
     *("", "/login", "/adapters", "/adapters?search=zzz", "/adapters/tone", "/adapters/tone/versions/2"),
     *("/adapters/tone/diff?old=1&new=2", "/adapters/nothing", "/uploads", "/playground", "/jobs", "/jobs/new"),
     *("/jobs/train_1", "/jobs/sweep_1", COMPARED, "/serving", "/serving/replicas/r1", "/usage", "/keys"),
+    *("/files", "/files?purpose=batch", "/batches"),
 )
 METRICS = """
 # TYPE loray_time_to_first_token_seconds histogram

@@ -12,6 +12,9 @@ from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.settings import Settings
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from tests.fixtures.api import FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import HELLO, ScriptedEngines, file_storage, gateway_app, register
 from tests.fixtures.keys import access_of
@@ -37,6 +40,9 @@ OPERATIONS = [
     *(f"{method} /v1/batches" for method in ("GET", "POST")),
     "GET /v1/batches/{batch_id}",
     "POST /v1/batches/{batch_id}/cancel",
+    *(f"{method} /v1/fine_tuning/jobs" for method in ("GET", "POST")),
+    "POST /v1/fine_tuning/jobs/{id}/cancel",
+    *(f"GET /v1/fine_tuning/jobs/{{id}}{path}" for path in ("", "/checkpoints", "/events")),
     *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
@@ -54,7 +60,10 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
-    return gateway_app(base, url, ScriptedEngines(HELLO), files=file_storage(url, tmp_path_factory.mktemp("files")))
+    files = file_storage(url, tmp_path_factory.mktemp("files"))
+    return gateway_app(
+        base, url, ScriptedEngines(HELLO), files=files, tuning=FineTuning(FakeJobs(), Settings.from_env())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,9 @@ def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")
         files = file_storage(url, tmp_path_factory.mktemp("files"))
-        yield gateway_app(base, url, ScriptedEngines(HELLO), access=access, files=files), headers_of_each_kind(catalog)
+        tuning = FineTuning(FakeJobs(), Settings.from_env())
+        app = gateway_app(base, url, ScriptedEngines(HELLO), access=access, files=files, tuning=tuning)
+        yield app, headers_of_each_kind(catalog)
         access.close()
 
 
