@@ -460,7 +460,10 @@ class QuotaGate:
         for lease, _ in full:
             lease.refused()
         wait, lease, cost = max(((lease.turn_s(cost), lease, cost) for lease, cost in full), key=lambda one: one[0])
-        raise RateLimited(_message(lease, cost, wait), wait, headers_of([lease for lease, _ in costs]))
+        headers = headers_of([lease for lease, _ in costs])
+        if any(lease.rule.kind == "budget" or cost > lease.rule.limit for lease, cost in full):
+            headers["x-should-retry"] = "false"  # which clients obey: the same again is refused for long
+        raise RateLimited(_message(lease, cost, wait), wait, headers)
 
     def _leases_of(self, principal: Principal, now: float) -> list[QuotaLease]:
         rules = self._rules_of(principal)
