@@ -17,11 +17,11 @@ from loray.variables import (
     NONE,
     hashes,
     log_target,
+    one_of,
     origins,
     positive,
     share,
     size,
-    trusts_keys,
     whole,
     whole_or_none,
     worker_group,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE GATE_TRUSTS USAGE_DAYS ACCESS_LOG DATA "
     "MAX_JOBS MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
-    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS"
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS UNKNOWN_FIELDS"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -84,6 +84,8 @@ class Settings:
     key_max_age_s  how long the catalog's keys go on while it cannot be read (`LORAY_KEY_MAX_AGE_S`, default an hour)
     origins  of sites whose pages may ask gateways that need keys (`LORAY_CORS_ORIGINS`, comma-separated, or `*`;
              default none)
+    refuses_unknown_fields  of requests to gateways (`LORAY_UNKNOWN_FIELDS=refuse`; default `ignore`: they are named in
+             a header, but for likely typing errors)
     """
 
     home: Path
@@ -108,6 +110,7 @@ class Settings:
     metrics_key_hashes: tuple[str, ...] = ()
     key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
     origins: tuple[str, ...] = ()
+    refuses_unknown_fields: bool = False
     url: str | None = None
 
     @classmethod
@@ -144,7 +147,7 @@ class Settings:
             log_level=level,
             peak_tflops=positive(env, "LORAY_PEAK_TFLOPS"),
             gate_tolerance=share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
-            gate_trusts_keys=trusts_keys(env),
+            gate_trusts_keys=one_of(env, "LORAY_GATE_TRUSTS", ("jobs", "keys")) == "keys",
             usage_days=DEFAULT_USAGE_DAYS if (days := whole(env, "LORAY_USAGE_DAYS")) is None else days,
             access_log=log_target(env.get("LORAY_ACCESS_LOG")),
             data=_data(env.get("LORAY_DATA"), store),
@@ -159,6 +162,7 @@ class Settings:
             metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
             key_max_age_s=positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
             origins=origins(env, "LORAY_CORS_ORIGINS"),
+            refuses_unknown_fields=one_of(env, "LORAY_UNKNOWN_FIELDS", ("ignore", "refuse")) == "refuse",
         )
 
     @property
@@ -233,6 +237,7 @@ class Settings:
             "LORAY_METRICS_KEYS_SHA256": ",".join(self.metrics_key_hashes),
             "LORAY_KEY_MAX_AGE_S": "" if self.key_max_age_s == DEFAULT_KEY_MAX_AGE_S else str(self.key_max_age_s),
             "LORAY_CORS_ORIGINS": ",".join(self.origins),
+            "LORAY_UNKNOWN_FIELDS": "refuse" if self.refuses_unknown_fields else "",
         }
         return {name: value for name, value in env.items() if value}
 
