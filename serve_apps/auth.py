@@ -442,7 +442,7 @@ def _preflight(asked: Headers, allowed: str) -> Response:
     names = [name.strip().lower() for name in asked.get("access-control-request-headers", "").split(",")]
     answer = Response(status_code=204)
     answer.headers["Access-Control-Allow-Origin"] = allowed
-    answer.headers["Access-Control-Allow-Methods"] = "GET, POST"
+    answer.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
     answer.headers["Access-Control-Allow-Headers"] = ", ".join(filter(_HEADER.fullmatch, names[:_MOST_HEADERS]))
     answer.headers["Access-Control-Max-Age"] = str(_MAX_AGE_S)
     answer.headers["Vary"] = "Origin, Access-Control-Request-Headers"

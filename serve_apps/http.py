@@ -87,7 +87,7 @@ def install_error_handlers(
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
         messages = {
-            404: f"unknown URL: {request.method} {request.url.path}",
+            404: f"Invalid URL ({request.method} {request.url.path})",
             405: f"{request.method} is not allowed for {request.url.path}",
         }
         response = refused(error.status_code, messages.get(error.status_code, str(error.detail)))

@@ -137,7 +137,8 @@ def open_gateway(
     directory = ModelResolver(bases, access.follower, kept)
     accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
-    gateway = Gateway(served, directory, gateways, accounts)
+    refuses = settings.refuses_unknown_fields
+    gateway = Gateway(served, directory, gateways, accounts, refuses_unknown_fields=refuses)
     files = FileStorage(settings) if settings.files else None
     tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
     app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)

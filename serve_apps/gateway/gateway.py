@@ -55,12 +55,15 @@ class Gateway:
         directory: ModelResolver,
         gateways: Gateways | None = None,
         accounts: UsageMeter | None = None,
+        *,
+        refuses_unknown_fields: bool = False,
     ) -> None:
         """`bases`: those of `directory`. `gateways` None: this is the only one. `accounts` None: what requests use is
-        recorded nowhere.
+        recorded nowhere. Unknown fields of bodies are ignored, unless it refuses them.
         """
         self.bases = {base.name: base for base in bases}
         self.directory, self._gateways = directory, gateways
+        self.refuses_unknown_fields = refuses_unknown_fields
         self.models = ModelCards(directory, lambda base, length: self.bases[base.name].limit(length))
         self.accounts, self.turns = accounts or UsageMeter(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
