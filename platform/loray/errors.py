@@ -26,6 +26,7 @@
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
     │   ├── ContextLengthExceeded
+    │   ├── ModelNotSupported    the model does not do what the route is for
     │   └── GrammarTooExpensive  the masks of its constraint take too long
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the server takes no more such requests now; retry after `retry_after_s` seconds
@@ -195,6 +196,10 @@ class RequestError(LorayError, ValueError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class ModelNotSupported(RequestError):
+    code = "model_not_supported"
 
 
 class GrammarTooExpensive(RequestError):

@@ -32,6 +32,7 @@ from loray.schemas.openai import (
     ModelList,
     parse,
 )
+from loray.schemas.openai.embeddings import EmbeddingList, EmbeddingRequest
 from loray.schemas.openai.fields import Body
 from loray.schemas.openai.responses_api import ResponsesRequest, chat_request
 from loray.schemas.openai.vllm import (
@@ -121,6 +122,14 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
         headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
+
+    @router.post("/v1/embeddings")
+    @may("infer")
+    @Answers(_GENERATES, {_JSON: EmbeddingList}, EmbeddingRequest, limited=True)
+    async def embeddings(request: Request) -> Response:
+        """OpenAI's embeddings of texts or token ids, with vLLM's further fields, for bases that pool."""
+        headers = RequestHeaders.of(request)
+        return await gateway.embeddings(await parsed(request, partial(parse, EmbeddingRequest)), headers)
 
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
         body = parse(TokenizeRequest, given)

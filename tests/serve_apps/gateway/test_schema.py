@@ -31,7 +31,7 @@ OPERATIONS = [
         for path in ("/health", "/metrics", "/ping", "/status", "/v1/models", "/v1/models/{model}", "/version")
     ),
     *(f"POST {path}" for path in ("/detokenize", "/ping", "/tokenize", "/v1/chat/completions", "/v1/completions")),
-    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
+    *(f"POST /v1/{name}" for name in ("embeddings", "load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
 TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/status", "/{model}")  # that could be wrong
@@ -48,7 +48,7 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
-    return gateway_app(base, url, ScriptedEngines(HELLO))
+    return gateway_app(base, url, ScriptedEngines(HELLO), pooling="last")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,10 @@ def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")
-        yield gateway_app(base, url, ScriptedEngines(HELLO), access=access), headers_of_each_kind(catalog)
+        yield (
+            gateway_app(base, url, ScriptedEngines(HELLO), pooling="last", access=access),
+            headers_of_each_kind(catalog),
+        )
         access.close()
 
 
@@ -128,5 +131,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if "completions" in operation or "responses" in operation:
+    if "completions" in operation or "responses" in operation or "embeddings" in operation:
         assert statuses["limited"] == {429}
