@@ -30,6 +30,7 @@
     ├── RequestError           a generation request that can never be served
     │   ├── ContextLengthExceeded
     │   ├── GrammarTooExpensive  the masks of its constraint take too long
+    │   ├── ModelNotSupported    the model does not do what the route is for
     │   ├── UnknownParameter     it has a field that no one knows, most likely a typing error
     │   └── UnsupportedParameter it has a field that is known, changes the answer, and is not supported
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
@@ -216,6 +217,10 @@ class RequestError(LorayError, ValueError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class ModelNotSupported(RequestError):
+    code = "model_not_supported"
 
 
 class GrammarTooExpensive(RequestError):

@@ -32,6 +32,7 @@ from loray.schemas.openai import (
     ModelList,
     parse,
 )
+from loray.schemas.openai.embeddings import EmbeddingList, EmbeddingRequest
 from loray.schemas.openai.fields import Body, UnknownFields, reading
 from loray.schemas.openai.responses_api import NOT_STORED, ResponsesRequest, chat_request
 from loray.schemas.openai.vllm import (
@@ -126,6 +127,14 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
+    @router.post("/v1/embeddings")
+    @may("infer")
+    @Answers(_GENERATES, {_JSON: EmbeddingList}, EmbeddingRequest, limited=True)
+    async def embeddings(request: Request) -> Response:
+        """OpenAI's embeddings of texts or token ids, with vLLM's further fields, for bases that pool."""
+        headers = RequestHeaders.of(request)
+        return await gateway.embeddings(await parsed(request, partial(parse, EmbeddingRequest)), headers)
+
     @router.get("/v1/responses/{id}")
     @router.delete("/v1/responses/{id}")
     @router.post("/v1/responses/{id}/cancel")
@@ -141,17 +150,24 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(
         _GENERATES,
         {_JSON: None, _EVENTS: None},
-        (ChatCompletionRequest, CompletionRequest, ResponsesRequest),
+        (ChatCompletionRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest),
         limited=True,
     )
     async def invocations(request: Request) -> Response:
-        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input` a response."""
+        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input` embeddings of a
+        base that pools, else a response.
+        """
         forms = {"messages": chat_completions, "prompt": completions, "input": responses}
         given = await _converted_body(request, lambda body: [name for name in forms if _has(body, name)])
         if len(given) != 1:
             raise RequestError(
-                "give one of messages (a chat), prompt (a completion) and input (a response)", "messages"
+                "give one of messages (a chat), prompt (a completion) and input (a response, or embeddings)", "messages"
             )
+        if given == ["input"]:
+            name = await _converted_body(request, lambda body: body["model"] if _has(body, "model") else None)
+            target = await gateway.model(name if isinstance(name, str) else None, principal_of(request))
+            if target.base.pooling is not None:
+                return await embeddings(request)
         return await forms[given[0]](request)
 
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loray.errors import SpecError
 from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
+from loray.spec.generation import Pooling
 
 
 class AutoscalingSpec(Frozen):
@@ -135,6 +136,12 @@ class ServeSpec(Frozen):
     )
     tool_parser: ToolParserName | None = Field(
         default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
+    )
+    pooling: Pooling | None = Field(
+        default=None, description="what of a text's tokens is its embedding; None: as the base's modules.json says"
+    )
+    matryoshka: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), description="the `dimensions` to which embeddings may be cut: those that the base was trained for"
     )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"

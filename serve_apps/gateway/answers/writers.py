@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
+from base64 import b64encode
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from loray.schemas.openai import CompletionRequest
 from loray.schemas.openai.formats import ChatFormat, Choice, Chunks, CompletionFormat, chat_logprobs, usage_of
 from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import Event, ResponseBuilder
-from loray.spec import Delta, TokenDelta, TokenLogprob
+from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob
 from loray.text.detokenizer import RequestText
 from serve_apps.gateway.errors import Failure
 
@@ -169,6 +171,46 @@ def _events(events: list[Event]) -> str:
 
 def _json(value: Event) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class WholeEmbeddings:
+    """Writes the body of embeddings, each of which is a delta's text as `EmbeddingText` writes it."""
+
+    media_type: ClassVar[str] = "application/json"
+    is_stream: ClassVar[bool] = False
+
+    def __init__(self, model: str, num_inputs: int) -> None:
+        self._model = model
+        self._written = [""] * num_inputs
+        self._num_tokens = 0
+
+    def push(self, index: int, delta: Delta) -> str:
+        self._written[index] = f'{{"object":"embedding","index":{index},"embedding":{delta.text}}}'
+        self._num_tokens += delta.num_prompt_tokens
+        return ""
+
+    def end(self) -> str:
+        usage = f'{{"prompt_tokens":{self._num_tokens},"total_tokens":{self._num_tokens}}}'
+        model = json.dumps(self._model, ensure_ascii=False)
+        return f'{{"object":"list","data":[{",".join(self._written)}],"model":{model},"usage":{usage}}}'
+
+    def failed(self, failure: Failure) -> str:
+        return failure.body
+
+
+class EmbeddingText:
+    """Writes an embedding as JSON: its numbers, with as many digits as tell floats of four bytes apart, or base64."""
+
+    def __init__(self, request: GenerateRequest, encoding: Literal["float", "base64"]) -> None:
+        self._num_tokens, self._encoding = len(request.prompt_ids), encoding
+
+    def push(self, tokens: TokenDelta) -> Delta:
+        vector = tokens.embedding or ()
+        if self._encoding == "base64":
+            text = f'"{b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()}"'
+        else:
+            text = f"[{','.join([f'{x:.9g}' for x in vector])}]"
+        return Delta(text, (), None, tokens.finish_reason, self._num_tokens, 0, tokens.num_cached_tokens)
 
 
 class Echo:

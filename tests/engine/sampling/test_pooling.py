@@ -17,8 +17,8 @@ from loray.engine.engine import Engine
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError, RequestError
 from loray.methods.weights import LoraWeights
-from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling
-from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request
+from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling, PoolingParams
+from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request, run
 from tests.fixtures.peft_adapters import ATTENTION, Adapters, Oracle, TestAdapter, make_adapter
 
 LENGTHS = (1, 2, 17, 40, 64, 65, 90)
@@ -52,7 +52,7 @@ def expected(oracle: Oracle, ids: Sequence[int], adapter: TestAdapter | None, po
 
 
 def embed(name: str, ids: Sequence[int], adapter: TestAdapter | None, pooling: Pooling) -> GenerateRequest:
-    return replace(request(name, ids, adapter, max_tokens=0), pooling=pooling)
+    return replace(request(name, ids, adapter, max_tokens=0), pooling=PoolingParams(kind=pooling))
 
 
 def batch(every: Sequence[TestAdapter]) -> list[tuple[GenerateRequest, TestAdapter | None]]:
@@ -82,7 +82,7 @@ def check(engine: Engine, oracle: Oracle, every: Sequence[TestAdapter]) -> None:
     assert set(tokens) == {r.request_id for r, _ in asked if r.pooling is None}
     for r, adapter in asked:
         if r.pooling is not None:
-            found, wanted = torch.tensor(vectors[r.request_id]), expected(oracle, r.prompt_ids, adapter, r.pooling)
+            found, wanted = torch.tensor(vectors[r.request_id]), expected(oracle, r.prompt_ids, adapter, r.pooling.kind)
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=r.request_id)
             assert float(found.norm()) == pytest.approx(1, abs=1e-5)
 
@@ -106,16 +106,38 @@ def test_preemption_changes_no_embedding(base: BaseModel, oracle: Oracle) -> Non
         torch.testing.assert_close(torch.tensor(found[r.request_id]), wanted, atol=1e-4, rtol=0)
 
 
-def test_the_last_token_is_found_behind_a_cached_prefix_and_a_mean_computes_all(
+def test_the_last_token_is_found_behind_a_cached_prefix_and_no_embedding_leaves_blocks(
     base: BaseModel, oracle: Oracle
 ) -> None:
     engine, prompt = make_engine(base), ids(70, 5)
-    for name, pooling in (("a", "mean"), ("b", "last"), ("c", "mean")):
-        (out,) = outputs(engine, embed(name, prompt, None, pooling))  # type: ignore[arg-type]
-        assert out.num_cached_tokens == (64 if pooling == "last" else 0)
+    kept = engine.scheduler.prefix_cache
+    run(engine, [embed("first", prompt, None, "last")])
+    assert kept.num_idle == 0
+    run(engine, [request("answer", prompt, max_tokens=1)])
+    num_kept = kept.num_idle
+    cases: tuple[tuple[Pooling, int], ...] = (("mean", 0), ("last", 64), ("mean", 0))
+    for i, (pooling, num_cached) in enumerate(cases):
+        (out,) = outputs(engine, embed(str(i), prompt, None, pooling))
+        assert (out.num_cached_tokens, kept.num_idle) == (num_cached, num_kept)
         assert out.embedding is not None
-        wanted = expected(oracle, prompt, None, pooling)  # type: ignore[arg-type]
+        wanted = expected(oracle, prompt, None, pooling)
         torch.testing.assert_close(torch.tensor(out.embedding), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dimensions", [None, 24])
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_embeddings_are_cut_and_scaled_where_that_is_wanted(
+    base: BaseModel, oracle: Oracle, kind: Pooling, dimensions: int | None
+) -> None:
+    engine, prompt = make_engine(base, max_num_batched_tokens=32), ids(70, 5)
+    with torch.inference_mode():
+        out = oracle._models[None](input_ids=torch.tensor([prompt]), output_hidden_states=True)
+    x_TD = out.hidden_states[-1][0]
+    cut_D = (x_TD[-1] if kind == "last" else x_TD.mean(0))[:dimensions]
+    for scaled, wanted in ((True, normalize(cut_D, dim=0)), (False, cut_D)):
+        pooling = PoolingParams(kind=kind, dimensions=dimensions, normalize=scaled)
+        (found,) = outputs(engine, replace(embed("a", prompt, None, kind), pooling=pooling))
+        torch.testing.assert_close(torch.tensor(found.embedding), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_hidden_states_that_are_not_finite_fail_their_request_alone(base: BaseModel, adapters: Adapters) -> None:
@@ -141,6 +163,6 @@ def test_hidden_states_that_are_not_finite_fail_their_request_alone(base: BaseMo
     [{"max_tokens": 1}, {"prompt_logprobs": 0}, {"structured": Constraint(kind="regex", text="a")}],
 )
 def test_an_embedding_has_no_answer(base: BaseModel, params: dict[str, Any]) -> None:
-    asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling="last")
+    asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling=PoolingParams(kind="last"))
     with pytest.raises(RequestError, match="an embedding has n"):
         make_engine(base).check(asked)

@@ -61,6 +61,7 @@ OPERATIONS = sorted(
             "/v1/batches/{batch_id}/cancel",
             "/v1/chat/completions",
             "/v1/completions",
+            "/v1/embeddings",
             "/v1/files",
             "/v1/fine_tuning/jobs",
             "/v1/fine_tuning/jobs/{id}/cancel",
@@ -98,9 +99,8 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
     files = file_storage(url, tmp_path_factory.mktemp("files"))
-    return gateway_app(
-        base, url, ScriptedEngines(HELLO), files=files, tuning=FineTuning(FakeJobs(), Settings.from_env())
-    )
+    tuning = FineTuning(FakeJobs(), Settings.from_env())
+    return gateway_app(base, url, ScriptedEngines(HELLO), pooling="last", files=files, tuning=tuning)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")
         files = file_storage(url, tmp_path_factory.mktemp("files"))
-        tuning = FineTuning(FakeJobs(), Settings.from_env())
-        app = gateway_app(base, url, ScriptedEngines(HELLO), access=access, files=files, tuning=tuning)
+        tuning, engines = FineTuning(FakeJobs(), Settings.from_env()), ScriptedEngines(HELLO)
+        app = gateway_app(base, url, engines, pooling="last", access=access, files=files, tuning=tuning)
         yield app, headers_of_each_kind(catalog)
         access.close()
 
@@ -183,5 +183,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if operation.endswith(("completions", "/v1/responses", "/invocations")):
+    if operation.endswith(("completions", "/v1/responses", "/v1/embeddings", "/invocations")):
         assert statuses["limited"] == {429}

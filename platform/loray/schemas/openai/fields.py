@@ -235,18 +235,20 @@ def bias(value: object) -> object:
     return biases
 
 
-def prompts(value: object) -> tuple[Prompt, ...]:
-    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids."""
+def prompts(value: object, most: int = MAX_CHOICES) -> tuple[Prompt, ...]:
+    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids. Any may be empty;
+    `most`: of a list of prompts.
+    """
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
         if _is_token_ids(value):
             return (tuple(value),)
         if isinstance(value[0], str | list):
-            _check_number(value, MAX_CHOICES, "prompts")
+            _check_number(value, most, "prompts")
         if all(isinstance(v, str) for v in value):
             return tuple(value)
-        if all(isinstance(v, list) and v and _is_token_ids(v) for v in value):
+        if all(isinstance(v, list) and _is_token_ids(v) for v in value):
             return tuple(tuple(v) for v in value)
     raise RequestError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
 
