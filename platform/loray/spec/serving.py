@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
+from loray.spec.fields import (
+    DTYPE_BYTES,
+    AnyDType,
+    Frozen,
+    Name,
+    NumBytes,
+    ReasoningParserName,
+    ToolParserName,
+    read_mapping,
+)
 
 
 class AutoscalingSpec(Frozen):
@@ -135,6 +144,9 @@ class ServeSpec(Frozen):
     )
     tool_parser: ToolParserName | None = Field(
         default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
+    )
+    reasoning_parser: ReasoningParserName | None = Field(
+        default=None, description="how the base marks what it thinks before it answers; None: by its chat template"
     )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ PRIORITY = "X-Loray-Priority"  # of the response: the priority that was applied,
 IGNORED = "X-Loray-Ignored-Fields"  # of the response: keywords of a schema that answers may violate
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_IGNORED = 1024  # characters
+_NAME = re.compile(r"[A-Za-z0-9_.$]+")
 
 
 class RequestHeaders(NamedTuple):
@@ -47,8 +49,8 @@ class RequestHeaders(NamedTuple):
 
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:
-    """The header that names keywords of the client's schema, as far as they may stand in one."""
-    named = [word for word in keywords if word.isascii() and word.replace("$", "").isalnum()]
+    """The header that names fields, and keywords of the client's schema, as far as they may stand in one."""
+    named = [word for word in keywords if _NAME.fullmatch(word)]
     return {IGNORED: ", ".join(named)[:_MAX_IGNORED]} if named else {}
 
 

@@ -27,7 +27,7 @@ from loray.schemas.openai.fields import (
     ShortText,
 )
 from loray.schemas.openai.structured import JsonSchema, StructuredFields
-from loray.spec import Constraint, SamplingParams, Tool, ToolUse
+from loray.spec import Constraint, SamplingParams, Thinking, Tool, ToolUse
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 
@@ -344,12 +344,17 @@ class GenerationRequest(Hints, StructuredFields):
         choice: int,
         bad_words: tuple[tuple[int, ...], ...] = (),
         structured: Constraint | None = None,
+        thinking: Thinking | None = None,
     ) -> SamplingParams:
         """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i.
 
         bad_words   the tokens of the request's
         structured  what the answer must match, where tools make more of it than `constraint` says
+        thinking    the thought before the answer; the engine is told of it where it has something to do with it
         """
+        structured = structured or (None if self.constraint is None else self.constraint.constraint)
+        if thinking is not None and (thinking.state == "over" or (structured is None and thinking.budget is None)):
+            thinking = None
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -369,7 +374,8 @@ class GenerationRequest(Hints, StructuredFields):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            structured=structured or (None if self.constraint is None else self.constraint.constraint),
+            structured=structured,
+            thinking=thinking,
             allowed_token_ids=self.allowed_token_ids,
             bad_words=bad_words,
         )
