@@ -23,7 +23,16 @@ from loray.schemas.openai import ChatCompletionRequest, Prompt
 from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 from loray.schemas.openai.requests import for_template
 from loray.schemas.status import AutoscalingStatus, BaseStatus, ReplicaStatus
-from loray.spec import AdapterRef, Constraint, GenerateRequest, PoolingParams, ServeSpec, TokenDelta, ToolParserName
+from loray.spec import (
+    AdapterRef,
+    Constraint,
+    GenerateRequest,
+    PoolingParams,
+    ReasoningParserName,
+    ServeSpec,
+    TokenDelta,
+    ToolParserName,
+)
 from loray.text.chat import Dialect, Dialects
 from loray.text.grammar import GrammarChecker
 from loray.text.templates import ChatTemplates
@@ -104,18 +113,25 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, base: BaseModel, tokenizer: Tokenizer, templates: ChatTemplates, form: ToolParserName | None = None
+        self,
+        base: BaseModel,
+        tokenizer: Tokenizer,
+        templates: ChatTemplates,
+        form: ToolParserName | None = None,
+        reasoning_parser: ReasoningParserName | None = None,
     ) -> None:
-        """`form`: how the base writes tool calls; None: detected."""
+        """`form`: how the base writes tool calls; `reasoning_parser`: how it thinks. None: detected."""
         self.tokenizer = tokenizer
-        self._dialects = Dialects(base.name, templates, tokenizer, form)
+        self._dialects = Dialects(base.name, templates, tokenizer, form, reasoning_parser)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._long_texts = Places("very long texts", LONG_TEXTS)
         self._own_templates = Places("renderings of adapters' templates", OWN_TEMPLATES)
 
     @classmethod
-    def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:
-        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form)
+    def load(
+        cls, base: BaseModel, form: ToolParserName | None = None, reasoning_parser: ReasoningParserName | None = None
+    ) -> PromptEncoder:
+        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form, reasoning_parser)
 
     def close(self) -> None:
         self._long_texts.close()
@@ -203,7 +219,7 @@ class PromptEncoder:
                 use,
                 add_generation_prompt=begins,
                 continue_final_message=request.continue_final_message,
-                variables=request.chat_template_kwargs,
+                variables=request.template_variables if dialect.thinks else request.chat_template_kwargs,
             )
 
         def encode(prompt: str) -> tuple[int, ...]:
@@ -299,8 +315,8 @@ class ServedBase:
 
     @classmethod
     def open(cls, spec: ServeSpec, base: BaseModel, engines: EngineClient) -> ServedBase:
-        """Read the base's tokenizer and templates."""
-        return cls(spec, base, PromptEncoder.load(base, spec.tool_parser), engines)
+        """Read the base's tokenizer and templates. Raises SpecError where they are not those of the spec's parsers."""
+        return cls(spec, base, PromptEncoder.load(base, spec.tool_parser, spec.reasoning_parser), engines)
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.schemas.openai.structured import RequestedConstraint
 from loray.schemas.status import CatalogStatus, Status, total
-from loray.spec import BATCH_PRIORITY, GenerateRequest, Principal, SamplingParams, TokenDelta, cache_salt
+from loray.spec import BATCH_PRIORITY, GenerateRequest, Principal, SamplingParams, Thinking, TokenDelta, cache_salt
 from loray.text.chat import Dialect
 from loray.text.detokenizer import RequestText
 from serve_apps.accounting.accounts import TenantTurns, UsageMeter
@@ -136,9 +136,13 @@ class Gateway:
         if use is not None:
             given = None if constraint is None else RequestedConstraint("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(asked, [prompt]))
-        requests, told = await self._requests(asked, [prompt], answer.id, "messages", given)
+        thinking = dialect.thinking(prompt, request.thinking_budget)
+        unused = request.thinking_fields if thinking is None else []
+        requests, told = await self._requests(asked, [prompt], answer.id, "messages", given, thinking, unused)
         writer = writer or writer_of(answer, len(requests), request)
-        texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
+        options = {"thinking": thinking, "include_reasoning": request.include_reasoning is not False}
+        options["tokens_as_ids"] = request.return_tokens_as_token_ids
+        texts = [dialect.text_of(r, use, **options) for r in requests]
         return self._answer(asked, requests, texts, writer, answer.id, told)
 
     async def embeddings(self, request: EmbeddingRequest, headers: RequestHeaders) -> Response:
@@ -215,11 +219,14 @@ class Gateway:
         answer_id: str,
         param: str,
         given: RequestedConstraint | None,
+        thinking: Thinking | None = None,
+        unused: Sequence[str] = (),
     ) -> tuple[list[GenerateRequest], dict[str, str]]:
-        """Make the engine's requests, one for each choice, and the answer's headers that say what of a constraint is
-        ignored. Their ids begin with the client's, and are unique.
+        """Make the engine's requests, one for each choice, and the answer's headers that say what is ignored: of a
+        constraint, and the fields `unused`. Their ids begin with the client's, and are unique.
 
-        `given`: what the answers must match. What was tokenised for a request that is refused is charged.
+        `given`: what the answers must match; `thinking`: the thought before it. What was tokenised for a request that
+        is refused is charged.
         """
         request, headers, target, _ = asked
         principal = headers.principal
@@ -236,6 +243,7 @@ class Gateway:
                         choice=choice,
                         bad_words=bad_words,
                         structured=None if given is None else given.constraint,
+                        thinking=thinking,
                     ),
                     adapter=target.adapter,
                     tenant=share_of(principal, request.user),
@@ -247,7 +255,7 @@ class Gateway:
                 for i, prompt in enumerate(prompts)
                 for choice in range(request.n)
             ]
-        return requests, ignored_fields(ignored)
+        return requests, ignored_fields([*ignored, *unused])
 
     def _answer(
         self,

@@ -67,6 +67,7 @@ class Request:
     ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
+    ends_thought        one of its next tokens may have to close its thought; `sampling.grammar` writes it as well
     """
 
     spec: GenerateRequest
@@ -98,6 +99,7 @@ class Request:
     ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
+    ends_thought: bool = False
 
     def __post_init__(self) -> None:
         self.changes_logits = self.spec.params.changes_logits

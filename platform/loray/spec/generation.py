@@ -141,6 +141,21 @@ FinishReason = Literal["stop", "length", "tool_calls"]  # tool_calls: a chat's, 
 BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
+class Thinking(Frozen):
+    """The thought with which an answer may begin, told from its content by tokens.
+
+    start_id, end_id  the tokens that open and close it
+    state             after the prompt it is open; over, so that the answer is content; or may be, where the answer's
+                      first token opens one
+    budget            its most tokens, after which `end_id` is forced; None: any number
+    """
+
+    start_id: int
+    end_id: int
+    state: Literal["open", "may be", "over"] = "may be"
+    budget: int | None = Field(default=None, ge=0)
+
+
 class SamplingParams(Frozen):
     """Sampling parameters, with vLLM's names and meanings. `temperature=0` is greedy."""
 
@@ -163,6 +178,9 @@ class SamplingParams(Frozen):
     logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
     structured: Constraint | None = Field(default=None, description="what the answer must match")
+    thinking: Thinking | None = Field(
+        default=None, description="before what must match, or with a budget; None: there is nothing to do about it"
+    )
     allowed_token_ids: tuple[int, ...] | None = Field(default=None, min_length=1, description="no other is sampled")
     bad_words: tuple[BadWord, ...] = Field(default=(), max_length=1024, description="as tokens")
 
@@ -264,6 +282,8 @@ class Delta(NamedTuple):
     """A TokenDelta with its text. Counts are totals so far; `prompt_logprobs` come with the first delta.
 
     stop_reason  the stop string or the token of `stop_token_ids` that ended the text; None at any other end
+    reasoning    the new part of what a reasoning model thinks before its answer, which is no part of `text`
+    num_reasoning_tokens  of `num_output_tokens` those of the thought, without the tokens that open and close it
     """
 
     text: str
@@ -276,3 +296,5 @@ class Delta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    num_reasoning_tokens: int = 0

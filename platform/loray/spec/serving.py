@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
+from loray.spec.fields import (
+    DTYPE_BYTES,
+    AnyDType,
+    Frozen,
+    Name,
+    NumBytes,
+    ReasoningParserName,
+    ToolParserName,
+    read_mapping,
+)
 from loray.spec.generation import Pooling
 
 
@@ -136,6 +145,9 @@ class ServeSpec(Frozen):
     )
     tool_parser: ToolParserName | None = Field(
         default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
+    )
+    reasoning_parser: ReasoningParserName | None = Field(
+        default=None, description="how the base marks what it thinks before it answers; None: by its chat template"
     )
     pooling: Pooling | None = Field(
         default=None, description="what of a text's tokens is its embedding; None: as the base's modules.json says"

@@ -101,6 +101,8 @@ class _ResponseWriter:
         events = []
         self._choice.count(delta)
         self._choice.finish_reason = delta.finish_reason or self._choice.finish_reason
+        if delta.reasoning:
+            events += builder.reasoning(delta.reasoning)
         if delta.text:
             events += builder.text(delta.text, _logprobs(delta))
         for call in delta.tool_calls:

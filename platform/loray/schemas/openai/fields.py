@@ -327,8 +327,8 @@ class Hints(Body):
 
     metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
     store: bool | None = Field(default=None, description="accepted; nothing is stored")
-    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
-    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
+    reasoning_effort: ShortText | None = Field(default=None, description="of chats: how long a reasoning model thinks")
+    include_reasoning: bool | None = Field(default=None, description="of chats; false: answers leave it out")
     verbosity: ShortText | None = Field(default=None, description=_HINT)
     service_tier: ShortText | None = Field(default=None, description=_HINT)
     safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
