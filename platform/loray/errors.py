@@ -26,6 +26,7 @@
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
     │   ├── ContextLengthExceeded
+    │   ├── ThreadsUnsupported it asks that its conversation is stored here
     │   └── GrammarTooExpensive  the masks of its constraint take too long
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the server takes no more such requests now; retry after `retry_after_s` seconds
@@ -195,6 +196,10 @@ class RequestError(LorayError, ValueError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class ThreadsUnsupported(RequestError):
+    code = "thread_unsupported_request"  # Anthropic's clients know it, and send the whole conversation then
 
 
 class GrammarTooExpensive(RequestError):

@@ -17,6 +17,7 @@ from loray.errors import RequestError
 from loray.policy.auth import share_of
 from loray.policy.canary import session_of
 from loray.policy.quotas import allowed_priority
+from loray.schemas.anthropic import MessageBuilder, MessagesRequest
 from loray.schemas.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
 from loray.schemas.openai.formats import NO_EXTRAS, Extras
 from loray.schemas.openai.requests import GenerationRequest
@@ -30,7 +31,7 @@ from serve_apps.accounting.accounts import TenantTurns, UsageMeter
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import AnswerResponse, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
-from serve_apps.gateway.answers.writers import AnswerWriter, Echo, response_writer, writer_of
+from serve_apps.gateway.answers.writers import AnswerWriter, Echo, message_writer, response_writer, writer_of
 from serve_apps.gateway.bases import Gateways, Health, ServedBase, ServedModel
 from serve_apps.gateway.canaries import CanaryCounters, CanaryMeter
 from serve_apps.gateway.directory import ModelCards, ModelResolver, ResolvedModel
@@ -101,6 +102,17 @@ class Gateway:
             )
         except RequestError as e:
             raise renamed(e) from e
+
+    async def messages(
+        self, request: MessagesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
+    ) -> Response:
+        """Answer a request of Anthropic's Messages API, which stands for the chat request `chat`."""
+        builder = MessageBuilder(request)
+        return await self.chat_completions(chat, headers, message_writer(builder, stream=request.stream), builder.id)
+
+    async def chat_prompt(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> tuple[int, ...]:
+        """Encode a chat that is not to be answered, however long it is."""
+        return await target.base.prompts.chat(request, await self.dialect(request, target, tenant), None, tenant)
 
     async def chat_completions(
         self,

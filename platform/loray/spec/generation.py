@@ -255,6 +255,8 @@ class Delta(NamedTuple):
     """A TokenDelta with its text. Counts are totals so far; `prompt_logprobs` come with the first delta.
 
     stop_reason  the stop string or the token of `stop_token_ids` that ended the text; None at any other end
+    reasoning    the new part of what a reasoning model thinks before its answer, which is no part of `text`
+    num_reasoning_tokens  of `num_output_tokens` those of the thought, without the tokens that open and close it
     """
 
     text: str
@@ -267,3 +269,5 @@ class Delta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    num_reasoning_tokens: int = 0

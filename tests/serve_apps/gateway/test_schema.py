@@ -31,7 +31,8 @@ OPERATIONS = [
         for path in ("/health", "/metrics", "/ping", "/status", "/v1/models", "/v1/models/{model}", "/version")
     ),
     *(f"POST {path}" for path in ("/detokenize", "/ping", "/tokenize", "/v1/chat/completions", "/v1/completions")),
-    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
+    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "messages", "messages/count_tokens")),
+    *(f"POST /v1/{name}" for name in ("responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
 TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/status", "/{model}")  # that could be wrong
@@ -74,7 +75,8 @@ def test_the_document_has_every_route(app: Any) -> None:
             for status, answer in operation["responses"].items():
                 if status != "200":
                     shown = answer["content"]["application/json"]["schema"]
-                    assert shown == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
+                    form = "ErrorAnswer" if path.startswith("/v1/messages") else "ErrorBody"
+                    assert shown == {"$ref": f"#/components/schemas/{form}"}, (path, status)
     chat = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "messages" in document["components"]["schemas"][chat["$ref"].rpartition("/")[2]]["properties"]
     assert "x-ratelimit-remaining-tokens" in document["paths"]["/v1/responses"]["post"]["responses"]["429"]["headers"]
@@ -128,5 +130,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if "completions" in operation or "responses" in operation:
+    if any(name in operation for name in ("completions", "responses", "messages")):
         assert statuses["limited"] == {429}

@@ -83,6 +83,8 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
     "POST /v1/completions": Route(INFER, _SHORT | {"prompt": "hi"}),
     "POST /v1/chat/completions": Route(INFER, _CHAT),
     "POST /v1/responses": Route(INFER, _MODEL | {"input": "hi"}),
+    "POST /v1/messages": Route(INFER, _CHAT),
+    "POST /v1/messages/count_tokens": Route(INFER, _CHAT),
     "POST /tokenize": Route(INFER, _MODEL | {"prompt": "hi"}),
     "POST /detokenize": Route(INFER, _MODEL | {"tokens": [1]}),
     "POST /v1/load_lora_adapter": Route(PUBLISH, {"lora_name": "{model}"}),
