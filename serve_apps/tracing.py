@@ -41,11 +41,8 @@ if TYPE_CHECKING:
 REQUEST_ID = "loray.request_id"
 _X_REQUEST_ID = b"x-request-id"
 _LONGEST_NAME = 256  # characters of a model's name, which a client may have made up
-_OPERATIONS = {
-    "/v1/completions": "text_completion",
-    "/v1/chat/completions": "chat",
-    "/v1/responses": "chat",
-    "/v1/embeddings": "embeddings",
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"} | {
+    f"/v1/{name}": "chat" for name in ("chat/completions", "responses", "messages")
 }
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")

@@ -31,6 +31,7 @@
     │   ├── ContextLengthExceeded
     │   ├── GrammarTooExpensive  the masks of its constraint take too long
     │   ├── ModelNotSupported    the model does not do what the route is for
+    │   ├── ThreadsUnsupported   it asks that its conversation is stored here
     │   ├── UnknownParameter     it has a field that no one knows, most likely a typing error
     │   └── UnsupportedParameter it has a field that is known, changes the answer, and is not supported
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
@@ -221,6 +222,10 @@ class ContextLengthExceeded(RequestError):
 
 class ModelNotSupported(RequestError):
     code = "model_not_supported"
+
+
+class ThreadsUnsupported(RequestError):
+    code = "thread_unsupported_request"  # Anthropic's clients know it, and send the whole conversation then
 
 
 class GrammarTooExpensive(RequestError):

@@ -22,6 +22,7 @@ from serve_apps.accounting.accounts import AdmitRequests, UsageMeter
 from serve_apps.accounting.quotas import QuotaExchange
 from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissions, open_auth
 from serve_apps.gateway import errors
+from serve_apps.gateway.anthropic import AnthropicForm
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.files.batches import batch_routes
@@ -99,6 +100,7 @@ def create_app(
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
+    app.add_middleware(AnthropicForm)
     if origins:
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)

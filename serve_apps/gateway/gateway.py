@@ -18,6 +18,7 @@ from loray.errors import ContextLengthExceeded, RequestError
 from loray.policy.auth import share_of
 from loray.policy.canary import session_of
 from loray.policy.quotas import allowed_priority
+from loray.schemas.anthropic import MessageBuilder, MessagesRequest
 from loray.schemas.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
 from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 from loray.schemas.openai.formats import NO_EXTRAS, Extras
@@ -37,6 +38,7 @@ from serve_apps.gateway.answers.writers import (
     Echo,
     EmbeddingText,
     WholeEmbeddings,
+    message_writer,
     response_writer,
     writer_of,
 )
@@ -117,6 +119,17 @@ class Gateway:
             )
         except RequestError as e:
             raise renamed(e) from e
+
+    async def messages(
+        self, request: MessagesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
+    ) -> Response:
+        """Answer a request of Anthropic's Messages API, which stands for the chat request `chat`."""
+        builder = MessageBuilder(request)
+        return await self.chat_completions(chat, headers, message_writer(builder, stream=request.stream), builder.id)
+
+    async def chat_prompt(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> tuple[int, ...]:
+        """Encode a chat that is not to be answered, however long it is."""
+        return await target.base.prompts.chat(request, await self.dialect(request, target, tenant), None, tenant)
 
     async def chat_completions(
         self,

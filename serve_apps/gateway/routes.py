@@ -22,6 +22,14 @@ from starlette.routing import BaseRoute
 from loray import __version__
 from loray.errors import RequestError, ResponseNotFound, shown
 from loray.policy.auth import check
+from loray.schemas.anthropic import (
+    CountTokensRequest,
+    ErrorAnswer,
+    MessagesRequest,
+    TokenCount,
+    model_info,
+)
+from loray.schemas.anthropic import chat_request as chat_of_message
 from loray.schemas.openai import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -46,16 +54,19 @@ from loray.schemas.openai.vllm import (
 from loray.schemas.status import Status
 from serve_apps.auth import Permissions, describe_keys, may, principal_of
 from serve_apps.deployment import CATALOG_PREFIX
+from serve_apps.gateway import anthropic
 from serve_apps.gateway.answers.headers import RequestHeaders, is_strict, tell_ignored
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.http import extend_openapi, parse_json, read, schema_reference
 
 B = TypeVar("B", bound=Body)
+M = TypeVar("M", bound=CountTokensRequest)
 T = TypeVar("T")
 E = TypeVar("E", bound=Callable[..., object])
 
 _ANSWERS = "loray_answers"
 _IGNORED = "ignored_fields"  # of a request's state
+_ANTHROPIC_PAGE = 20  # models, unless its clients ask for another number
 _TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
 JSON, BINARY = "application/json", "application/octet-stream"
@@ -65,6 +76,8 @@ _ABOUT_MODEL = (400, 404, *_WITH_KEY)
 _WITH_BODY = (408, 413, *_ABOUT_MODEL)
 _TOKENIZES = (429, *_WITH_BODY)
 _GENERATES = (501, 504, *_TOKENIZES)
+_COUNTS = (402, 529, *(status for status in _TOKENIZES if status != 503))  # in Anthropic's form
+_WRITES = (501, 504, *_COUNTS)
 _HEALTH = (500, 503)
 ABOUT_OWN = (429, *_ABOUT_MODEL)  # what a tenant keeps here
 WITH_FORM = (429, *_WITH_BODY)
@@ -78,12 +91,14 @@ class Answers:
     content  media type → its model; None: text, or an object without a model of ours
     body     the model of the request's body, or one of several
     limited  whether limits of keys apply, which headers tell
+    error    the model of errors
     """
 
     errors: tuple[int, ...]
     content: Mapping[str, type[BaseModel] | None]
     body: type[Body] | tuple[type[Body], ...] = ()
     limited: bool = False
+    error: type[BaseModel] = ErrorBody
 
     def __call__(self, endpoint: E) -> E:
         setattr(endpoint, _ANSWERS, self)
@@ -127,6 +142,26 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
+    @router.post("/v1/messages")
+    @may("infer")
+    @Answers(_WRITES, {_JSON: None, _EVENTS: None}, MessagesRequest, limited=True, error=ErrorAnswer)
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages API, as another form of a chat completion; streamed as its events."""
+        headers = RequestHeaders.of(request)
+        return await gateway.messages(*await parsed(request, partial(_with_chat, MessagesRequest)), headers)
+
+    @router.post("/v1/messages/count_tokens")
+    @may("infer")
+    @Answers(_COUNTS, {_JSON: TokenCount}, CountTokensRequest, error=ErrorAnswer)
+    async def count_tokens(request: Request) -> Response:
+        """Anthropic's: the number of tokens of a message's prompt."""
+        body, chat = await parsed(request, partial(_with_chat, CountTokensRequest))
+        principal = principal_of(request)
+        target = await gateway.model(body.model, principal)
+        num_tokens = len(await gateway.chat_prompt(chat, target, principal.tenant))
+        gateway.accounts.charge(principal, _TOKENIZING * num_tokens)
+        return Response(TokenCount(input_tokens=num_tokens).to_json(), media_type=_JSON)
+
     @router.post("/v1/embeddings")
     @may("infer")
     @Answers(_GENERATES, {_JSON: EmbeddingList}, EmbeddingRequest, limited=True)
@@ -155,13 +190,13 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     )
     async def invocations(request: Request) -> Response:
         """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input` embeddings of a
-        base that pools, else a response.
+        embeddings of a base that pools, else a response.
         """
         forms = {"messages": chat_completions, "prompt": completions, "input": responses}
         given = await _converted_body(request, lambda body: [name for name in forms if _has(body, name)])
         if len(given) != 1:
             raise RequestError(
-                "give one of messages (a chat), prompt (a completion) and input (a response, or embeddings)", "messages"
+                "give one of messages (a chat), prompt (a completion) and input (a response or embeddings)", "messages"
             )
         if given == ["input"]:
             name = await _converted_body(request, lambda body: body["model"] if _has(body, "model") else None)
@@ -185,7 +220,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         target, tenant = await gateway.model(body.model, principal), principal.tenant
         prompts = target.base.prompts
         if chat is not None:
-            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
+            ids = await gateway.chat_prompt(chat, target, tenant)
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
@@ -247,10 +282,19 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         after: Annotated[str | None, Query(description="only models after this one")] = None,
         limit: Annotated[int | None, Query(ge=1, description="at most as many models (and 10,000)")] = None,
     ) -> Response:
-        """The base and the adapters that the caller sees, in pages; 60 a minute for a key."""
+        """The base and the adapters that the caller sees, in pages; 60 a minute for a key. To clients that send
+        anthropic-version in Anthropic's form, whose pages begin with `after_id`.
+        """
         principal = principal_of(request)
         gateway.models.count_list(principal)
-        return StreamingResponse(gateway.models.page(principal, after, limit), media_type="application/json")
+        if anthropic.is_spoken(request.scope):
+            if "before_id" in request.query_params:
+                raise RequestError("before_id is not supported; go through the pages with after_id", "before_id")
+            after = request.query_params.get("after_id", after)
+            page = gateway.models.page(principal, after, limit or _ANTHROPIC_PAGE, form=model_info)
+        else:
+            page = gateway.models.page(principal, after, limit)
+        return StreamingResponse(page, media_type=_JSON)
 
     @router.get("/v1/models/{model:path}")
     @may("read")
@@ -258,7 +302,8 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     async def model(request: Request, model: str) -> Response:
         """One model, by `name`, `name@alias` or `name@version`."""
         card = await gateway.models.card(model, principal_of(request))
-        return Response(card.to_json(), media_type="application/json")
+        form = model_info(card) if anthropic.is_spoken(request.scope) else card
+        return Response(form.to_json(), media_type=_JSON)
 
     @router.get("/health")
     @router.get("/ping")
@@ -346,6 +391,11 @@ def _has(body: object, field: str) -> bool:
     return isinstance(body, dict) and body.get(field) is not None
 
 
+def _with_chat(schema: type[M], body: object) -> tuple[M, ChatCompletionRequest]:
+    request = parse(schema, body)
+    return request, chat_of_message(request)
+
+
 def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     request = parse(ResponsesRequest, body)
     return request, chat_request(request)
@@ -380,7 +430,7 @@ def describe(app: FastAPI, permissions: Permissions) -> None:
         for method in route.methods or ()
     }
     bodies = {at: about.body if isinstance(about.body, tuple) else (about.body,) for at, about in answers.items()}
-    models: set[type[BaseModel]] = {ErrorBody}
+    models: set[type[BaseModel]] = {about.error for about in answers.values()}
     for about in answers.values():
         models.update(model for model in about.content.values() if model is not None)
 
@@ -409,11 +459,11 @@ def describe(app: FastAPI, permissions: Permissions) -> None:
 
 def _responses(about: Answers) -> dict[str, Any]:
     content = {kind: _media_type(kind, model) for kind, model in about.content.items()}
-    described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if about.limited else {})}
-    error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}
+    described = {"200": _response(200, content, _OF_LIMITS if about.limited else {})}
+    error = {_JSON: {"schema": schema_reference(about.error.__name__)}}
     for status in sorted(about.errors):
         headers = _HEADERS.get(status, {}) | (_OF_LIMITS if about.limited and status == 429 else {})
-        described[str(status)] = _response(HTTPStatus(status), error, headers)
+        described[str(status)] = _response(status, error, headers)
     return described
 
 
@@ -425,8 +475,9 @@ def _media_type(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
     return {"schema": {"type": "object" if kind == _JSON else "string"}}
 
 
-def _response(status: HTTPStatus, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    described: dict[str, Any] = {"description": status.phrase, "content": content}
+def _response(status: int, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    phrase = "Overloaded" if status == anthropic.OVERLOADED else HTTPStatus(status).phrase
+    described: dict[str, Any] = {"description": phrase, "content": content}
     if headers:
         described["headers"] = {
             name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in headers.items()

@@ -66,6 +66,8 @@ OPERATIONS = sorted(
             "/v1/fine_tuning/jobs",
             "/v1/fine_tuning/jobs/{id}/cancel",
             "/v1/load_lora_adapter",
+            "/v1/messages",
+            "/v1/messages/count_tokens",
             "/v1/responses",
             "/v1/responses/{id}/cancel",
             "/v1/unload_lora_adapter",
@@ -129,7 +131,8 @@ def test_the_document_has_every_route(app: Any) -> None:
             for status, answer in operation["responses"].items():
                 if status != "200":
                     shown = answer["content"]["application/json"]["schema"]
-                    assert shown == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
+                    form = "ErrorAnswer" if path.startswith("/v1/messages") else "ErrorBody"
+                    assert shown == {"$ref": f"#/components/schemas/{form}"}, (path, status)
     chat = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "messages" in document["components"]["schemas"][chat["$ref"].rpartition("/")[2]]["properties"]
     assert "x-ratelimit-remaining-tokens" in document["paths"]["/v1/responses"]["post"]["responses"]["429"]["headers"]
@@ -183,5 +186,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if operation.endswith(("completions", "/v1/responses", "/v1/embeddings", "/invocations")):
+    if operation.endswith(("completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")):
         assert statuses["limited"] == {429}

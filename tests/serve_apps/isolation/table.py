@@ -91,6 +91,8 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
     "GET /v1/responses/{id}/input_items": Route(INFER),
     "POST /invocations": Route(INFER, _CHAT),
     "POST /v1/embeddings": Route(INFER, _MODEL | {"input": "hi"}),
+    "POST /v1/messages": Route(INFER, _CHAT),
+    "POST /v1/messages/count_tokens": Route(INFER, _CHAT),
     "POST /tokenize": Route(INFER, _MODEL | {"prompt": "hi"}),
     "POST /detokenize": Route(INFER, _MODEL | {"tokens": [1]}),
     "POST /v1/load_lora_adapter": Route(PUBLISH, {"lora_name": "{model}"}),
