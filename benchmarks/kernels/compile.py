@@ -120,9 +120,10 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool | None]
         "lora_expand": [{**expand, "VECTOR_Y": True}, {**expand, "VECTOR_Y": False}],
         "vera_expand": [{**tokens, "BLOCK_R": tiles.VERA_ROWS, "BLOCK_O": tiles.VERA_COLUMNS}],
         "attention_prefill": [
-            {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d), **of_cache}
+            {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d, is_int8=is_int8), **cache}
             for d in (64, 128)
-            for of_cache in ({"IS_INT8": False, "scales": None}, {"IS_INT8": True})
+            for is_int8 in (False, True)
+            for cache in [{"IS_INT8": is_int8} | ({} if is_int8 else {"scales": None})]
         ],
     }
 

@@ -172,7 +172,7 @@ class Tiles:
             HEAD_DIM=d,
             GROUP=num_heads // layout.num_kv_heads,
             BLOCK_Q=TILE_QUERIES,
-            BLOCK_K=keys_at_once(d),
+            BLOCK_K=keys_at_once(d, is_int8=is_int8),
             BLOCK_D=max(16, _power_of_2(d)),
             num_stages=attention_stages(pool.element_size()),
             **OPTIONS,
@@ -208,9 +208,11 @@ def attention_stages(element_size: int) -> int:
     return 3 if element_size == 2 else 1
 
 
-def keys_at_once(head_dim: int) -> int:
-    """Keys of one turn: independent of the batch, because it decides the order in which attention adds."""
-    return 64 if head_dim <= 64 else 32
+def keys_at_once(head_dim: int, *, is_int8: bool = False) -> int:
+    """Keys of one turn: independent of the batch, because it decides the order in which attention adds. Of int8 half as
+    many, whose conversion needs registers.
+    """
+    return (64 if head_dim <= 64 else 32) // (2 if is_int8 else 1)
 
 
 def _power_of_2(n: int) -> int:

@@ -184,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 LORAY_EXPORT(attention_plan_fp32)
 
-#define LORAY_DEFINE(kernel, suffix, T, Q)                                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_##kernel##_##suffix(                  \
+#define LORAY_DEFINE(kind, suffix, T, Q)                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_##kind##_##suffix(                    \
       const T *q, i64 q_stride, T *out, const Q *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
       float scale, i64 window, float soft_cap, float *partial, const i64 *starts, const i64 *splits, i64 first,        \
@@ -195,7 +195,7 @@ LORAY_EXPORT(attention_plan_fp32)
                    context_len, table_start, blocks, Scoring{scale, window, soft_cap}, partial, arrived, split);       \
     });                                                                                                                \
   }                                                                                                                    \
-  LORAY_EXPORT(attention_##kernel##_##suffix)
+  LORAY_EXPORT(attention_##kind##_##suffix)
 
 #define LORAY_DEFINE_TENSOR(D, suffix, T)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor##D##_##suffix(                 \

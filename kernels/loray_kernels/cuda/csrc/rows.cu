@@ -292,22 +292,22 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
   LORAY_EXPORT(place_pages_##suffix)                                                                                   \
   LORAY_EXPORT(scale_recorded_##suffix)
 
-#define LORAY_DEFINE_ROPE_KV(kernel, suffix, T, Q)                                                                     \
+#define LORAY_DEFINE_ROPE_KV(kind, suffix, T, Q)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      kernel##_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride, \
-                        i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, Q *pool, i64 block_stride,            \
-                        i64 block_tokens, const i64 *slots) {                                                          \
+      rope_kv##kind##_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v,        \
+                               i64 v_stride, i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, Q *pool,         \
+                               i64 block_stride, i64 block_tokens, const i64 *slots) {                                 \
     rope_kv<T, Q>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, d, pool, block_stride,      \
                   block_tokens, slots);                                                                                \
   }                                                                                                                    \
-  LORAY_EXPORT(kernel##_##suffix)
+  LORAY_EXPORT(rope_kv##kind##_##suffix)
 
 LORAY_DEFINE(bf16, bf16)
 LORAY_DEFINE(fp16, fp16)
 LORAY_DEFINE(fp32, float)
-LORAY_DEFINE_ROPE_KV(rope_kv, bf16, bf16, bf16)
-LORAY_DEFINE_ROPE_KV(rope_kv, fp16, fp16, fp16)
-LORAY_DEFINE_ROPE_KV(rope_kv, fp32, float, float)
-LORAY_DEFINE_ROPE_KV(rope_kv_int8, bf16, bf16, signed char)
-LORAY_DEFINE_ROPE_KV(rope_kv_int8, fp16, fp16, signed char)
-LORAY_DEFINE_ROPE_KV(rope_kv_int8, fp32, float, signed char)
+LORAY_DEFINE_ROPE_KV(, bf16, bf16, bf16)
+LORAY_DEFINE_ROPE_KV(, fp16, fp16, fp16)
+LORAY_DEFINE_ROPE_KV(, fp32, float, float)
+LORAY_DEFINE_ROPE_KV(_int8, bf16, bf16, signed char)
+LORAY_DEFINE_ROPE_KV(_int8, fp16, fp16, signed char)
+LORAY_DEFINE_ROPE_KV(_int8, fp32, float, signed char)
