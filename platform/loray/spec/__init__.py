@@ -133,7 +133,15 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
-from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
+from loray.spec.serving import (
+    AutoscalingSpec,
+    EngineFigures,
+    FleetSpec,
+    KvCacheDType,
+    ServeSpec,
+    engine_of,
+    is_engine,
+)
 from loray.spec.training import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -251,6 +259,7 @@ __all__ = [
     "KeyAlias",
     "KeyChanges",
     "KtoSpec",
+    "KvCacheDType",
     "Limits",
     "LogMoments",
     "LongLoraSpec",
