@@ -287,11 +287,25 @@ class ExpertWeights(Preparable):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """How attention scores a query and a key: s = scale · q · k.
+
+    window    tokens that a token attends to, itself included; blocks behind all windows are not read
+    soft_cap  c: a score s is c · tanh(s / c)
+    sinks_H   of each head the score of one more key, whose value is 0
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
-    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `scale`, `window` and
-    `soft_cap` are attention's, see `paged_attention`, and `norm_offset` is of all norms. Where the layer has `experts`,
-    gate_up and down are the first one's.
+    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `norm_offset` is of all
+    norms. Where the layer has `experts`, gate_up and down are the first one's.
     """
 
     attention_norm_D: Tensor
@@ -306,11 +320,8 @@ class LayerWeights(Preparable):
     num_kv_heads: int
     head_dim: int
     eps: float
-    scale: float
+    scoring: Scoring
     norm_offset: float = 0.0
-    window: int | None = None
-    soft_cap: float | None = None
-    sinks_H: Tensor | None = None
     activation: Activation = "silu"
     post_attention_norm_D: Tensor | None = None
     post_mlp_norm_D: Tensor | None = None

@@ -48,6 +48,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     VeraTable,
 )
@@ -309,14 +310,11 @@ class CudaOps(ReferenceOps):
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
         d = layout.head_dim
-        if not _one_dtype(pool, q_THd) or not _attends(d) or sinks_H is not None:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
+        if not _one_dtype(pool, q_THd) or not _attends(d) or scoring.sinks_H is not None:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scoring)
         q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d
@@ -326,10 +324,10 @@ class CudaOps(ReferenceOps):
             work: AttentionWork | None = meta.prepared.get(AttentionWork)
             if work is None:
                 work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
-            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale, window, soft_cap)
-        flash = self._flash if window is None and soft_cap is None else None
-        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
-            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale, window, soft_cap)
+            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scoring)
+        flash = self._flash if scoring.window is None and scoring.soft_cap is None else None
+        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scoring.scale)):
+            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scoring)
         return out_THd
 
     def lora_shrink(
