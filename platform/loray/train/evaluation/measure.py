@@ -122,12 +122,13 @@ def load(
 
 def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) -> None:
     """Round the inputs of linear modules as engines do on such a device."""
-    quantization = base.config.quantization
-    if quantization is None or not quantization.is_kept(on_gpu=device.type == "cuda"):
+    quantization, on_gpu = base.config.quantization, device.type == "cuda"
+    kind = None if quantization is None else quantization.activations(on_gpu=on_gpu)
+    if kind is None:
         return
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = quantize_activations
-    if device.type == "cuda":
-        quantize = partial(quantize_rows, dtype=torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8)
+    if on_gpu:
+        quantize = partial(quantize_rows, dtype=torch.float8_e4m3fn if kind == "fp8" else torch.int8)
 
     def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         q_TI, scale_T1 = quantize(inputs[0].flatten(0, -2))
