@@ -116,7 +116,7 @@ class CudaOps(ReferenceOps):
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
         weight, bias_O = weights.data, weights.bias_O
-        if weights.scales_GO2 is not None:
+        if isinstance(weight, Tensor) and weights.scales_GO2 is not None:
             x_TI, dtype = x_TI.bfloat16().contiguous(), x_TI.dtype
             y_TO = torch._weight_int4pack_mm(x_TI, weight, weights.group, weights.scales_GO2)
             return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
