@@ -35,6 +35,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     TablesOf,
     VeraTable,
@@ -365,19 +366,10 @@ class ReferenceOps:
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
-        """Causal attention of each sequence's last tokens over its cache; (T, H, d).
-
-        window    tokens that a token attends to, itself included; blocks behind all windows are not read
-        soft_cap  c: a score s, scaled, is c · tanh(s / c)
-        sinks_H   of each head the score of one more key, whose value is 0
-
-        Keys and values in int8 are dequantised to fp32.
-        """
+        """Causal attention of each sequence's last tokens over its cache, of which int8 is dequantised to fp32; (T, H, d)."""
+        scale, window, soft_cap, sinks_H = scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks_H
         cache, scales = kv_parts(pool, layout)
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads

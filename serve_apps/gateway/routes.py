@@ -189,7 +189,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         limited=True,
     )
     async def invocations(request: Request) -> Response:
-        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input` embeddings of a
+        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input`
         embeddings of a base that pools, else a response.
         """
         forms = {"messages": chat_completions, "prompt": completions, "input": responses}

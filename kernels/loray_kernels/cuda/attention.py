@@ -11,6 +11,7 @@ from torch import Tensor
 from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.cuda.tables import AttentionTables
 from loray_kernels.kv import KvLayout
+from loray_kernels.ops import Scoring
 
 MAX_HEAD_DIM = 256
 PARTIAL_BYTES = 128 << 20  # of partial sums at a time
@@ -85,9 +86,7 @@ class DecodeAttention:
         layout: KvLayout,
         tables: AttentionTables,
         work: AttentionWork,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
+        scoring: Scoring,
     ) -> None:
         """Compute the attention of sequences with one query. `pool` begins at the layer's share. A launch has a number
         of blocks that does not depend on the step, and they take the splits that there are by turns.
@@ -116,9 +115,9 @@ class DecodeAttention:
                     tables.context_len.data_ptr(),
                     tables.table_start.data_ptr(),
                     tables.blocks.data_ptr(),
-                    np.float32(scale),
-                    window or 0,
-                    np.float32(soft_cap or 0.0),
+                    np.float32(scoring.scale),
+                    scoring.window or 0,
+                    np.float32(scoring.soft_cap or 0.0),
                     partial.data_ptr(),
                     work.starts_G1[launch:].data_ptr(),
                     work.splits.data_ptr(),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from loray_kernels import AttentionMeta, DecodeStep, Decoding, KvLayout, Ops, PageCopy
+from loray_kernels import AttentionMeta, DecodeStep, Decoding, KvLayout, Ops, PageCopy, Scoring
 from loray_kernels.cuda import attention, tables
 from loray_kernels.cuda.attention import AttentionWork, DecodeAttention
 from loray_kernels.cuda.graphs import PaddedStep
@@ -61,7 +61,7 @@ def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> No
     store(ops, pool, layout, 1, k_TKd, v_TKd, meta)
     store(REFERENCE, expected, layout, 1, k_TKd, v_TKd, meta)
     assert torch.equal(pool, expected)
-    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
+    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5)) for o in (ops, REFERENCE))
     near(got, want, dtype)
 
 
@@ -75,11 +75,13 @@ def test_splits_of_long_contexts_are_longer(ops: CudaOps, longest: int, dtype: t
     pool, meta = decode_step(dtype, [longest, 600, 64 * 256, 7], layout)
     q_THd = 3 * randn(5, dtype, 4, 2, d)
     assert tables.pack_attention(meta, layout).max_splits == tables.MAX_SPLITS
-    got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125)
-    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125), dtype)
+    got = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125))
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)), dtype)
     for i in (0, 1, 3):
         alone = AttentionMeta((0, 1), meta.context_len[i : i + 1], meta.block_table[i : i + 1], meta.slot_mapping_T[:1])
-        assert torch.equal(ops.paged_attention(q_THd[i : i + 1], pool, layout, 0, alone, 0.125), got[i : i + 1])
+        assert torch.equal(
+            ops.paged_attention(q_THd[i : i + 1], pool, layout, 0, alone, Scoring(0.125)), got[i : i + 1]
+        )
 
 
 def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     pool, meta = decoding(torch.float32, [530, 7, 300, 257, 1], layout)
     q_THd = randn(5, torch.float32, 5, 4, 16)
-    expected = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25)
+    expected = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.25))
     made: list[int] = []
     empty = torch.empty
 
@@ -100,7 +102,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
         monkeypatch.setattr(attention, "PARTIAL_BYTES", num_bytes)
         meta.prepared.pop(AttentionWork)
-        assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
+        assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.25)), expected)
         assert max(made) == most
         made.clear()
 
@@ -126,8 +128,8 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
         assert torch.equal(pool, expected)
-        out_THd = ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.25)
-        assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, 0.25))
+        out_THd = ops.paged_attention(q_THd, pool, layout, 0, step.attention, Scoring(0.25))
+        assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, Scoring(0.25)))
         assert not out_THd[num:].any()
         assert step.positions_S[:num].tolist() == [c - 1 for c in contexts]
 
@@ -178,7 +180,7 @@ def test_the_shim_reports_a_barrier_that_is_not_reached(launcher: NotingLauncher
 def test_they_take_what_they_can_read(ops: CudaOps, launcher: NotingLauncher, d: int) -> None:
     layout = KvLayout(num_layers=2, block_tokens=32, num_kv_heads=2, head_dim=d)
     pool, meta = decode_step(torch.bfloat16, [16, 300], layout)
-    ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, 0.1)
+    ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, Scoring(0.1))
     assert launcher.kernels == ["attention_plan_fp32", f"attention_tensor{d}_bf16"]
 
 
@@ -200,8 +202,8 @@ def test_what_they_cannot_read_is_not_theirs(
     whole, meta = decode_step(dtype, [16, 32], layout)
     pool = torch.cat([whole.new_zeros(first), whole])[first:]
     q_THd = randn(5, dtype, 2, 2, d)
-    got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.1)
-    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.1), dtype)
+    got = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.1))
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.1)), dtype)
     assert [name.rpartition("_")[0] for name in launcher.kernels] == ["attention_plan", "attention_decode"]
 
 
@@ -269,12 +271,12 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: NotingLaunch
         launcher.forget()
         meta.prepared.clear()
         ops = CudaOps(launcher, cast(Any, None), num_processors=processors)
-        found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125) for _ in range(2)])
+        found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)) for _ in range(2)])
         assert attention_grids(launcher) == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
         work: AttentionWork = meta.prepared[AttentionWork]
         assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
         assert not work.arrived.any()
-    near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), dtype)
+    near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), dtype)
     for got in (found[0][1], *found[1]):  # of a second layer, too
         assert torch.equal(got, found[0][0])
 
@@ -294,8 +296,8 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
         MAX_SPLITS,
     )
     meta.prepared[pack_attention] = tables
-    got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125)
+    got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125))
     (grid,) = attention_grids(launcher)
     assert grid == (64, 2, 1)  # eight for each multiprocessor, where there were 32 × 2 × 64
     assert meta.prepared[AttentionWork].starts_G1.tolist() == [0, 32]
-    near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), torch.bfloat16)
+    near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), torch.bfloat16)
