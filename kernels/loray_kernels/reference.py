@@ -368,7 +368,7 @@ class ReferenceOps:
         meta: AttentionMeta,
         scoring: Scoring,
     ) -> Tensor:
-        """Causal attention of each sequence's last tokens over its cache, of which int8 is dequantised to fp32; (T, H, d)."""
+        """Causal attention of each sequence's last tokens over its cache (int8 is dequantised to fp32); (T, H, d)."""
         scale, window, soft_cap, sinks_H = scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks_H
         cache, scales = kv_parts(pool, layout)
         out_THd = torch.empty_like(q_THd)

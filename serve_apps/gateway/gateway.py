@@ -283,7 +283,7 @@ class Gateway:
         """`told`: headers that the answer has beside others. `places`: of requests that are with engines; None: all."""
         request, headers, (base, adapter, _), meter = asked
         if headers.trace is not None:
-            headers.trace.asked(request.model, requests, answer_id, stream=writer.is_stream)
+            headers.trace.asked(request.model, requests, answer_id, stream=bool(writer.heartbeat))
         fit = request.requested_max_tokens is None
         account = self.accounts.open(
             headers.principal,

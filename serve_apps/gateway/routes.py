@@ -199,7 +199,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
                 "give one of messages (a chat), prompt (a completion) and input (a response or embeddings)", "messages"
             )
         if given == ["input"]:
-            name = await _converted_body(request, lambda body: body["model"] if _has(body, "model") else None)
+            name = await _converted_body(request, lambda body: body.get("model") if isinstance(body, dict) else None)
             target = await gateway.model(name if isinstance(name, str) else None, principal_of(request))
             if target.base.pooling is not None:
                 return await embeddings(request)

@@ -223,7 +223,7 @@ class WholeEmbeddings:
     """Writes the body of embeddings, each of which is a delta's text as `EmbeddingText` writes it."""
 
     media_type: ClassVar[str] = "application/json"
-    is_stream: ClassVar[bool] = False
+    heartbeat: ClassVar[str] = ""
 
     def __init__(self, model: str, num_inputs: int) -> None:
         self._model = model
