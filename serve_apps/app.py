@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -34,6 +35,7 @@ from serve_apps.serve_internals import DeploymentConfig
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
+    from serve_apps.batches import BaseLoad, GatewayLines, LineAnswer
     from serve_apps.gateway.gateway import Gateway
 
 _UPDATED_S = 30.0  # three times the age of the autoscaler's last record
@@ -157,6 +159,21 @@ class GatewayReplica:
         """Collect the Prometheus families of this gateway."""
         gateway: Gateway = self.app.state.gateway
         return gateway.own_families()
+
+    async def run_line(self, key_id: str | None, tenant: str, endpoint: str, body: bytes) -> LineAnswer:
+        """As `GatewayLines`, and so the two below."""
+        return await self._lines.run_line(key_id, tenant, endpoint, body)
+
+    async def bases_of(self, key_id: str | None, tenant: str, models: Collection[str]) -> Mapping[str, str | None]:
+        return await self._lines.bases_of(key_id, tenant, models)
+
+    async def loads(self) -> Mapping[str, BaseLoad]:
+        return await self._lines.loads()
+
+    @property
+    def _lines(self) -> GatewayLines:
+        lines: GatewayLines = self.app.state.lines
+        return lines
 
 
 def _is_scaled(deployment: str) -> bool:

@@ -113,11 +113,12 @@ def is_on(env: Mapping[str, str], name: str) -> bool:
     return value == ON
 
 
-def share(text: str) -> float:
+def share(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+        raise SettingsError(f"{name}={text!r} must be a share of at least 0, such as 0.1 for 10 %")
     return value

@@ -24,8 +24,8 @@ from loray.errors import LorayError, Overloaded, RequestError
 from loray.locations import FileLocation, parse_location
 from loray.policy.fair_admission import FairAdmission
 from loray.policy.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
-from loray.settings import Settings
-from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
+from loray.settings import DEFAULT_BATCH_FACTOR, Settings
+from loray.spec import BATCH_PRIORITY, Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from loray.store import open_store
 from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
@@ -143,6 +143,7 @@ class UsageMeter:
         is_limited: asyncio.Event | None = None,
     ) -> None:
         self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
+        self._batch_factor = DEFAULT_BATCH_FACTOR if settings is None else settings.batch_factor
         self._gate = QuotaGate(num_gateways)
         self._writer: UsageWriter | None = None
 
@@ -173,7 +174,7 @@ class UsageMeter:
         if self._exchange is not None:
             yield self._exchange
             return
-        owner, gate = SharedOwner(secrets.token_hex(8), 1, open_catalog), self._gate
+        owner, gate = SharedOwner(secrets.token_hex(8), 1, open_catalog, self._batch_factor), self._gate
         exchange = partial(owner.exchange, "gateway")
         with suppress(TimeoutError):
             async with asyncio.timeout(_START_S):
@@ -229,6 +230,7 @@ class UsageMeter:
             time.time(),
             num_requests=len(requests) // num_choices - 1,
             num_sequences=len(requests),
+            budget_factor=self._batch_factor if requests[0].priority == BATCH_PRIORITY else 1.0,
         )
         return RequestUsage(
             answer_id,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
 from jobs.submission.server import RayJobServer
@@ -24,6 +24,8 @@ from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissio
 from serve_apps.gateway import errors
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
+from serve_apps.gateway.files.batches import batch_routes
+from serve_apps.gateway.files.lines import BatchLines
 from serve_apps.gateway.files.routes import file_routes
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import MAX_FORM_BYTES
@@ -68,16 +70,18 @@ def create_app(
         if files is not None:
             files.close()
 
+    own = create_routes(gateway)
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*create_routes(gateway), *_routes_of_files(files, tuning), *auth.router.routes],
+        routes=[*own, *([] if files is None else stored_routes(files, own, tuning)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
+    app.state.lines = BatchLines(app, gateway, access)
     gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 
@@ -103,10 +107,13 @@ def create_app(
     return app
 
 
-def _routes_of_files(files: FileStorage | None, tuning: FineTuning | None) -> list[BaseRoute]:
-    if files is None:
-        return []
-    return [*file_routes(files), *([] if tuning is None else fine_tuning_routes(files, tuning))]
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None = None) -> list[BaseRoute]:
+    """Make the routes of what tenants keep here, and train from it. `own`: those of the gateway, which batches may
+    ask.
+    """
+    paths = {route.path for route in own if isinstance(route, Route)}
+    of_jobs = [] if tuning is None else fine_tuning_routes(files, tuning)
+    return [*file_routes(files), *batch_routes(files, paths), *of_jobs]
 
 
 def open_gateway(

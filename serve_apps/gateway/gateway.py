@@ -23,7 +23,7 @@ from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.schemas.openai.structured import RequestedConstraint
 from loray.schemas.status import CatalogStatus, Status, total
-from loray.spec import GenerateRequest, Principal, cache_salt
+from loray.spec import BATCH_PRIORITY, GenerateRequest, Principal, cache_salt
 from loray.text.chat import Dialect
 from loray.text.detokenizer import RequestText
 from serve_apps.accounting.accounts import TenantTurns, UsageMeter
@@ -188,7 +188,7 @@ class Gateway:
                     ),
                     adapter=target.adapter,
                     tenant=share_of(principal, request.user),
-                    priority=allowed_priority(principal, request.priority),
+                    priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority),
                     ttft_slo_s=request.ttft_slo_s,
                     cache_salt=cache_salt(principal.tenant, request.cache_salt),
                     traceparent=None if headers.trace is None else headers.trace.traceparent,
@@ -225,13 +225,14 @@ class Gateway:
             told[ADAPTER] = adapter.label
         if requests[0].priority or request.priority:
             told[PRIORITY] = str(requests[0].priority)
+        timeout_s = None if headers.is_batch else base.spec.request_timeout_s
         streams = [base.engines.generate(r, fit=fit) for r in requests]
         return AnswerResponse(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
             writer,
             request_id=headers.request_id or answer_id,
             account=account,
-            deadline=Deadline.earliest(headers.received_at, headers.timeout_s, base.spec.request_timeout_s),
+            deadline=Deadline.earliest(headers.received_at, headers.timeout_s, timeout_s),
             heartbeat_s=base.spec.sse_heartbeat_s or None,
             headers=told,
             meter=meter,

@@ -156,7 +156,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_TOKENIZES, {_JSON: DetokenizeResponse}, DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
-        body = await body_of(request, DetokenizeRequest)
+        body = await parsed_body(request, DetokenizeRequest)
         principal = principal_of(request)
         target = await gateway.model(body.model, principal)
         answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
@@ -175,7 +175,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_WITH_BODY, {_TEXT: None}, LoadLoraRequest)
     async def load_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
-        body = await body_of(request, LoadLoraRequest)
+        body = await parsed_body(request, LoadLoraRequest)
         if body.lora_path not in (None, "", body.lora_name):
             raise RequestError(
                 f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
@@ -190,7 +190,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_WITH_BODY, {_TEXT: None}, UnloadLoraRequest)
     async def unload_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
-        body = await body_of(request, UnloadLoraRequest)
+        body = await parsed_body(request, UnloadLoraRequest)
         await check_own(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
 
@@ -255,7 +255,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     return router.routes
 
 
-async def body_of(request: Request, schema: type[B]) -> B:
+async def parsed_body(request: Request, schema: type[B]) -> B:
     """Return the body of a request. Raises RequestError."""
     return await _converted_body(request, partial(parse, schema))
 

@@ -180,8 +180,8 @@ def create_site(
     access = open_auth(settings, spec.host)
     jobs = LocalJobServer(settings)
     services = Services(settings, jobs, engines, GatewayClient(ServingAddress(spec.host, spec.port).url))
-    api = log_access(create_api(services, access), settings.access_log)
     gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing, jobs=jobs)
+    api = log_access(create_api(services, access, gateway.state.lines), settings.access_log)
     return Site(gateway, api, services.streams.end)
 
 

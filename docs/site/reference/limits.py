@@ -13,7 +13,7 @@ from typing import NamedTuple
 from docs.site.markdown import table
 from loray import local
 from loray.adapters.files import MAX_CONFIG_BYTES
-from loray.catalog import identity
+from loray.catalog import batches, files, identity
 from loray.catalog.adapters import MAX_REPORTED, MAX_TAGS
 from loray.errors import (
     AdapterNotFound,
@@ -61,10 +61,12 @@ from serve_apps.accounting.accounts import LONGEST_S
 from serve_apps.api import conversions, services
 from serve_apps.api.problems import MAX_BODY_BYTES, status_of
 from serve_apps.api.routes.jobs import LONGEST_FOLLOWED_S
+from serve_apps.batches import validation
 from serve_apps.gateway import bases, directory
 from serve_apps.gateway import bases as prompts
 from serve_apps.gateway import directory as models
 from serve_apps.gateway.errors import ROUTE_CODES, failure_of
+from serve_apps.gateway.files import upload
 from serve_apps.standalone.server import HEADERS_S, SEND_S
 
 
@@ -312,6 +314,21 @@ STORED = (
     ),
 )
 
+FILES = (
+    Limit("a file of `/v1/files`", "; ".join(f"{p} {_bytes(n)}" for p, n in upload.MAX_BYTES.items()), _route(413)),
+    Limit("files of a tenant", f"{files.MAX_FILES:,}", _gateway(LimitExceeded("more"))),
+    Limit(
+        "all files of a tenant, with its adapters",
+        "none",
+        _gateway(LimitExceeded("more")),
+        "`max_stored_bytes` of key and tenant",
+    ),
+    Limit("requests in a batch", f"{validation.MAX_LINES:,}", "the batch fails"),
+    Limit("batches of a tenant that have not ended", f"{batches.MAX_UNFINISHED}", _gateway(RateLimited("more"))),
+    Limit("requests in these batches", f"{batches.MAX_LINES:,}", "the batch fails"),
+    Limit("time of a batch", _time(batches.WINDOW.total_seconds()), "`batch_expired` in its error file"),
+)
+
 JOBS = (
     Limit(
         "jobs of a tenant that have not ended",
@@ -405,6 +422,7 @@ TABLES: Mapping[str, tuple[Limit, ...]] = {  # by title
     "Requests to `/v1`": REQUESTS,
     "Structured output": CONSTRAINTS,
     "What a tenant may store": STORED,
+    "Files and batches": FILES,
     "Training jobs": JOBS,
     "The catalog's API": CATALOG_API,
     "Keys and logins": KEYS,

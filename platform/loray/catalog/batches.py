@@ -165,6 +165,12 @@ class Batches:
         with self.db.reading() as c:
             return [_batch(row) for row in c.execute(query.order_by(batches.c.created_at, batches.c.id))]
 
+    def ended_lately(self) -> list[Batch]:
+        """The batches of all tenants that have ended and whose time is not over."""
+        query = sa.select(batches).where(batches.c.state.in_(ENDED), batches.c.expires_at > now())
+        with self.db.reading() as c:
+            return [_batch(row) for row in c.execute(query)]
+
     def begin(self, lease: Lease, batch_id: str, total: int) -> None:
         """The input is valid and has so many lines. Raises RequestError where the tenant would have too many."""
         with self._leading(lease) as c:

@@ -126,8 +126,8 @@ class Files:
             return get_file(c, self.db.principal, file_id)
 
     def stored(self, file_id: str) -> UserFile:
-        """One file of any tenant, also one that was deleted or has expired while its bytes are there: for a job, whose
-        submission has checked whose it is. Raises UserFileNotFound.
+        """One file of any tenant, also one that was deleted or has expired and still has its bytes: for batches and jobs,
+        of which it was checked whose they are. Raises UserFileNotFound.
         """
         with self.db.reading() as c:
             row = c.execute(sa.select(files).where(files.c.id == file_id, files.c.sha256.is_not(None))).first()
@@ -162,7 +162,8 @@ class Files:
     def give_up(self, file_id: str) -> None:
         """The upload has failed: what is stored of it is garbage."""
         with self.db.writing() as c:
-            c.execute(files.update().where(files.c.id == file_id).values(state="deleted"))
+            given_up = files.update().where(files.c.id == file_id, files.c.state == "uploading")
+            c.execute(given_up.values(state="deleted"))
 
     def unneeded(self, limit: int = 100) -> list[Unneeded]:
         """Files of all tenants that were deleted, have expired or will never be complete, and no batch or job needs."""

@@ -442,5 +442,6 @@ usage_days = Table(
     Column("num_requests", BigInteger, nullable=False),
     *(Column(name, BigInteger, nullable=False) for name in TOKENS),
     Column("seconds", Double, nullable=False),
+    Column("num_batch_tokens", BigInteger, nullable=False, server_default="0"),  # of prompts and answers
     Index(None, "tenant", "day"),
 )

@@ -24,7 +24,8 @@ _READ_BYTES = 1 << 20
 
 
 class FileWriter:
-    """Writes one file, part by part; used from one thread at a time. Left without `finish`, it gives the file up.
+    """Writes one file, part by part; used from one thread at a time. At the end of its block, it gives up a file that
+    does not exist.
 
     num_bytes  that have come
     """
@@ -33,7 +34,6 @@ class FileWriter:
         """`is_limited`: the file counts against the tenant's `max_stored_bytes` before it is stored."""
         self._catalog, self._store, self._is_limited = catalog, store, is_limited
         self._pending, self._hash, self._num_parts = bytearray(), hashlib.sha256(), 0
-        self._is_finished = False
         self.num_bytes = 0
         self.id = catalog.files.begin()
 
@@ -41,8 +41,7 @@ class FileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not self._is_finished:
-            self.give_up()
+        self.give_up()
 
     @property
     def is_due(self) -> bool:
@@ -67,9 +66,7 @@ class FileWriter:
 
     def finish(self, filename: str, purpose: Purpose, *, expires_after_s: int | None = None) -> UserFile:
         """Store what is left. The file exists from now on."""
-        found = self._catalog.files.finish(self.end(filename, purpose, expires_after_s=expires_after_s))
-        self._is_finished = True
-        return found
+        return self._catalog.files.finish(self.end(filename, purpose, expires_after_s=expires_after_s))
 
     def end(self, filename: str, purpose: Purpose, *, expires_after_s: int | None = None) -> OutputFile:
         """Store what is left, and return what makes the file exist."""
@@ -79,6 +76,7 @@ class FileWriter:
         return OutputFile(self.id, filename, purpose, self._hash.hexdigest(), expires_after_s)
 
     def give_up(self) -> None:
+        """Forget the file, unless it is finished."""
         self._catalog.files.give_up(self.id)
 
     def _put(self, num_bytes: int) -> None:

@@ -4,6 +4,8 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    BATCH_PRIORITY,
+    BATCH_TIER,
     DEFAULT_KEEP_DELETED_S,
     DEFAULT_MAX_ADAPTERS,
     DEFAULT_TENANT,
@@ -166,6 +168,8 @@ from loray.spec.training import (
 
 __all__ = [
     "ATTENTION_MODULES",
+    "BATCH_PRIORITY",
+    "BATCH_TIER",
     "DEFAULT_ALIAS",
     "DEFAULT_KEEP_DELETED_S",
     "DEFAULT_MAX_ADAPTERS",

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from loray.errors import RequestError
 from loray.spec import Principal
-from serve_apps.auth import principal_of
+from serve_apps.auth import AS_BATCH, principal_of
 from serve_apps.http import request_id_of
 from serve_apps.tracing import RequestSpan
 
@@ -25,7 +25,8 @@ _MAX_IGNORED = 1024  # characters
 
 class RequestHeaders(NamedTuple):
     """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
-    request's span, where traces are exported; `session_id` what the client calls the session.
+    request's span, where traces are exported; `session_id` what the client calls the session; `is_batch`:
+    it is a line of a batch, which waits behind all people, however long.
     """
 
     received_at: float
@@ -34,6 +35,7 @@ class RequestHeaders(NamedTuple):
     timeout_s: float | None = None
     trace: RequestSpan | None = None
     session_id: str | None = None
+    is_batch: bool = False
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
@@ -43,7 +45,8 @@ class RequestHeaders(NamedTuple):
         state, headers = request.scope.get("state", {}), request.headers
         received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
-        return cls(received_at, principal_of(request), request_id_of(headers), timeout_s, trace, session_id)
+        request_id, is_batch = request_id_of(headers), AS_BATCH in state
+        return cls(received_at, principal_of(request), request_id, timeout_s, trace, session_id, is_batch)
 
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from loray.spec import JobId
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
-from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, body_of
+from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, parsed_body
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
@@ -48,7 +48,7 @@ def fine_tuning_routes(storage: FileStorage, jobs: FineTuning) -> list[BaseRoute
     @Answers(WITH_FORM, {JSON: FineTuningJob}, FineTuningRequest)
     async def create_fine_tuning_job(request: Request) -> Response:
         """Train an adapter with uploaded files, and publish it as the next version of `suffix`."""
-        asked = await body_of(request, FineTuningRequest)
+        asked = await parsed_body(request, FineTuningRequest)
         return await answer(request, lambda catalog: jobs.create(catalog, storage.store, asked))
 
     @router.get("/v1/fine_tuning/jobs", response_class=JSONResponse)

@@ -40,6 +40,9 @@ OPERATIONS = [
     *(f"{method} /v1/fine_tuning/jobs" for method in ("GET", "POST")),
     "POST /v1/fine_tuning/jobs/{id}/cancel",
     *(f"GET /v1/fine_tuning/jobs/{{id}}{path}" for path in ("", "/checkpoints", "/events")),
+    *(f"{method} /v1/batches" for method in ("GET", "POST")),
+    "GET /v1/batches/{batch_id}",
+    "POST /v1/batches/{batch_id}/cancel",
     *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")

@@ -25,6 +25,7 @@ class Thing(NamedTuple):
     key: str = "key-nope"
     upload: str = "0" * 32
     file: str = "file-nope"
+    batch: str = "batch-nope"
 
     @property
     def model(self) -> str:
@@ -109,6 +110,12 @@ GATEWAY |= {
     "GET /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
     "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
     "DELETE /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{id}": Route(TRAIN),
+    "POST /v1/batches": Route(
+        INFER, {"input_file_id": "{file}", "endpoint": "/v1/completions", "completion_window": "24h"}
+    ),
+    "GET /v1/batches": Route(INFER),
+    "GET /v1/batches/{batch_id}": Route(INFER),
+    "POST /v1/batches/{batch_id}/cancel": Route(INFER),
 }
 
 _NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
