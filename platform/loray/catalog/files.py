@@ -126,8 +126,8 @@ class Files:
             return get_file(c, self.db.principal, file_id)
 
     def stored(self, file_id: str) -> UserFile:
-        """One file of any tenant, also one that was deleted or has expired and still has its bytes: for batches and jobs,
-        of which it was checked whose they are. Raises UserFileNotFound.
+        """One file of any tenant, also one that was deleted or has expired and still has its bytes: for a batch or a
+        job, of which it was checked whose it is. Raises UserFileNotFound.
         """
         with self.db.reading() as c:
             row = c.execute(sa.select(files).where(files.c.id == file_id, files.c.sha256.is_not(None))).first()
