@@ -221,7 +221,7 @@ class ConsoleSite(Api):
         errors = json.dumps([{"code": "budget_exceeded", "message": "the budget is used up", "line": 7, "param": None}])
         known = {"state": "in_progress", "total": 5000, "completed": 1200, "failed": 3, "errors": errors}
         with writing(self.catalog._db.engine) as c:
-            c.execute(files.update().values(id="file-1"))
+            c.execute(files.update().where(files.c.id == file.id).values(id="file-1"))
             c.execute(batches.update().values(known | {"id": "batch-1", "input_file_id": "file-1"}))
 
     def add_base(self, base: BaseModel) -> BaseModel:
