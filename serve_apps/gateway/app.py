@@ -76,7 +76,7 @@ def create_app(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*own, *stored_routes(files, tuning, own), *auth.router.routes],
+        routes=[*own, *([] if files is None else stored_routes(files, own, tuning)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -109,13 +109,13 @@ def create_app(
     return app
 
 
-def stored_routes(files: FileStorage | None, tuning: FineTuning | None, own: Sequence[BaseRoute]) -> list[BaseRoute]:
-    """Make the routes of what tenants keep here. `own`: those of the gateway, which batches may ask."""
-    if files is None:
-        return []
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None = None) -> list[BaseRoute]:
+    """Make the routes of what tenants keep here, and train from it. `own`: those of the gateway, which batches may
+    ask.
+    """
     paths = {route.path for route in own if isinstance(route, Route)}
-    tuned = [] if tuning is None else fine_tuning_routes(files, tuning)
-    return [*file_routes(files), *batch_routes(files, paths), *tuned]
+    of_jobs = [] if tuning is None else fine_tuning_routes(files, tuning)
+    return [*file_routes(files), *batch_routes(files, paths), *of_jobs]
 
 
 def open_gateway(

@@ -126,8 +126,8 @@ class Files:
             return get_file(c, self.db.principal, file_id)
 
     def stored(self, file_id: str) -> UserFile:
-        """One file of any tenant, also one that was deleted or has expired while its bytes are there: for a job, whose
-        submission has checked whose it is. Raises UserFileNotFound.
+        """One file of any tenant, also one that was deleted or has expired and still has its bytes: for a batch or a
+        job, of which it was checked whose it is. Raises UserFileNotFound.
         """
         with self.db.reading() as c:
             row = c.execute(sa.select(files).where(files.c.id == file_id, files.c.sha256.is_not(None))).first()
@@ -164,14 +164,6 @@ class Files:
         with self.db.writing() as c:
             given_up = files.update().where(files.c.id == file_id, files.c.state == "uploading")
             c.execute(given_up.values(state="deleted"))
-
-    def of_batch(self, file_id: str) -> UserFile:
-        """The input of a batch that has not ended, which may have been deleted. Raises UserFileNotFound."""
-        with self.db.reading() as c:
-            row = c.execute(sa.select(files).where(files.c.id == file_id)).first()
-        if row is None:
-            raise _unknown(file_id)
-        return _file(row)
 
     def unneeded(self, limit: int = 100) -> list[Unneeded]:
         """Files of all tenants that were deleted, have expired or will never be complete, and no batch or job needs."""

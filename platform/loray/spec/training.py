@@ -382,7 +382,7 @@ class TrainSpec(Frozen):
         default=("tensorboard",), description="where metrics go beside the events"
     )
     publish: PublishSpec = PublishSpec()
-    metadata: JobMetadata = Field(default_factory=dict, description="strings of yours, kept with job and version")
+    metadata: JobMetadata | None = Field(default=None, description="strings of yours, kept with job and version")
     max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
     gradient_checkpointing: bool = False
     dtype: AnyDType = Field(default="auto", description="auto: what the workers' device multiplies fast")

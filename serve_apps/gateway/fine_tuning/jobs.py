@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 from jobs.runs.history import RunEvents
 from jobs.submission.server import RayJobServer
@@ -33,13 +33,15 @@ from serve_apps.gateway.fine_tuning.progress import JobProgress, Progress
 from serve_apps.gateway.fine_tuning.recipe import file_of, hyperparameters_of, recipe_of
 from serve_apps.places import MostPlaces, Places
 
-T, R = TypeVar("T", FineTuningEvent, FineTuningCheckpoint), TypeVar("R")
+T = TypeVar("T", FineTuningEvent, FineTuningCheckpoint)
+R = TypeVar("R")
 
 _ASKING = MostPlaces(total=8, of_tenant=4, wait_s=10.0)  # of Ray, which may answer late
 _MOST_FOLLOWED = 64  # jobs whose events are kept; those of another one are read from their beginning
 _CHECKED_BYTES = 1 << 20  # of a file, at once; the run checks all of it
 _PAGE = 100  # jobs that are read at once where only those with some metadata are wanted
-_STATUS: Mapping[JobStatus, Any] = {
+_Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+_STATUS: Mapping[JobStatus, _Status] = {
     "pending": "queued",
     "running": "running",
     "succeeded": "succeeded",
@@ -95,7 +97,7 @@ class FineTuning:
         cursor = None if after is None else jobs.get(after).id
         while len(found) <= limit:
             page = jobs.page(_PAGE if metadata else limit + 1, cursor, None, None)
-            found += [job for job in page.items if metadata.items() <= job.recipe.metadata.items()]
+            found += [job for job in page.items if metadata.items() <= (job.recipe.metadata or {}).items()]
             cursor = page.next
             if cursor is None:
                 break
@@ -137,17 +139,21 @@ class FineTuning:
         recipe, told = job.recipe, self._look(principal, job)
         sources = [file_of(source.path) for source in (*recipe.data.train_sources, *recipe.data.eval_sources)]
         num_train, step = len(recipe.data.train_sources), told.step or {}
-        status = "validating_files" if job.status == "running" and not told.has_begun else _STATUS[job.status]
+        status = _STATUS[job.status]
+        if status == "running" and not told.has_begun:
+            status = "validating_files"
         hyper, kind = hyperparameters_of(recipe, self._settings.home), recipe.objective.type
         method = {"sft": "supervised"}.get(kind, kind)
         eta_s, at = step.get("eta_s"), step.get("time")
-        is_estimated = status == "running" and isinstance(eta_s, int | float) and isinstance(at, int | float)
+        finish = None
+        if status == "running" and isinstance(eta_s, int | float) and isinstance(at, int | float):
+            finish = int(at + eta_s)
         return FineTuningJob(
             id=job.id,
             object="fine_tuning.job",
             created_at=int(job.created_at.timestamp()),
             finished_at=None if job.ended_at is None else int(job.ended_at.timestamp()),
-            estimated_finish=int(at + eta_s) if is_estimated else None,
+            estimated_finish=finish,
             status=status,
             error=_error(job) if job.status == "failed" else None,
             model=recipe.init_adapter or recipe.base,
@@ -161,7 +167,7 @@ class FineTuning:
             hyperparameters=hyper,
             method={"type": method, method: {"hyperparameters": hyper}},
             integrations=[],
-            metadata=recipe.metadata,
+            metadata=recipe.metadata or {},
         )
 
 
@@ -183,7 +189,7 @@ def _error(job: Job) -> FineTuningError:
     return FineTuningError(code="training_failed", message=message, param=None)
 
 
-def _after(items: Sequence[T], after: str | None) -> Sequence[T]:
+def _after(items: list[T], after: str | None) -> list[T]:
     """Those behind the item of this id. Raises RequestError where there is none."""
     if after is None:
         return items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ class Progress(NamedTuple):
 
     has_begun: bool
     step: dict[str, Any] | None
-    events: Sequence[FineTuningEvent]
+    events: list[FineTuningEvent]
     checkpoint: FineTuningCheckpoint | None
 
 

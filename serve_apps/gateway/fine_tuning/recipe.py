@@ -50,7 +50,7 @@ def recipe_of(asked: FineTuningRequest, job: str, catalog: Catalog, home: Path) 
         "data": {"train": UPLOADED + asked.training_file},
         "batch": "auto" if hyper.batch_size == "auto" else {"rows": hyper.batch_size, "accumulation": "auto"},
         "seed": secrets.randbelow(1 << 31) if asked.seed is None else asked.seed,
-        "metadata": asked.metadata,
+        "metadata": asked.metadata or None,
     }
     if asked.validation_file is not None:
         fields["data"]["eval"] = UPLOADED + asked.validation_file
@@ -120,9 +120,9 @@ def _further(given: str | None) -> dict[str, Any]:
 # -- and back ---------------------------------------------------------------------------------------------------------
 
 
-def file_of(source: str | None) -> str | None:
+def file_of(source: str) -> str:
     """The id of an uploaded file; of data that is elsewhere, its path."""
-    return None if source is None else source.removeprefix(UPLOADED)
+    return source.removeprefix(UPLOADED)
 
 
 def hyperparameters_of(recipe: TrainSpec, home: Path) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loray.catalog.schema import batches
 from loray.errors import UserFileNotFound
-from tests.serve_apps.console.site import URL, ConsoleSite
+from tests.serve_apps.console.site import ConsoleSite
 
 ROW = b'{"messages": []}\n'
 
@@ -66,24 +65,14 @@ def test_a_recipe_begins_with_an_uploaded_file(console: ConsoleSite) -> None:
 
 def test_a_batch_is_followed_and_cancelled(console: ConsoleSite) -> None:
     assert "No batch was created yet" in console.get("/batches").text
-    file = sent(console, "batch")
-    batch = console.catalog.batches.create(file, "/v1/chat/completions", metadata={"team": "sales"})
-    with console.catalog._db.engine.begin() as c:
-        c.execute(batches.update().values(state="in_progress", total=5000, completed=1200, failed=3))
-    assert batch.id in console.get("/batches").text
-    page = console.get(f"/batches/{batch.id}").text
-    for shown in (
-        "in progress",
-        "5,000",
-        "1,200",
-        f"/batches/{batch.id}/live",
-        f"/files/{file}/content",
-        "team: sales",
-    ):
+    console.begin_batch()
+    assert "batch-1" in console.get("/batches").text
+    page = console.get("/batches/batch-1").text
+    linked = ("/batches/batch-1/live", "/files/file-1/content")
+    for shown in ("in progress", "5,000", "1,200", "team: sales", "the budget is used up", *linked):
         assert shown in page, shown
-    assert 'value="1203" max="5000"' in console.get(f"/batches/{batch.id}/live").text
-    assert console.post(f"/batches/{batch.id}/cancel").status_code == 204
-    assert console.catalog.batches.get(batch.id).state == "cancelling"
-    assert "Cancel</button>" not in console.get(f"/batches/{batch.id}").text
+    assert 'value="1203" max="5000"' in console.get("/batches/batch-1/live").text
+    assert console.post("/batches/batch-1/cancel").status_code == 204
+    assert console.catalog.batches.get("batch-1").state == "cancelling"
+    assert "Cancel</button>" not in console.get("/batches/batch-1").text
     assert console.get("/batches/nothing").status_code == 404
-    assert console.http.get(f"{URL}/batches/{batch.id}/live").status_code == 200

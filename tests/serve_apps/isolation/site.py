@@ -68,8 +68,8 @@ class Application:
         words |= {"model": thing.model, "file_id": thing.file, "batch_id": thing.batch, "checkpoint": thing.model}
         if "/keys/" in path:
             words["id"] = thing.key
-        if "/console/files" in path:
-            words["id"] = thing.file
+        if "/console/files" in path or "/console/batches" in path:
+            words["id"] = thing.file if "files" in path else thing.batch
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if "/static/" in path:
