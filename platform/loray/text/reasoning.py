@@ -22,7 +22,7 @@ def detect(added_tokens: Collection[str], template: str) -> ReasoningParserName 
     """The form in which a base thinks, by its tokenizer's added tokens and the text of its chat template; None: it does
     not.
     """
-    if not {START, END} <= set(added_tokens) or (START not in template and END not in template):
+    if START not in added_tokens or END not in added_tokens or not (START in template or END in template):
         return None
     return "qwen3" if "enable_thinking" in template else "deepseek_r1"
 
