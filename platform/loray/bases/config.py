@@ -224,9 +224,7 @@ class ModelConfig:
                 f"architecture {given} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
             )
         if hf.get("is_causal") is False:
-            raise UnsupportedError(
-                "tokens attend to those after them (is_causal is false); only decoders are served"
-            )
+            raise UnsupportedError("tokens attend to those after them (is_causal is false); only decoders are served")
         hf = {**architecture.missing, **hf}
         if (why := architecture.refuses(hf)) is not None:
             raise UnsupportedError(why)
