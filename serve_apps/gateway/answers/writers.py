@@ -215,7 +215,7 @@ def _events(events: list[Event]) -> str:
     return "".join(f"event: {e['type']}\ndata: {_json(e)}\n\n" for e in events)
 
 
-def _json(value: Event) -> str:
+def _json(value: Event | str) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -231,14 +231,14 @@ class WholeEmbeddings:
         self._num_tokens = 0
 
     def push(self, index: int, delta: Delta) -> str:
-        self._written[index] = f'{{"object":"embedding","index":{index},"embedding":{delta.text}}}'
+        self._written[index] = delta.text
         self._num_tokens += delta.num_prompt_tokens
         return ""
 
     def end(self) -> str:
         usage = f'{{"prompt_tokens":{self._num_tokens},"total_tokens":{self._num_tokens}}}'
-        model = json.dumps(self._model, ensure_ascii=False)
-        return f'{{"object":"list","data":[{",".join(self._written)}],"model":{model},"usage":{usage}}}'
+        rows = (f'{{"object":"embedding","index":{i},"embedding":{text}}}' for i, text in enumerate(self._written))
+        return f'{{"object":"list","data":[{",".join(rows)}],"model":{_json(self._model)},"usage":{usage}}}'
 
     def failed(self, failure: Failure) -> str:
         return failure.body

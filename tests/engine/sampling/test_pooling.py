@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
 
-from loray.bases.registry import BaseModel
+from loray.adapters.peft_format import read_adapter
+from loray.bases.registry import BaseModel, add_base
 from loray.engine.engine import Engine
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError, RequestError
 from loray.methods.weights import LoraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling, PoolingParams
+from tests.fixtures.draws import Normal
 from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request, run
+from tests.fixtures.gateway import adapter_ref
 from tests.fixtures.peft_adapters import ATTENTION, Adapters, Oracle, TestAdapter, make_adapter
+from tests.fixtures.tiny import write_checkpoint
 
 LENGTHS = (1, 2, 17, 40, 64, 65, 90)
 
@@ -47,7 +53,7 @@ def expected(oracle: Oracle, ids: Sequence[int], adapter: TestAdapter | None, po
     model = oracle._models[adapter.ref.digest if adapter else None]
     with torch.inference_mode():
         out = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
-    x_TD = out.hidden_states[-1][0]  # after the final norm
+    x_TD = out.hidden_states[-1][0].float()  # after the final norm
     return normalize(x_TD[-1] if pooling == "last" else x_TD.mean(0), dim=0)
 
 
@@ -166,3 +172,44 @@ def test_an_embedding_has_no_answer(base: BaseModel, params: dict[str, Any]) -> 
     asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling=PoolingParams(kind="last"))
     with pytest.raises(RequestError, match="an embedding has n"):
         make_engine(base).check(asked)
+
+
+def test_a_model_without_a_head_and_an_adapter_of_it(tmp_path: Path) -> None:
+    """As sentence-transformers saves both: no names begin with `model.`."""
+    whole = write_checkpoint(tmp_path / "whole", "Qwen3ForCausalLM", tie_word_embeddings=True)
+    model, folder = AutoModel.from_pretrained(whole), tmp_path / "headless"
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    model.save_pretrained(folder)
+    base = add_base(str(folder), home=tmp_path / "home")
+    assert base.config.architecture == "Qwen3ForCausalLM"
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="FEATURE_EXTRACTION"))
+    draw = Normal(3)
+    with torch.no_grad():
+        for _, parameter in sorted(tuned.named_parameters()):
+            if parameter.requires_grad:
+                parameter.copy_(0.12 * draw(*parameter.shape))
+    tuned.save_pretrained(tmp_path / "adapter")
+    weights = read_adapter(tmp_path / "adapter", base.config)
+    assert len(weights.modules) == len(ATTENTION) * base.config.num_layers
+    ref = adapter_ref("a" * 64, base_fingerprint=base.fingerprint, context_length=512, nbytes=1 << 16)
+    served = TestAdapter(ref, tmp_path / "adapter", None)
+    (out,) = outputs(make_engine(base, [served]), embed("a", ids(40), served, "last"))
+    with torch.inference_mode():
+        wanted = normalize(tuned(input_ids=torch.tensor([ids(40)])).last_hidden_state[0, -1], dim=0)
+    torch.testing.assert_close(torch.tensor(out.embedding), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_embeddings_in_bf16_are_as_close_as_transformers(smollm2: BaseModel, tmp_path: Path, kind: Pooling) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    tuned = make_adapter(smollm2, tmp_path / "tuned", config, seed=1)
+    exact, rounded = Oracle(smollm2, [tuned]), Oracle(smollm2, [tuned], torch.bfloat16)
+    engine = make_engine(smollm2, [tuned], dtype="bfloat16", pool_bytes=64 << 20)
+    for adapter in (None, tuned):
+        for num_tokens in (5, 14, 60):
+            prompt = ids(num_tokens, num_tokens)
+            (out,) = outputs(engine, embed("a", prompt, adapter, kind))
+            truth, theirs = (expected(oracle, prompt, adapter, kind) for oracle in (exact, rounded))
+            found = torch.tensor(out.embedding)
+            assert float(found @ truth) > min(0.9999, 1 - 2 * (1 - float(theirs @ truth)))
