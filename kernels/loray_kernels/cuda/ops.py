@@ -348,9 +348,11 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: AttentionWork | None = meta.prepared.get(AttentionWork)
+            key = (AttentionWork, scoring.window)
+            work: AttentionWork | None = meta.prepared.get(key)
             if work is None:
-                work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
+                work = self._decode_attention.plan(packed, q_THd.shape[1], layout, scoring.window)
+                meta.prepared[key] = work
             self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scoring)
         flash = self._flash if scoring.window is None and scoring.soft_cap is None else None
         if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scoring.scale)):
