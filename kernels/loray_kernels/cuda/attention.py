@@ -22,8 +22,8 @@ _BLOCKS = 8  # for each multiprocessor: some times as many as stand there at onc
 
 
 class AttentionWork(NamedTuple):
-    """The work of attention in each layer, made once for all layers: which splits of decoding sequences each launch
-    computes; see attention.cu.
+    """The work of attention in each layer, made once for all layers with the same window: which splits of decoding
+    sequences each launch computes; see attention.cu.
 
     starts_G1  of G launches, in `splits`
     arrived    blocks that have come to a sequence, for each part of its heads
@@ -45,7 +45,9 @@ class DecodeAttention:
         self._launch = launch
         self._num_blocks = _BLOCKS * num_processors
 
-    def plan(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> AttentionWork:
+    def plan(
+        self, tables: AttentionTables, num_heads: int, layout: KvLayout, window: int | None = None
+    ) -> AttentionWork:
         """Plan the work of a call. Launches are so many that the partial sums of one fit into PARTIAL_BYTES; those
         that a step does not need find no work.
         """
@@ -68,6 +70,7 @@ class DecodeAttention:
                 tables.decoded.data.data_ptr(),
                 tables.context_len.data_ptr(),
                 num,
+                window or 0,
                 most,
                 len(starts_G1) - 1,
                 starts_G1.data_ptr(),

@@ -349,9 +349,11 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: AttentionWork | None = meta.prepared.get(AttentionWork)
+            key = (AttentionWork, scoring.window)
+            work: AttentionWork | None = meta.prepared.get(key)
             if work is None:
-                work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
+                work = self._decode_attention.plan(packed, q_THd.shape[1], layout, scoring.window)
+                meta.prepared[key] = work
             self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scoring)
         is_plain = scoring.window is None and scoring.soft_cap is None and not layout.int8_per_element
         flash = self._flash if is_plain else None

@@ -101,7 +101,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     of_split = 4 * 4 * 18
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
         monkeypatch.setattr(attention, "PARTIAL_BYTES", num_bytes)
-        meta.prepared.pop(AttentionWork)
+        meta.prepared.pop((AttentionWork, None))
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.25)), expected)
         assert max(made) == most
         made.clear()
@@ -217,34 +217,37 @@ def attention_grids(launcher: NotingLauncher) -> list[tuple[int, int, int]]:
     return [grid for kernel, grid in zip(launcher.kernels, launcher.grids, strict=True) if "plan" not in kernel]
 
 
-def splits_of(context: int) -> int:
+def splits_of(context: int, window: int | None = None) -> range:
+    """Those of which a part is in the window."""
     size = SPLIT
     while size * MAX_SPLITS < context:
         size *= 2
-    return max(1, -(-context // size))
+    behind = 0 if window is None else max(0, context - window) // size
+    return range(behind, max(1, -(-context // size)))
 
 
-def planned(launcher: NotingLauncher, contexts: list[int]) -> AttentionWork:
+def planned(launcher: NotingLauncher, contexts: list[int], window: int | None) -> AttentionWork:
     """As a recorded step plans it, which knows no context: for the longest that may be. Sequence i has query 2 i."""
     num, none = len(contexts), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([n for i in range(num) for n in (i, 2 * i)])
     tables = AttentionTables(none, torch.tensor(contexts), none, none, Items(tokens, num), Items(none, 0), MAX_SPLITS)
-    return DecodeAttention(launcher).plan(tables, 8, LAYOUT)
+    return DecodeAttention(launcher).plan(tables, 8, LAYOUT, window)
 
 
+@pytest.mark.parametrize("window", [None, 1, 500, 5000])
 @pytest.mark.parametrize("room", [1, 100, 300, 1 << 20])
 def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
-    launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch, room: int
+    launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch, room: int, window: int | None
 ) -> None:
     """`room`: for partial sums of so many splits. 300 sequences are more than a block has threads."""
     monkeypatch.setattr(attention, "PARTIAL_BYTES", room * 4 * 8 * 66)
     generator = torch.Generator().manual_seed(1)
     contexts = (torch.rand(300, generator=generator) ** 6 * 40_000).long().tolist()
     contexts[:4] = [0, SPLIT, SPLIT + 1, 64 * SPLIT + 1]
-    work = planned(launcher, contexts)
+    work = planned(launcher, contexts, window)
     starts, expected = (
         work.starts_G1.tolist(),
-        [i * MAX_SPLITS + s for i, c in enumerate(contexts) for s in range(splits_of(c))],
+        [i * MAX_SPLITS + s for i, c in enumerate(contexts) for s in splits_of(c, window)],
     )
     assert work.splits[: len(expected)].tolist() == expected
     assert starts[0] == 0
@@ -252,7 +255,7 @@ def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
     assert starts == sorted(starts)
     for launch, (start, stop) in enumerate(pairwise(starts)):
         own = expected[start:stop]
-        assert not own or own[0] % MAX_SPLITS == 0
+        assert not own or own[0] % MAX_SPLITS == splits_of(contexts[own[0] // MAX_SPLITS], window)[0]
         assert all(0 <= w - launch * work.most < work.room for w in range(start, stop))
     assert work.room <= max(room, MAX_SPLITS)
     assert not work.arrived.any()
@@ -273,12 +276,26 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: NotingLaunch
         ops = CudaOps(launcher, cast(Any, None), num_processors=processors)
         found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)) for _ in range(2)])
         assert attention_grids(launcher) == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
-        work: AttentionWork = meta.prepared[AttentionWork]
-        assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
+        work: AttentionWork = meta.prepared[AttentionWork, None]
+        assert work.starts_G1.tolist() == [0, sum(len(splits_of(context)) for context in contexts)]
         assert not work.arrived.any()
     near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), dtype)
     for got in (found[0][1], *found[1]):  # of a second layer, too
         assert torch.equal(got, found[0][0])
+
+
+def test_layers_with_a_window_have_a_plan_of_their_own(launcher: NotingLauncher) -> None:
+    """Made once for all of them; blocks behind the window are not read."""
+    contexts, window = [5, 40 * SPLIT + 9, 0, 700], 300
+    pool, meta = decode_step(torch.bfloat16, contexts, LAYOUT)
+    q_THd = 2 * randn(5, torch.bfloat16, len(contexts), 6, 64)
+    ops, windowed = CudaOps(launcher, cast(Any, None)), Scoring(0.125, window)
+    for scoring in (Scoring(0.125), windowed, windowed, Scoring(0.125)):
+        got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, scoring)
+        near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, scoring), torch.bfloat16)
+    assert launcher.kernels.count("attention_plan_fp32") == 2
+    starts = [meta.prepared[AttentionWork, own].starts_G1.tolist() for own in (None, window)]
+    assert starts == [[0, 1 + 41 + 1 + 3], [0, 1 + 3 + 1 + 2]]
 
 
 def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: NotingLauncher) -> None:
@@ -299,5 +316,5 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
     got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125))
     (grid,) = attention_grids(launcher)
     assert grid == (64, 2, 1)  # eight for each multiprocessor, where there were 32 × 2 × 64
-    assert meta.prepared[AttentionWork].starts_G1.tolist() == [0, 32]
+    assert meta.prepared[AttentionWork, None].starts_G1.tolist() == [0, 32]
     near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), torch.bfloat16)
