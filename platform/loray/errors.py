@@ -8,6 +8,8 @@
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
     │   ├── KeyNotFound        no such API key or tenant in the catalog
+    │   ├── UserFileNotFound   no such file of `/v1/files`, or of another tenant
+    │   ├── BatchNotFound      no such batch of `/v1/batches`, or of another tenant
     │   ├── ResponseNotFound   no such answer of the Responses API, of which none is stored
     │   └── JobNotFound        no such training job in the catalog or in Ray
     │       └── LogsGone       the job is known, but Ray no longer has its log
@@ -28,6 +30,8 @@
     ├── RequestError           a generation request that can never be served
     │   ├── ContextLengthExceeded
     │   ├── GrammarTooExpensive  the masks of its constraint take too long
+    │   ├── ModelNotSupported    the model does not do what the route is for
+    │   ├── ThreadsUnsupported   it asks that its conversation is stored here
     │   ├── UnknownParameter     it has a field that no one knows, most likely a typing error
     │   └── UnsupportedParameter it has a field that is known, changes the answer, and is not supported
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
@@ -102,7 +106,8 @@ class ResponseNotFound(NotFoundError):
 
 
 class JobNotFound(NotFoundError):
-    pass
+    code = "job_not_found"
+    param = "id"
 
 
 class LogsGone(JobNotFound):
@@ -113,6 +118,16 @@ class LogsGone(JobNotFound):
 
 class KeyNotFound(NotFoundError):
     pass
+
+
+class UserFileNotFound(NotFoundError):
+    code = "file_not_found"
+    param = "id"
+
+
+class BatchNotFound(NotFoundError):
+    code = "batch_not_found"
+    param = "id"
 
 
 class Unauthenticated(LorayError):
@@ -203,6 +218,14 @@ class RequestError(LorayError, ValueError):
 
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
+
+
+class ModelNotSupported(RequestError):
+    code = "model_not_supported"
+
+
+class ThreadsUnsupported(RequestError):
+    code = "thread_unsupported_request"  # Anthropic's clients know it, and send the whole conversation then
 
 
 class GrammarTooExpensive(RequestError):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
     from loray.spec import TrainingGroup
 
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
+ON, OFF = "on", "off"  # of LORAY_FILES
 STDOUT = "-"  # of LORAY_ACCESS_LOG
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?")
@@ -105,11 +106,12 @@ def one_of(env: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
     return value
 
 
-def share(text: str) -> float:
+def share(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+        raise SettingsError(f"{name}={text!r} must be a share of at least 0, such as 0.1 for 10 %")
     return value

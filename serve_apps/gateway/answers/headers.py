@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 
 from loray.errors import RequestError, shown
 from loray.spec import Principal
-from serve_apps.auth import principal_of
+from serve_apps.auth import AS_BATCH, principal_of
 from serve_apps.http import request_id_of
 from serve_apps.tracing import RequestSpan
 
@@ -23,11 +24,13 @@ STRICT = "X-Loray-Strict"  # true: unknown fields of the body are refused
 IGNORED = "X-Loray-Ignored-Fields"  # of the response: unknown fields, and keywords of a schema that answers may violate
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_IGNORED = 10  # names
+_NAME = re.compile(r"[A-Za-z0-9_.$]+")
 
 
 class RequestHeaders(NamedTuple):
     """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
-    request's span, where traces are exported; `session_id` what the client calls the session.
+    request's span, where traces are exported; `session_id` what the client calls the session; `is_batch`:
+    it is a line of a batch, which waits behind all people, however long.
     """
 
     received_at: float
@@ -36,6 +39,7 @@ class RequestHeaders(NamedTuple):
     timeout_s: float | None = None
     trace: RequestSpan | None = None
     session_id: str | None = None
+    is_batch: bool = False
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
@@ -45,12 +49,13 @@ class RequestHeaders(NamedTuple):
         state, headers = request.scope.get("state", {}), request.headers
         received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
-        return cls(received_at, principal_of(request), request_id_of(headers), timeout_s, trace, session_id)
+        request_id, is_batch = request_id_of(headers), AS_BATCH in state
+        return cls(received_at, principal_of(request), request_id, timeout_s, trace, session_id, is_batch)
 
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:
-    """The header that names keywords of the client's schema, as far as they may stand in one."""
-    named = [word for word in keywords if word.isascii() and word.replace("$", "").isalnum()]
+    """The header that names fields, and keywords of the client's schema, as far as they may stand in one."""
+    named = [word for word in keywords if _NAME.fullmatch(word)]
     return {IGNORED: ", ".join(named[:_MAX_IGNORED])} if named else {}
 
 

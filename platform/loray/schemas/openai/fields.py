@@ -235,18 +235,20 @@ def bias(value: object) -> object:
     return biases
 
 
-def prompts(value: object) -> tuple[Prompt, ...]:
-    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids."""
+def prompts(value: object, most: int = MAX_CHOICES) -> tuple[Prompt, ...]:
+    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids. Any may be empty;
+    `most`: of a list of prompts.
+    """
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
         if _is_token_ids(value):
             return (tuple(value),)
         if isinstance(value[0], str | list):
-            _check_number(value, MAX_CHOICES, "prompts")
+            _check_number(value, most, "prompts")
         if all(isinstance(v, str) for v in value):
             return tuple(value)
-        if all(isinstance(v, list) and v and _is_token_ids(v) for v in value):
+        if all(isinstance(v, list) and _is_token_ids(v) for v in value):
             return tuple(tuple(v) for v in value)
     raise RequestError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
 
@@ -325,8 +327,8 @@ class Hints(Body):
 
     metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
     store: bool | None = Field(default=None, description="accepted; nothing is stored")
-    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
-    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
+    reasoning_effort: ShortText | None = Field(default=None, description="of chats: how long a reasoning model thinks")
+    include_reasoning: bool | None = Field(default=None, description="of chats; false: answers leave it out")
     verbosity: ShortText | None = Field(default=None, description=_HINT)
     service_tier: ShortText | None = Field(default=None, description=_HINT)
     safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
