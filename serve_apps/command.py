@@ -213,7 +213,7 @@ def _wait(api: ServeApi, screen: Console) -> None:
         for state in api.watch(_READY_TIMEOUT_S):
             spinner.update(escape(str(state)))
             if state.has_failed:
-                raise ClusterError(f"serving did not come up: {state.reason}")
+                raise ClusterError(f"serving did not come up: {state.reason}; `loray logs replica` shows more")
 
 
 # -- status and down --------------------------------------------------------------------------------------------------

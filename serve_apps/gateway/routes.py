@@ -107,7 +107,7 @@ class Answers:
 
 def create_routes(gateway: Gateway) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router = APIRouter(route_class=_Route)
+    router = APIRouter(route_class=GatewayRoute)
 
     async def parsed(request: Request, convert: Callable[[object], T]) -> T:
         try:
@@ -193,17 +193,18 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         embeddings of a base that pools, else a response.
         """
         forms = {"messages": chat_completions, "prompt": completions, "input": responses}
-        given = await _converted_body(request, lambda body: [name for name in forms if _has(body, name)])
-        if len(given) != 1:
-            raise RequestError(
-                "give one of messages (a chat), prompt (a completion) and input (a response or embeddings)", "messages"
-            )
-        if given == ["input"]:
-            name = await _converted_body(request, lambda body: body.get("model") if isinstance(body, dict) else None)
-            target = await gateway.model(name if isinstance(name, str) else None, principal_of(request))
-            if target.base.pooling is not None:
-                return await embeddings(request)
-        return await forms[given[0]](request)
+
+        def form_and_model(body: object) -> tuple[str, object]:
+            given = [name for name in forms if isinstance(body, dict) and body.get(name) is not None]
+            if not isinstance(body, dict) or len(given) != 1:
+                raise RequestError("give one of messages (a chat), prompt (a completion) and input", "messages")
+            return given[0], body.get("model")
+
+        form, model = await _converted_body(request, form_and_model)
+        if form == "input" and isinstance(model, str):
+            pools = (await gateway.model(model, principal_of(request))).base.pooling is not None
+            return await (embeddings if pools else responses)(request)
+        return await forms[form](request)
 
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
         body = parse(TokenizeRequest, given)
@@ -345,7 +346,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     return router.routes
 
 
-class _Route(APIRoute):
+class GatewayRoute(APIRoute):
     """A route whose answer names the fields of its body that were ignored."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -385,10 +386,6 @@ def _convert(convert: Callable[[object], T], unknown: UnknownFields, raw: bytes)
         raise RequestError(f"the request body is not valid JSON: {e}") from e
     with reading(unknown):
         return convert(body)
-
-
-def _has(body: object, field: str) -> bool:
-    return isinstance(body, dict) and body.get(field) is not None
 
 
 def _with_chat(schema: type[M], body: object) -> tuple[M, ChatCompletionRequest]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import click
 import pytest
 
 from loray import __version__
-from loray.cli import doctor, output
+from loray.cli import doctor, main, output
 from loray.cli.main import cli
 from loray.spec import format_seconds
 from tests.cli.run import Loray
@@ -78,12 +81,98 @@ def test_help_and_version(loray: Loray) -> None:
     assert loray("--version").out.strip() == f"loray, version {__version__}"
 
 
-def test_wrong_usage(loray: Loray) -> None:
-    for line in ("nothing", "base add", "base verify", "adapters import x", "base ls --bad"):
-        result = loray(*line.split())
-        assert result.code == 2
-        assert "Usage:" in result.err
-        assert result.out == ""
+def test_help_is_in_groups_and_has_every_command_once(loray: Loray) -> None:
+    _, _, listed = loray("--help").out.partition("\nBase models and data:\n")
+    titles = re.findall(r"^(\S.*):$", listed, re.M)
+    assert titles == ["Train", "Measure and publish", "Serve and ask", "Operate"]
+    names = re.findall(r"^  (\w+)  ", listed, re.M)
+    assert names == cli.list_commands(click.Context(cli))
+    assert len(set(names)) == len(names)
+    columns = {line.index(line.split()[1]) for line in listed.splitlines() if re.match(r"  \w", line)}
+    assert len(columns) == 1  # in all groups
+
+
+def test_commands_of_other_packages_have_a_group(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = EntryPoint("theirs", "loray.cli.shell:completion", main.ENTRY_POINTS)
+    known = main._plugins()
+    monkeypatch.setattr(main, "_plugins", lambda: {**known, "theirs": theirs})
+    assert re.search(r"^From other packages:\n  theirs +Print", loray("--help").out, re.M)
+    monkeypatch.setattr(main, "_plugins", dict)
+    assert "Serve from one process" not in loray("--help").out
+    assert "no command 'serve'" in loray("serve").err
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        ("nothing", "loray"),
+        ("base nothing", "loray base"),
+        ("base add", "loray base add"),
+        ("base verify", "loray base verify"),
+        ("adapters import x", "loray adapters import"),
+        ("base ls --bad", "loray base ls"),
+        ("keys update key-1", "loray keys update"),
+        ("open nothing", "loray open"),
+    ],
+)
+def test_wrong_usage_ends_with_where_the_usage_stands(loray: Loray, line: str, path: str) -> None:
+    result = loray(*line.split())
+    assert (result.code, result.out) == (2, "")
+    usage, error = result.err.splitlines()
+    assert usage.startswith(f"Usage: {path} ")
+    assert error.startswith("error: ")
+    assert error.endswith(f"; `{path} --help` shows what it takes")
+
+
+def test_a_group_without_a_command_shows_its_help(loray: Loray) -> None:
+    result = loray("base")
+    assert (result.code, "Commands:" in result.out + result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "do"),
+    [
+        ("adapters show nothing", "`loray adapters ls` lists them"),
+        ("adapters import nowhere --name x", "name the one with the adapter's adapter_config.json"),
+        ("adapters import . --name x", "it is not a PEFT adapter; name a folder of save_pretrained"),
+        ("base add nothing", "name 'smollm2', a folder, or a Hugging Face id (OWNER/NAME)"),
+        ("base verify nothing", "add it with `loray base add nothing`"),
+        ("keys revoke nothing", "`loray keys ls` lists them"),
+        ("jobs logs nothing", "`loray jobs ls` or `GET /api/v1/jobs` lists them"),
+        ("chat nothing", "start it with `loray serve` or `loray up`, or set LORAY_URL to a server's address"),
+        ("eval perplexity ./nowhere --data nowhere", "name the one with the adapter's adapter_config.json"),
+        ("catalog restore nowhere", "`loray catalog backup` writes one"),
+        ("catalog backup nowhere/x", "check the path"),
+        ("doctor --spec nowhere", "check the path"),
+    ],
+)
+def test_errors_end_with_what_to_do(
+    loray: Loray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, do: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = loray(*line.split())
+    assert (result.code, result.err.count("\n")) == (1, 1), result
+    assert result.err.endswith(f"{do}\n"), result.err
+
+
+@pytest.mark.parametrize(
+    ("number", "do"),
+    [
+        (errno.ENOSPC, "set LORAY_HOME to a folder of another disk"),
+        (errno.EADDRINUSE, "choose another --port, or stop what listens there"),
+        (errno.EIO, "LORAY_LOG_LEVEL=DEBUG shows where"),
+    ],
+)
+def test_errors_of_the_operating_system_end_so_too(
+    loray: Loray, monkeypatch: pytest.MonkeyPatch, number: int, do: str
+) -> None:
+    def fail(home: Path) -> None:
+        raise OSError(number, os.strerror(number), "/data/x")
+
+    monkeypatch.setattr("loray.cli.base.list_bases", fail)
+    result = loray("base", "ls")
+    assert (result.code, result.err.startswith(f"error: {os.strerror(number)}: /data/x; ")) == (1, True)
+    assert result.err.endswith(f"{do}\n")
 
 
 def test_errors_are_one_line(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,9 @@ def load_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json` of any kind of adapter."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UnsupportedError(f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter")
+        raise UnsupportedError(
+            f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter; name a folder of save_pretrained"
+        )
     return _parsed(folder, path.read_bytes())
 
 

@@ -106,7 +106,9 @@ def add_base(
     if _HF_ID.fullmatch(source):
         fill = partial(fill_from_hub, source)
         return add_filled(name or source.split("/")[1], f"hf:{source}", home, progress, fill, of=of)
-    raise BaseNotFound(f"{source!r} is neither {smollm2.NAME!r}, nor a folder, nor a Hugging Face id (OWNER/NAME)")
+    raise BaseNotFound(
+        f"{source!r} is neither a folder nor a base; name {smollm2.NAME!r}, a folder, or a Hugging Face id (OWNER/NAME)"
+    )
 
 
 def get_base(home: Path, name: str) -> BaseModel:

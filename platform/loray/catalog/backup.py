@@ -89,7 +89,7 @@ class Backup:
                 log(c, self.db.actor, "restore_backup", "catalog", created_at=created_at.isoformat())
                 return _summary(c, created_at)
         except OSError as e:
-            raise DataError(f"the backup {path} cannot be read: {e.strerror}") from e
+            raise DataError(f"the backup {path} cannot be read: {e.strerror}; `loray catalog backup` writes one") from e
         except (AttributeError, IntegrityError, KeyError, StopIteration, TypeError, ValueError) as e:
             reason = str(e) if isinstance(e, IntegrityError) else f"it is damaged: {e!r}"
             raise IntegrityError(f"the backup {path} is not used: {reason}; nothing was restored") from e

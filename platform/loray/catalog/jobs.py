@@ -158,7 +158,7 @@ def _find(c: sa.Connection, principal: Principal, job_id: str) -> Job | None:
 def _get(c: sa.Connection, principal: Principal, job_id: str) -> Job:
     job = _find(c, principal, job_id)
     if job is None:
-        raise JobNotFound(f"no job {job_id!r} in the catalog; `GET /api/v1/jobs` lists them")
+        raise JobNotFound(f"no job {job_id!r} in the catalog; `loray jobs ls` or `GET /api/v1/jobs` lists them")
     return job
 
 

@@ -205,7 +205,7 @@ def update(
         fields["metadata"] = _metadata(pairs)
     fields |= _given_limits(limits)
     if not fields:
-        raise click.UsageError("say what is to change: `loray keys update --help`")
+        raise click.UsageError("say what is to change")
     change = KeyChange.parse(fields, source="the command line")
     with open_catalog() as catalog:
         changed = catalog.change_key(_find(catalog, key), change)
@@ -280,7 +280,7 @@ def _duration(given: str) -> Duration:
 def _metadata(given: tuple[str, ...]) -> dict[str, str]:
     found = dict(pair.partition("=")[::2] for pair in given)
     if not all("=" in pair and pair[0] != "=" for pair in given):
-        raise SpecError("--metadata is KEY=VALUE, and its key is not empty")
+        raise SpecError("give --metadata as KEY=VALUE, with a key that is not empty")
     return found
 
 

@@ -231,7 +231,10 @@ def _precondition(
             return None, True
         raise
     if state.version != expected:
-        raise ConflictError(f"alias {alias!r} of {name!r} points at version {state.version}, not {expected or 'unset'}")
+        raise ConflictError(
+            f"alias {alias!r} of {name!r} points at version {state.version}, not {expected or 'unset'}; to move it "
+            f"all the same, give --expected {state.version}"
+        )
     return state.etag, False
 
 
@@ -322,7 +325,7 @@ def push(
     An upload that broke off is continued when the command is repeated. The server checks the folder as a whole.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder; name the one with the adapter's adapter_config.json")
     manifest = [path for path in (folder / AdapterManifest.FILE,) if path.is_file()]
     files = {path: file_sha256(path) for path in published_files(folder) + manifest}
     content = hashlib.sha256(repr(sorted((p.name, sha256) for p, sha256 in files.items())).encode()).hexdigest()

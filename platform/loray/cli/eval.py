@@ -70,7 +70,7 @@ def rope(value: str) -> RopeScaling:
 def where(value: str) -> tuple[str, str]:
     column, separator, wanted = value.partition("=")
     if not separator or not column:
-        raise click.BadParameter(f"{value!r} is not COLUMN=VALUE")
+        raise click.BadParameter(f"{value!r} is not COLUMN=VALUE, such as split=test")
     return column, wanted
 
 
@@ -202,7 +202,9 @@ def opened(options: Options) -> Iterator[EvaluatedModel]:
             found = _folder(Path(model).expanduser(), settings, options.base_name)
         elif model in base_names(settings.home):
             if options.base_name is not None:
-                raise SpecError(f"--base is for folders and published adapters; {model} is a base itself")
+                raise SpecError(
+                    f"--base is for folders and published adapters; leave it out, since {model} is a base itself"
+                )
             base = get_base(settings.home, model)
             found = EvaluatedModel(model, base, base.config.max_position_embeddings)
         else:
@@ -213,7 +215,7 @@ def opened(options: Options) -> Iterator[EvaluatedModel]:
 
 def _folder(folder: Path, settings: Settings, base_name: str | None) -> EvaluatedModel:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder; name the one with the adapter's adapter_config.json")
     base = get_base(settings.home, base_name) if base_name else base_of(folder, settings.home)
     target = EvaluatedModel(folder.name, base, base.config.max_position_embeddings, adapter=folder)
     return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
@@ -243,7 +245,7 @@ def _scaled(target: EvaluatedModel, scaling: RopeScaling | None, original_contex
             raise SpecError("--original-context says what --rope extends; give that too")
         return target
     if target.rope is not None or target.version is not None:
-        raise SpecError(f"{target.label} is published with its RoPE; --rope is for bases and for folders without one")
+        raise SpecError(f"{target.label} is published with its RoPE; leave out --rope, which is for bases and folders")
     original = original_context or target.base.config.max_position_embeddings
     try:
         rope = scaled(target.base.config.rope, scaling, original_context=original, head_dim=target.base.config.head_dim)
@@ -360,7 +362,7 @@ def _retrieve(
     if picture is not None and picture.suffix != ".svg":
         raise click.UsageError(f"--heatmap draws SVG: {picture.with_suffix('.svg')}")
     if picture is not None and not picture.parent.is_dir():
-        raise click.UsageError(f"--heatmap: {picture.parent} is not a folder")
+        raise click.UsageError(f"--heatmap: {picture.parent} is not a folder; make it, or name another file")
     with opened(options) as target:
         lengths = options.context_lengths or target.default_context_lengths
         fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
@@ -412,7 +414,8 @@ def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[_Ev
         raise SpecError(f"--device {options.device}: {str(e).splitlines()[0]}") from e
     if options.compare and target.rope is None and target.adapter is None and target.whole is None:
         raise SpecError(
-            f"there is nothing to compare {target.label} with: --compare is for adapters, --rope and quantised forms"
+            f"there is nothing to compare {target.label} with; leave out --compare, which is for adapters, --rope and "
+            "quantised forms"
         )
     dtype, why = training_dtype(hardware(), use_gpu=device.type == "cuda")
     if options.dtype != "auto":

@@ -116,7 +116,7 @@ def read_results(folder: Path) -> tuple[Evaluation, ...]:
     """Reads the harness's figures in its results below `folder`, but no standard errors. Raises EvaluationError."""
     files = sorted(folder.rglob("results_*.json"))
     if not files:
-        raise EvaluationError("lm_eval wrote no results")
+        raise EvaluationError("lm_eval wrote no results; name other TASKS")
     found = json.loads(files[-1].read_text(encoding="utf-8"))
     counts: Mapping[str, Any] = found.get("n-samples", {})
     measured = []
@@ -129,7 +129,7 @@ def read_results(folder: Path) -> tuple[Evaluation, ...]:
                 named = metric if filtered == "none" else f"{metric}/{filtered}"
                 measured.append(Evaluation(metric=named, value=value, dataset=task, count=count))
     if not measured:
-        raise EvaluationError(f"lm_eval's results have no figure: {', '.join(found['results'])}")
+        raise EvaluationError(f"lm_eval's results have no figure: {', '.join(found['results'])}; name other TASKS")
     return tuple(measured)
 
 

@@ -77,7 +77,7 @@ def _files(settings: Settings, part: str) -> list[Path]:
         raise ClusterError("nothing is being served from this LORAY_HOME; `loray logs cluster` shows how Ray ended")
     there = [file for file in found if file.is_file()]
     if not there:
-        raise NotFoundError(f"the {part} has no log yet")
+        raise NotFoundError(f"the {part} has no log yet; `loray status` says whether it has started")
     return there
 
 
@@ -108,7 +108,9 @@ def output_of(server: StandaloneServer) -> Path:
     try:
         target = os.readlink(f"/proc/{server.pid}/fd/2")
     except OSError as e:
-        raise NotFoundError(f"the output of process {server.pid} cannot be seen: {e.strerror}") from e
+        raise NotFoundError(
+            f"the output of process {server.pid} cannot be seen ({e.strerror}); for a file: `loray serve 2> serve.log`"
+        ) from e
     if not Path(target).is_file():
         raise NotFoundError(
             f"`loray serve` at {server.url} (process {server.pid}) writes to {target}; for a file: "

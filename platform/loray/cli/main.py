@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -22,41 +23,56 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "loray.commands"
 
 
-# Name → (module:attribute, help).
-_COMMANDS: Mapping[str, tuple[str, str]] = {
-    "doctor": ("loray.cli.doctor:doctor", "Find what is wrong with this machine, and what mends it."),
-    "base": ("loray.cli.base:base", "Add, list and verify base models."),
-    "adapters": ("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
-    "store": ("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
-    "catalog": ("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
-    "usage": ("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
-    "keys": ("loray.cli.access:keys", "Create, list, change, block, rotate and revoke API keys."),
-    "tenants": ("loray.cli.access:tenants", "Create, list, limit and block tenants."),
-    "chat": ("loray.cli.chat:chat", "Talk to a model, or to several side by side."),
-    "top": ("loray.cli.top:top", "Watch replicas, gateways and adapters."),
-    "logs": ("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
-    "open": ("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
-    "completion": ("loray.cli.shell:completion", "Print a shell's completion script."),
-    "data": ("loray.cli.data:data", "Look at training data as a model will see it."),
-    "recipes": ("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
-    "plan": ("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
-    "recommend": ("loray.cli.recommend:command", "Compare adapter methods: measured quality, and costs."),
-    "simulate": (
-        "loray.cli.simulate:simulate",
-        "Simulate replicas, routing and scaling under a trace, before they run.",
-    ),
-    "eval": ("loray.cli.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."),
+# What people do → name → (module:attribute, help). Those without a module are entry points of packages that import Ray,
+# and their help stands here, so that it does not.
+_GROUPS: Mapping[str, Mapping[str, tuple[str | None, str]]] = {
+    "Base models and data": {
+        "base": ("loray.cli.base:base", "Add, list and verify base models."),
+        "data": ("loray.cli.data:data", "Look at training data as a model will see it."),
+    },
+    "Train": {
+        "recipes": ("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
+        "plan": ("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
+        "recommend": ("loray.cli.recommend:command", "Compare adapter methods: measured quality, and costs."),
+        "train": (None, "Train an adapter and publish it."),
+        "sweep": (None, "Train with several values of a recipe's fields, and publish the best."),
+        "jobs": (None, "List, follow and stop training jobs."),
+    },
+    "Measure and publish": {
+        "eval": ("loray.cli.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."),
+        "adapters": ("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
+    },
+    "Serve and ask": {
+        "serve": (None, "Serve from one process, without Ray."),
+        "up": (None, "Start serving a base model and its adapters."),
+        "status": (None, "Show what is being served, and the cluster."),
+        "down": (None, "Stop serving."),
+        "chat": ("loray.cli.chat:chat", "Talk to a model, or to several side by side."),
+        "open": ("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
+    },
+    "Operate": {
+        "doctor": ("loray.cli.doctor:doctor", "Find what is wrong with this machine, and what mends it."),
+        "top": ("loray.cli.top:top", "Watch replicas, gateways and adapters."),
+        "logs": ("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
+        "keys": ("loray.cli.access:keys", "Create, list, change, block, rotate and revoke API keys."),
+        "tenants": ("loray.cli.access:tenants", "Create, list, limit and block tenants."),
+        "usage": ("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
+        "catalog": ("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
+        "store": ("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
+        "simulate": ("loray.cli.simulate:simulate", "Simulate replicas, routing and scaling under a trace."),
+        "completion": ("loray.cli.shell:completion", "Print a shell's completion script."),
+    },
 }
-# Listed here, so that help does not import Ray.
-_PLUGIN_HELP: Mapping[str, str] = {
-    "train": "Train an adapter and publish it.",
-    "sweep": "Train with several values of a recipe's fields, and publish the best.",
-    "jobs": "List, follow and stop training jobs.",
-    "serve": "Serve from one process, without Ray.",
-    "up": "Start serving a base model and its adapters.",
-    "status": "Show what is being served, and the cluster.",
-    "down": "Stop serving.",
+_OTHERS = "From other packages"
+_COMMANDS = {name: row for rows in _GROUPS.values() for name, row in rows.items()}
+_DO = {  # after an error of the operating system
+    errno.ENOENT: "check the path",
+    errno.EACCES: "give this user the right to it, or name another path",
+    errno.EROFS: "name a path on a disk that can be written",
+    errno.ENOSPC: "free some space, or set LORAY_HOME to a folder of another disk",
+    errno.EADDRINUSE: "choose another --port, or stop what listens there",
 }
+_SEE_WHERE = "LORAY_LOG_LEVEL=DEBUG shows where"
 
 
 class LazyGroup(click.Group):
@@ -64,14 +80,12 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         plugins = _plugins()
-        known = [name for name in _PLUGIN_HELP if name in plugins]
-        return [*_COMMANDS, *known, *sorted(plugins.keys() - _PLUGIN_HELP.keys() - _COMMANDS.keys())]
+        known = [name for name, (module, _) in _COMMANDS.items() if module is not None or name in plugins]
+        return [*known, *sorted(plugins.keys() - _COMMANDS.keys())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _COMMANDS:
-            entry: EntryPoint | None = EntryPoint(cmd_name, _COMMANDS[cmd_name][0], ENTRY_POINTS)
-        else:
-            entry = _plugins().get(cmd_name)
+        module, _ = _COMMANDS.get(cmd_name, (None, ""))
+        entry = _plugins().get(cmd_name) if module is None else EntryPoint(cmd_name, module, ENTRY_POINTS)
         if entry is None:
             return None
         loaded = entry.load()
@@ -83,19 +97,19 @@ class LazyGroup(click.Group):
         from click.shell_completion import CompletionItem
 
         names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
-        found = [CompletionItem(name, help=_help_of(name)) for name in names]
+        found = [CompletionItem(name, help=_COMMANDS[name][1] if name in _COMMANDS else None) for name in names]
         return found + (click.Command.shell_complete(self, ctx, incomplete) if incomplete.startswith("-") else [])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = []
-        for name in self.list_commands(ctx):
-            text = _help_of(name)
-            if text is None:
-                command = self.get_command(ctx, name)
-                text = command.get_short_help_str() if command else ""
-            rows.append((name, text))
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        names = self.list_commands(ctx)
+        groups = {title: {name: text for name, (_, text) in rows.items()} for title, rows in _GROUPS.items()}
+        others = {name: self.get_command(ctx, name) for name in names if name not in _COMMANDS}
+        groups[_OTHERS] = {name: command.get_short_help_str() for name, command in others.items() if command}
+        width = max(map(len, names)) + 2
+        for title, texts in groups.items():
+            if rows := [(name.ljust(width - 2), text) for name, text in texts.items() if name in names]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -146,10 +160,12 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as e:
+        code = cli.main(prog_name="loray", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         return e.exit_code
+    except click.ClickException as e:
+        return _misused(e)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         return 130
@@ -159,10 +175,23 @@ def _run() -> int:
     except LorayError as e:
         return _failed(str(e), e)
     except OSError as e:
-        return _failed(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", e)
+        do = _DO.get(e.errno or 0, _SEE_WHERE)
+        return _failed(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; {do}", e)
     except Exception as e:  # noqa: BLE001  at the top level, a traceback is printed only with LORAY_LOG_LEVEL=DEBUG
-        return _failed(f"unexpected {type(e).__name__}: {e} (LORAY_LOG_LEVEL=DEBUG shows where)", e)
+        return _failed(f"unexpected {type(e).__name__}: {e} ({_SEE_WHERE})", e)
     return code if isinstance(code, int) else 0
+
+
+def _misused(error: click.ClickException) -> int:
+    """Show what was wrong with the command line, its usage, and where the rest of it stands."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".")
+    if isinstance(context, click.Context):
+        click.echo(context.get_usage(), err=True)
+        if not message.endswith("?") and "`" not in message:  # which say already what to do
+            message += f"; `{context.command_path} --help` shows what it takes"
+    click.echo(f"error: {message}", err=True)
+    return error.exit_code
 
 
 def _failed(message: str, error: Exception) -> int:
@@ -170,10 +199,6 @@ def _failed(message: str, error: Exception) -> int:
         traceback.print_exception(error)
     click.echo(f"error: {message}", err=True)
     return 1
-
-
-def _help_of(name: str) -> str | None:
-    return _COMMANDS[name][1] if name in _COMMANDS else _PLUGIN_HELP.get(name)
 
 
 def _plugins() -> Mapping[str, EntryPoint]:

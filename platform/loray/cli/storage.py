@@ -129,6 +129,9 @@ def verify_objects(as_json: bool) -> None:
         adapters = ", ".join(digest[:12] for digest in damage.needed_by) or "no version"
         click.echo(f"error: {damage.key} {damage.problem}; needed by {adapters}", err=True)
     if found:
+        click.echo(
+            "publish what versions need once more, or restore these objects from a backup of the store", err=True
+        )
         raise click.exceptions.Exit(1)
     if not as_json:
         click.echo("the store is whole")

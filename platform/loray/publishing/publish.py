@@ -81,7 +81,7 @@ def import_folder(
     IntegrityError; then neither store nor catalog has changed.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder; name the one with the adapter's adapter_config.json")
     to.catalog.adapters.check_name(to.name, to.aliases)
     is_published = (folder / AdapterManifest.FILE).is_file()
     manifest = _check_published(folder, base) if is_published else None
@@ -189,7 +189,7 @@ def base_of(folder: Path, home: Path) -> BaseModel:
         manifest = read_manifest(folder)
         return base_with(home, manifest.base_fingerprint, manifest.base)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder; name the one with the adapter's adapter_config.json")
     known = list_bases(home)
     trained_on = str(load_config(folder).get("base_model_name_or_path") or "")
     for base in known:

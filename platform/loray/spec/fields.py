@@ -121,7 +121,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise SpecError(f"cannot read {path}: {e.strerror or e}") from e
+        raise SpecError(f"cannot read {path} ({e.strerror or e}); check the path") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise SpecError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(data, dict):

@@ -22,14 +22,14 @@ from loray.schemas.openai.files import (
 )
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
-from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, parsed_body
+from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, GatewayRoute, parsed_body
 
 BatchId = Annotated[str, Path(max_length=64, description="`id` of a batch")]
 
 
 def batch_routes(storage: FileStorage, paths: Collection[str]) -> list[BaseRoute]:
     """Make the routes of one gateway. `paths`: of its routes, among which are the endpoints of batches."""
-    router = APIRouter()
+    router = APIRouter(route_class=GatewayRoute)
 
     @router.post("/v1/batches")
     @may("batch")

@@ -21,7 +21,7 @@ from loray.spec import Principal
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import receive
-from serve_apps.gateway.routes import ABOUT_OWN, BINARY, JSON, WITH_FORM, Answers
+from serve_apps.gateway.routes import ABOUT_OWN, BINARY, JSON, WITH_FORM, Answers, GatewayRoute
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _FORM = {
@@ -49,7 +49,7 @@ FileId = Annotated[str, Path(max_length=64, description="`id` of a file")]
 
 def file_routes(storage: FileStorage) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router = APIRouter()
+    router = APIRouter(route_class=GatewayRoute)
 
     @router.post("/v1/files", openapi_extra=_FORM)
     @may("files")

@@ -24,7 +24,7 @@ from loray.spec import JobId
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
-from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, parsed_body
+from serve_apps.gateway.routes import ABOUT_OWN, JSON, WITH_FORM, Answers, GatewayRoute, parsed_body
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
@@ -35,7 +35,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 def fine_tuning_routes(storage: FileStorage, jobs: FineTuning) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router = APIRouter()
+    router = APIRouter(route_class=GatewayRoute)
 
     async def answer(request: Request, question: Callable[[Catalog], ResponseBody]) -> Response:
         principal = principal_of(request)

@@ -15,7 +15,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import SettingsError
 from loray.settings import Settings
-from loray.spec import Limits, ServeSpec
+from loray.spec import Limits, ServeSpec, TokenDelta
 from serve_apps.gateway import metrics
 from serve_apps.gateway.answers.headers import IGNORED, STRICT
 from serve_apps.gateway.app import create_app
@@ -36,6 +36,7 @@ from tests.fixtures.gateway import (
 )
 from tests.fixtures.keys import access_of
 
+EMBEDDED = TokenDelta((), "stop", embedding=(0.5, 0.25))
 NOT_STORED = "nothing is stored here: send the conversation in `input`"
 
 
@@ -133,6 +134,23 @@ async def test_openais_client_sends_newer_fields(base: BaseModel, tmp_path: Path
         assert (e.value.code, e.value.param) == ("unknown_parameter", "temprature")
         with pytest.raises(openai.BadRequestError):
             await create(model=base.name, messages=CHAT, extra_headers={STRICT: "true"}, **newer)
+
+
+def test_anthropics_and_embeddings_bodies_have_them_too(client_of: Any) -> None:
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        message = {"model": client.base, "messages": CHAT, "max_tokens": 5, "seed": 3, "cache_control": {}, "colour": 1}
+        answer = client.post("/v1/messages", json=message)
+        assert (answer.status_code, answer.headers[IGNORED], engines.requests[-1].params.seed) == (200, "colour", 3)
+        counted = client.post("/v1/messages/count_tokens", json=message)
+        assert (counted.status_code, counted.headers[IGNORED]) == (200, "colour")
+        wrong = client.post("/v1/messages", json=message | {"stop_sequence": ["x"], "temperatur": 1})
+        assert (wrong.status_code, wrong.json()["error"]["type"]) == (400, "invalid_request_error")
+        for meant in ("stop_sequences", "temperature"):
+            assert f"did you mean '{meant}'?" in wrong.json()["error"]["message"]
+    with client_of(ScriptedEngines([EMBEDDED]), pooling="mean") as client:
+        answer = client.post("/v1/embeddings", json={"model": client.base, "input": "a", "colour": 1})
+        assert (answer.status_code, answer.headers[IGNORED]) == (200, "colour")
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -248,6 +266,11 @@ def test_one_path_for_all_forms(client_of: Any) -> None:
         for wrong in ({}, {"messages": CHAT, "prompt": "a"}, {"prompt": None}):
             assert "give one of messages" in error_of(ask(**wrong), 400)["message"]
         assert error_of(client.post("/invocations", json=[]), 400)
+    with client_of(ScriptedEngines([EMBEDDED]), pooling="mean") as client:
+        embedded = ask(input=["a"])
+        assert (embedded.json()["object"], embedded.json()["data"][0]["embedding"]) == ("list", [0.5, 0.25])
+        assert error_of(ask(model="nothing", input="a"), 404)["code"] == "model_not_found"
+        assert error_of(ask(model=None, input="a"), 400)["param"] == "model"
 
 
 def test_it_has_the_limits_of_the_other_paths(base: BaseModel, tmp_path: Path) -> None:

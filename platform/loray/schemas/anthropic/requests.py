@@ -233,6 +233,7 @@ class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens. Further fields are those of a chat: `chat_template_kwargs` and others."""
 
     model_config = ConfigDict(extra="allow")
+    also_known = ChatCompletionRequest.known | _REFUSED.keys() | _NAMES_HERE.keys() | {*_NO_PLACE, *_HINTS, "thread"}
 
     model: ShortText = Field(min_length=1)
     messages: list[Any] = Field(description="turns of user and assistant, the last of which is continued if it is last")
