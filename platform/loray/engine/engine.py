@@ -449,6 +449,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            longest_wait_s=scheduler.waiting.longest_wait_s(time.monotonic()),
             num_loading=len(loading),
             blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
             host_bytes=manager.host_used,

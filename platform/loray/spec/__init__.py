@@ -4,6 +4,8 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    BATCH_PRIORITY,
+    BATCH_TIER,
     DEFAULT_KEEP_DELETED_S,
     DEFAULT_MAX_ADAPTERS,
     DEFAULT_TENANT,
@@ -90,6 +92,7 @@ from loray.spec.generation import (
     FinishReason,
     GenerateRequest,
     Pooling,
+    PoolingParams,
     SamplingParams,
     Thinking,
     TokenDelta,
@@ -130,7 +133,15 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
-from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
+from loray.spec.serving import (
+    AutoscalingSpec,
+    EngineFigures,
+    FleetSpec,
+    KvCacheDType,
+    ServeSpec,
+    engine_of,
+    is_engine,
+)
 from loray.spec.training import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -147,6 +158,7 @@ from loray.spec.training import (
     EarlyStoppingSpec,
     EndStatus,
     EvaluationSpec,
+    JobMetadata,
     JobStatus,
     NoGateReason,
     OptimizerSpec,
@@ -167,6 +179,8 @@ from loray.spec.training import (
 
 __all__ = [
     "ATTENTION_MODULES",
+    "BATCH_PRIORITY",
+    "BATCH_TIER",
     "DEFAULT_ALIAS",
     "DEFAULT_KEEP_DELETED_S",
     "DEFAULT_MAX_ADAPTERS",
@@ -240,10 +254,12 @@ __all__ = [
     "Initialisation",
     "InvocationTokens",
     "JobId",
+    "JobMetadata",
     "JobStatus",
     "KeyAlias",
     "KeyChanges",
     "KtoSpec",
+    "KvCacheDType",
     "Limits",
     "LogMoments",
     "LongLoraSpec",
@@ -261,6 +277,7 @@ __all__ = [
     "Percent",
     "PerplexitySpec",
     "Pooling",
+    "PoolingParams",
     "Principal",
     "Projection",
     "PublishSpec",

@@ -117,9 +117,9 @@ def test_fields_that_clients_send_by_default_are_accepted() -> None:
 
 
 def test_unknown_fields_are_named() -> None:
-    refused = refusal(completion, temperatur=1)
-    assert re.search(r"unknown field .temperatur.; known fields: .*temperature", str(refused))
-    assert refused.param == "temperatur"
+    refused = refusal(completion, colour=1)
+    assert re.search(r"unknown field .colour.; known fields: .*temperature", str(refused))
+    assert (refused.param, refused.code) == ("colour", "unknown_parameter")
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,39 @@ def test_an_upload_by_drag_and_drop_and_by_a_field(
     assert seen.problems == []
 
 
+def test_files_and_batches_by_the_keyboard_alone(console: ConsoleSite, seen: Seen) -> None:
+    page, keyboard = seen.page, seen.page.keyboard
+    seen.open("/files")
+    page.set_input_files("#file", {"name": "rows.jsonl", "mimeType": "application/json", "buffer": b"{}\n"})
+    page.focus("#file")
+    for _ in ("the purpose", "the button"):
+        keyboard.press("Tab")
+    keyboard.press("Enter")
+    page.wait_for_selector("td:text-is('rows.jsonl')")
+    (file,) = console.catalog.files.page(purposes=["fine-tune"], limit=2).files
+    seen.picture("files")
+    page.focus(f"[aria-label='Train with {file.id}']")
+    keyboard.press("Enter")
+    page.wait_for_url(f"**/jobs/new?file={file.id}")
+    assert page.input_value("[name='data.train']") == f"files://{file.id}"
+    seen.open("/files")
+    page.focus(f"[aria-label='Train with {file.id}']")
+    keyboard.press("Tab")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=No file was sent yet")
+    console.begin_batch()
+    seen.open("/batches")
+    page.focus("td a")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=the budget is used up")
+    seen.picture("batch")
+    page.focus("button:text-is('Cancel')")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=cancelling")
+    assert console.catalog.batches.get("batch-1").state == "cancelling"
+    assert seen.problems == []
+
+
 def test_a_recipe_is_planned_and_submitted(console: ConsoleSite, seen: Seen) -> None:
     page = seen.page
     seen.open("/jobs/new")

@@ -259,6 +259,8 @@ class StreamOptions(Body):
 class GenerationRequest(Hints, StructuredFields):
     """The fields of both endpoints."""
 
+    also_known = fields.UNSUPPORTED
+
     model: Annotated[ShortText, Field(min_length=1)]
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: only the most likely token")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from loray.errors import RequestError, shown
+from loray.errors import RequestError, UnsupportedParameter, shown
 from loray.schemas.openai.fields import Body, Hints, ShortText, SmallObject, parse
 from loray.schemas.openai.requests import ChatCompletionRequest
 from loray.schemas.openai.responses import Usage
@@ -106,12 +106,12 @@ def _text(item: Mapping[str, Any], field: str, at: str) -> str:
 
 # -- the request ------------------------------------------------------------------------------------------------------
 
-_NOT_STORED = "responses are not stored; send the earlier items in `input`"
+NOT_STORED = "nothing is stored here: send the conversation in `input`"
 _REFUSED = {
-    "previous_response_id": _NOT_STORED,
-    "conversation": _NOT_STORED,
-    "prompt": "prompt templates are not stored; send the prompt in `input`",
-    "background": "the answer comes with this request; use stream: true",
+    "previous_response_id": NOT_STORED,
+    "conversation": NOT_STORED,
+    "prompt": NOT_STORED,
+    "background": f"{NOT_STORED}, and take the answer from this request",
 }
 _CHAT_ONLY = {  # fields of chat completions that have another name or form here
     "messages": "input",
@@ -140,6 +140,7 @@ class ResponsesRequest(Hints):
     """POST /v1/responses. Further fields are those of chat completions: `seed`, `top_k`, `priority` and others."""
 
     model_config = ConfigDict(extra="allow")
+    also_known = ChatCompletionRequest.known | _REFUSED.keys() | _CHAT_ONLY.keys()
 
     model: ShortText = Field(min_length=1)
     input: str | list[Any] = Field(description="a text, or messages, function calls and their outputs")
@@ -165,7 +166,7 @@ class ResponsesRequest(Hints):
         extra = dict(self.model_extra or {})
         for name in extra:
             if name in _REFUSED and extra[name] is not False:
-                raise RequestError(f"{name} is not supported: {_REFUSED[name]}", name)
+                raise UnsupportedParameter(f"{name} is not supported: {_REFUSED[name]}", name)
             if name in _CHAT_ONLY:
                 raise RequestError(f"{name} is a field of chat completions; use {_CHAT_ONLY[name]}", name)
         body = {name: value for name, value in extra.items() if name not in _REFUSED}
