@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import AsyncEngine
 from loray.errors import SpecError
 from loray.spec import GenerateRequest, TokenDelta, TokenLogprobs
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.engines import make_engine
 from tests.fixtures.gateway import CHAT, GatewayClient, ScriptedEngines, events_of, gateway_app, openai_of
-from tests.fixtures.thinking import END_THINK, EOS, QWEN3, THINK, text_ids, thinking_tokenizer
+from tests.fixtures.thinking import END_THINK, EOS, QWEN3, THINK, Wishes, text_ids, thinking_tokenizer
 
 THOUGHT, CONTENT = "I add 1 and 2.", "It is 3."
 ANSWER = f"<think>\n{THOUGHT}\n</think>\n\n{CONTENT}"
@@ -203,6 +207,68 @@ def test_a_base_that_does_not_think_says_what_it_ignores(base: BaseModel, tmp_pa
     with client_of(engines, reasoning_parser="deepseek_r1") as client:
         assert client.chat().json()["choices"][0]["message"]["reasoning"] == "a"
         assert client.complete().json()["choices"][0]["text"] == "<think>a</think>b"  # completions are not parsed
+
+
+class OneEngine(ScriptedEngines):
+    """The engine of this process."""
+
+    def __init__(self, stream: AsyncEngine) -> None:
+        super().__init__()
+        self._streams = LocalStreams(ReplicaRequests(stream, ReplicaMetrics()))
+
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        async with aclosing(self._streams.generate(request, fit=fit)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+STRICT = {"type": "json_schema", "json_schema": {"name": "n", "schema": NUMBER, "strict": True}}
+STRICT_ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": NUMBER, "strict": True}}
+SAID = '{"a"'
+# what is asked; what the model wants to think and to say; what it has thought and said; the arguments of its calls
+WANTED: dict[str, tuple[dict[str, Any], str, str, str, str | None, list[str]]] = {
+    "text": ({}, f"{SAID}</think>", "\n\nSo.", SAID, "So.", []),
+    "schema": ({"response_format": STRICT}, f"{SAID}</think>", '{"a": 7}', SAID, '{"a": 7}', []),
+    "cut": ({"response_format": STRICT}, SAID, '{"a": 7}', SAID, '{"a": 7}', []),
+    "budget": ({"thinking_token_budget": 1}, f"{SAID}</think>", "So.", "{", "So.", []),
+    "call": ({"tool_choice": "required"}, f"{SAID}</think>", CALL, SAID, None, ['{"a": 1}']),
+    "free": ({}, f"{CALL}</think>", f"So.{CALL}", CALL, "So.", ['{"a": 1}']),
+    "stop": ({"stop": ["{", "o"]}, f"{SAID}</think>", "So.", SAID, "S", []),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1"])
+def test_an_engine_that_wants_certain_tokens(
+    thinking_base: Callable[[str], BaseModel], tmp_path: Path, name: str
+) -> None:
+    """From the template to the message, streamed or not; the model opens its thought where the template does not."""
+    base = thinking_base(name)
+    opened = [THINK] if name == "qwen3" else []
+
+    def wanted(request_id: str) -> tuple[list[int], list[int]]:
+        _, thought, content, *_ = WANTED[request_id.partition("-")[0]]
+        return [*opened, *text_ids(thought)], text_ids(content)
+
+    engine = make_engine(base)
+    Wishes(engine, wanted)
+    stream = AsyncEngine(engine)
+    stream.start()
+    with GatewayClient(gateway_app(base, sqlite_catalog(tmp_path), OneEngine(stream))) as client:
+        client.base = base.name
+        for case, (fields, _, _, thought, content, calls) in WANTED.items():
+            asked: dict[str, Any] = {"max_tokens": 200, "temperature": 0, "tools": [STRICT_ADD], **fields}
+            asked |= {"tools": []} if "response_format" in fields or case in ("text", "budget", "stop") else {}
+            headers = {"X-Request-Id": case}
+            (choice,) = client.chat(headers, **asked).json()["choices"]
+            message = choice["message"]
+            assert (message["reasoning"], message["content"]) == (thought, content), case
+            assert [c["function"]["arguments"] for c in message.get("tool_calls", ())] == calls
+            assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+            (streamed,) = joined(events_of(client.chat(headers, stream=True, **asked)))
+            finish = {"finish_reason": choice["finish_reason"]}
+            assert streamed == {"content": content or "", "reasoning": thought} | finish
+    stream.stop()
 
 
 async def test_openais_client_reads_thoughts(thinking_base: Callable[[str], BaseModel], tmp_path: Path) -> None:
