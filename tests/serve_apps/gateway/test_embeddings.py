@@ -221,6 +221,14 @@ def test_a_base_that_does_not_pool_says_how_it_would(client_of: Served) -> None:
         pass
 
 
+def test_sagemakers_path_embeds_where_the_base_pools(client_of: Served) -> None:
+    engines = ScriptedEngines([EMBEDDED])
+    with client_of(engines, pooling="last") as client:
+        found = client.post("/invocations", json={"model": client.base, "input": ["abc", "de"]}).json()
+    assert [e["object"] for e in found["data"]] == ["embedding"] * 2
+    assert found["usage"]["prompt_tokens"] == 5
+
+
 def test_texts_are_cut_at_their_end(client_of: Served) -> None:
     engines = ScriptedEngines([EMBEDDED])
     with client_of(engines, pooling="last") as client:
