@@ -33,6 +33,7 @@ from loray_kernels import (
     Ops,
     ProjectionMatrix,
     RowTables,
+    Scoring,
     StepInputs,
     VeraTable,
     backend,
@@ -113,7 +114,7 @@ def attention(queries: int, context: int, num_sequences: int, *, is_int8: bool =
 
     def step(ops: Ops) -> None:
         for layer in range(LAYERS):
-            ops.paged_attention(q_THd, pool, layout, layer, meta, HEAD_DIM**-0.5)
+            ops.paged_attention(q_THd, pool, layout, layer, meta, Scoring(HEAD_DIM**-0.5))
 
     seen = queries * context - queries * (queries - 1) / 2
     size = LAYERS * num_sequences * context * layout.layer_share * 2 / 16

@@ -35,6 +35,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     TablesOf,
     VeraTable,
@@ -97,16 +98,16 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows as `quantize_rows` does to int8, but with outliers: q, int32 (T, I), and each row's scale.
 
     A few elements are a hundred times larger than the others of their row, and a scale by them would leave these no
-    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it. There are fewer than
-    I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of |x| · (32767 / max|x|)
-    rounded to whole numbers, whose sum has the same bits in any order.
+    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it, to 127 · 128 at most.
+    There are fewer than I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of
+    |x| · (32767 / max|x|) rounded to whole numbers, whose sum has the same bits in any order.
     """
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
     whole_TI, _ = _rounded(x32_TI.abs(), largest_T1, largest_T1, 32767, to_whole=True)
     total_T1 = whole_TI.long().sum(dim=1, keepdim=True).float()
     share_T1 = total_T1 / torch.full_like(total_T1, 32767 * x_TI.shape[1])
-    limit_T1 = torch.minimum(largest_T1, largest_T1 * (share_T1 * 8))
+    limit_T1 = largest_T1 * (share_T1 * 8).clamp_(1 / 128, 1)
     q_TI, scale_T1 = _rounded(x32_TI, largest_T1, limit_T1, 127, to_whole=True)
     return q_TI.int(), scale_T1
 
@@ -365,19 +366,10 @@ class ReferenceOps:
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
-        """Causal attention of each sequence's last tokens over its cache; (T, H, d).
-
-        window    tokens that a token attends to, itself included; blocks behind all windows are not read
-        soft_cap  c: a score s, scaled, is c · tanh(s / c)
-        sinks_H   of each head the score of one more key, whose value is 0
-
-        Keys and values in int8 are dequantised to fp32.
-        """
+        """Causal attention of each sequence's last tokens over its cache (int8 is dequantised to fp32); (T, H, d)."""
+        scale, window, soft_cap, sinks_H = scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks_H
         cache, scales = kv_parts(pool, layout)
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads

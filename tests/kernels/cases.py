@@ -22,6 +22,7 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
     VeraTable,
 )
 from tests.kernels.backends import as_stored, store, turned
@@ -231,7 +232,7 @@ def test_paged_attention(
     starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
     meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
     store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
-    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25, window, soft_cap, sinks_H)
+    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, Scoring(0.25, window, soft_cap, sinks_H))
     close(got_THd, torch.cat(expected), dtype)
 
 

@@ -21,6 +21,7 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
     VeraTable,
 )
 from loray_kernels.cpu.ops import CpuOps
@@ -186,7 +187,7 @@ class Sequence:
     def attend(self, ops: Ops, *chunks: tuple[int, int]) -> Tensor:
         q_THd = torch.cat([self.q_THd[a:b] for a, b in chunks])
         kind = self.window, self.soft_cap
-        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), 0.2, *kind)
+        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), Scoring(0.2, *kind))
 
     def expected(self, first: int, stop: int) -> Tensor:
         k, v = (as_stored(x, self.layout).transpose(0, 1) for x in (self.k, self.v))

@@ -42,6 +42,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     TablesOf,
     VeraTable,
@@ -314,14 +315,12 @@ class CpuOps(ReferenceOps):
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
+        sinks_H = scoring.sinks_H
         f = self._for(pool, q_THd, *(() if sinks_H is None else (sinks_H,)))
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scoring)
         assert sinks_H is None or (sinks_H.is_contiguous() and sinks_H.shape == q_THd.shape[1:2])
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
@@ -339,9 +338,9 @@ class CpuOps(ReferenceOps):
             pack_layout(layout).address,
             layer,
             packed.address,
-            scale,
-            window or 0,
-            soft_cap or 0.0,
+            scoring.scale,
+            scoring.window or 0,
+            scoring.soft_cap or 0.0,
             None if sinks_H is None else sinks_H.data_ptr(),
             torch.get_num_threads(),
         )

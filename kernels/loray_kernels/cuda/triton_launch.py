@@ -22,6 +22,7 @@ from loray_kernels.cuda.tables import (
     upload,
 )
 from loray_kernels.kv import KvLayout
+from loray_kernels.ops import Scoring
 
 # Products and sums of CUDA cores are one operation, as NVRTC makes them. Triton's default for it is not the same in all
 # versions, and results would not be either.
@@ -143,9 +144,7 @@ class Tiles:
         pool: Tensor,
         layout: KvLayout,
         tables: AttentionTables,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
+        scoring: Scoring,
     ) -> None:
         """Compute the attention of sequences with several queries. `pool` begins at the layer's share."""
         num_heads, d, is_int8 = q_THd.shape[1], layout.head_dim, layout.int8_per_element > 0
@@ -161,11 +160,11 @@ class Tiles:
             tables.context_len,
             tables.table_start,
             tables.blocks,
-            scale,
-            window or 0,
-            soft_cap or 0.0,
-            HAS_WINDOW=window is not None,
-            HAS_CAP=soft_cap is not None,
+            scoring.scale,
+            scoring.window or 0,
+            scoring.soft_cap or 0.0,
+            HAS_WINDOW=scoring.window is not None,
+            HAS_CAP=scoring.soft_cap is not None,
             IS_INT8=is_int8,
             BLOCK_TOKENS=layout.block_tokens,
             NUM_KV_HEADS=layout.num_kv_heads,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
+from loray.spec.fields import (
+    DTYPE_BYTES,
+    AnyDType,
+    Frozen,
+    Name,
+    NumBytes,
+    ReasoningParserName,
+    ToolParserName,
+    read_mapping,
+)
+from loray.spec.generation import Pooling
 
 
 class AutoscalingSpec(Frozen):
@@ -140,6 +150,15 @@ class ServeSpec(Frozen):
     )
     tool_parser: ToolParserName | None = Field(
         default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
+    )
+    reasoning_parser: ReasoningParserName | None = Field(
+        default=None, description="how the base marks what it thinks before it answers; None: by its chat template"
+    )
+    pooling: Pooling | None = Field(
+        default=None, description="what of a text's tokens is its embedding; None: as the base's modules.json says"
+    )
+    matryoshka: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), description="the `dimensions` to which embeddings may be cut: those that the base was trained for"
     )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
@@ -308,6 +327,7 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
 class EngineFigures(BaseModel):
     """The state of an engine at one moment, and totals since it started.
 
+    longest_wait_s      of the requests that could run at once and do not yet, but for preempted ones
     num_loading         adapters on their way from the store
     blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run
     host_bytes          host memory that adapters and prefixes take
@@ -322,6 +342,7 @@ class EngineFigures(BaseModel):
 
     num_running: int = 0
     num_waiting: int = 0
+    longest_wait_s: float = 0.0
     num_loading: int = 0
     blocks: dict[str, int] = {}
     host_bytes: int = 0

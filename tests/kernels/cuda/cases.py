@@ -20,6 +20,7 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
 )
 from loray_kernels.reference import ReferenceOps, kv_parts
 from tests.kernels.backends import store, turned
@@ -184,16 +185,16 @@ def test_long_contexts(ops: Ops, is_int8: bool, heads: tuple[int, int, int], dty
     q_THd = randn(7, dtype, start[-1], num_heads, d)
     alone = AttentionMeta((0, 1), (600,), order.split(lengths)[:1], torch.zeros(1, dtype=torch.int64))
     for kind in KINDS:
-        got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind) for o in (ops, REFERENCE))
+        got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind)) for o in (ops, REFERENCE))
         near(got, want, dtype)
         if kind[0] is not None:  # blocks behind it are others' by now, and hold what is no number
             freed = pool.clone()
             for (num, context), table in zip(sequences, meta.block_table, strict=True):
                 blocks = table[: max(0, context - num - kind[0] + 1) // 16]
                 freed.view(-1, 2 * layout.layer_share)[blocks] = torch.nan
-            assert torch.equal(ops.paged_attention(q_THd, freed, layout, 1, meta, d**-0.5, *kind), got)
+            assert torch.equal(ops.paged_attention(q_THd, freed, layout, 1, meta, Scoring(d**-0.5, *kind)), got)
         # Alone, a sequence has the same bits.
-        assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, d**-0.5, *kind), got[:1])
+        assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, Scoring(d**-0.5, *kind)), got[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,7 +204,7 @@ def test_chunks_of_a_prompt_have_the_whole_prompts_bits(ops: Ops, dtype: torch.d
 
     def attend(start: int, stop: int) -> Tensor:
         meta = AttentionMeta((0, stop - start), (stop,), (table,), torch.zeros(stop - start, dtype=torch.int64))
-        return ops.paged_attention(q_THd[start:stop], pool, layout, 0, meta, 0.25)
+        return ops.paged_attention(q_THd[start:stop], pool, layout, 0, meta, Scoring(0.25))
 
     assert torch.equal(torch.cat((attend(0, 37), attend(37, 100))), attend(0, 100))
 
@@ -288,8 +289,8 @@ def test_heads_of_a_decode_step(
     pool, meta = decode_step(dtype, [1, 15, 16, 63, 255, 256, 257, 530, 700], layout)
     q_THd = 2 * randn(5, dtype, 9, num_heads, d)
     for kind in KINDS:
-        got = ops.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind)
-        near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind), dtype)
+        got = ops.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind))
+        near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -299,8 +300,8 @@ def test_queries_that_begin_anywhere(ops: Ops, dtype: torch.dtype) -> None:
     pool, meta = decode_step(dtype, [5, 40], layout)
     q_THd = randn(5, dtype, 2, 4 * 64 + 3)[:, 3:].unflatten(1, (4, 64))
     near(
-        ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
-        REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
+        ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)),
+        REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)),
         dtype,
     )
 
@@ -308,6 +309,6 @@ def test_queries_that_begin_anywhere(ops: Ops, dtype: torch.dtype) -> None:
 def test_padding_has_no_keys(ops: Ops) -> None:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=128)
     pool, meta = decode_step(torch.float16, [3, 0, 300], layout)
-    got = ops.paged_attention(randn(5, torch.float16, 3, 2, 128), pool, layout, 0, meta, 0.125)
+    got = ops.paged_attention(randn(5, torch.float16, 3, 2, 128), pool, layout, 0, meta, Scoring(0.125))
     assert torch.equal(got[1], torch.zeros_like(got[1]))
     assert bool(got.isfinite().all())

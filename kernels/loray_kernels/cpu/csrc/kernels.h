@@ -160,6 +160,11 @@ class Ahead;
 struct Meanwhile {
     const Ahead* rows = nullptr;
     i64 first = 0, last = 0, whole = 1;
+
+    // Parts `from` to `to`, of `num` equal ones.
+    Meanwhile part(i64 from, i64 to, i64 num) const {
+        return {rows, first + (last - first) * from / num, first + (last - first) * to / num, whole};
+    }
 };
 
 // `y` may be fp32; the results are rounded to T in any case.
@@ -172,7 +177,7 @@ void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int thr
 
 // y (tokens, hidden) ← the sums of the results of each token's experts; x and y may be the same.
 template <class T>
-void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
+void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads, Meanwhile meanwhile = {});
 
 template <class T>
 void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);

@@ -90,7 +90,8 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     // The rows of a layer are prefetched from the MLP before it on, during each product in proportion to its time.
     const Matrix<T>* const products[] = {&w.gate_up, &w.down, &w.qkv, &w.o};
     i64 shares[5] = {0};
-    for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out;
+    const i64 mlps = w.experts ? min_(w.experts->num, n * w.experts->per_token) : 1;  // about as many are used
+    for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out * (k < 2 ? mlps : 1);
     const auto during = [&](int k, const Ahead& rows) { return Meanwhile{&rows, shares[k], shares[k + 1], shares[4]}; };
 
     const auto norm = [&](const T* from, const T* weight, const OwnRows& rows, T* to) {
@@ -123,7 +124,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
 
     norm(x, w.mlp_norm, tables.mlp_norm, normed);
     if (w.experts) {
-        experts(normed, n, *w.experts, normed, threads);
+        experts(normed, n, *w.experts, normed, threads, Meanwhile{&next, shares[0], shares[2], shares[4]});
     } else {
         linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
         add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);

@@ -37,8 +37,8 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const Q *pool, Cache ca
   __shared__ float part[THREADS * 4];
   const i64 sequence = items[2 * split.sequence], token = items[2 * split.sequence + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
-  const int stop = min((split.number + 1) * size, context); // of a split behind the window there is nothing
-  const int start = min(max(split.number * size, scoring.first(context)), stop), count = stop - start;
+  const int stop = min((split.number + 1) * size, context), start = max(split.number * size, scoring.first(context));
+  const int count = stop - start;
   const int d = static_cast<int>(cache.head_dim), num_kv = static_cast<int>(cache.num_kv_heads);
   const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP, of_kv = static_cast<int>(group);
   const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
@@ -141,22 +141,24 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const Q *pool, Cache ca
     }
     done += SPLIT;
   } while (done < count);
-  if (whole || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num_splits(context))) return;
-  partial += ((split.place - split.number) * num_heads + head) * (d + 2);
-  merge(out + (token * num_heads + head) * d, partial, num_splits(context), num_heads * (d + 2), heads, d);
+  const int behind = splits_behind(context, scoring), num = num_splits(context) - behind;
+  if (whole || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num)) return;
+  partial += ((split.place - split.number + behind) * num_heads + head) * (d + 2);
+  merge(out + (token * num_heads + head) * d, partial, num, num_heads * (d + 2), heads, d);
 }
 
-// The splits of `num` sequences, by one block, and zeros for `arrived`. A launch has the sequences whose first split is
+// The splits of `num` sequences, by one block, without those behind the window, and zeros for `arrived`. A launch has the sequences whose first split is
 // in [launch · most, (launch + 1) · most); its splits begin at starts[launch], and end where those of the next begin.
-__device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, i64 most, i64 num_launches, i64 *starts,
-                            i64 *splits, int *arrived, i64 num_arrived) {
+__device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, Scoring scoring, i64 most,
+                            i64 num_launches, i64 *starts, i64 *splits, int *arrived, i64 num_arrived) {
   __shared__ int sum[THREADS];
   const int tid = threadIdx.x;
   for (i64 i = tid; i < num_arrived; i += THREADS) arrived[i] = 0;
   i64 before = 0; // splits of earlier sequences
   for (i64 first = 0; first < num; first += THREADS) {
     const i64 sequence = first + tid;
-    const int own = sequence < num ? num_splits(static_cast<int>(context_len[items[2 * sequence]])) : 0;
+    const int context = sequence < num ? static_cast<int>(context_len[items[2 * sequence]]) : 0;
+    const int behind = splits_behind(context, scoring), own = sequence < num ? num_splits(context) - behind : 0;
     sum[tid] = own;
     __syncthreads();
     for (int step = 1; step < THREADS; step *= 2) {
@@ -166,7 +168,7 @@ __device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, i
       __syncthreads();
     }
     const i64 stop = before + sum[tid], start = stop - own;
-    for (int s = 0; s < own; s++) splits[start + s] = sequence * MAX_SPLITS + s;
+    for (int s = 0; s < own; s++) splits[start + s] = sequence * MAX_SPLITS + behind + s;
     if (own)
       for (i64 launch = start / most + 1; launch * most <= stop; launch++) starts[launch] = stop;
     before += sum[THREADS - 1];
@@ -178,9 +180,9 @@ __device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, i
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_plan_fp32(const i64 *items, const i64 *context_len, i64 num, i64 most, i64 num_launches, i64 *starts,
-                        i64 *splits, int *arrived, i64 num_arrived) {
-  plan(items, context_len, num, most, num_launches, starts, splits, arrived, num_arrived);
+    attention_plan_fp32(const i64 *items, const i64 *context_len, i64 num, i64 window, i64 most, i64 num_launches,
+                        i64 *starts, i64 *splits, int *arrived, i64 num_arrived) {
+  plan(items, context_len, num, Scoring{1.0f, window, 0.0f}, most, num_launches, starts, splits, arrived, num_arrived);
 }
 LORAY_EXPORT(attention_plan_fp32)
 

@@ -50,6 +50,11 @@ __device__ inline int num_splits(int context) {
   return max(1, (context + size - 1) / size);
 }
 
+// Splits of a sequence that are wholly behind the window, and are not there.
+__device__ inline int splits_behind(int context, const Scoring &scoring) {
+  return scoring.first(context) / positions_of_a_split(context);
+}
+
 // The splits that a launch computes, in each of its blocks of the same blockIdx.y once: splits[starts[0]] to
 // splits[starts[1]], as `plan` has written them: sequence · MAX_SPLITS + split, those of a sequence one after another.
 // Places of partial sums are counted from `first`.
