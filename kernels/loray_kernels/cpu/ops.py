@@ -297,13 +297,11 @@ class CpuOps(ReferenceOps):
             f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, turned, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
-            layout.num_layers * layout.layer_share,
-            layout.block_tokens,
+            pack_layout(layout).address,
             keys_TKd.data_ptr(),
             keys_TKd.stride(0),
             v_TKd.data_ptr(),
             v_TKd.stride(0),
-            layout.num_kv_heads * layout.head_dim,
             slot_mapping_T.data_ptr(),
             num_tokens,
             threads,

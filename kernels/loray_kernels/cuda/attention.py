@@ -95,7 +95,7 @@ class DecodeAttention:
         of blocks that does not depend on the step, and they take the splits that there are by turns.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
-        kernel = f"tensor{d}" if _by_tensors(pool, layout) else "decode"
+        kernel = "int8" if layout.int8_per_element else f"tensor{d}" if _by_tensors(pool, layout) else "decode"
         parts = _parts(num_heads, layout)
         blocks = max(1, min(work.room, self._num_blocks // parts))
         partial = torch.empty(work.room * num_heads * (d + 2) if tables.max_splits > 1 else 0, device=pool.device)
@@ -109,7 +109,7 @@ class DecodeAttention:
                     q_THd.stride(0),
                     out_THd.data_ptr(),
                     pool.data_ptr(),
-                    layout.num_layers * layout.layer_share,
+                    layout.block_stride,
                     layout.block_tokens,
                     num_kv,
                     d,

@@ -291,7 +291,7 @@ class CudaOps(ReferenceOps):
         return sum_TD, y_TD
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
-        pool, layout = step.pool, step.layout
+        pool, layout, is_int8 = step.pool, step.layout, step.layout.int8_per_element > 0
         if not _one_dtype(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td):
             return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
@@ -304,9 +304,10 @@ class CudaOps(ReferenceOps):
         assert cos_Td.shape == sin_Td.shape == (num_tokens, turned)
         assert slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
+        num_rows = num_heads + (2 if is_int8 else 1) * layout.num_kv_heads
         self._launch(
-            f"rope_kv_{SUFFIX[pool.dtype]}",
-            (num_tokens, -(-(num_heads + layout.num_kv_heads) // (THREADS // 32)), 1),
+            f"rope_kv_{'int8_' if is_int8 else ''}{SUFFIX[pool.dtype]}",
+            (num_tokens, -(-num_rows // (THREADS // 32)), 1),
             THREADS,
             (
                 q_THd.data_ptr(),
@@ -323,7 +324,7 @@ class CudaOps(ReferenceOps):
                 turned // 2,
                 d,
                 pool[layer * layout.layer_share :].data_ptr(),
-                layout.num_layers * layout.layer_share,
+                layout.block_stride,
                 layout.block_tokens,
                 slot_mapping_T.data_ptr(),
             ),
@@ -354,7 +355,8 @@ class CudaOps(ReferenceOps):
                 work = self._decode_attention.plan(packed, q_THd.shape[1], layout, scoring.window)
                 meta.prepared[key] = work
             self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scoring)
-        flash = self._flash if scoring.window is None and scoring.soft_cap is None else None
+        is_plain = scoring.window is None and scoring.soft_cap is None and not layout.int8_per_element
+        flash = self._flash if is_plain else None
         if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scoring.scale)):
             self._tiles.attention(q_THd, out_THd, cache, layout, packed, scoring)
         return out_THd

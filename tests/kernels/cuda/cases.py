@@ -22,8 +22,8 @@ from loray_kernels import (
     RowTables,
     Scoring,
 )
-from loray_kernels.reference import ReferenceOps
-from tests.kernels.backends import turned
+from loray_kernels.reference import ReferenceOps, kv_parts
+from tests.kernels.backends import store, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -46,6 +46,17 @@ def rows(num: int, width: int, first: int, step: int = 512, num_segments: int = 
     each = width // num_segments
     at = torch.arange(num) * step + first
     return RowTables(tuple((s * each, each, at + s * (each + 8)) for s in range(num_segments)))
+
+
+def kv_pool(seed: int, dtype: torch.dtype, num_blocks: int, layout: KvLayout) -> Tensor:
+    """Random keys and values."""
+    pool = randn(seed, dtype, num_blocks * layout.num_layers * layout.layer_share)
+    slots_T = torch.arange(num_blocks * layout.block_tokens)
+    shape = (len(slots_T), layout.num_kv_heads, layout.head_dim)
+    for layer in range(layout.num_layers if layout.int8_per_element else 0):
+        k_TKd, v_TKd = (randn(seed + 20 * layer + i, dtype, *shape) for i in (1, 2))
+        store(REFERENCE, pool, layout, layer, k_TKd, v_TKd, AttentionMeta((0, len(slots_T)), (), (), slots_T))
+    return pool
 
 
 def lora(
@@ -158,14 +169,15 @@ def test_a_pair_with_a_wide_input(ops: Ops, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(9, 1, 16), (4, 2, 64)])
-def test_long_contexts(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_long_contexts(ops: Ops, is_int8: bool, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Several splits, their edges, more query heads than one block takes, prompts of several tiles."""
     num_heads, num_kv, d = heads
-    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=num_kv, head_dim=d)
+    layout = KvLayout(2, 16, num_kv, d, int8_per_element=dtype.itemsize if is_int8 else 0)
     sequences = [(1, 600), (70, 130), (1, 256), (1, 257), (2, 70), (1, 5)]
     lengths = [-(-context // 16) for _, context in sequences]
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(5))
-    pool = randn(6, dtype, len(order) * 2 * layout.layer_share)
+    pool = kv_pool(6, dtype, len(order), layout)
     start = [sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1)]
     meta = AttentionMeta(
         tuple(start), tuple(c for _, c in sequences), order.split(lengths), torch.zeros(start[-1], dtype=torch.int64)
@@ -249,7 +261,7 @@ def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple
     lengths = [-(-context // size) for context in contexts]
     blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
     slots = [int(b[(c - 1) // size]) * size + (c - 1) % size if c else 0 for b, c in zip(blocks, contexts, strict=True)]
-    pool = randn(2, dtype, sum(lengths) * layout.num_layers * layout.layer_share)
+    pool = kv_pool(2, dtype, sum(lengths), layout)
     return pool, AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.tensor(slots))
 
 
@@ -258,18 +270,22 @@ def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tu
     pool, meta = decoding(dtype, contexts, layout)
     for own, context in zip(meta.block_table, contexts, strict=True):
         if used := context % layout.block_tokens:
-            blocks = pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
-            blocks[own[-1], :, :, used:] = torch.nan
+            blocks, scales = kv_parts(pool, layout)
+            if scales is None:
+                blocks[own[-1], :, :, used:] = torch.nan
+            else:
+                scales[own[-1], ..., used:] = torch.nan
     return pool, meta
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_heads", "num_kv", "d"), [(9, 3, 64), (8, 2, 128), (12, 1, 128), (2, 2, 64), (20, 1, 64)])
 @pytest.mark.parametrize("block_tokens", [16, 48])
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_heads_of_a_decode_step(
-    ops: Ops, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
+    ops: Ops, is_int8: bool, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
 ) -> None:
-    layout = KvLayout(num_layers=2, block_tokens=block_tokens, num_kv_heads=num_kv, head_dim=d)
+    layout = KvLayout(2, block_tokens, num_kv, d, int8_per_element=dtype.itemsize if is_int8 else 0)
     pool, meta = decode_step(dtype, [1, 15, 16, 63, 255, 256, 257, 530, 700], layout)
     q_THd = 2 * randn(5, dtype, 9, num_heads, d)
     for kind in KINDS:

@@ -49,7 +49,7 @@ class Wrapper:
         assert int(qo_indptr[0]) == int(paged_kv_indptr[0]) == 0
         assert int(paged_kv_indptr[-1]) == len(paged_kv_indices)
         assert all(1 <= n <= page_size for n in paged_kv_last_page_len.tolist())
-        assert (num_qo_heads, num_kv_heads, head_dim_qk, page_size) == (NUM_HEADS, *LAYOUT[2:], LAYOUT.block_tokens)
+        assert (num_qo_heads, num_kv_heads, head_dim_qk, page_size) == (NUM_HEADS, *LAYOUT[2:4], LAYOUT.block_tokens)
         assert causal
         assert disable_split_kv
         assert q_data_type == kv_data_type == torch.bfloat16

@@ -7,8 +7,19 @@ namespace LORAY_NAMESPACE {
 
 // -- attention --
 
+// See KvLayout of kv.py.
 struct Layout {
-    i64 num_layers, block_tokens, num_kv_heads, head_dim;
+    i64 num_layers, block_tokens, num_kv_heads, head_dim, int8_per_element;
+
+    i64 layer_share() const {
+        const i64 heads = 2 * block_tokens * num_kv_heads;
+        return int8_per_element ? heads * (head_dim + 4) / int8_per_element : heads * head_dim;
+    }
+    // Of a block's share of a layer, where K and V are int8: of K first.
+    template <class Q>
+    Q* scales(Q* share) const {
+        return share + 2 * block_tokens * num_kv_heads * head_dim;
+    }
 };
 
 // S + 1 offsets of queries, S context lengths, S block tables.
@@ -187,8 +198,8 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i6
           T* y, int threads);
 
 template <class T>
-void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride, i64 width,
-              const i64* slots, i64 num_tokens, int threads);
+void write_kv(T* pool, const Layout& layout, const T* k, i64 k_stride, const T* v, i64 v_stride, const i64* slots,
+              i64 num_tokens, int threads);
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,

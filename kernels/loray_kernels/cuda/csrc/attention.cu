@@ -1,5 +1,6 @@
 // Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks:
-// `attention_decode` for any type, head and block, `attention_tensor64` and `128` on tensor cores. Once for all layers
+// `attention_decode` for any type, head and block, `attention_int8` for keys and values that are int8, `attention_tensor64`
+// and `128` on tensor cores. Once for all layers
 // of a step `attention_plan` writes which splits there are, so that no block is launched for one that is not there.
 #include "splits.cuh"
 #include "tensor.cuh"
@@ -26,8 +27,8 @@ __device__ inline int opaque(int v) {
 // One split. Grid (any, KV heads × ceil(group / GROUP)). Of a sequence of one split `out` is final; else partial sums,
 // their maxima and weights go to `partial` (place, head, d + 2) in fp32, where each thread adds to its own columns, and
 // the last block to come merges them.
-template <class T>
-__device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group, const i64 *items,
+template <class T, class Q>
+__device__ void decode(const T *q, i64 q_stride, T *out, const Q *pool, Cache cache, i64 group, const i64 *items,
                        const i64 *context_len, const i64 *table_start, const i64 *blocks, Scoring scoring,
                        float *partial, int *arrived, Split split) {
   __shared__ float q_shared[GROUP][HEAD];
@@ -49,7 +50,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
     q_shared[i / d][i % d] = to_float(q[token * q_stride + head * d + i]) * scoring.scale;
   __syncthreads();
 
-  const bool wide = aligned(pool, 16) && d % 8 == 0 && cache.block_stride * sizeof(T) % 16 == 0;
+  const bool wide = aligned(pool, 16) && d % 8 == 0 && cache.block_stride * sizeof(Q) % 16 == 0;
   int done = 0; // positions of this split
   do {
     const int n = min(SPLIT, count - done), begin = start + done;
@@ -57,7 +58,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
       const int j = j0 + tid / LANES, lane = tid % LANES;
       float sum[GROUP] = {};
       if (j < n) {
-        const T *k = pool + cache.at(blocks, begin + j, kv_head);
+        const Q *k = pool + cache.at(blocks, begin + j, kv_head);
         for (int c = lane * 8; c < d; c += LANES * 8) {
           float key[8];
           load(k + c, d - c, wide, key);
@@ -73,7 +74,8 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
 #pragma unroll
       for (int g = 0; g < GROUP; g++) {
         for (int mask = LANES / 2; mask; mask >>= 1) sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], mask);
-        if (lane == 0 && j < n && g < heads) score[g][j] = scoring.capped(sum[g]);
+        if (lane == 0 && j < n && g < heads)
+          score[g][j] = scoring.capped(sum[g] * cache.scale(pool, blocks, begin + j, kv_head, false));
       }
     }
     __syncthreads();
@@ -102,9 +104,12 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
     float sum[GROUP][4] = {};
     if (turn < turns) {
       for (int j = turn; j < n; j += turns) {
-        const T *v = pool + cache.at(blocks, begin + j, kv_head) + cache.values() + c;
+        const Q *v = pool + cache.at(blocks, begin + j, kv_head) + cache.values() + c;
+        const float scale = cache.scale(pool, blocks, begin + j, kv_head, true);
         float value[4];
         load(v, 4, wide, value);
+#pragma unroll
+        for (int i = 0; i < 4; i++) value[i] *= scale;
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
           if (g < heads) {
@@ -181,18 +186,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 LORAY_EXPORT(attention_plan_fp32)
 
-#define LORAY_DEFINE(suffix, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_decode_##suffix(                      \
-      const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
+#define LORAY_DEFINE(kind, suffix, T, Q)                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_##kind##_##suffix(                    \
+      const T *q, i64 q_stride, T *out, const Q *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
       float scale, i64 window, float soft_cap, float *partial, const i64 *starts, const i64 *splits, i64 first,        \
       int *arrived) {                                                                                                  \
     for_each_split(Work{starts, splits, first}, [&](Split split) {                                                     \
-      decode<T>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, items,       \
-                context_len, table_start, blocks, Scoring{scale, window, soft_cap}, partial, arrived, split);          \
+      decode<T, Q>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, items,    \
+                   context_len, table_start, blocks, Scoring{scale, window, soft_cap}, partial, arrived, split);       \
     });                                                                                                                \
   }                                                                                                                    \
-  LORAY_EXPORT(attention_decode_##suffix)
+  LORAY_EXPORT(attention_##kind##_##suffix)
 
 #define LORAY_DEFINE_TENSOR(D, suffix, T)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor##D##_##suffix(                 \
@@ -208,9 +213,12 @@ LORAY_EXPORT(attention_plan_fp32)
   }                                                                                                                    \
   LORAY_EXPORT(attention_tensor##D##_##suffix)
 
-LORAY_DEFINE(bf16, bf16)
-LORAY_DEFINE(fp16, fp16)
-LORAY_DEFINE(fp32, float)
+LORAY_DEFINE(decode, bf16, bf16, bf16)
+LORAY_DEFINE(decode, fp16, fp16, fp16)
+LORAY_DEFINE(decode, fp32, float, float)
+LORAY_DEFINE(int8, bf16, bf16, signed char)
+LORAY_DEFINE(int8, fp16, fp16, signed char)
+LORAY_DEFINE(int8, fp32, float, signed char)
 LORAY_DEFINE_TENSOR(64, bf16, bf16)
 LORAY_DEFINE_TENSOR(128, bf16, bf16)
 LORAY_DEFINE_TENSOR(64, fp16, fp16)
