@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from loray.bases.quantization import RoundedTo
 from loray.bases.registry import BaseModel
+from loray.bases.rounding import add_rounded
+from loray.bases.weights import WeightSource
 from loray.engine.parallel.shard import Shard, local_tensors
 from loray.errors import SpecError
 from loray_kernels import QuantizedWeight, Weight
+from loray_kernels.reference import quantize_rows
 from tests.fixtures.quantized_weights import quantized_tensors
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -37,6 +41,17 @@ def test_the_parts_of_a_weight_are_all_of_it(tiny_base: Callable[..., BaseModel]
         else:
             assert torch.equal(own[0], dense(weight))
         assert type(parts[1][name]) is type(weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_tied_head_is_rounded_as_by_a_single_rank(tiny_base: Callable[..., BaseModel], kind: RoundedTo) -> None:
+    base = tiny_base(tie_word_embeddings=True, vocab_size=320)
+    form = add_rounded(base, kind, home=base.path.parent.parent)
+    source = WeightSource(form.path, form.config)
+    parts = [dict(local_tensors(source, form.config, Shard(rank, 2)))["lm_head.weight"] for rank in range(2)]
+    assert all(isinstance(part, QuantizedWeight) for part in parts)
+    whole = QuantizedWeight(*quantize_rows(source.dense("model.embed_tokens.weight")))
+    assert torch.equal(torch.cat([dense(part) for part in parts]), dense(whole))
 
 
 def test_ranks_that_would_cut_a_group_are_refused(tiny_base: Callable[..., BaseModel]) -> None:

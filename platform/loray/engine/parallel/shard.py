@@ -37,6 +37,7 @@ from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError, UnsupportedError
 from loray.spec import LINEAR_MODULES, AdapterRef, ServeSpec
 from loray_kernels import INPUTS, InputShape, QuantizedWeight, Weight
+from loray_kernels.reference import quantize_rows
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
@@ -89,9 +90,11 @@ def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
 def local_tensors(
     tensors: Iterable[tuple[str, Weight]], config: ModelConfig, shard: Shard
 ) -> Iterator[tuple[str, Weight]]:
-    """Cut the rank's parts from a checkpoint's tensors, with the same names. SpecError if that cuts a group of columns
-    that share a scale.
+    """Cut the rank's parts from a checkpoint's tensors, with the same names. A tied head is rounded to int8 where the
+    checkpoint rounds its layers to integers, as by a single rank. SpecError if that cuts a group of columns that share
+    a scale.
     """
+    has_integers = config.quantization is not None and config.quantization.kind in ("int8", "int4")
     for name, tensor in unfused(tensors, config):
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]
@@ -111,7 +114,9 @@ def local_tensors(
         else:
             yield name, tensor
         if last == "embed_tokens" and config.tie_word_embeddings:
-            yield "lm_head.weight", local_head(tensor, shard)
+            assert isinstance(tensor, Tensor)
+            head = QuantizedWeight(*quantize_rows(tensor)) if has_integers else tensor
+            yield "lm_head.weight", local_head(head, shard)
 
 
 def _rows(weight: Weight, rows: slice) -> Weight:
