@@ -174,7 +174,8 @@ class UsageMeter:
         if self._exchange is not None:
             yield self._exchange
             return
-        owner, gate = SharedOwner(secrets.token_hex(8), 1, open_catalog, self._batch_factor), self._gate
+        owner = SharedOwner(secrets.token_hex(8), 1, open_catalog, batch_factor=self._batch_factor)
+        gate = self._gate
         exchange = partial(owner.exchange, "gateway")
         with suppress(TimeoutError):
             async with asyncio.timeout(_START_S):

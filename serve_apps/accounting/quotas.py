@@ -71,8 +71,9 @@ class SharedOwner:
         name: str,
         num_gateways: int,
         open_catalog: Callable[[], Catalog],
-        batch_factor: float = DEFAULT_BATCH_FACTOR,
         clock: Callable[[], float] = time.time,
+        *,
+        batch_factor: float = DEFAULT_BATCH_FACTOR,
     ) -> None:
         """`name`: one that starts anew with it takes the place of the one before. `batch_factor`: the share of the
         tokens of batches that budgets count.
@@ -180,7 +181,7 @@ class QuotaActor(SharedOwner):
 
         settings = Settings.from_env()
         name = f"{ray.get_runtime_context().get_session_name()}/{application}/{num_gateways}"
-        super().__init__(name, num_gateways, lambda: Catalog(settings.catalog), settings.batch_factor)
+        super().__init__(name, num_gateways, lambda: Catalog(settings.catalog), batch_factor=settings.batch_factor)
 
 
 class RayExchange:

@@ -400,7 +400,8 @@ class _Answering:
             answer = LineAnswer(503, "", refusal="away", retry_after_s=e.retry_after_s or _RETRY_S)
         lines.answered(answer)
         if answer.refusal is None:
-            self._reason = None
+            if self._reason is not None and self._reason.code != "key_revoked":
+                self._reason = None
             result = Result.of(line, answer)
             self._oldest_at = min(self._oldest_at, time.monotonic())
             self._kept.append(result)

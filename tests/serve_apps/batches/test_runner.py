@@ -32,7 +32,10 @@ IDLE = BaseLoad(0.0, 0.0, False)
 class Gateway:
     """Answers lines with what `script` makes of them; an answer of None never comes."""
 
-    def __init__(self, script: Callable[[dict[str, Any]], LineAnswer | Exception | None] | None = None) -> None:
+    def __init__(
+        self, script: Callable[[dict[str, Any]], LineAnswer | Exception | None] | None = None, seconds: float = 0.0
+    ) -> None:
+        self._seconds = seconds
         self.script = script or (lambda body: LineAnswer(200, json.dumps({"text": body["prompt"]}), "req-1"))
         self.asked: list[tuple[str, str]] = []  # tenant, prompt
         self.load = IDLE
@@ -45,7 +48,7 @@ class Gateway:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._seconds)
             answer = self.script(given)
             if answer is None:
                 await asyncio.Event().wait()
@@ -302,10 +305,9 @@ async def test_a_budget_that_is_used_up_is_waited_for(site: Site) -> None:
 
 
 async def test_two_tenants_share_equally(site: Site) -> None:
-    gateway = Gateway()
-    first = site.create(60)
+    gateway = Gateway(seconds=0.005)
+    first, second = site.create(200), site.create(200, tenant="beta")
     async with site.running(gateway):
-        second = site.create(60, tenant="beta")
         await site.until(first, "completed")
         await site.until(second, "completed", tenant="beta")
     both = [tenant for tenant, _ in gateway.asked]
