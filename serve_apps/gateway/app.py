@@ -22,6 +22,7 @@ from serve_apps.accounting.accounts import AdmitRequests, UsageMeter
 from serve_apps.accounting.quotas import QuotaExchange
 from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissions, open_auth
 from serve_apps.gateway import errors
+from serve_apps.gateway.anthropic import AnthropicForm
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.files.batches import batch_routes
@@ -99,6 +100,7 @@ def create_app(
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
+    app.add_middleware(AnthropicForm)
     if origins:
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
@@ -137,7 +139,8 @@ def open_gateway(
     directory = ModelResolver(bases, access.follower, kept)
     accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
-    gateway = Gateway(served, directory, gateways, accounts)
+    refuses = settings.refuses_unknown_fields
+    gateway = Gateway(served, directory, gateways, accounts, refuses_unknown_fields=refuses)
     files = FileStorage(settings) if settings.files else None
     tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
     app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)

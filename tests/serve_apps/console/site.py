@@ -79,6 +79,7 @@ class ScriptedGateway:
         self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
         self.asked: list[tuple[str | None, dict[str, object]]] = []
+        self.thought: tuple[str, ...] = ()  # words before each answer
 
     @property
     def app(self) -> FastAPI:
@@ -97,8 +98,12 @@ class ScriptedGateway:
             self.asked.append((request.headers.get("authorization"), await request.json()))
 
             async def events() -> AsyncIterator[str]:
-                for word in ("Good ", "day"):
-                    choice: dict[str, object] = {"delta": {"content": word}}
+                answer: list[tuple[dict[str, str], str]] = [
+                    *(({"reasoning": word, "reasoning_content": word}, word) for word in self.thought),
+                    *(({"content": word}, word) for word in ("Good ", "day")),
+                ]
+                for delta, word in answer:
+                    choice: dict[str, object] = {"delta": delta}
                     if self.asked[-1][1].get("logprobs"):
                         others = [{"token": word, "logprob": -0.1}, {"token": "Bad", "logprob": -2.5}]
                         choice["logprobs"] = {"content": [{"token": word, "logprob": -0.1, "top_logprobs": others}]}

@@ -109,11 +109,34 @@ def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
     assert page.locator(".said").all_inner_texts() == ["Good day", "Good day"]
     assert page.get_attribute(".token >> nth=0", "title") == '"Good " 90.5 %\n"Bad" 8.21 %'
     assert "adapter in the store when asked" in page.inner_text(".answer:nth-child(2) .figures-line")
-    page.click("summary >> nth=0")
+    page.click(".tokens summary >> nth=0")
     assert page.locator(".answer:nth-child(1) tbody tr").count() == 2
+    assert not page.is_visible(".thought")
     assert '"logprobs": True' in page.inner_text("#python")
     assert sorted(body["model"] for _, body in console.engines.asked) == ["smollm2", "tone"]
     seen.picture("playground")
+
+
+def test_thoughts_are_apart_and_opened_by_the_keyboard(console: ConsoleSite, seen: Seen) -> None:
+    console.engines.thought = ("I greet ", "back.")
+    page = seen.page
+    seen.open("/playground?model=smollm2")
+    page.focus("#prompt")
+    page.keyboard.type("Hello")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # on "Ask all"
+    page.wait_for_selector(".figures-line:has-text('tokens')")
+    assert page.inner_text(".said") == "Good day"
+    assert page.text_content(".thought-text") == "I greet back."
+    assert not page.is_visible(".thought-text")  # it was, until the answer began
+    page.focus(".thought summary")
+    page.keyboard.press("Enter")
+    assert page.is_visible(".thought-text")
+    assert page.locator(".thought-text .token").count() == 2
+    assert page.locator(".tokens tbody tr").count() == 4
+    seen.picture("thought")
+    assert seen.problems == []
 
 
 def compare_runs(console: ConsoleSite, seen: Seen) -> None:
@@ -167,6 +190,13 @@ def test_axe_finds_nothing(console: ConsoleSite, seen: Seen) -> None:
     for path in PAGES:
         seen.open(path)
         look(path)
+    console.engines.thought = ("I greet ", "back.")
+    seen.open("/playground?model=smollm2")
+    page.fill("#prompt", "Hello")
+    page.click("button:text-is('Ask all')")
+    page.wait_for_selector(".figures-line:has-text('tokens')")
+    page.click(".thought summary")
+    look("a thought")
     assert not found
 
 

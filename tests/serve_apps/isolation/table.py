@@ -85,6 +85,14 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
     "POST /v1/completions": Route(INFER, _SHORT | {"prompt": "hi"}),
     "POST /v1/chat/completions": Route(INFER, _CHAT),
     "POST /v1/responses": Route(INFER, _MODEL | {"input": "hi"}),
+    "GET /v1/responses/{id}": Route(INFER),
+    "DELETE /v1/responses/{id}": Route(INFER),
+    "POST /v1/responses/{id}/cancel": Route(INFER),
+    "GET /v1/responses/{id}/input_items": Route(INFER),
+    "POST /invocations": Route(INFER, _CHAT),
+    "POST /v1/embeddings": Route(INFER, _MODEL | {"input": "hi"}),
+    "POST /v1/messages": Route(INFER, _CHAT),
+    "POST /v1/messages/count_tokens": Route(INFER, _CHAT),
     "POST /tokenize": Route(INFER, _MODEL | {"prompt": "hi"}),
     "POST /detokenize": Route(INFER, _MODEL | {"tokens": [1]}),
     "POST /v1/load_lora_adapter": Route(PUBLISH, {"lora_name": "{model}"}),
@@ -99,6 +107,12 @@ GATEWAY |= {
     "GET /v1/files/{file_id}": Route(FILES),
     "GET /v1/files/{file_id}/content": Route(FILES),
     "DELETE /v1/files/{file_id}": Route(FILES),
+    "POST /v1/batches": Route(
+        INFER, {"input_file_id": "{file}", "endpoint": "/v1/completions", "completion_window": "24h"}
+    ),
+    "GET /v1/batches": Route(INFER),
+    "GET /v1/batches/{batch_id}": Route(INFER),
+    "POST /v1/batches/{batch_id}/cancel": Route(INFER),
     "POST /v1/fine_tuning/jobs": Route(TRAIN, {"model": "smollm2", "training_file": "{file}"}),
     "GET /v1/fine_tuning/jobs": Route(TRAIN),
     "GET /v1/fine_tuning/jobs/{id}": Route(TRAIN),
@@ -110,12 +124,6 @@ GATEWAY |= {
     "GET /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
     "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
     "DELETE /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{id}": Route(TRAIN),
-    "POST /v1/batches": Route(
-        INFER, {"input_file_id": "{file}", "endpoint": "/v1/completions", "completion_window": "24h"}
-    ),
-    "GET /v1/batches": Route(INFER),
-    "GET /v1/batches/{batch_id}": Route(INFER),
-    "POST /v1/batches/{batch_id}/cancel": Route(INFER),
 }
 
 _NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
