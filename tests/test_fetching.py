@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +14,20 @@ from typing import Any
 import pytest
 
 from jobs.workers.tokens import open_tokens
+from loray.catalog import Catalog
 from loray.errors import DataError, SpecError
 from loray.fetching import HubSource, _location, _without_options, fetched, parse_hub
 from loray.locations import S3Location, parse_location
+from loray.publishing.user_files import FileWriter
 from loray.recipes.sources import find_files
 from loray.settings import Settings
 from loray.spec import DataSpec, TrainSpec
+from loray.store import open_store
 from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 from loray.train.checkpoint import RunState, check_resumable
 from loray.train.data.rows import Dataset, load_data
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.recipes import RECIPE
 from tests.fixtures.s3 import CountedS3, S3Server, counted_s3
 from tests.fixtures.tiny import byte_tokenizer
@@ -47,6 +52,23 @@ def test_options_are_those_of_the_place(tmp_path: Path, source: str, options: st
     env = {"LORAY_HOME": str(tmp_path), "LORAY_STORE": "s3://adapters/x?endpoint_url=http://store:1"}
     settings = Settings.from_env(env | {"LORAY_DATA": f"s3://training/sets?{OPTIONS}"})
     assert _location(source, settings).url == source.partition("?")[0] + (f"?{options}" if options else "")
+
+
+def test_an_uploaded_file_is_fetched_when_it_is_read(tmp_path: Path) -> None:
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path), "LORAY_CATALOG": sqlite_catalog(tmp_path)})
+    with closing(Catalog(settings.catalog)) as catalog:
+        with FileWriter(catalog, open_store(settings.store)) as writer:
+            writer.write(b'{"text": "a"}\n')
+            file = writer.finish("a.jsonl", "fine-tune")
+        source = f"files://{file.id}"
+        catalog.files.delete(file.id)  # a job that was admitted reads it all the same
+        with fetched([source], settings) as copies:
+            (found,) = find_files(source, copies[source])
+            assert Path(found.path).read_bytes() == b""
+            assert Path(found.fetched()).read_bytes() == b'{"text": "a"}\n'
+            assert str(found) == source
+    with pytest.raises(DataError, match=r"files://file-x: there is no file"), fetched(["files://file-x"], settings):
+        pass
 
 
 def test_a_tenants_data_is_fetched_with_the_options_of_the_deployment(s3_server: S3Server, tmp_path: Path) -> None:

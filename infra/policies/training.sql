@@ -3,7 +3,7 @@
 -- and usage, changes no tenant, and removes nothing but the claims of its publications; the tables themselves change only
 -- under their owner.
 CREATE ROLE loray_training NOLOGIN;
-GRANT SELECT ON alembic_version, adapters, aliases, alias_moves, bases, canaries, changes, evaluations, jobs, projections, shares,
+GRANT SELECT ON alembic_version, adapters, aliases, alias_moves, bases, canaries, changes, evaluations, files, jobs, projections, shares,
     tags, tenants, uploads, versions, quarantine TO loray_training;
 GRANT SELECT (id, hash) ON audit_log TO loray_training;
 GRANT INSERT ON adapters, aliases, alias_moves, audit_log, bases, jobs, projections, uploads, versions

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Annotated, get_args
 from urllib.parse import quote
 
-from fastapi import HTTPException, Path, Query, Request
+from fastapi import Depends, HTTPException, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from loray.catalog.files import MAX_BYTES, SCOPE_OF, Purpose, purposes_of
-from loray.errors import PermissionDenied, RequestError
+from loray.errors import NotFoundError, PermissionDenied, RequestError
 from loray.publishing.user_files import FileWriter, read_file
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import FILE
@@ -23,7 +23,14 @@ _PAGE = 50
 
 FilePath = Annotated[str, Path(max_length=64)]
 
+
+async def _are_kept(console: ConsoleDep) -> None:
+    if not console.backend.settings.files:
+        raise NotFoundError("this deployment keeps no files: its operator has set LORAY_FILES=off")
+
+
 router = page_router()
+router.dependencies.append(Depends(_are_kept))
 
 
 @router.get("/files")

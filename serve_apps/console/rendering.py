@@ -38,19 +38,22 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Section(NamedTuple):
-    """An entry of the navigation. Who may not do `action` does not see it."""
+    """An entry of the navigation. Who may not do `action` does not see it. `of_files`: nor who is where no files are
+    kept.
+    """
 
     path: str
     label: str
     action: Action
+    of_files: bool = False
 
 
 SECTIONS = (
     Section("", "Overview", "identify"),
     Section("/adapters", "Adapters", "read"),
     Section("/playground", "Playground", "infer"),
-    Section("/files", "Files", "files"),
-    Section("/batches", "Batches", "batch"),
+    Section("/files", "Files", "files", of_files=True),
+    Section("/batches", "Batches", "batch", of_files=True),
     Section("/jobs", "Training", "follow"),
     Section("/serving", "Serving", "observe"),
     Section("/usage", "Usage", "identify"),
@@ -70,13 +73,18 @@ class Renderer:
         session = state.get("session")
         root = root_of(request)
         path = request.url.path.removeprefix(root).rstrip("/")
+        keeps_files = request.app.state.console.backend.settings.files
         shared = {
             "root": root,
             "path": path,
             "principal": principal,
             "has_session": session is not None and session.key is not None,
             "csrf": "" if session is None else session.csrf,
-            "sections": [s for s in SECTIONS if principal is not None and is_allowed(principal, s.action)],
+            "sections": [
+                s
+                for s in SECTIONS
+                if principal is not None and is_allowed(principal, s.action) and (keeps_files or not s.of_files)
+            ],
             "may": lambda action, owner=None: principal is not None and is_allowed(principal, action, owner),
         }
         html = _templates().get_template(template).render(shared | context)

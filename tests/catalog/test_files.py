@@ -12,6 +12,7 @@ from loray.catalog.database import writing
 from loray.catalog.files import OutputFile, UserFile
 from loray.catalog.schema import batches, files
 from loray.errors import LimitExceeded, RequestError, UserFileNotFound
+from loray.recipes.load import load_recipe
 from loray.spec import Limits, Principal
 
 
@@ -97,7 +98,7 @@ def test_limits(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     view(catalog, "beta").files.begin()
 
 
-def test_what_nobody_can_read_is_removed_unless_a_batch_needs_it(catalog: Catalog) -> None:
+def test_what_nobody_can_read_is_removed_unless_a_batch_or_a_job_needs_it(catalog: Catalog) -> None:
     acme, past = view(catalog), datetime.now(UTC) - timedelta(days=1)
     read, other = add(acme), add(acme)
     row = {"id": "batch_1", "tenant": "acme", "endpoint": "/v1/completions", "metadata": "{}", "errors": "[]"}
@@ -112,7 +113,16 @@ def test_what_nobody_can_read_is_removed_unless_a_batch_needs_it(catalog: Catalo
     with writing(catalog._db.engine) as c:
         c.execute(batches.update().values(state="completed"))
     assert [file.id for file in catalog.files.unneeded()] == [read.id]
+    recipe = load_recipe("lora_smollm2").spec
+    learned = recipe.data.model_copy(update={"train": f"files://{read.id}"})
+    job = acme.jobs.add("job-1", name="tone", recipe=recipe.model_copy(update={"data": learned}))
+    assert not catalog.files.unneeded()
+    assert catalog.files.stored(read.id).id == read.id  # for the job, though it was deleted
+    acme.jobs.end(job.id, "failed")
+    assert [file.id for file in catalog.files.unneeded()] == [read.id]
     catalog.files.forget(read.id)
+    with pytest.raises(UserFileNotFound):
+        catalog.files.stored(read.id)
     add(acme)
     acme.files.begin()
     assert not catalog.files.unneeded()

@@ -67,6 +67,20 @@ def test_what_a_budget_has_left(catalog: Catalog) -> None:
     assert catalog.usage.tokens(tenant="other", since=since) == 0
 
 
+def test_tokens_of_batches_count_in_part(catalog: Catalog) -> None:
+    """In sums of days and in single events."""
+    midnight = datetime(2026, 3, 1, tzinfo=UTC)
+    tiers = ("batch", "default", "batch")
+    made = [event(n, tier=tier, created_at=midnight + timedelta(hours=6 * n)) for n, tier in enumerate(tiers)]
+    catalog.usage.record(made)
+    each = made[0].num_prompt_tokens + made[0].num_output_tokens
+    for since, num_batch, num_others in ((midnight, 2, 1), (midnight + timedelta(hours=3), 1, 1)):
+        (found,) = catalog.usage.sums([], since=since)
+        assert found.num_batch_tokens == num_batch * each
+        counted = catalog.usage.tokens(tenant="acme", since=since, batch_factor=0.25)
+        assert counted == (0.25 * num_batch + num_others) * each
+
+
 def test_old_events_are_forgotten(catalog: Catalog) -> None:
     catalog.usage.record([event(1), event(2, created_at=MORNING + timedelta(days=1))])
     assert catalog.usage.forget(MORNING + timedelta(hours=1)) == 0  # whole days are

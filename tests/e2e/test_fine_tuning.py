@@ -125,8 +125,12 @@ def test_from_a_file_to_a_model_on_the_cluster(served: Served) -> None:
 @pytest.mark.timeout(900)
 def test_from_a_file_to_a_model_with_smollm2(tmp_path: Path) -> None:
     port = free_port()
-    env = os.environ | {"LORAY_HOME": str(tmp_path / "home")}
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+    }
+    env = ours | {"LORAY_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "loray.cli.main"]
+    subprocess.run([*command, "base", "add", "smollm2"], env=env, check=True, timeout=300)
     try:
         subprocess.run([*command, "up", "--port", str(port)], env=env, check=True, timeout=300)
         with client_of(f"http://127.0.0.1:{port}") as client:

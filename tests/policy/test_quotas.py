@@ -152,6 +152,22 @@ def test_a_budget_begins_anew_with_its_period() -> None:
     assert admitted(gate, who, DAY, 1) is None
 
 
+def test_a_budget_counts_a_share_of_a_batch() -> None:
+    gate, who = QuotaGate(), principal(max_budget=100, tpm_limit=150)
+    line = gate.admit(who, 120, 0.0, budget_factor=0.5)
+    assert admitted(gate, who, 0.0, 31) is None  # of 30 tokens in this minute
+    line.settle(100, 0.0)
+    assert admitted(gate, who, 0.0, 51) is None
+    assert admitted(gate, who, 0.0, 50)
+
+
+def test_a_refusal_says_that_it_is_final() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=10)
+    with pytest.raises(RateLimited) as told:
+        gate.admit(who, 11, 0.0)
+    assert (told.value.headers["x-loray-limit"], told.value.headers["x-should-retry"]) == ("tokens", "false")
+
+
 def test_key_and_tenant_both_apply_and_a_refusal_takes_nothing() -> None:
     gate, tenant = QuotaGate(), Limits(rpm_limit=3)
     mine, theirs = (principal(rpm_limit=2, tenant_limits=tenant, key_id=key) for key in ("a", "b"))

@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from loray.catalog.files import Purpose, UserFile, purposes_of
 from loray.publishing.user_files import read_file
 from loray.schemas.openai.files import FileDeleted, FileList, FileObject
-from loray.spec import Principal
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import receive
@@ -105,7 +104,7 @@ def file_routes(storage: FileStorage) -> list[BaseRoute]:
         await storage.ask(principal, lambda catalog: catalog.audit.record("read_file", file.id, tenant=file.tenant))
         async with AsyncExitStack() as held:
             await held.enter_async_context(storage.downloads.one(principal.tenant))
-            return _ContentResponse(request, storage, principal, file, part, held.pop_all())
+            return _ContentResponse(request, storage, file, part, held.pop_all())
 
     return router.routes
 
@@ -137,7 +136,6 @@ class _ContentResponse(StreamingResponse):
         self,
         request: Request,
         storage: FileStorage,
-        principal: Principal,
         file: UserFile,
         part: _Part,
         held: AsyncExitStack,
@@ -147,7 +145,7 @@ class _ContentResponse(StreamingResponse):
         async def pieces() -> AsyncIterator[bytes]:
             found = read_file(storage.store, file, start, stop)
             while not request.state.revoked.done():
-                piece = await storage.run(principal, lambda: next(found, None))
+                piece = await storage.run(lambda: next(found, None))
                 if piece is None:
                     return
                 yield piece

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from threading import Lock
 from typing import TypeVar
 
@@ -36,6 +39,7 @@ class FileStorage:
         self._store: ObjectStore | None = None
         self._asking = Places("requests for files", _ASKING)
         self.uploads, self.downloads = Places("uploads of files", _SENDING), Places("downloads of files", _DOWNLOADS)
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="files")
         self._rates = RateLimits()
 
     def catalog_of(self, principal: Principal) -> Catalog:
@@ -63,12 +67,13 @@ class FileStorage:
         """Count a request. Raises RateLimited for one who asks too often."""
         self._rates.take(principal, time.monotonic())
 
-    async def run(self, principal: Principal, work: Callable[[], T]) -> T:
-        """Do a part of a longer work in a thread."""
-        return await self._asking.run(principal.tenant, work)
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do a part of a longer work, which has a place, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
 
     def close(self) -> None:
         for places in (self._asking, self.uploads, self.downloads):
             places.close()
+        self._threads.shutdown(wait=False)
         if self._catalog is not None:
             self._catalog.close()

@@ -44,6 +44,7 @@ class FileForm:
             raise RequestError("send a form, Content-Type: multipart/form-data, with the fields purpose and file")
         self._writer, self._principal = writer, principal
         self._fields: dict[str, bytearray] = {}
+        self._whole: set[str] = set()  # parts that have come as a whole
         self._filename: str | None = None
         self._header, self._value, self._name = bytearray(), bytearray(), ""
         self._disposition, self._has_end = b"", False
@@ -56,6 +57,7 @@ class FileForm:
                 "on_header_end": self._end_header,
                 "on_headers_finished": self._end_headers,
                 "on_part_data": self._take,
+                "on_part_end": lambda: self._whole.add(self._name),
                 "on_end": self._end,
             },
         )
@@ -66,8 +68,7 @@ class FileForm:
             self._parser.write(chunk)
         except FormParserError as e:
             raise RequestError(f"the form cannot be read: {e}") from e
-        most = MAX_BYTES[self._purpose()] if "purpose" in self._fields and self._filename is not None else None
-        most = most or max(MAX_BYTES.values())
+        most = MAX_BYTES[self._purpose()] if "purpose" in self._whole else max(MAX_BYTES.values())
         if self._writer.num_bytes > most:
             raise HTTPException(413, f"the file is larger than {most >> 20} MiB, the most for its purpose; divide it")
 
@@ -158,9 +159,9 @@ async def receive(request: Request, storage: FileStorage, principal: Principal) 
                     raise KeyRevoked("the API key was revoked or blocked while the file came")
                 form.push(chunk)
                 if writer.is_due:
-                    await storage.run(principal, writer.send)
+                    await storage.run(writer.send)
             filename, purpose, expiry_s = form.end()
-            return await storage.run(principal, lambda: writer.finish(filename, purpose, expires_after_s=expiry_s))
+            return await storage.run(lambda: writer.finish(filename, purpose, expires_after_s=expiry_s))
         except BaseException:
-            await storage.run(principal, writer.give_up)
+            await storage.run(writer.give_up)
             raise

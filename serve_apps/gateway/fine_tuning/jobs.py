@@ -27,7 +27,7 @@ from loray.schemas.openai.fine_tuning import (
     FineTuningRequest,
 )
 from loray.settings import Settings
-from loray.spec import JobStatus, Principal, qualified_name, split_qualified
+from loray.spec import ColumnNames, DataFormat, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 from loray.store.objects import ObjectStore
 from serve_apps.gateway.fine_tuning.progress import JobProgress, Progress
 from serve_apps.gateway.fine_tuning.recipe import file_of, hyperparameters_of, recipe_of
@@ -48,9 +48,16 @@ _STATUS: Mapping[JobStatus, _Status] = {
     "failed": "failed",
     "stopped": "cancelled",
 }
-_COLUMNS: Mapping[str, tuple[tuple[str, ...], ...]] = {  # by method; a row has those of one form
-    "supervised": (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"), ("text",)),
-    "dpo": (("input", "preferred_output", "non_preferred_output"), ("chosen", "rejected")),
+# Of rows, by which the run knows their format.
+_COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
 
 
@@ -77,10 +84,9 @@ class FineTuning:
         recipe = recipe_of(asked, called[:8], catalog, self._settings.home)
         if recipe.publish.aliases:
             check(catalog.principal, "promote")
-        method = "supervised" if asked.method is None else asked.method.type
         for param, file_id in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
             if file_id is not None:
-                _check_file(catalog, store, file_id, param, method)
+                _check_file(catalog, store, file_id, param, recipe)
         try:
             catalog.adapters.check_name(recipe.name, recipe.publish.aliases)
         except (ConflictError, SpecError) as e:
@@ -199,9 +205,9 @@ def _after(items: list[T], after: str | None) -> list[T]:
     raise RequestError(f"{shown(after)} is not in this list; take the last id of the page before", "after")
 
 
-def _check_file(catalog: Catalog, store: ObjectStore, file_id: str, param: str, method: str) -> None:
+def _check_file(catalog: Catalog, store: ObjectStore, file_id: str, param: str, recipe: TrainSpec) -> None:
     """Raise RequestError where the caller has no such file of the purpose `fine-tune`, or where the beginning of it has
-    rows that the method does not learn from.
+    rows that the recipe does not learn from.
     """
     try:
         file = catalog.files.get(file_id)
@@ -212,13 +218,13 @@ def _check_file(catalog: Catalog, store: ObjectStore, file_id: str, param: str, 
     begins = b"".join(read_file(store, file, 0, _CHECKED_BYTES))
     lines = begins.split(b"\n") if len(begins) == file.bytes else begins.split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
-        if problem := line.strip() and _problem(line, method):
+        if line.strip() and (problem := _problem(line, recipe)) is not None:
             raise RequestError(f"file {file_id}, line {number}: {problem}", param)
     if not begins.strip():
         raise RequestError(f"file {file_id} has no rows in its first {_CHECKED_BYTES >> 20} MiB", param)
 
 
-def _problem(line: bytes, method: str) -> str | None:
+def _problem(line: bytes, recipe: TrainSpec) -> str | None:
     """What is wrong with a row, as far as its columns tell."""
     try:
         row = json.loads(line)
@@ -226,7 +232,9 @@ def _problem(line: bytes, method: str) -> str | None:
         return f"not valid JSON: {e}"
     if not isinstance(row, dict):
         return f"a row must be an object, not {type(row).__name__}"
-    if not any(row.keys() >= set(columns) for columns in _COLUMNS[method]):
-        forms = " or ".join(" and ".join(f"`{column}`" for column in columns) for columns in _COLUMNS[method])
-        return f"a row of the method {method} has {forms}, and this has {', '.join(map(shown, row)) or 'nothing'}"
+    others = recipe.data.columns or ColumnNames()
+    forms = [columns for name, columns in _COLUMNS.items() if name in recipe.objective.formats]
+    if not any(all(column in row or others.of(column) in row for column in columns) for columns in forms):
+        known = " or ".join(" and ".join(f"`{column}`" for column in columns) for columns in forms)
+        return f"a row has {known} for this method, and this one has {', '.join(map(shown, row)) or 'nothing'}"
     return None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from loray.errors import UserFileNotFound
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.console.site import ConsoleSite
 
 ROW = b'{"messages": []}\n'
@@ -46,6 +50,17 @@ def test_files_are_of_a_keys_scopes(console: ConsoleSite) -> None:
     assert "No file was sent yet" in console.get("/files").text
     console.log_in(console.key("publish"))
     assert console.get("/files").status_code == 403
+
+
+def test_where_no_files_are_kept_there_are_no_pages_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = ConsoleSite(tmp_path / "home", sqlite_catalog(tmp_path))
+    assert "/console/files" in site.get().text
+    monkeypatch.setattr(site.services, "settings", replace(site.settings, files=False))
+    assert "/console/files" not in site.get().text
+    for path in ("/files", "/batches"):
+        refused = site.get(path)
+        assert (refused.status_code, "LORAY_FILES" in refused.text) == (404, True)
+    site.close()
 
 
 def test_a_recipe_begins_with_an_uploaded_file(console: ConsoleSite) -> None:

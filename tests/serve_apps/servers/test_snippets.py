@@ -70,7 +70,7 @@ def test_fine_tuning(served: Served, tmp_path: Path) -> None:
     code = code.replace("chats.jsonl", str(chats)).replace('"smollm2"', f'"{served.base.name}"')
     begin, end = code.split("job = client.fine_tuning.jobs.retrieve(")
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=4, timeout=90) as client:
-        given: dict[str, Any] = {"client": client, "messages": messages[:1]}
+        given: dict[str, Any] = {"client": client, "messages": messages[:1], "Path": Path}
         exec(compile(begin, ON_A_CLUSTER, "exec", dont_inherit=True), given)
         job_id = given["job"].id
         assert eventually(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "succeeded", 120)

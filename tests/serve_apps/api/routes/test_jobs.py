@@ -23,6 +23,7 @@ from loray.catalog.database import writing
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ClusterError, PermissionDenied, RateLimited
 from loray.methods import METHODS
+from loray.publishing.user_files import FileWriter
 from loray.recipes.load import load_recipe
 from loray.schemas.resources import RECIPE_EXAMPLE as RECIPE
 from loray.settings import Settings
@@ -366,6 +367,20 @@ def test_an_id_that_another_tenant_has_chosen_is_free(deployment: Api) -> None:
             assert told[0].replace(own, none) == told[1]
         assert http.post("/jobs", params={"id": own}, json=recipe(MINE.replace("acme", "beta"))).status_code == 201
     assert not deployment.jobs.stopped
+
+
+def test_tenants_train_from_their_own_files(deployment: Api) -> None:
+    deployment.replace_services(data=None)
+    acme = principal()
+    with FileWriter(deployment.catalog.view(acme), deployment.services.store.objects) as writer:
+        writer.write(b"{}")
+        file = writer.finish("a.jsonl", "fine-tune")
+    with deployment.by(acme) as http:
+        assert http.post("/jobs", json=recipe(f"files://{file.id}")).status_code == 201
+        assert "there is no file" in problem(http.post("/jobs", json=recipe("files://file-x")), 404)["detail"]
+    with deployment.by(acme.model_copy(update={"tenant": "beta"})) as http:
+        told = [http.post("/jobs", json=recipe(f"files://{one}")).text for one in (file.id, "file-x")]
+        assert told[0].replace(file.id, "file-x") == told[1]
 
 
 def test_without_a_place_for_data_tenants_train_nothing(deployment: Api) -> None:

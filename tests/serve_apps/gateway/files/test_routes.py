@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -51,6 +52,29 @@ def form(*parts: tuple[str, bytes], boundary: str = "zz") -> dict[str, Any]:
     return {"content": body, "headers": {"Content-Type": f"multipart/form-data; boundary={boundary}"}}
 
 
+END = {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def post(
+    app: FastAPI, messages: list[Any], boundary: bytes, before: Callable[[], object] = lambda: None
+) -> tuple[int, bytes]:
+    """Send the messages of a body as they are. `before` is called when the application has started."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=" + boundary), (b"authorization", b"Bearer -")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/files", "headers": headers, "query_string": b""}
+    async with app.router.lifespan_context(app):
+        before()
+        await app(scope | {"root_path": "", "raw_path": b"", "http_version": "1.1"}, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
 async def test_openai_client(app: FastAPI) -> None:
     async with openai_of(app) as client:
         after = {"anchor": "created_at", "seconds": 7200}
@@ -86,6 +110,14 @@ def test_fields_in_any_order(client: TestClient, purpose_is_last: bool) -> None:
     content = client.get(f"/v1/files/{made['id']}/content")
     assert content.content == DATA
     assert content.headers["content-disposition"] == "attachment; filename*=UTF-8''a%20b.jsonl"
+
+
+def test_a_form_that_comes_byte_by_byte(app: FastAPI) -> None:
+    given = form(("file", DATA), ("expires_after[seconds]", b"3600"), ("purpose", b"fine-tune"))
+    messages = [{"type": "http.request", "body": bytes([byte]), "more_body": True} for byte in given["content"]]
+    status, body = asyncio.run(post(app, [*messages, END], b"zz"))
+    assert status == 200, body
+    assert json.loads(body)["bytes"] == len(DATA)
 
 
 @pytest.mark.parametrize(
@@ -193,28 +225,12 @@ def test_memory_does_not_grow_with_the_file(app: FastAPI, monkeypatch: pytest.Mo
         yield b"\r\n--zz--\r\n"
 
     messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in body()]
-    messages.append({"type": "http.request", "body": b"", "more_body": False})
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return messages.pop(0)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def post() -> None:
-        async with app.router.lifespan_context(app):
-            headers = [(b"content-type", b"multipart/form-data; boundary=zz"), (b"authorization", b"Bearer -")]
-            scope = {"type": "http", "method": "POST", "path": "/v1/files", "headers": headers, "query_string": b""}
-            tracemalloc.start()
-            await app(scope | {"root_path": "", "raw_path": b"", "http_version": "1.1"}, receive, send)
-
     try:
-        asyncio.run(post())
+        status, answer = asyncio.run(post(app, [*messages, END], b"zz", before=tracemalloc.start))
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert sent[0]["status"] == 200
+    assert status == 200, answer
     assert most < 20 << 20
 
 

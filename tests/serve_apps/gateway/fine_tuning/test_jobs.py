@@ -234,7 +234,7 @@ async def test_a_failed_job_says_why(site: Site) -> None:
         ({"suffix": "not a name"}, "suffix", "letters"),
         ({"suffix": "BASE"}, "suffix", "base"),
         ({"method": {"type": "reinforcement"}}, "method", "reinforcement is not supported"),
-        ({"method": {"type": "dpo"}}, "training_file", "line 1: a row of the method dpo has `input`"),
+        ({"method": {"type": "dpo"}}, "training_file", "line 1: a row has `chosen` and `rejected` or"),
         ({"method": {"type": "supervised"}, "hyperparameters": {}}, "hyperparameters", "not beside it too"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "no integrations"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
@@ -258,12 +258,22 @@ def test_wrong_requests(site: Site, client: TestClient, fields: dict[str, Any], 
     assert site.jobs.submitted == {}
 
 
+def test_rows_have_the_columns_of_the_recipe(site: Site, client: TestClient) -> None:
+    given = {"model": site.base.name, "training_file": site.file(rows({"question": "hi", "completion": "ho"}))}
+    assert client.post("/v1/fine_tuning/jobs", json=given).status_code == 400
+    further = json.dumps({"data": {"columns": {"prompt": "question"}}})
+    assert client.post("/v1/fine_tuning/jobs", json=given | {"metadata": {RECIPE: further}}).status_code == 200
+    pairs = {"model": site.base.name, "training_file": site.file(rows(PAIR))}
+    further = json.dumps({"objective": {"type": "orpo"}})
+    assert client.post("/v1/fine_tuning/jobs", json=pairs | {"metadata": {RECIPE: further}}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (rows(CHAT) + b"{\n", "line 2: not valid JSON"),
         (rows(CHAT) + b"\n[1]\n", "line 3: a row must be an object, not list"),
-        (rows(CHAT, {"question": 1}), "line 2: a row of the method supervised has `messages` or"),
+        (rows(CHAT, {"question": 1}), "line 2: a row has `messages` or"),
         (b"\n\n", "has no rows"),
     ],
 )
