@@ -189,6 +189,7 @@ def _is_scaled(deployment: str) -> bool:
 def _gateway(fleet: FleetSpec) -> FastAPI:
     import ray
 
+    from jobs.submission.server import RayJobServer
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.quotas import RayExchange
@@ -223,7 +224,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
         exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)
     tracing = open_tracing("gateway", gateways.name)
     access = open_auth(settings, reachable_host(fleet.host))
-    gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing)
+    gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing, RayJobServer())
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     counted = gateway.state.gateway.counted

@@ -150,7 +150,8 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
 REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one query
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
-HEADERS = _BROWSER_HEADERS | {"authorization", TENANT}  # those of a request that are read
+_ANTHROPIC_KEY = "x-api-key"  # in which clients of Anthropic's API may send a key, beside Authorization
+HEADERS = _BROWSER_HEADERS | {"authorization", _ANTHROPIC_KEY, TENANT}  # those of a request that are read
 _MOST_REFUSED = 100  # kinds of refused requests that the audit log tells apart in a minute
 _BEARER = "bearer "
 
@@ -341,6 +342,8 @@ class Authenticator:
 
     def _of_key(self, headers: Mapping[str, str]) -> Principal:
         given = headers.get("authorization")
+        if given is None and (key := headers.get(_ANTHROPIC_KEY)) is not None:
+            given = f"{_BEARER}{key}"
         if given is None:
             raise Unauthenticated(NO_KEY)
         if given[: len(_BEARER)].lower() != _BEARER:
@@ -395,7 +398,7 @@ _PATHS = re.compile(r"/v1/.*|/tokenize|/detokenize")
 _HEADER = re.compile(r"[a-z0-9-]{1,64}")
 _MOST_HEADERS = 32
 _MAX_AGE_S = 600
-_TOLD = ("x-", "retry-after")  # how the headers of an answer begin that a page may read
+_TOLD = ("x-", "retry-after", "request-id", "anthropic-")  # how the headers of an answer begin that a page may read
 
 
 class AllowOrigins:
@@ -442,7 +445,7 @@ def _preflight(asked: Headers, allowed: str) -> Response:
     names = [name.strip().lower() for name in asked.get("access-control-request-headers", "").split(",")]
     answer = Response(status_code=204)
     answer.headers["Access-Control-Allow-Origin"] = allowed
-    answer.headers["Access-Control-Allow-Methods"] = "GET, POST"
+    answer.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
     answer.headers["Access-Control-Allow-Headers"] = ", ".join(filter(_HEADER.fullmatch, names[:_MOST_HEADERS]))
     answer.headers["Access-Control-Max-Age"] = str(_MAX_AGE_S)
     answer.headers["Vary"] = "Origin, Access-Control-Request-Headers"
@@ -503,7 +506,8 @@ class RateLimits:
 _PRINCIPAL, _REVOKED = "principal", "revoked"
 AS_BATCH = "as_batch"  # of a request that this process itself makes for a batch: the Principal that asks
 _NAMES = {name.encode(): name for name in HEADERS}
-_ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
+# Twice, another server may read the other one.
+_ONCE = frozenset({"authorization", _ANTHROPIC_KEY, "x-tenant-id", "host", "origin"})
 
 
 class Authenticate:
@@ -605,7 +609,10 @@ CurrentPrincipal = Annotated[Principal, Depends(_current_principal)]
 
 
 _SCHEME = "key"
-_DESCRIPTION = "An API key, `sk-lr-…`. A server on loopback that was started without a key takes requests without one."
+_DESCRIPTION = (
+    "An API key, `sk-lr-…`; the header x-api-key takes it too. A server on loopback that was started without a key "
+    "takes requests without one."
+)
 
 
 def describe_keys(document: dict[str, Any], permissions: Permissions) -> None:

@@ -12,7 +12,6 @@ from loray.errors import SettingsError
 if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
     from loray.spec import TrainingGroup
 
-_JOBS, _KEYS = "jobs", "keys"  # of LORAY_GATE_TRUSTS
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
 ON, OFF = "on", "off"  # of LORAY_FILES
 STDOUT = "-"  # of LORAY_ACCESS_LOG
@@ -99,18 +98,12 @@ def origins(env: Mapping[str, str], name: str) -> tuple[str, ...]:
     return found
 
 
-def trusts_keys(env: Mapping[str, str]) -> bool:
-    value = env.get("LORAY_GATE_TRUSTS") or _JOBS
-    if value not in (_JOBS, _KEYS):
-        raise SettingsError(f"LORAY_GATE_TRUSTS={value!r} must be {_JOBS} or {_KEYS}")
-    return value == _KEYS
-
-
-def is_on(env: Mapping[str, str], name: str) -> bool:
-    value = env.get(name) or ON
-    if value not in (ON, OFF):
-        raise SettingsError(f"{name}={value!r} must be {ON} or {OFF}")
-    return value == ON
+def one_of(env: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
+    """Return the variable's word, the first one where it is not set."""
+    value = env.get(name) or words[0]
+    if value not in words:
+        raise SettingsError(f"{name}={value!r} must be {' or '.join(words)}")
+    return value
 
 
 def share(env: Mapping[str, str], name: str, default: float) -> float:

@@ -220,17 +220,20 @@ class UsageMeter:
         open_ended: bool,
     ) -> RequestUsage:
         """Reserve prompts, as often as they are computed, and `max_tokens`, of an open-ended request first at most
-        OPEN_ENDED_TOKENS. Raises RateLimited.
+        OPEN_ENDED_TOKENS. Embeddings that are asked for together count as one request. Raises RateLimited.
         """
         most = [request.params.max_tokens for request in requests]
         granted = [min(number, OPEN_ENDED_TOKENS) for number in most] if open_ended else most
         num_prompt = sum(len(request.prompt_ids) for request in requests[:: _prompt_step(requests, num_choices)])
+        num_requests, num_sequences = len(requests) // num_choices, len(requests)
+        if requests[0].pooling is not None:
+            num_requests = num_sequences = 1
         reservation = self._gate.admit(
             principal,
             num_prompt + sum(granted),
             time.time(),
-            num_requests=len(requests) // num_choices - 1,
-            num_sequences=len(requests),
+            num_requests=num_requests - 1,
+            num_sequences=num_sequences,
             budget_factor=self._batch_factor if requests[0].priority == BATCH_PRIORITY else 1.0,
         )
         return RequestUsage(

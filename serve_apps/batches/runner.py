@@ -183,7 +183,7 @@ class BatchRunner:
     # -- the phases ---------------------------------------------------------------------------------------------------
 
     async def _check(self, batch: Batch) -> None:
-        file = await self.ask(lambda catalog: catalog.files.of_batch(batch.input_file_id))
+        file = await self.ask(lambda catalog: catalog.files.stored(batch.input_file_id))
         try:
             total, errors = await self.in_thread(lambda: check_input(self.store, file, batch.endpoint))
         except IntegrityError as e:
@@ -197,7 +197,7 @@ class BatchRunner:
         await self.ask(lambda catalog: catalog.batches.fail(self.lease, batch.id, errors))
 
     async def _answer(self, batch: Batch) -> None:
-        file = await self.ask(lambda catalog: catalog.files.of_batch(batch.input_file_id))
+        file = await self.ask(lambda catalog: catalog.files.stored(batch.input_file_id))
         answered = await self.in_thread(lambda: results.read_answered(self.store, batch))
         answering = _Answering(self, batch, answered)
         left = (line for line in lines_of(self.store, file) if line.number not in answering.before)
@@ -212,7 +212,7 @@ class BatchRunner:
         if batch.state == "in_progress":
             await self.ask(lambda catalog: catalog.batches.finalize(self.lease, batch.id))
             return
-        file = await self.ask(lambda catalog: catalog.files.of_batch(batch.input_file_id))
+        file = await self.ask(lambda catalog: catalog.files.stored(batch.input_file_id))
         answered = await self.in_thread(lambda: results.read_answered(self.store, batch))
         state: Literal["completed", "expired", "cancelled"] = "completed"
         if batch.state == "cancelling":

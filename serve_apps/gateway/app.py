@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
+from jobs.submission.server import RayJobServer
 from loray import __version__
 from loray.bases.registry import get_bases
 from loray.catalog.snapshot_file import SnapshotFile
@@ -21,6 +22,7 @@ from serve_apps.accounting.accounts import AdmitRequests, UsageMeter
 from serve_apps.accounting.quotas import QuotaExchange
 from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissions, open_auth
 from serve_apps.gateway import errors
+from serve_apps.gateway.anthropic import AnthropicForm
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.files.batches import batch_routes
@@ -28,6 +30,8 @@ from serve_apps.gateway.files.lines import BatchLines
 from serve_apps.gateway.files.routes import file_routes
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import MAX_FORM_BYTES
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from serve_apps.gateway.fine_tuning.routes import fine_tuning_routes
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import create_routes, describe
@@ -44,9 +48,10 @@ def create_app(
     tracing: Tracing | None = None,
     origins: frozenset[str] = frozenset(),
     files: FileStorage | None = None,
+    tuning: FineTuning | None = None,
 ) -> FastAPI:
     """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins. `files`
-    None: it has no routes of files.
+    None: it has no routes of files; nor of fine-tuning, where `tuning` is None.
     """
 
     @asynccontextmanager
@@ -61,6 +66,8 @@ def create_app(
             base.prompts.close()
         await gateway.directory.follower.stop()
         await access.stop()
+        if tuning is not None:
+            tuning.close()
         if files is not None:
             files.close()
 
@@ -69,7 +76,7 @@ def create_app(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*own, *([] if files is None else stored_routes(files, own)), *auth.router.routes],
+        routes=[*own, *([] if files is None else stored_routes(files, own, tuning)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -93,6 +100,7 @@ def create_app(
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
+    app.add_middleware(AnthropicForm)
     if origins:
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
@@ -101,10 +109,13 @@ def create_app(
     return app
 
 
-def stored_routes(files: FileStorage, own: Sequence[BaseRoute]) -> list[BaseRoute]:
-    """Make the routes of what tenants keep here. `own`: those of the gateway, which batches may ask."""
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None = None) -> list[BaseRoute]:
+    """Make the routes of what tenants keep here, and train from it. `own`: those of the gateway, which batches may
+    ask.
+    """
     paths = {route.path for route in own if isinstance(route, Route)}
-    return [*file_routes(files), *batch_routes(files, paths)]
+    of_jobs = [] if tuning is None else fine_tuning_routes(files, tuning)
+    return [*file_routes(files), *batch_routes(files, paths), *of_jobs]
 
 
 def open_gateway(
@@ -115,6 +126,7 @@ def open_gateway(
     exchange: QuotaExchange | None = None,
     access: Authenticator | None = None,
     tracing: Tracing | None = None,
+    jobs: RayJobServer | None = None,
 ) -> FastAPI:
     """Open a gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 
@@ -127,6 +139,9 @@ def open_gateway(
     directory = ModelResolver(bases, access.follower, kept)
     accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
-    gateway = Gateway(served, directory, gateways, accounts)
+    refuses = settings.refuses_unknown_fields
+    gateway = Gateway(served, directory, gateways, accounts, refuses_unknown_fields=refuses)
     files = FileStorage(settings) if settings.files else None
-    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins), files), settings.access_log)
+    tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
+    app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)
+    return log_access(app, settings.access_log)

@@ -19,6 +19,7 @@ from loray.policy.auth import check_model, may_ask
 from loray.policy.canary import Arm, is_taken
 from loray.policy.quotas import QuotaGate
 from loray.schemas.openai import Model
+from loray.schemas.openai.responses import ResponseBody
 from loray.spec import AdapterRef, Limits, Principal
 from serve_apps.catalog_watch import CatalogWatcher, SnapshotWriter
 from serve_apps.python_gc import collection_paused, exempt_all
@@ -272,21 +273,27 @@ class ModelCards:
             raise RateLimited(f"lists of models: {e}", e.retry_after_s) from e
 
     async def page(
-        self, principal: Principal, after: str | None = None, limit: int | None = None
+        self,
+        principal: Principal,
+        after: str | None = None,
+        limit: int | None = None,
+        *,
+        form: Callable[[Model], ResponseBody] | None = None,
     ) -> AsyncIterator[bytes]:
         """Make the parts of a list's body: the bases, then adapters by name, as of one moment: what the caller may ask.
 
         `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`, and
-        never more than MAX_CARDS.
+        never more than MAX_CARDS. `form` makes another API's cards, whose list names no object; None: OpenAI's.
         """
         limit = min(MAX_CARDS if limit is None else limit, MAX_CARDS)
         first = last = None
         num, has_more = 0, False
-        yield b'{"object":"list","data":['
+        yield b'{"object":"list","data":[' if form is None else b'{"data":['
         async for cards in self._found(principal, after):
             part = cards[: limit - num]
             if part:
-                yield (b"," if num else b"") + ",".join(card.to_json() for card in part).encode()
+                written = part if form is None else map(form, part)
+                yield (b"," if num else b"") + ",".join(card.to_json() for card in written).encode()
                 first, last = first or part[0].id, part[-1].id
                 num += len(part)
             if has_more := len(part) < len(cards):

@@ -6,7 +6,7 @@ load and unload an adapter say whether the name can be requested, and change not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -20,8 +20,16 @@ from pydantic.json_schema import JsonSchemaMode
 from starlette.routing import BaseRoute
 
 from loray import __version__
-from loray.errors import RequestError, shown
+from loray.errors import RequestError, ResponseNotFound, shown
 from loray.policy.auth import check
+from loray.schemas.anthropic import (
+    CountTokensRequest,
+    ErrorAnswer,
+    MessagesRequest,
+    TokenCount,
+    model_info,
+)
+from loray.schemas.anthropic import chat_request as chat_of_message
 from loray.schemas.openai import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -32,8 +40,9 @@ from loray.schemas.openai import (
     ModelList,
     parse,
 )
-from loray.schemas.openai.fields import Body
-from loray.schemas.openai.responses_api import ResponsesRequest, chat_request
+from loray.schemas.openai.embeddings import EmbeddingList, EmbeddingRequest
+from loray.schemas.openai.fields import Body, UnknownFields, reading
+from loray.schemas.openai.responses_api import NOT_STORED, ResponsesRequest, chat_request
 from loray.schemas.openai.vllm import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -45,15 +54,19 @@ from loray.schemas.openai.vllm import (
 from loray.schemas.status import Status
 from serve_apps.auth import Permissions, describe_keys, may, principal_of
 from serve_apps.deployment import CATALOG_PREFIX
-from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway import anthropic
+from serve_apps.gateway.answers.headers import RequestHeaders, is_strict, tell_ignored
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.http import extend_openapi, parse_json, read, schema_reference
 
 B = TypeVar("B", bound=Body)
+M = TypeVar("M", bound=CountTokensRequest)
 T = TypeVar("T")
 E = TypeVar("E", bound=Callable[..., object])
 
 _ANSWERS = "loray_answers"
+_IGNORED = "ignored_fields"  # of a request's state
+_ANTHROPIC_PAGE = 20  # models, unless its clients ask for another number
 _TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
 JSON, BINARY = "application/json", "application/octet-stream"
@@ -63,6 +76,8 @@ _ABOUT_MODEL = (400, 404, *_WITH_KEY)
 _WITH_BODY = (408, 413, *_ABOUT_MODEL)
 _TOKENIZES = (429, *_WITH_BODY)
 _GENERATES = (501, 504, *_TOKENIZES)
+_COUNTS = (402, 529, *(status for status in _TOKENIZES if status != 503))  # in Anthropic's form
+_WRITES = (501, 504, *_COUNTS)
 _HEALTH = (500, 503)
 ABOUT_OWN = (429, *_ABOUT_MODEL)  # what a tenant keeps here
 WITH_FORM = (429, *_WITH_BODY)
@@ -74,14 +89,16 @@ class Answers:
 
     errors   the statuses of refusals and failures
     content  media type → its model; None: text, or an object without a model of ours
-    body     the model of the request's body
+    body     the model of the request's body, or one of several
     limited  whether limits of keys apply, which headers tell
+    error    the model of errors
     """
 
     errors: tuple[int, ...]
     content: Mapping[str, type[BaseModel] | None]
-    body: type[Body] | None = None
+    body: type[Body] | tuple[type[Body], ...] = ()
     limited: bool = False
+    error: type[BaseModel] = ErrorBody
 
     def __call__(self, endpoint: E) -> E:
         setattr(endpoint, _ANSWERS, self)
@@ -90,7 +107,7 @@ class Answers:
 
 def create_routes(gateway: Gateway) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router = APIRouter()
+    router = APIRouter(route_class=_Route)
 
     async def parsed(request: Request, convert: Callable[[object], T]) -> T:
         try:
@@ -125,6 +142,69 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
+    @router.post("/v1/messages")
+    @may("infer")
+    @Answers(_WRITES, {_JSON: None, _EVENTS: None}, MessagesRequest, limited=True, error=ErrorAnswer)
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages API, as another form of a chat completion; streamed as its events."""
+        headers = RequestHeaders.of(request)
+        return await gateway.messages(*await parsed(request, partial(_with_chat, MessagesRequest)), headers)
+
+    @router.post("/v1/messages/count_tokens")
+    @may("infer")
+    @Answers(_COUNTS, {_JSON: TokenCount}, CountTokensRequest, error=ErrorAnswer)
+    async def count_tokens(request: Request) -> Response:
+        """Anthropic's: the number of tokens of a message's prompt."""
+        body, chat = await parsed(request, partial(_with_chat, CountTokensRequest))
+        principal = principal_of(request)
+        target = await gateway.model(body.model, principal)
+        num_tokens = len(await gateway.chat_prompt(chat, target, principal.tenant))
+        gateway.accounts.charge(principal, _TOKENIZING * num_tokens)
+        return Response(TokenCount(input_tokens=num_tokens).to_json(), media_type=_JSON)
+
+    @router.post("/v1/embeddings")
+    @may("infer")
+    @Answers(_GENERATES, {_JSON: EmbeddingList}, EmbeddingRequest, limited=True)
+    async def embeddings(request: Request) -> Response:
+        """OpenAI's embeddings of texts or token ids, with vLLM's further fields, for bases that pool."""
+        headers = RequestHeaders.of(request)
+        return await gateway.embeddings(await parsed(request, partial(parse, EmbeddingRequest)), headers)
+
+    @router.get("/v1/responses/{id}")
+    @router.delete("/v1/responses/{id}")
+    @router.post("/v1/responses/{id}/cancel")
+    @router.get("/v1/responses/{id}/input_items")
+    @may("infer")
+    @Answers((404, *_WITH_KEY), {_JSON: None})
+    async def stored_response(id: str) -> Response:
+        """Always 404: no response is stored."""
+        raise ResponseNotFound(f"there is no response {shown(id)}: {NOT_STORED}")
+
+    @router.post("/invocations")
+    @may("infer")
+    @Answers(
+        _GENERATES,
+        {_JSON: None, _EVENTS: None},
+        (ChatCompletionRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest),
+        limited=True,
+    )
+    async def invocations(request: Request) -> Response:
+        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input`
+        embeddings of a base that pools, else a response.
+        """
+        forms = {"messages": chat_completions, "prompt": completions, "input": responses}
+        given = await _converted_body(request, lambda body: [name for name in forms if _has(body, name)])
+        if len(given) != 1:
+            raise RequestError(
+                "give one of messages (a chat), prompt (a completion) and input (a response or embeddings)", "messages"
+            )
+        if given == ["input"]:
+            name = await _converted_body(request, lambda body: body.get("model") if isinstance(body, dict) else None)
+            target = await gateway.model(name if isinstance(name, str) else None, principal_of(request))
+            if target.base.pooling is not None:
+                return await embeddings(request)
+        return await forms[given[0]](request)
+
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
         body = parse(TokenizeRequest, given)
         model = body.model or next(iter(gateway.bases))
@@ -140,7 +220,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         target, tenant = await gateway.model(body.model, principal), principal.tenant
         prompts = target.base.prompts
         if chat is not None:
-            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
+            ids = await gateway.chat_prompt(chat, target, tenant)
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
@@ -202,10 +282,19 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         after: Annotated[str | None, Query(description="only models after this one")] = None,
         limit: Annotated[int | None, Query(ge=1, description="at most as many models (and 10,000)")] = None,
     ) -> Response:
-        """The base and the adapters that the caller sees, in pages; 60 a minute for a key."""
+        """The base and the adapters that the caller sees, in pages; 60 a minute for a key. To clients that send
+        anthropic-version in Anthropic's form, whose pages begin with `after_id`.
+        """
         principal = principal_of(request)
         gateway.models.count_list(principal)
-        return StreamingResponse(gateway.models.page(principal, after, limit), media_type="application/json")
+        if anthropic.is_spoken(request.scope):
+            if "before_id" in request.query_params:
+                raise RequestError("before_id is not supported; go through the pages with after_id", "before_id")
+            after = request.query_params.get("after_id", after)
+            page = gateway.models.page(principal, after, limit or _ANTHROPIC_PAGE, form=model_info)
+        else:
+            page = gateway.models.page(principal, after, limit)
+        return StreamingResponse(page, media_type=_JSON)
 
     @router.get("/v1/models/{model:path}")
     @may("read")
@@ -213,7 +302,8 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     async def model(request: Request, model: str) -> Response:
         """One model, by `name`, `name@alias` or `name@version`."""
         card = await gateway.models.card(model, principal_of(request))
-        return Response(card.to_json(), media_type="application/json")
+        form = model_info(card) if anthropic.is_spoken(request.scope) else card
+        return Response(form.to_json(), media_type=_JSON)
 
     @router.get("/health")
     @router.get("/ping")
@@ -255,22 +345,55 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     return router.routes
 
 
+class _Route(APIRoute):
+    """A route whose answer names the fields of its body that were ignored."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            response = await handle(request)
+            if (ignored := getattr(request.state, _IGNORED, None)) is not None:
+                tell_ignored(response.headers, ignored)
+            return response
+
+        return answer
+
+
 async def parsed_body(request: Request, schema: type[B]) -> B:
     """Return the body of a request. Raises RequestError."""
     return await _converted_body(request, partial(parse, schema))
 
 
 async def _converted_body(request: Request, convert: Callable[[object], T]) -> T:
-    """Return what `convert` makes of the decoded JSON, in a thread if the body is long."""
-    return await read(request, partial(_convert, convert))
+    """Return what `convert` makes of the decoded JSON, in a thread if the body is long. Unknown fields are ignored,
+    unless the request or the deployment has them refused.
+    """
+    gateway: Gateway = request.app.state.gateway
+    unknown = UnknownFields(refuse=gateway.refuses_unknown_fields or is_strict(request.headers))
+    converted = await read(request, partial(_convert, convert, unknown))
+    if unknown.ignored:
+        setattr(request.state, _IGNORED, unknown.ignored)
+        gateway.counted.ignored(unknown.ignored)
+    return converted
 
 
-def _convert(convert: Callable[[object], T], raw: bytes) -> T:
+def _convert(convert: Callable[[object], T], unknown: UnknownFields, raw: bytes) -> T:
     try:
         body = parse_json(raw)
     except ValueError as e:
         raise RequestError(f"the request body is not valid JSON: {e}") from e
-    return convert(body)
+    with reading(unknown):
+        return convert(body)
+
+
+def _has(body: object, field: str) -> bool:
+    return isinstance(body, dict) and body.get(field) is not None
+
+
+def _with_chat(schema: type[M], body: object) -> tuple[M, ChatCompletionRequest]:
+    request = parse(schema, body)
+    return request, chat_of_message(request)
 
 
 def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
@@ -289,7 +412,8 @@ _RETRY = {
     "Retry-After": "seconds until it is worth while to ask again",
     "Retry-After-Ms": "the same in milliseconds",
 }
-_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY, 503: _RETRY}
+_NO_RETRY = {"x-should-retry": "`false` where the same request is refused for long, as by a budget that is used up"}
+_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY | _NO_RETRY, 503: _RETRY}
 _OF_LIMITS = {
     f"x-ratelimit-{what}-{kind}": f"{meaning} of {kind}, where the key or its tenant has one"
     for kind in ("requests", "tokens")
@@ -305,8 +429,8 @@ def describe(app: FastAPI, permissions: Permissions) -> None:
         for route in shown
         for method in route.methods or ()
     }
-    bodies = {at: about.body for at, about in answers.items() if about.body is not None}
-    models: set[type[BaseModel]] = {ErrorBody}
+    bodies = {at: about.body if isinstance(about.body, tuple) else (about.body,) for at, about in answers.items()}
+    models: set[type[BaseModel]] = {about.error for about in answers.values()}
     for about in answers.values():
         models.update(model for model in about.content.values() if model is not None)
 
@@ -314,27 +438,32 @@ def describe(app: FastAPI, permissions: Permissions) -> None:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 operation["responses"] = _responses(answers[path, method])
-        for (path, method), body in bodies.items():
-            document["paths"][path][method]["requestBody"] = {
-                "required": True,
-                "content": {_JSON: {"schema": schema_reference(body.__name__)}},
-            }
+        for (path, method), of_path in bodies.items():
+            forms = [schema_reference(body.__name__) for body in of_path]
+            if forms:
+                schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+                document["paths"][path][method]["requestBody"] = {
+                    "required": True,
+                    "content": {_JSON: {"schema": schema}},
+                }
         for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's form of errors
             document["components"]["schemas"].pop(unused, None)
         describe_keys(document, permissions)
 
-    schemas: list[tuple[type[BaseModel], JsonSchemaMode]] = [(body, "validation") for body in bodies.values()]
+    schemas: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (body, "validation") for body in dict.fromkeys(body for of_path in bodies.values() for body in of_path)
+    ]
     schemas += [(m, "serialization") for m in sorted(models, key=lambda model: model.__name__)]
     extend_openapi(app, schemas, edit)
 
 
 def _responses(about: Answers) -> dict[str, Any]:
     content = {kind: _media_type(kind, model) for kind, model in about.content.items()}
-    described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if about.limited else {})}
-    error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}
+    described = {"200": _response(200, content, _OF_LIMITS if about.limited else {})}
+    error = {_JSON: {"schema": schema_reference(about.error.__name__)}}
     for status in sorted(about.errors):
         headers = _HEADERS.get(status, {}) | (_OF_LIMITS if about.limited and status == 429 else {})
-        described[str(status)] = _response(HTTPStatus(status), error, headers)
+        described[str(status)] = _response(status, error, headers)
     return described
 
 
@@ -346,8 +475,9 @@ def _media_type(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
     return {"schema": {"type": "object" if kind == _JSON else "string"}}
 
 
-def _response(status: HTTPStatus, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    described: dict[str, Any] = {"description": status.phrase, "content": content}
+def _response(status: int, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    phrase = "Overloaded" if status == anthropic.OVERLOADED else HTTPStatus(status).phrase
+    described: dict[str, Any] = {"description": phrase, "content": content}
     if headers:
         described["headers"] = {
             name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in headers.items()

@@ -178,10 +178,9 @@ def create_site(
 ) -> Site:
     """Make the application of this home's catalog and store."""
     access = open_auth(settings, spec.host)
-    services = Services(
-        settings, LocalJobServer(settings), engines, GatewayClient(ServingAddress(spec.host, spec.port).url)
-    )
-    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
+    jobs = LocalJobServer(settings)
+    services = Services(settings, jobs, engines, GatewayClient(ServingAddress(spec.host, spec.port).url))
+    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing, jobs=jobs)
     api = log_access(create_api(services, access, gateway.state.lines), settings.access_log)
     return Site(gateway, api, services.streams.end)
 

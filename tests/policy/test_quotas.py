@@ -146,7 +146,7 @@ def test_a_budget_begins_anew_with_its_period() -> None:
     with pytest.raises(RateLimited, match="100 tokens in 1d of the key k1, of which 60 were asked and 40 are") as full:
         gate.admit(who, 60, DAY - 10)
     assert full.value.retry_after_s == pytest.approx(10)
-    assert full.value.headers == {"x-loray-limit": "budget"}
+    assert full.value.headers == {"x-loray-limit": "budget", "x-should-retry": "false"}
     assert admitted(gate, who, DAY, 100)
     late.settle(0, DAY)  # of yesterday
     assert admitted(gate, who, DAY, 1) is None

@@ -37,6 +37,7 @@ from loray.policy.quotas import LEAST_URGENT, MOST_URGENT
 from loray.publishing import uploads
 from loray.publishing.convert import MAX_MEMORY_BYTES
 from loray.schemas.openai import fields, requests, structured
+from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, MAX_INPUTS
 from loray.schemas.openai.requests import MAX_LOGPROBS
 from loray.schemas.resources import problem_type
 from loray.scratch import SHARE
@@ -129,7 +130,8 @@ _FULL, _SLOWER, _NO_MORE = _api(Overloaded), _api(RateLimited), _api(LimitExceed
 REQUESTS = (
     Limit(
         "the body",
-        f"{bases.BYTES_PER_TOKEN} bytes for each token of the longest context that is served, at least "
+        f"{bases.BYTES_PER_TOKEN} bytes for each token of the longest context that is served, or of the embeddings of "
+        f"one request where a base pools, at least "
         f"{_bytes(bases.MIN_BODY_BYTES)}, at most {_bytes(bases.MAX_BODY_BYTES)}",
         f"{_route(413)}, before it is read if `Content-Length` says so",
         "`max_body_bytes`",
@@ -199,6 +201,7 @@ REQUESTS = (
         _BUSY,
     ),
     Limit("prompts × `n`", f"{fields.MAX_CHOICES}", _WRONG),
+    Limit("embeddings of one request", f"{MAX_INPUTS:,} inputs, {MAX_INPUT_TOKENS:,} tokens together", _WRONG),
     Limit("`logprobs`, `top_logprobs`, `prompt_logprobs`", f"{MAX_LOGPROBS}", _WRONG),
     Limit("`stop`", f"{fields.MAX_STOP_STRINGS} strings of {fields.MAX_STOP_CHARACTERS} characters", _WRONG),
     Limit(

@@ -19,13 +19,14 @@ from loray.catalog.allowances import refuse_more_bytes
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
 from loray.catalog.queries import now
-from loray.catalog.schema import batches, files
+from loray.catalog.schema import batches, files, jobs
 from loray.errors import LimitExceeded, RequestError, UserFileNotFound, shown
 from loray.spec import Principal, Scope
 
 Purpose = Literal["batch", "batch_output", "fine-tune"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 SCOPE_OF: Mapping[Purpose, Scope] = {"batch": "infer", "batch_output": "infer", "fine-tune": "train"}
+MAX_BYTES: Mapping[Purpose, int] = {"batch": 200 << 20, "fine-tune": 512 << 20}  # of one that is uploaded
 MAX_FILES = 1000  # of a tenant
 DEFAULT_EXPIRY_S = 30 * 24 * 3600
 ENDED = ("failed", "completed", "expired", "cancelled")  # states of batches, which need their input no more
@@ -124,6 +125,16 @@ class Files:
         with self.db.reading() as c:
             return get_file(c, self.db.principal, file_id)
 
+    def stored(self, file_id: str) -> UserFile:
+        """One file of any tenant, also one that was deleted or has expired and still has its bytes: for a batch or a
+        job, of which it was checked whose it is. Raises UserFileNotFound.
+        """
+        with self.db.reading() as c:
+            row = c.execute(sa.select(files).where(files.c.id == file_id, files.c.sha256.is_not(None))).first()
+        if row is None:
+            raise _unknown(file_id)
+        return _file(row)
+
     def page(
         self, *, purposes: Collection[str], limit: int, after: str | None = None, is_ascending: bool = False
     ) -> FilePage:
@@ -154,24 +165,18 @@ class Files:
             given_up = files.update().where(files.c.id == file_id, files.c.state == "uploading")
             c.execute(given_up.values(state="deleted"))
 
-    def of_batch(self, file_id: str) -> UserFile:
-        """The input of a batch that has not ended, which may have been deleted. Raises UserFileNotFound."""
-        with self.db.reading() as c:
-            row = c.execute(sa.select(files).where(files.c.id == file_id)).first()
-        if row is None:
-            raise _unknown(file_id)
-        return _file(row)
-
     def unneeded(self, limit: int = 100) -> list[Unneeded]:
-        """Files of all tenants that were deleted, have expired or will never be complete, and no batch needs."""
+        """Files of all tenants that were deleted, have expired or will never be complete, and no batch or job needs."""
         is_over = sa.or_(
             files.c.state == "deleted",
             files.c.expires_at < now(),
             sa.and_(files.c.state == "uploading", files.c.created_at < now() - _UPLOAD_IS_GONE),
         )
         is_read = sa.exists().where(batches.c.input_file_id == files.c.id, batches.c.state.not_in(ENDED))
+        is_learned = sa.exists().where(jobs.c.status.in_(("pending", "running")), jobs.c.recipe.contains(files.c.id))
         with self.db.reading() as c:
-            found = c.execute(sa.select(files.c.id, files.c.tenant).where(is_over, ~is_read).limit(limit))
+            unread = sa.select(files.c.id, files.c.tenant).where(is_over, ~is_read, ~is_learned)
+            found = c.execute(unread.limit(limit))
             return [Unneeded(*row) for row in found]
 
     def forget(self, file_id: str) -> None:

@@ -18,7 +18,6 @@ from serve_apps.gateway import errors
 from serve_apps.gateway.answers.writers import AnswerWriter
 from serve_apps.gateway.canaries import CanaryMeter
 
-HEARTBEAT = ": waiting\n\n"  # a comment, which clients of server-sent events skip
 OUT_OF_QUOTA = "quota"  # the stop reason of an answer that a limit of tokens ended
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -26,11 +25,14 @@ _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class ClientConnection:
     """Sends one response. Several tasks may write: each text is one message, which goes out whole after the start.
 
-    heartbeat_s  after which a silent stream gets a comment; None: never
+    heartbeat_s  after which a silent stream gets `heartbeat`; None: never
     """
 
-    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], heartbeat_s: float | None) -> None:
-        self._send, self._headers, self._heartbeat_s = send, headers, heartbeat_s
+    def __init__(
+        self, send: Send, headers: Sequence[tuple[bytes, bytes]], heartbeat: str, heartbeat_s: float | None
+    ) -> None:
+        self._send, self._headers = send, headers
+        self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
         self._starting = asyncio.Lock()
         self._is_sent = False  # the status, which texts may follow
         self._time = asyncio.get_running_loop().time
@@ -67,7 +69,7 @@ class ClientConnection:
                 if self.is_blocked:
                     self._written_at = self._time()  # the client has something to read
                 elif self._heartbeat_s is not None and self._time() >= self._written_at + self._heartbeat_s:
-                    await self.write(HEARTBEAT)
+                    await self.write(self._heartbeat)
 
     async def _start(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         async with self._starting:
@@ -126,11 +128,11 @@ class AnswerResponse(Response):
         self.status_code, self.media_type, self.background = 200, writer.media_type, None
         self._limits = {} if account is None else account.headers
         self._own = {"X-Request-Id": request_id, **self._limits, **(headers or {})}
-        self.init_headers({**self._own, **(_SSE_HEADERS if writer.is_stream else {})})
+        self.init_headers({**self._own, **(_SSE_HEADERS if writer.heartbeat else {})})
         self._choices, self._writer, self._account = choices, writer, account
         self._last: list[Delta | None] = [None] * len(choices)
         self._request_id, self._deadline, self._meter = request_id, deadline, meter
-        self._heartbeat_s = heartbeat_s if writer.is_stream else None
+        self._heartbeat_s = heartbeat_s if writer.heartbeat else None
         self._is_broken = False  # it had begun, and has no end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +149,7 @@ class AnswerResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Return the outcome, as `UsageEvent` has it."""
-        connection = ClientConnection(send, self.raw_headers, self._heartbeat_s)
+        connection = ClientConnection(send, self.raw_headers, self._writer.heartbeat, self._heartbeat_s)
         limit = asyncio.timeout_at(self._deadline and self._deadline.at)
         left = False
         revoked: asyncio.Future[None] | None = scope.get("state", {}).get("revoked")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastapi import Request
+from starlette.datastructures import MutableHeaders
 
-from loray.errors import RequestError
+from loray.errors import RequestError, shown
 from loray.spec import Principal
 from serve_apps.auth import AS_BATCH, principal_of
 from serve_apps.http import request_id_of
@@ -18,9 +20,11 @@ from serve_apps.tracing import RequestSpan
 TIMEOUT = "X-Request-Timeout-S"
 SESSION_ID = "X-Session-ID"
 PRIORITY = "X-Loray-Priority"  # of the response: the priority that was applied, where one was asked or it is not 0
-IGNORED = "X-Loray-Ignored-Fields"  # of the response: keywords of a schema that answers may violate
+STRICT = "X-Loray-Strict"  # true: unknown fields of the body are refused
+IGNORED = "X-Loray-Ignored-Fields"  # of the response: unknown fields, and keywords of a schema that answers may violate
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
-_MAX_IGNORED = 1024  # characters
+_MAX_IGNORED = 10  # names
+_NAME = re.compile(r"[A-Za-z0-9_.$]+")
 
 
 class RequestHeaders(NamedTuple):
@@ -50,9 +54,23 @@ class RequestHeaders(NamedTuple):
 
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:
-    """The header that names keywords of the client's schema, as far as they may stand in one."""
-    named = [word for word in keywords if word.isascii() and word.replace("$", "").isalnum()]
-    return {IGNORED: ", ".join(named)[:_MAX_IGNORED]} if named else {}
+    """The header that names fields, and keywords of the client's schema, as far as they may stand in one."""
+    named = [word for word in keywords if _NAME.fullmatch(word)]
+    return {IGNORED: ", ".join(named[:_MAX_IGNORED])} if named else {}
+
+
+def tell_ignored(headers: MutableHeaders, names: Iterable[str]) -> None:
+    """Add names of the body's fields to those that the header has already."""
+    told = [name for name in headers.get(IGNORED, "").split(", ") if name]
+    headers[IGNORED] = ", ".join([*told, *names][:_MAX_IGNORED])
+
+
+def is_strict(headers: Mapping[str, str]) -> bool:
+    """Tell whether the request wants unknown fields refused. Raises RequestError for what is neither yes nor no."""
+    value = headers.get(STRICT, "false").strip().lower()
+    if value not in ("true", "false"):
+        raise RequestError(f"the header {STRICT} must be true or false, not {shown(value)}", STRICT)
+    return value == "true"
 
 
 def _timeout(value: str | None) -> float | None:

@@ -1,25 +1,34 @@
-"""Writers of answers: server-sent events or one body, of completions and chats and of the Responses API."""
+"""Writers of answers, server-sent events or one body: of completions and chats, of the Responses and Messages APIs."""
 
 from __future__ import annotations
 
 import json
+import struct
+from base64 import b64encode
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from loray.schemas.anthropic import MessageBuilder
 from loray.schemas.openai import CompletionRequest
 from loray.schemas.openai.formats import ChatFormat, Choice, Chunks, CompletionFormat, chat_logprobs, usage_of
 from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import Event, ResponseBuilder
-from loray.spec import Delta, TokenDelta, TokenLogprob
+from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob
 from loray.text.detokenizer import RequestText
+from serve_apps.gateway import anthropic
 from serve_apps.gateway.errors import Failure
+
+WAITING = ": waiting\n\n"  # a comment, which clients of server-sent events skip
 
 
 class AnswerWriter(Protocol):
-    """Writes one answer. What it returns is sent at once; an empty text is not sent."""
+    """Writes one answer. What it returns is sent at once; an empty text is not sent.
+
+    heartbeat  what a stream is sent in silence; empty: the answer is one body
+    """
 
     media_type: ClassVar[str]
-    is_stream: ClassVar[bool]
+    heartbeat: ClassVar[str]
 
     def push(self, index: int, delta: Delta) -> str:
         """Take a delta of choice `index`."""
@@ -35,7 +44,7 @@ class Events:
     """Writes server-sent events in OpenAI's form: chunks, usage if it was asked for, `[DONE]`."""
 
     media_type: ClassVar[str] = "text/event-stream"
-    is_stream: ClassVar[bool] = True
+    heartbeat: ClassVar[str] = WAITING
 
     def __init__(self, answer: CompletionFormat | ChatFormat, num_choices: int, num_per_prompt: int) -> None:
         self._answer, self._num_per_prompt = answer, num_per_prompt
@@ -61,7 +70,7 @@ class Whole:
     """Writes one JSON body."""
 
     media_type: ClassVar[str] = "application/json"
-    is_stream: ClassVar[bool] = False
+    heartbeat: ClassVar[str] = ""
 
     def __init__(self, answer: CompletionFormat | ChatFormat, num_choices: int, num_per_prompt: int) -> None:
         self._answer, self._num_per_prompt = answer, num_per_prompt
@@ -99,6 +108,8 @@ class _ResponseWriter:
         events = []
         self._choice.count(delta)
         self._choice.finish_reason = delta.finish_reason or self._choice.finish_reason
+        if delta.reasoning:
+            events += builder.reasoning(delta.reasoning)
         if delta.text:
             events += builder.text(delta.text, _logprobs(delta))
         for call in delta.tool_calls:
@@ -113,7 +124,7 @@ class _ResponseWriter:
 
 class ResponseEvents(_ResponseWriter):
     media_type: ClassVar[str] = "text/event-stream"
-    is_stream: ClassVar[bool] = True
+    heartbeat: ClassVar[str] = WAITING
 
     def __init__(self, builder: ResponseBuilder) -> None:
         super().__init__(builder)
@@ -134,7 +145,7 @@ class ResponseEvents(_ResponseWriter):
 
 class WholeResponse(_ResponseWriter):
     media_type: ClassVar[str] = "application/json"
-    is_stream: ClassVar[bool] = False
+    heartbeat: ClassVar[str] = ""
 
     def push(self, index: int, delta: Delta) -> str:
         self._take(delta)
@@ -149,6 +160,43 @@ class WholeResponse(_ResponseWriter):
 
 def response_writer(builder: ResponseBuilder, *, stream: bool) -> AnswerWriter:
     return (ResponseEvents if stream else WholeResponse)(builder)
+
+
+class MessageEvents:
+    """Writes a message of Anthropic's API as events."""
+
+    media_type: ClassVar[str] = "text/event-stream"
+    heartbeat: ClassVar[str] = 'event: ping\ndata: {"type":"ping"}\n\n'
+
+    def __init__(self, builder: MessageBuilder) -> None:
+        self._builder = builder
+
+    def push(self, index: int, delta: Delta) -> str:
+        return _events(self._builder.push(delta))
+
+    def end(self) -> str:
+        return _events(self._builder.end())
+
+    def failed(self, failure: Failure) -> str:
+        status = anthropic.status_of(failure.status, failure.error, failure.headers)
+        return _events(self._builder.fail(status, failure.error.message))
+
+
+class WholeMessage(MessageEvents):
+    media_type: ClassVar[str] = "application/json"
+    heartbeat: ClassVar[str] = ""
+
+    def push(self, index: int, delta: Delta) -> str:
+        self._builder.push(delta)
+        return ""
+
+    def end(self) -> str:
+        self._builder.end()
+        return _json(self._builder.message)
+
+
+def message_writer(builder: MessageBuilder, *, stream: bool) -> AnswerWriter:
+    return (MessageEvents if stream else WholeMessage)(builder)
 
 
 def _logprobs(delta: Delta) -> list[dict[str, Any]]:
@@ -167,8 +215,48 @@ def _events(events: list[Event]) -> str:
     return "".join(f"event: {e['type']}\ndata: {_json(e)}\n\n" for e in events)
 
 
-def _json(value: Event) -> str:
+def _json(value: Event | str) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class WholeEmbeddings:
+    """Writes the body of embeddings, each of which is a delta's text as `EmbeddingText` writes it."""
+
+    media_type: ClassVar[str] = "application/json"
+    heartbeat: ClassVar[str] = ""
+
+    def __init__(self, model: str, num_inputs: int) -> None:
+        self._model = model
+        self._written = [""] * num_inputs
+        self._num_tokens = 0
+
+    def push(self, index: int, delta: Delta) -> str:
+        self._written[index] = delta.text
+        self._num_tokens += delta.num_prompt_tokens
+        return ""
+
+    def end(self) -> str:
+        usage = f'{{"prompt_tokens":{self._num_tokens},"total_tokens":{self._num_tokens}}}'
+        rows = (f'{{"object":"embedding","index":{i},"embedding":{text}}}' for i, text in enumerate(self._written))
+        return f'{{"object":"list","data":[{",".join(rows)}],"model":{_json(self._model)},"usage":{usage}}}'
+
+    def failed(self, failure: Failure) -> str:
+        return failure.body
+
+
+class EmbeddingText:
+    """Writes an embedding as JSON: its numbers, with as many digits as tell floats of four bytes apart, or base64."""
+
+    def __init__(self, request: GenerateRequest, encoding: Literal["float", "base64"]) -> None:
+        self._num_tokens, self._encoding = len(request.prompt_ids), encoding
+
+    def push(self, tokens: TokenDelta) -> Delta:
+        vector = tokens.embedding or ()
+        if self._encoding == "base64":
+            text = f'"{b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()}"'
+        else:
+            text = f"[{','.join([f'{x:.9g}' for x in vector])}]"
+        return Delta(text, (), None, tokens.finish_reason, self._num_tokens, 0, tokens.num_cached_tokens)
 
 
 class Echo:

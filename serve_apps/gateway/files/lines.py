@@ -97,11 +97,11 @@ class BatchLines:
 def _refusal(status: int, headers: Mapping[str, str]) -> Refusal | None:
     if status == 401:
         return "revoked"
-    if status not in _RETRIED or headers.get(SHOULD_RETRY) == "false":
+    kind = headers.get(LIMIT)
+    if status not in _RETRIED or (kind != "budget" and headers.get(SHOULD_RETRY) == "false"):
         return None
     if status == 503:
         return "away"
-    kind = headers.get(LIMIT)
     return "overloaded" if kind is None else "budget" if kind == "budget" else "limit"
 
 

@@ -59,9 +59,13 @@ class FileStorage:
             return self._store
 
     async def ask(self, principal: Principal, question: Callable[[Catalog], T]) -> T:
-        """Ask the catalog as this caller. Raises what it raises, and RateLimited for one who asks too often."""
-        self._rates.take(principal, time.monotonic())
+        """Ask the catalog as this caller. Raises what it raises, and RateLimited as `count` does."""
+        self.count(principal)
         return await self._asking.run(principal.tenant, lambda: question(self.catalog_of(principal)))
+
+    def count(self, principal: Principal) -> None:
+        """Count a request. Raises RateLimited for one who asks too often."""
+        self._rates.take(principal, time.monotonic())
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do a part of a longer work, which has a place, in a thread."""

@@ -6,7 +6,6 @@ form may come in any order: a file that comes before its purpose is checked agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastapi import Request
@@ -14,14 +13,13 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
-from loray.catalog.files import DEFAULT_EXPIRY_S, SCOPE_OF, Purpose, UserFile, purposes_of
+from loray.catalog.files import DEFAULT_EXPIRY_S, MAX_BYTES, SCOPE_OF, Purpose, UserFile, purposes_of
 from loray.errors import KeyRevoked, PermissionDenied, RequestError, shown
 from loray.publishing.user_files import FileWriter
 from loray.schemas.openai.files import LONGEST_EXPIRY_S, SHORTEST_EXPIRY_S
 from loray.spec import Principal
 from serve_apps.gateway.files.storage import FileStorage
 
-MAX_BYTES: Mapping[Purpose, int] = {"batch": 200 << 20, "fine-tune": 512 << 20}
 MAX_FORM_BYTES = max(MAX_BYTES.values()) + (64 << 10)
 _FIELD_BYTES, _MOST_FIELDS, _MAX_NAME = 1024, 8, 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.schemas.anthropic import MessagesRequest
 from loray.schemas.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.schemas.openai.responses_api import ResponsesRequest
 from loray.text.chat import Dialect
@@ -98,6 +99,7 @@ def check_loop(gateway: Front, threads: dict[int, int]) -> None:
         ("/v1/chat/completions", ChatCompletionRequest, CHAT),
         ("/v1/completions", CompletionRequest, {"prompt": "x"}),
         ("/v1/responses", ResponsesRequest, {"input": "x"}),
+        ("/v1/messages", MessagesRequest, {"max_tokens": 1, "messages": [USER]}),
     ],
 )
 def test_a_long_text_in_any_field_is_refused(
@@ -111,7 +113,7 @@ def test_a_long_text_in_any_field_is_refused(
         assert answer.status_code == 400, (place, answer.text[:500])
         assert len(answer.text) < 5_000, place
         num += 1
-    assert num > 20
+    assert num > 15
     assert not gateway.engines.requests
     check_loop(gateway, threads)
 

@@ -12,6 +12,9 @@ from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.settings import Settings
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from tests.fixtures.api import FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import HELLO, ScriptedEngines, file_storage, gateway_app, register
 from tests.fixtures.keys import access_of
@@ -25,22 +28,65 @@ from tests.fixtures.openapi import (
     needing_keys,
 )
 
-OPERATIONS = [
-    *(
-        f"GET {path}"
-        for path in ("/health", "/metrics", "/ping", "/status", "/v1/models", "/v1/models/{model}", "/version")
-    ),
-    *(f"POST {path}" for path in ("/detokenize", "/ping", "/tokenize", "/v1/chat/completions", "/v1/completions")),
-    *(f"{method} /v1/files" for method in ("GET", "POST")),
-    *(f"{method} /v1/files/{{file_id}}" for method in ("DELETE", "GET")),
-    "GET /v1/files/{file_id}/content",
-    *(f"{method} /v1/batches" for method in ("GET", "POST")),
-    "GET /v1/batches/{batch_id}",
-    "POST /v1/batches/{batch_id}/cancel",
-    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
-]
+OPERATIONS = sorted(
+    f"{method} {path}"
+    for method, paths in {
+        "DELETE": ("/v1/files/{file_id}", "/v1/responses/{id}"),
+        "GET": (
+            "/health",
+            "/metrics",
+            "/ping",
+            "/status",
+            "/v1/batches",
+            "/v1/batches/{batch_id}",
+            "/v1/files",
+            "/v1/files/{file_id}",
+            "/v1/files/{file_id}/content",
+            "/v1/fine_tuning/jobs",
+            "/v1/fine_tuning/jobs/{id}",
+            "/v1/fine_tuning/jobs/{id}/checkpoints",
+            "/v1/fine_tuning/jobs/{id}/events",
+            "/v1/models",
+            "/v1/models/{model}",
+            "/v1/responses/{id}",
+            "/v1/responses/{id}/input_items",
+            "/version",
+        ),
+        "POST": (
+            "/detokenize",
+            "/invocations",
+            "/ping",
+            "/tokenize",
+            "/v1/batches",
+            "/v1/batches/{batch_id}/cancel",
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/embeddings",
+            "/v1/files",
+            "/v1/fine_tuning/jobs",
+            "/v1/fine_tuning/jobs/{id}/cancel",
+            "/v1/load_lora_adapter",
+            "/v1/messages",
+            "/v1/messages/count_tokens",
+            "/v1/responses",
+            "/v1/responses/{id}/cancel",
+            "/v1/unload_lora_adapter",
+        ),
+    }.items()
+    for path in paths
+)
 OPEN = ("/health", "/ping", "/version")
-TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/status", "/{model}")  # that could be wrong
+TAKE_NOTHING = (
+    "/health",
+    "/ping",
+    "/version",
+    "/metrics",
+    "/status",
+    "/{model}",
+    "/{id}",
+    "/cancel",
+    "/input_items",
+)  # that could be wrong
 CASES = [
     pytest.param(operation, mode, id=f"{mode.value} {operation}")
     for operation in OPERATIONS
@@ -54,7 +100,9 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
-    return gateway_app(base, url, ScriptedEngines(HELLO), files=file_storage(url, tmp_path_factory.mktemp("files")))
+    files = file_storage(url, tmp_path_factory.mktemp("files"))
+    tuning = FineTuning(FakeJobs(), Settings.from_env())
+    return gateway_app(base, url, ScriptedEngines(HELLO), pooling="last", files=files, tuning=tuning)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +113,9 @@ def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")
         files = file_storage(url, tmp_path_factory.mktemp("files"))
-        yield gateway_app(base, url, ScriptedEngines(HELLO), access=access, files=files), headers_of_each_kind(catalog)
+        tuning, engines = FineTuning(FakeJobs(), Settings.from_env()), ScriptedEngines(HELLO)
+        app = gateway_app(base, url, engines, pooling="last", access=access, files=files, tuning=tuning)
+        yield app, headers_of_each_kind(catalog)
         access.close()
 
 
@@ -81,7 +131,8 @@ def test_the_document_has_every_route(app: Any) -> None:
             for status, answer in operation["responses"].items():
                 if status != "200":
                     shown = answer["content"]["application/json"]["schema"]
-                    assert shown == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
+                    form = "ErrorAnswer" if path.startswith("/v1/messages") else "ErrorBody"
+                    assert shown == {"$ref": f"#/components/schemas/{form}"}, (path, status)
     chat = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "messages" in document["components"]["schemas"][chat["$ref"].rpartition("/")[2]]["properties"]
     assert "x-ratelimit-remaining-tokens" in document["paths"]["/v1/responses"]["post"]["responses"]["429"]["headers"]
@@ -135,5 +186,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if "completions" in operation or "responses" in operation:
+    if operation.endswith(("completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")):
         assert statuses["limited"] == {429}

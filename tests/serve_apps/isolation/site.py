@@ -26,6 +26,7 @@ from loray.publishing.user_files import FileWriter
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Principal, Projection
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import REPLICA, ScriptedEngines, delta, file_storage, gateway_app
@@ -64,9 +65,11 @@ class Application:
     def ask(self, name: str, thing: Thing, key: str | None) -> httpx.Response:
         route, (method, path) = self.table[name], name.split(" ")
         words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "key": "zq-tag"}
-        words |= {"model": thing.model, "file_id": thing.file, "batch_id": thing.batch}
+        words |= {"model": thing.model, "file_id": thing.file, "batch_id": thing.batch, "checkpoint": thing.model}
         if "/keys/" in path:
             words["id"] = thing.key
+        if "/console/files" in path or "/console/batches" in path:
+            words["id"] = thing.file if "files" in path else thing.batch
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if "/static/" in path:
@@ -106,7 +109,8 @@ def site(base: BaseModel, home: Path) -> Iterator[Site]:
     engines.replicas = [REPLICA.model_copy(update={"adapters_in_pool": (SECRET.digest,)})]
     catalog = Catalog(url)
     keys = _fill(catalog, base, fakes)
-    gateway = gateway_app(base, url, engines, files=file_storage(url, home))
+    tuning = FineTuning(fakes.jobs, fakes.settings)
+    gateway = gateway_app(base, url, engines, files=file_storage(url, home), tuning=tuning)
     prefix = {"base_url": "http://test/api/v1/", "root_path": "/api/v1"}
     with (
         TestClient(gateway, base_url="http://test", raise_server_exceptions=False) as front,

@@ -12,8 +12,8 @@ import pytest
 from loray.errors import EngineError
 from loray.schemas.openai.formats import CompletionFormat
 from loray.spec import Delta, FinishReason, TokenDelta
-from serve_apps.gateway.answers.answer import HEARTBEAT, AnswerResponse, ChoiceStream, Deadline
-from serve_apps.gateway.answers.writers import Events, Whole
+from serve_apps.gateway.answers.answer import AnswerResponse, ChoiceStream, Deadline
+from serve_apps.gateway.answers.writers import WAITING, Events, Whole
 
 FORMAT = CompletionFormat("cmpl-1", 1, "m", "f")
 
@@ -180,10 +180,10 @@ async def test_an_error_before_the_first_event_has_its_status() -> None:
 
 async def test_heart_beats_while_nothing_comes() -> None:
     async with answering(heartbeat_s=0.01) as (engine, client, _):
-        await client.sent(HEARTBEAT * 2)
+        await client.sent(WAITING * 2)
         engine.give(1)
         await client.sent("a")
-        await client.sent("}\n\n" + HEARTBEAT)
+        await client.sent("}\n\n" + WAITING)
         engine.queues[0].put_nowait(EngineError("lost"))
     assert client.status == 200  # the first heart-beat has fixed it
     assert '"message":"lost"' in client.text
@@ -197,7 +197,7 @@ async def test_a_client_that_does_not_read_gets_no_heart_beats() -> None:
         await asyncio.sleep(0.05)
         client.reads.set()
         engine.give(2, finish="length")
-    assert HEARTBEAT not in client.text.partition("data: ")[0]
+    assert WAITING not in client.text.partition("data: ")[0]
 
 
 @pytest.mark.parametrize("writer", [Events, Whole])
