@@ -114,7 +114,11 @@ class Bench:
         return found
 
     def cancel(self, batch_id: str) -> None:
-        self._http.post(f"/batches/{batch_id}/cancel").raise_for_status()
+        """SystemExit where it has ended, so that the streams were alone for a while."""
+        answer = self._http.post(f"/batches/{batch_id}/cancel")
+        if answer.status_code == 409:
+            raise SystemExit("the batch ended before the measurement did: ask for more --lines or fewer --seconds")
+        answer.raise_for_status()
         until(lambda: self.batch(batch_id)["status"] == "cancelled", "the batch is cancelled")
 
     def finish(self, batch_id: str, num_lines: int, timeout_s: float) -> float:

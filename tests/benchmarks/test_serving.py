@@ -91,7 +91,7 @@ def test_conversations_find_what_was_said(base: BaseModel) -> None:
 
 @pytest.mark.slow
 def test_a_batch_beside_streams(base: BaseModel) -> None:
-    small = ["--lines", "40", "--adapters", "3", "--streams", "2", "--seconds", "3", "--rounds", "1"]
+    small = ["--lines", "1000", "--adapters", "3", "--streams", "2", "--seconds", "2", "--rounds", "1"]
     report = batches.main([*small, "--model", base.name])
     assert [row[0] for row in report.rows] == ["none", "in progress"]
     assert all(isinstance(figure, int | float) and figure > 0 for row in report.rows for figure in row[1:6])

@@ -73,6 +73,7 @@ def test_other_endpoints(client: openai.OpenAI, server: Served) -> None:
     bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": "a", "max_tokens": 2},
         "/v1/responses": {"input": "a", "max_output_tokens": 2},
+        "/v1/embeddings": {"input": ["a", "b"]},
     }
     for endpoint, body in bodies.items():
         line = {"custom_id": "1", "method": "POST", "url": endpoint, "body": {"model": server.base.name} | body}
