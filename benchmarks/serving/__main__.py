@@ -1,6 +1,7 @@
 """The benchmark of serving.
 
     python -m benchmarks.serving --peer vllm=PYTHON                  over HTTP: loray serve, loray up, vLLM
+    python -m benchmarks.serving --preset bases --system loray-serve --model NAME --peer llama=SERVER:GGUF
     python -m benchmarks.serving --preset mixed                      a long prompt among short ones
     python -m benchmarks.serving --preset acceptance                 the engine's list, in process
     python -m benchmarks.serving --preset quick --peer peft          ... beside its peers
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=PYTHON]",
-        help="also peft, peft-bf16 or vllm, in their environments",
+        help="also peft, peft-bf16 or vllm, in their environments, or llama=SERVER:GGUF",
     )
     add(
         "--system",

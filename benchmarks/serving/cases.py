@@ -111,6 +111,17 @@ def _over_http() -> tuple[Case, ...]:
 HTTP = _over_http()
 
 
+def _bases() -> tuple[Case, ...]:
+    """A base in any precision beside other servers, with 1, 8 and 32 requests at once."""
+
+    def case(name: str, workload: Workload) -> Case:
+        peers = ("vllm", "llama", SERVE)
+        return Case(name, BASE, workload, peers=peers, peer_passes=2, passes=2, in_process=False)
+
+    eight = replace(_WAVE, num_requests=16, at_once=8)
+    return (case("one stream", replace(_ALONE, outputs=(128, 128))), case("8 at once", eight), case("32 at once", _WAVE))
+
+
 def _mixed() -> tuple[Case, ...]:
     """A prompt of 8,000 tokens, alone and among others, with the product's own limits of a step."""
     engine = EngineOptions(kv_tokens=10_240, max_num_batched_tokens=512, max_model_len=8192)
@@ -212,9 +223,10 @@ def gpu(counts: tuple[int, ...] = (5, 100, 400, 1000, 2000)) -> tuple[Case, ...]
     )
 
 
-OVER_HTTP = ("http", "mixed")  # presets that all of loray's systems run, if none is named
+OVER_HTTP = ("http", "bases", "mixed")  # presets that all of loray's systems run, if none is named
 PRESETS: Mapping[str, tuple[Case, ...]] = {
     "http": HTTP,
+    "bases": _bases(),
     "mixed": _mixed(),
     "quick": QUICK,
     "acceptance": ACCEPTANCE,

@@ -1,4 +1,4 @@
-"""The systems under test, each in processes of its own: the engine, `loray serve`, `loray up`, vLLM, PEFT.
+"""The systems under test, each in processes of its own: the engine, `loray serve`, `loray up`, vLLM, llama.cpp, PEFT.
 
 with open_session(system, setting, options, refs) as session:
     answers, work = session.run(requests, at_once)
@@ -100,7 +100,7 @@ def open_session(
     system's log, if it fails.
     """
     kinds: dict[str, Callable[[Setting, EngineOptions, Sequence[AdapterRef]], AbstractContextManager[Session]]]
-    kinds = {OURS: _engine, BESIDE: _engine_beside_cluster, SERVE: _serve, UP: _up, "vllm": _vllm}
+    kinds = {OURS: _engine, BESIDE: _engine_beside_cluster, SERVE: _serve, UP: _up, "vllm": _vllm, "llama": _llama}
     kinds |= {"peft": partial(_peft, cast=True), "peft-bf16": partial(_peft, cast=False)}
     if system not in kinds:
         raise SystemExit(f"unknown system {system!r}; known are {', '.join(kinds)}")
@@ -190,6 +190,21 @@ def _vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) 
         command += [f"{ref.name}={folder}" for ref, folder in zip(refs, folders, strict=True)]
     with _server("vllm", command, port, setting, _vllm_environment(setting)) as pid:
         yield Session(_over_http(port, setting, refs, {"return_token_ids": True}), pid, lambda: _cpu(tree(pid)))
+
+
+@contextmanager
+def _llama(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    """llama.cpp's server with the base as a GGUF file, in the file's own precision, without a cache of prompts."""
+    if refs:
+        raise SystemExit("llama.cpp takes adapters as GGUF files; run it on cases of the base")
+    server, _, model = setting.pythons["llama"].partition(":")
+    port, slots = free_ports(1)[0], options.max_num_seqs
+    command = [server, "--model", model, "--alias", setting.base.name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--threads", str(setting.num_threads), "--parallel", str(slots), "--ctx-size", str(options.kv_tokens)]
+    command += ["--batch-size", str(options.max_num_batched_tokens), "--kv-unified"]
+    more = {"cache_prompt": False, "return_tokens": True}
+    with _server("llama", command, port, setting, {}) as pid:
+        yield Session(_over_http(port, setting, refs, more), pid, lambda: _cpu(tree(pid)))
 
 
 def _vllm_environment(setting: Setting) -> dict[str, str]:
