@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer
 
+from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion
 from tests.fixtures.cluster import Served
+from tests.fixtures.peft_adapters import hf_model
+from tests.fixtures.standalone import standalone
 
 TEXTS = ["a cat", "a dog", "the weather of tomorrow"]
 
@@ -56,3 +63,19 @@ def test_litellm_embeds(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) 
     for one, other in zip(found.data, expected.data, strict=True):
         assert one["embedding"] == pytest.approx(other.embedding, abs=1e-5)
     assert found.usage.prompt_tokens == expected.usage.prompt_tokens
+
+
+@pytest.mark.slow
+def test_a_real_model_embeds_as_transformers(smollm2: BaseModel, tmp_path: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(smollm2.path), hf_model(smollm2)
+    with (
+        standalone(tmp_path, base=smollm2, pool_bytes=64 << 20) as server,
+        openai.OpenAI(base_url=f"{server.served.url}/v1", api_key="none", max_retries=0, timeout=90) as client,
+    ):
+        found = client.embeddings.create(model=smollm2.name, input=TEXTS)
+    for text, one in zip(TEXTS, found.data, strict=True):
+        with torch.inference_mode():
+            states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[-1][0]
+        wanted, got = normalize(states.mean(0), dim=0), torch.tensor(one.embedding)
+        assert len(got) == 576
+        torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0)
