@@ -28,6 +28,7 @@ SHORTER = {
     "messages=messages, t": "max_tokens=8, messages=messages, t",
     '@prod", messages=': '@prod", max_tokens=8, messages=',
     "time.sleep(10)": "time.sleep(0.1)",
+    ".message.reasoning_content": ".message",  # which a base that does not think leaves out
     "instructions=": "max_output_tokens=8, instructions=",
 }
 
