@@ -249,7 +249,7 @@ def test_keys_and_values_are_rounded_as_rows(ops: Ops, dtype: torch.dtype) -> No
     tables = tuple(torch.tensor([block]) for block in range(6))
     meta = AttentionMeta(tuple(range(7)), (1,) * 6, tables, 4 * torch.arange(6))
     store(ops, pool, layout, 0, k_TKd, v_TKd, meta)
-    got_THd = ops.paged_attention(v_TKd.nan_to_num(0, 0, 0), pool, layout, 0, meta, 0.25)
+    got_THd = ops.paged_attention(v_TKd.nan_to_num(0, 0, 0), pool, layout, 0, meta, Scoring(0.25))
     expected_TKd = as_stored(v_TKd, layout)
     for t in range(6):
         for head in range(2):
