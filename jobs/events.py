@@ -225,9 +225,12 @@ class Stages:
 SILENT = Stages(lambda event: None)
 
 
-def encode(event: Event) -> str:
-    """Writes the event as one line of JSON. NaN and infinity become null."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
+def encode(event: Event, at: float | None = None) -> str:
+    """Writes the event as one line of JSON. NaN and infinity become null. `at` is added as its `time`, in seconds since
+    1970, which lines of a run's file have.
+    """
+    fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+    return json.dumps(fields if at is None else fields | {"time": round(at, 3)})
 
 
 def decode(line: str) -> Event | None:
@@ -246,7 +249,7 @@ def describe(event: Event) -> str:
     match event["event"]:
         case "start":
             data = event["data"]
-            rows = "pairs" if data.get("format") == "preference" else "rows"
+            rows = "pairs" if data.get("format") in ("preference", "openai_preference") else "rows"
             parts = [
                 f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
                 f"({event['trainable_share']:.2%})",
@@ -393,7 +396,7 @@ def appending(path: Path) -> Emit:
 
     def append(event: Event) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{encode(event)}\n")
+            file.write(f"{encode(event, time.time())}\n")
 
     return append
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -34,6 +35,7 @@ from serve_apps.serve_internals import DeploymentConfig
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
+    from serve_apps.batches import BaseLoad, GatewayLines, LineAnswer
     from serve_apps.gateway.gateway import Gateway
 
 _UPDATED_S = 30.0  # three times the age of the autoscaler's last record
@@ -158,6 +160,21 @@ class GatewayReplica:
         gateway: Gateway = self.app.state.gateway
         return gateway.own_families()
 
+    async def run_line(self, key_id: str | None, tenant: str, endpoint: str, body: bytes) -> LineAnswer:
+        """As `GatewayLines`, and so the two below."""
+        return await self._lines.run_line(key_id, tenant, endpoint, body)
+
+    async def bases_of(self, key_id: str | None, tenant: str, models: Collection[str]) -> Mapping[str, str | None]:
+        return await self._lines.bases_of(key_id, tenant, models)
+
+    async def loads(self) -> Mapping[str, BaseLoad]:
+        return await self._lines.loads()
+
+    @property
+    def _lines(self) -> GatewayLines:
+        lines: GatewayLines = self.app.state.lines
+        return lines
+
 
 def _is_scaled(deployment: str) -> bool:
     """Tell whether the autoscaler has looked at a deployment just now, which therefore is updated. It looks at that of
@@ -172,6 +189,7 @@ def _is_scaled(deployment: str) -> bool:
 def _gateway(fleet: FleetSpec) -> FastAPI:
     import ray
 
+    from jobs.submission.server import RayJobServer
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.quotas import RayExchange
@@ -206,7 +224,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
         exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)
     tracing = open_tracing("gateway", gateways.name)
     access = open_auth(settings, reachable_host(fleet.host))
-    gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing)
+    gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing, RayJobServer())
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     counted = gateway.state.gateway.counted

@@ -37,7 +37,7 @@ REQUEST_ID = "X-Request-Id"
 MAX_DEPTH = 64
 MAX_MEMBERS = 2048  # of one object
 MAX_ARRAYS_AND_OBJECTS = 1 << 15
-MAX_VALUES = 1 << 18
+MAX_VALUES = 5 << 16  # room for 300,000 token ids, which are embedded together
 INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
 BODY_S = 30.0  # for a body to come, and a second more for each BODY_BYTES_PER_S that have come
 BODY_BYTES_PER_S = 16 << 10
@@ -87,7 +87,7 @@ def install_error_handlers(
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
         messages = {
-            404: f"unknown URL: {request.method} {request.url.path}",
+            404: f"Invalid URL ({request.method} {request.url.path})",
             405: f"{request.method} is not allowed for {request.url.path}",
         }
         response = refused(error.status_code, messages.get(error.status_code, str(error.detail)))

@@ -13,7 +13,7 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, SettingsError, SpecError
 from loray.locations import is_on_loopback
 from loray.settings import Settings
-from loray.spec import FleetSpec, ToolParserName, read_mapping
+from loray.spec import FleetSpec, KvCacheDType, ToolParserName, read_mapping
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -29,6 +29,11 @@ _OPTIONS = (
     click.option("--host", help="Address to listen at (default 127.0.0.1)."),
     click.option("--port", type=int, help="Port to listen at (default 8000)."),
     click.option("--pool-bytes", help="Memory for KV cache and adapters, for instance 512MiB."),
+    click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(get_args(KvCacheDType)),
+        help="Keys and values: int8 takes half the memory of 16 bits (default auto: as the weights).",
+    ),
     click.option("--host-bytes", help="Memory for adapters that wait outside the pool, for instance 1GiB."),
     click.option("--max-num-seqs", type=int, help="Requests that run at once."),
     click.option(

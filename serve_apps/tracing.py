@@ -35,14 +35,13 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
     from starlette.types import Message
 
-    from loray.schemas.openai.requests import GenerationRequest
     from loray.spec import GenerateRequest, UsageEvent
 
 
 REQUEST_ID = "loray.request_id"
 _X_REQUEST_ID = b"x-request-id"
 _LONGEST_NAME = 256  # characters of a model's name, which a client may have made up
-_OPERATIONS = {"/v1/completions": "text_completion"} | {
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"} | {
     f"/v1/{name}": "chat" for name in ("chat/completions", "responses", "messages")
 }
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -113,12 +112,12 @@ class RequestSpan:
         self._began = time.monotonic()
         self._status = 0
 
-    def asked(self, request: GenerationRequest, requests: Sequence[GenerateRequest], answer_id: str) -> None:
+    def asked(self, model: str, requests: Sequence[GenerateRequest], answer_id: str, *, stream: bool) -> None:
         """Note what the body asks for, once it has been understood."""
         if not self._span.is_recording():
             return
         params, adapter = requests[0].params, requests[0].adapter
-        model = request.model[:_LONGEST_NAME]
+        model = model[:_LONGEST_NAME]
         self._span.update_name(f"{self._operation} {model}")
         found: dict[str, Any] = {
             "gen_ai.request.model": model,
@@ -126,7 +125,7 @@ class RequestSpan:
             "gen_ai.request.temperature": params.temperature,
             "gen_ai.request.top_p": params.top_p,
             "gen_ai.request.choice.count": len(requests),
-            "gen_ai.request.stream": request.stream,
+            "gen_ai.request.stream": stream,
             "gen_ai.response.id": answer_id,
         }
         if adapter is not None:

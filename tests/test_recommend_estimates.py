@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loray.bases.config import ModelConfig
+from loray.bases.config import LayerSpec, ModelConfig
 from loray.bases.presets import preset
+from loray.engine.pool import packed as packing
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
 from loray.methods import METHODS
@@ -18,8 +19,8 @@ from loray.methods.vera_module import draw_pair
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
-from loray.planning.run import shape_of
-from loray.recommend import GIB, Answers, adapters_in, estimate_methods, recipe_of, recommend
+from loray.planning.run import count_base, shape_of
+from loray.recommend import GIB, Answers, adapter_shape, adapters_in, estimate_methods, recipe_of, recommend
 from loray.spec import LINEAR_MODULES, AdapterRef, AdapterSpec, LoraSpec, VeraSpec
 from loray_kernels import KvLayout
 
@@ -73,6 +74,16 @@ def test_as_many_fit_as_an_idle_pool_takes(spec: AdapterSpec, model: ModelConfig
     while pool.place(ref(number), packed) is not None:
         number += 1
     assert adapters_in(spec, model, 4 * MIB) == number > 0
+
+
+@pytest.mark.parametrize("layer", [LayerSpec(), LayerSpec(qk_norm=True), LayerSpec(norms="sandwich", qk_norm=True)])
+def test_trained_norms_are_all_that_a_layer_has(layer: LayerSpec) -> None:
+    model = replace(SMALL, layers=(layer,) * 3)
+    (group,) = adapter_shape(LoraSpec(train_norms=True), model).groups
+    norms = {matrix.module: matrix.width for matrix in group.matrices if matrix.role == "norm"}
+    assert sum(norms.values()) == count_base(model).layer_norms
+    assert len(norms) == layer.num_norms + 2 * layer.qk_norm
+    assert norms.keys() <= packing._NORMS
 
 
 def ref(number: int) -> AdapterRef:

@@ -29,7 +29,7 @@ _OF_ANY_DTYPE = ("attention_plan_", "choose_", "sample_")
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
     "elements": {"x", "y", "y0", "y1", "y2", "q", "out", "pool", "b_matrix"},
-    "fp32": {"h", "z", "scale", "partial"},
+    "fp32": {"h", "z", "scale", "scales", "partial"},
     "i32": {"arrived"},
     "i64": {
         *("items", "row_start", "offsets", "segments", "h_column", "tiles", "rank_start", "d_offsets", "d_segments"),
@@ -90,6 +90,8 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
             kernel = getattr(kernels, name)
             for constants in variants:
                 types = {a: _type(name, a, dtype) for a in kernel.arg_names if a not in constants}
+                if constants.get("IS_INT8"):
+                    types["pool"] = "*i8"
                 signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
                 aligned = {
                     (i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if _is_aligned(p, signature)
@@ -101,7 +103,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
                 yield label, triton.compile(source, target=target, options=options)
 
 
-def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
+def _constants(element_size: int) -> dict[str, list[dict[str, int | bool | None]]]:
     """The constants of each kernel's launches in `loray_kernels.cuda.triton_launch`."""
     from loray_kernels.cuda import triton_launch as tiles
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
@@ -118,7 +120,10 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
         "lora_expand": [{**expand, "VECTOR_Y": True}, {**expand, "VECTOR_Y": False}],
         "vera_expand": [{**tokens, "BLOCK_R": tiles.VERA_ROWS, "BLOCK_O": tiles.VERA_COLUMNS}],
         "attention_prefill": [
-            {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d)} for d in (64, 128)
+            {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d, is_int8=is_int8), **cache}
+            for d in (64, 128)
+            for is_int8 in (False, True)
+            for cache in [{"IS_INT8": is_int8} | ({} if is_int8 else {"scales": None})]
         ],
     }
 

@@ -33,6 +33,7 @@ from loray_kernels import (
     Ops,
     ProjectionMatrix,
     RowTables,
+    Scoring,
     StepInputs,
     VeraTable,
     backend,
@@ -101,10 +102,11 @@ def lora(num_tokens: int, num_adapters: int) -> Case:
     )
 
 
-def attention(queries: int, context: int, num_sequences: int) -> Case:
+def attention(queries: int, context: int, num_sequences: int, *, is_int8: bool = False) -> Case:
+    layout = LAYOUT._replace(int8_per_element=2) if is_int8 else LAYOUT
     per_sequence = -(-context // 16)
     order = torch.randperm(per_sequence * num_sequences, generator=torch.Generator().manual_seed(0))
-    pool = random_pool(len(order))
+    pool = random_pool(len(order))[: len(order) * LAYERS * layout.layer_share]
     tables = tuple(t.contiguous() for t in order.view(num_sequences, per_sequence))
     starts = tuple(n * queries for n in range(num_sequences + 1))
     meta = AttentionMeta(starts, (context,) * num_sequences, tables, torch.zeros(queries * num_sequences).long())
@@ -112,11 +114,11 @@ def attention(queries: int, context: int, num_sequences: int) -> Case:
 
     def step(ops: Ops) -> None:
         for layer in range(LAYERS):
-            ops.paged_attention(q_THd, pool, LAYOUT, layer, meta, HEAD_DIM**-0.5)
+            ops.paged_attention(q_THd, pool, layout, layer, meta, Scoring(HEAD_DIM**-0.5))
 
     seen = queries * context - queries * (queries - 1) / 2
-    size = LAYERS * num_sequences * context * 2 * KV_HEADS * HEAD_DIM * 2
-    kind = "prefill" if queries > 1 else "decode"
+    size = LAYERS * num_sequences * context * layout.layer_share * 2 / 16
+    kind = ("prefill" if queries > 1 else "decode") + (" int8" if is_int8 else "")
     return Case(
         f"attention {kind} {num_sequences} x {context}", step, size, LAYERS * num_sequences * seen * HEADS * 2 * 64
     )
@@ -199,6 +201,8 @@ def cases() -> Iterator[Callable[[], list[Case]]]:
         (64, 64, 32),
     ):
         yield lambda q=queries, c=context, n=sequences: [attention(q, c, n)]  # type: ignore[misc]
+    for queries, context, sequences in ((1, 1024, 32), (1, 2048, 1), (2048, 2048, 1)):
+        yield lambda q=queries, c=context, n=sequences: [attention(q, c, n, is_int8=True)]  # type: ignore[misc]
     for tokens, adapters in ((32, 32), (2048, 1), (2048, 2048)):
         yield lambda t=tokens, n=adapters: [vera(t, n)]  # type: ignore[misc]
     for tokens in (1, 32, 64, 2048):

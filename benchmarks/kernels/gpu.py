@@ -33,6 +33,7 @@ from loray_kernels import (
     Ops,
     ProjectionMatrix,
     RowTables,
+    Scoring,
     StepInputs,
     VeraTable,
     backend,
@@ -104,7 +105,7 @@ def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
     size = 2 * (num_sequences * context * 2 * KV + 2 * num_tokens * HIDDEN)
     macs = num_sequences * HEADS * 2 * HEAD_DIM * (queries * context - queries * (queries - 1) / 2)
     name = f"attention {'prefill' if queries > 1 else 'decode'} {num_sequences} x {context}"
-    return Case(name, lambda n: ops.paged_attention(q_THd, pool, LAYOUT, n, meta, HEAD_DIM**-0.5), size, macs)
+    return Case(name, lambda n: ops.paged_attention(q_THd, pool, LAYOUT, n, meta, Scoring(HEAD_DIM**-0.5)), size, macs)
 
 
 def vera(ops: Ops, num_tokens: int, rank: int = 256) -> Case:

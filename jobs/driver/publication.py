@@ -12,7 +12,8 @@ from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
 from jobs.events import Emit, PublishedEvent, Stages, appending, following
-from jobs.runs.folders import PUBLISHED, RunFolder
+from jobs.runs.folders import RunFolder
+from jobs.runs.history import PUBLISHED
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base
 from loray.bases.rounding import form_trained_on

@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 from pyarrow import fs as pafs
 from ray.train import Result
 
-from jobs.runs.history import folder_of
+from jobs.runs.history import PUBLISHED, folder_of
 from jobs.runs.leases import leased
 from loray.adapters.peft_format import read_tensors
 from loray.errors import ConflictError, LorayError, SpecError, StoreError, TrainingError
@@ -48,7 +48,6 @@ M = TypeVar("M", bound=Frozen)
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 SCORE = "score"  # the metric by which Ray ranks checkpoints
 PREFIX = "step_"  # of their folders
-PUBLISHED = "published.json"
 BATCH = "batch.json"  # the micro-batches of a run, where they were cut to fit
 _EVENTS = "events.jsonl"
 _BOARD = "tensorboard"

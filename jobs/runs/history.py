@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ _PARTS = 16  # of what is longer, evenly spread: its beginning and its end are a
 _MOST_RUNS = 16  # of one adapter that are looked at for one job
 _SKEW = timedelta(minutes=5)  # between the clocks of the catalog and of the driver
 _MARK_BYTES = 64
+PUBLISHED = "published.json"
 
 
 def folder_of(name: str) -> str:
@@ -106,6 +108,19 @@ class RunEvents:
             return Appended([], is_anew=False) if found is None else self._read(f"{found}/events.jsonl")
         except OSError as e:
             raise StoreError(f"the runs of {self._name!r} cannot be read: {e}") from e
+
+    def published(self) -> dict[str, Any] | None:
+        """Returns the event of the version that the run has published; None where there is none. Raises StoreError."""
+        try:
+            found, (filesystem, root) = self._run.find(), self._run.places[-1]
+            path = f"{root}/{found}/{PUBLISHED}"
+            if found is None or not filesystem.get_file_info(path).is_file:
+                return None
+            with filesystem.open_input_stream(path) as file:
+                event = json.loads(file.read())["event"]
+            return dict(event)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise StoreError(f"what the run of {self._name!r} has published cannot be read: {e}") from e
 
     def _read(self, name: str) -> Appended:
         found = [(where, where.get_file_info(f"{root}/{name}")) for where, root in self._run.places]

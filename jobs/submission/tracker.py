@@ -21,6 +21,7 @@ from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
 from loray.recipes.load import Recipe
+from loray.recipes.sources import UPLOADED
 from loray.schemas.resources import Page
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
@@ -56,8 +57,9 @@ def limits_of(principal: Principal, settings: Settings) -> JobLimits:
 def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> None:
     """Raises PermissionDenied for more workers, or other data, than the caller may have.
 
-    A tenant names its own data: s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
-    options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's credentials.
+    A tenant names its own data: files of `/v1/files`, and s3:// URLs without options below `LORAY_DATA/TENANT`. The
+    driver opens these with the options of LORAY_DATA (`loray.fetching`), which are in no recipe, and with the cluster's
+    credentials.
     """
     if principal.is_admin:
         return
@@ -74,10 +76,12 @@ def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> 
 
 
 def _check_source(source: str, tenant: str, settings: Settings) -> None:
+    if source.startswith(UPLOADED):
+        return  # `_check_files` asks the catalog
     if settings.data is None:
         raise PermissionDenied(
-            f"data {source!r}: this deployment has no place for tenants' data; its operator sets LORAY_DATA to one, as "
-            "s3://bucket/prefix"
+            f"data {source!r}: this deployment has no place for tenants' data but `/v1/files`: upload it there, and "
+            f"name {UPLOADED}ID; or its operator sets LORAY_DATA to a place, as s3://bucket/prefix"
         )
     place = parse_location(settings.data)
     assert isinstance(place, S3Location)  # Settings has checked it
@@ -87,6 +91,15 @@ def _check_source(source: str, tenant: str, settings: Settings) -> None:
     is_plain = not any(char in source for char in "?#@%\\") and source.isprintable()
     if not source.startswith(folder) or not is_plain or {"", ".", ".."} & set(path.split("/")):
         raise PermissionDenied(f"data {source!r} must be an s3:// URL without options below {folder}")
+
+
+def _check_files(spec: TrainSpec, catalog: Catalog) -> None:
+    """Raises UserFileNotFound where the data names an uploaded file that does not exist for the caller, who alone may
+    have it read: the driver asks nobody whose it is.
+    """
+    for source in spec.data.paths:
+        if source.startswith(UPLOADED):
+            catalog.files.get(source.removeprefix(UPLOADED))
 
 
 class JobTracker:
@@ -99,12 +112,14 @@ class JobTracker:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
         `chosen` becomes a part of the job's id, and names it in the caller's tenant: see `id_of`. DataError for
-        relative data paths, PermissionDenied as `check_allowed` says, RateLimited for more jobs or workers at once
+        relative data paths, UserFileNotFound for a file that the caller does not have, PermissionDenied as
+        `check_allowed` says, RateLimited for more jobs or workers at once
         than the caller may have, ConflictError if the name is taken, the tenant has a job of the chosen id, or the job
         is stopped before Ray has it, ClusterError without Ray.
         """
         catalog = self._open()
         check_allowed(spec, catalog.principal, self._settings)
+        _check_files(spec, catalog)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
             tenant = catalog.own_tenant
             work = Work.training(Recipe(spec, None, Path("/")), resume=resume, tenant=tenant)

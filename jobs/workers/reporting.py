@@ -74,7 +74,7 @@ class EventSender:
 
     def send(self, event: Event) -> None:
         self.flush()
-        self._sent = self._sink.append.remote(encode(event))
+        self._sent = self._sink.append.remote(encode(event, time.time()))
 
     def flush(self) -> None:
         """Waits until every event has been written."""

@@ -19,16 +19,30 @@ from loray_kernels.prepare import Preparable
 class KvLayout(NamedTuple):
     """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim). The C++ kernels have K
     as they multiply it: (num_kv_heads, head_dim / U, block_tokens, U), where U elements are four bytes.
+
+    int8_per_element  the bytes of an element of the pool, where K and V are int8; 0: they are of the pool's dtype. The
+                      scales of K then V, fp32, each (num_kv_heads, block_tokens), follow them: K ≈ scale · q, as
+                      `quantize_rows` rounds a token's head
     """
 
     num_layers: int
     block_tokens: int
     num_kv_heads: int
     head_dim: int
+    int8_per_element: int = 0
 
     @property
     def layer_share(self) -> int:
-        return 2 * self.block_tokens * self.num_kv_heads * self.head_dim
+        """Elements of the pool that a block has for a layer."""
+        heads = 2 * self.block_tokens * self.num_kv_heads
+        if not self.int8_per_element:
+            return heads * self.head_dim
+        return heads * (self.head_dim + 4) // self.int8_per_element
+
+    @property
+    def block_stride(self) -> int:
+        """Elements from block to block, each as K and V are."""
+        return self.num_layers * self.layer_share * (self.int8_per_element or 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,12 @@ class QuantizedWeight:
         return self.shape[1] // self.scale_OG.shape[1]
 
     @property
+    def kind(self) -> str:
+        """Its values and its scales, in words: int8 by rows, int4 in groups of 128."""
+        values = "int4" if self.is_int4 else str(self.q_OI.dtype).removeprefix("torch.")
+        return f"{values} by rows" if self.scale_OG.shape[1] == 1 else f"{values} in groups of {self.group}"
+
+    @property
     def nbytes(self) -> int:
         parts = (self.q_OI, self.scale_OG) if self.zero_OG is None else (self.q_OI, self.scale_OG, self.zero_OG)
         return sum(part.nbytes for part in parts)
@@ -180,9 +186,8 @@ class QuantizedWeight:
     @staticmethod
     def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """Put matrices of one input side by side along O. ValueError unless they are quantised in one way."""
-        kinds = {(part.q_OI.dtype, part.group) for part in parts}
-        if len(kinds) > 1:
-            found = " and ".join(sorted(f"{dtype} in groups of {group}" for dtype, group in kinds))
+        if len(kinds := {part.kind for part in parts}) > 1:
+            found = " and ".join(sorted(kinds))
             raise ValueError(f"modules that share an input must be quantised in one way, not as {found}")
         zeros = [part.zeros() for part in parts] if any(part.zero_OG is not None for part in parts) else None
         return QuantizedWeight(
@@ -248,6 +253,7 @@ class LinearWeights:
     """Matrices that share an input, side by side as their backend packed them: only that backend can read `data`.
 
     bits, group  of packed integers: of each, and how many columns share a scale
+    scales_GO2   of packed integers whose scales and zeros are not in `data`
     """
 
     in_features: int
@@ -256,6 +262,7 @@ class LinearWeights:
     bias_O: Tensor | None = None
     bits: int = 0
     group: int = 0
+    scales_GO2: Tensor | None = None
 
     @property
     def are_integers(self) -> bool:
@@ -287,11 +294,25 @@ class ExpertWeights(Preparable):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """How attention scores a query and a key: s = scale · q · k.
+
+    window    tokens that a token attends to, itself included; blocks behind all windows are not read
+    soft_cap  c: a score s is c · tanh(s / c)
+    sinks_H   of each head the score of one more key, whose value is 0
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights(Preparable):
     """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
-    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `scale`, `window` and
-    `soft_cap` are attention's, see `paged_attention`, and `norm_offset` is of all norms. Where the layer has `experts`,
-    gate_up and down are the first one's.
+    q_norm_d and k_norm_d are given or neither is, and so are both of the norms of results; `norm_offset` is of all
+    norms. Where the layer has `experts`, gate_up and down are the first one's.
     """
 
     attention_norm_D: Tensor
@@ -306,11 +327,8 @@ class LayerWeights(Preparable):
     num_kv_heads: int
     head_dim: int
     eps: float
-    scale: float
+    scoring: Scoring
     norm_offset: float = 0.0
-    window: int | None = None
-    soft_cap: float | None = None
-    sinks_H: Tensor | None = None
     activation: Activation = "silu"
     post_attention_norm_D: Tensor | None = None
     post_mlp_norm_D: Tensor | None = None

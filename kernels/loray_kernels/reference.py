@@ -35,6 +35,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     TablesOf,
     VeraTable,
@@ -66,6 +67,19 @@ def gather_inputs(pool: Tensor, rows: RowTables, layer_offset: int, start: int =
     return torch.cat(parts, dim=1)
 
 
+def kv_parts(pool: Tensor, layout: KvLayout) -> tuple[Tensor, Tensor | None]:
+    """View keys and values as (block, layer, K or V, position, KV head, d), and the scales of int8 as (block, layer,
+    K or V, KV head, position).
+    """
+    heads, tokens, d = layout.num_kv_heads, layout.block_tokens, layout.head_dim
+    shares = pool.view(-1, layout.num_layers, layout.layer_share)
+    if not layout.int8_per_element:
+        return shares.view(*shares.shape[:2], 2, tokens, heads, d), None
+    size = 2 * tokens * heads * d
+    kv, scales = shares.view(torch.int8)[..., :size], shares.view(torch.float32)[..., size // 4 :]
+    return kv.view(*kv.shape[:2], 2, tokens, heads, d), scales.view(*kv.shape[:2], 2, heads, tokens)
+
+
 def quantize_rows(x_TI: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Round rows so that the largest element is the largest value: q (T, I), and each row's scale, fp32 (T, 1).
 
@@ -84,16 +98,16 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows as `quantize_rows` does to int8, but with outliers: q, int32 (T, I), and each row's scale.
 
     A few elements are a hundred times larger than the others of their row, and a scale by them would leave these no
-    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it. There are fewer than
-    I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of |x| · (32767 / max|x|)
-    rounded to whole numbers, whose sum has the same bits in any order.
+    digits. So a row's 127 is no more than 8 times its mean magnitude, and q goes on beyond it, to 127 · 128 at most.
+    There are fewer than I / 8 such elements, and together they are no more than I / 8 times 127. The mean is that of
+    |x| · (32767 / max|x|) rounded to whole numbers, whose sum has the same bits in any order.
     """
     x32_TI = x_TI.float()
     largest_T1 = x32_TI.abs().amax(dim=1, keepdim=True)
     whole_TI, _ = _rounded(x32_TI.abs(), largest_T1, largest_T1, 32767, to_whole=True)
     total_T1 = whole_TI.long().sum(dim=1, keepdim=True).float()
     share_T1 = total_T1 / torch.full_like(total_T1, 32767 * x_TI.shape[1])
-    limit_T1 = torch.minimum(largest_T1, largest_T1 * (share_T1 * 8))
+    limit_T1 = largest_T1 * (share_T1 * 8).clamp_(1 / 128, 1)
     q_TI, scale_T1 = _rounded(x32_TI, largest_T1, limit_T1, 127, to_whole=True)
     return q_TI.int(), scale_T1
 
@@ -326,7 +340,8 @@ class ReferenceOps:
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
         """Queries with their halves rotated: x · cos + (−x₂, x₁) · sin. Writes the pool: keys, rotated, and values at
-        the step's slots. Of a head that is wider than cos and sin only so many elements are rotated, the first ones.
+        the step's slots, as `KvLayout` has them. Of a head that is wider than cos and sin only so many elements are
+        rotated, the first ones.
         """
 
         def turned(x_THd: Tensor) -> Tensor:
@@ -335,10 +350,13 @@ class ReferenceOps:
             y_THd = x_THd * step.cos_Td.unsqueeze(1) + torch.cat((-second, first), dim=-1) * step.sin_Td.unsqueeze(1)
             return torch.cat((y_THd, rest_THd), dim=2) if rest_THd.shape[2] else y_THd
 
-        cache, block_tokens = _kv(step.pool, step.layout)[:, layer], step.layout.block_tokens
+        (cache, scales), block_tokens = kv_parts(step.pool, step.layout), step.layout.block_tokens
         block, position = step.attention.slot_mapping_T // block_tokens, step.attention.slot_mapping_T % block_tokens
-        cache[block, 0, position] = turned(k_TKd).to(step.pool.dtype)
-        cache[block, 1, position] = v_TKd.to(step.pool.dtype)
+        for part, x_TKd in enumerate((turned(k_TKd), v_TKd)):
+            if scales is not None:
+                q, scale = quantize_rows(x_TKd.reshape(-1, step.layout.head_dim))
+                x_TKd, scales[block, layer, part, :, position] = q.view(x_TKd.shape), scale.view(x_TKd.shape[:2])
+            cache[block, layer, part, position] = x_TKd.to(cache.dtype)
         return turned(q_THd)
 
     def paged_attention(
@@ -348,18 +366,11 @@ class ReferenceOps:
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
-        """Causal attention of each sequence's last tokens over its cache; (T, H, d).
-
-        window    tokens that a token attends to, itself included; blocks behind all windows are not read
-        soft_cap  c: a score s, scaled, is c · tanh(s / c)
-        sinks_H   of each head the score of one more key, whose value is 0
-        """
-        cache = _kv(pool, layout)[:, layer]
+        """Causal attention of each sequence's last tokens over its cache (int8 is dequantised to fp32); (T, H, d)."""
+        scale, window, soft_cap, sinks_H = scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks_H
+        cache, scales = kv_parts(pool, layout)
         out_THd = torch.empty_like(q_THd)
         group = q_THd.shape[1] // layout.num_kv_heads
         for i, context in enumerate(meta.context_len):
@@ -368,9 +379,12 @@ class ReferenceOps:
             first = 0 if window is None else max(0, context - num_queries - window + 1)
             begin = first // layout.block_tokens
             blocks = meta.block_table[i][begin : -(-context // layout.block_tokens)]
-            kv = cache[blocks].transpose(0, 1).reshape(2, -1, layout.num_kv_heads, layout.head_dim)
+            kv = cache[blocks, layer].transpose(0, 1)
+            if scales is not None:
+                kv = kv.float() * scales[blocks, layer].permute(1, 0, 3, 2).unsqueeze(-1)
+            kv = kv.reshape(2, -1, layout.num_kv_heads, layout.head_dim)
             begin *= layout.block_tokens
-            k_KCd, v_KCd = kv[:, first - begin : context - begin].permute(0, 2, 1, 3).to(q_THd.dtype)
+            k_KCd, v_KCd = kv[:, first - begin : context - begin].permute(0, 2, 1, 3)
             # The query heads of one key/value head become queries of it, so that no keys are copied.
             q_KQd = q_THd[start:stop].transpose(0, 1).reshape(layout.num_kv_heads, group * num_queries, -1)
             mask = None
@@ -380,7 +394,8 @@ class ReferenceOps:
                 mask = key_C <= position_Q1
                 if window is not None:
                     mask &= key_C > position_Q1 - window
-            if soft_cap is None and sinks_H is None:
+            if soft_cap is None and sinks_H is None and scales is None:
+                k_KCd, v_KCd = k_KCd.to(q_THd.dtype), v_KCd.to(q_THd.dtype)
                 attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
             else:
                 score_KQC = (q_KQd.float() @ k_KCd.float().mT) * scale
@@ -523,11 +538,6 @@ def _parts(own: RowOverrides, y_TO: Tensor) -> Iterator[slice]:
 
 def _has_row(own: RowOverrides) -> Tensor:
     return own.rows.segments[0][2].unsqueeze(1) >= 0  # (N, 1)
-
-
-def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
-    """The pool as (block, layer, K or V, position, KV head, d)."""
-    return pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
 
 
 def _row_tables(columns: Columns, offsets: Sequence[Sequence[int]]) -> RowTables:

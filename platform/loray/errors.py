@@ -8,6 +8,9 @@
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
     │   ├── KeyNotFound        no such API key or tenant in the catalog
+    │   ├── UserFileNotFound   no such file of `/v1/files`, or of another tenant
+    │   ├── BatchNotFound      no such batch of `/v1/batches`, or of another tenant
+    │   ├── ResponseNotFound   no such answer of the Responses API, of which none is stored
     │   └── JobNotFound        no such training job in the catalog or in Ray
     │       └── LogsGone       the job is known, but Ray no longer has its log
     ├── Unauthenticated        no API key, or none that is valid
@@ -26,8 +29,11 @@
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
     │   ├── ContextLengthExceeded
-    │   ├── ThreadsUnsupported it asks that its conversation is stored here
-    │   └── GrammarTooExpensive  the masks of its constraint take too long
+    │   ├── GrammarTooExpensive  the masks of its constraint take too long
+    │   ├── ModelNotSupported    the model does not do what the route is for
+    │   ├── ThreadsUnsupported   it asks that its conversation is stored here
+    │   ├── UnknownParameter     it has a field that no one knows, most likely a typing error
+    │   └── UnsupportedParameter it has a field that is known, changes the answer, and is not supported
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the server takes no more such requests now; retry after `retry_after_s` seconds
     ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
@@ -94,8 +100,14 @@ class AdapterNotFound(NotFoundError):
     pass
 
 
+class ResponseNotFound(NotFoundError):
+    code = "response_not_found"
+    param = "id"
+
+
 class JobNotFound(NotFoundError):
-    pass
+    code = "job_not_found"
+    param = "id"
 
 
 class LogsGone(JobNotFound):
@@ -106,6 +118,16 @@ class LogsGone(JobNotFound):
 
 class KeyNotFound(NotFoundError):
     pass
+
+
+class UserFileNotFound(NotFoundError):
+    code = "file_not_found"
+    param = "id"
+
+
+class BatchNotFound(NotFoundError):
+    code = "batch_not_found"
+    param = "id"
 
 
 class Unauthenticated(LorayError):
@@ -198,12 +220,24 @@ class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
 
 
+class ModelNotSupported(RequestError):
+    code = "model_not_supported"
+
+
 class ThreadsUnsupported(RequestError):
     code = "thread_unsupported_request"  # Anthropic's clients know it, and send the whole conversation then
 
 
 class GrammarTooExpensive(RequestError):
     code = "grammar_too_expensive"
+
+
+class UnknownParameter(RequestError):
+    code = "unknown_parameter"
+
+
+class UnsupportedParameter(RequestError):
+    code = "unsupported_parameter"
 
 
 class DeadlineExceeded(LorayError):

@@ -1,4 +1,4 @@
-"""Training data of buckets and of the Hugging Face hub, copied to this machine."""
+"""Training data of buckets, of the Hugging Face hub and of `/v1/files`, copied to this machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from loray.errors import DataError, NotFoundError, StoreError, UnsupportedError
+from loray.catalog import Catalog
+from loray.errors import CatalogError, DataError, IntegrityError, NotFoundError, StoreError, UnsupportedError
 from loray.locations import S3Location, parse_location
-from loray.recipes.sources import HUB, Copy, RemoteFile, fixed_part, is_glob, is_read, matches
+from loray.publishing.user_files import read_file
+from loray.recipes.sources import HUB, UPLOADED, Copy, RemoteFile, fixed_part, is_glob, is_read, matches
 from loray.settings import Settings
 from loray.spec import ColumnNames
+from loray.store import open_store
 from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 
@@ -76,9 +79,9 @@ def _fetch_hub(source: str, copy: Path, columns: ColumnNames | None) -> None:
 def fetched(
     paths: Sequence[str], settings: Settings, columns: ColumnNames | None = None
 ) -> Iterator[Mapping[str, Copy]]:
-    """Maps each s3:// and hf:// source of `paths` to a copy on this machine, which is removed when the block ends. Of a
-    bucket's objects only the state is asked for; one is fetched when it is read. `columns`: other names of the columns
-    that are read.
+    """Maps each s3://, hf:// and files:// source of `paths` to a copy on this machine, which is removed when the block
+    ends. Of a bucket's objects only the state is asked for; one is fetched when it is read, as an uploaded file is.
+    `columns`: other names of the columns that are read.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.
@@ -87,15 +90,39 @@ def fetched(
     with tempfile.TemporaryDirectory(prefix="loray-data-") as folder:
         copies: dict[str, Copy] = {}
         for source in paths:
-            if source in copies or not source.startswith(("s3://", HUB)):
+            if source in copies or not source.startswith(("s3://", HUB, UPLOADED)):
                 continue
             path = Path(folder, str(len(copies)))
             if source.startswith(HUB):
                 _fetch_hub(source, path, columns)
                 copies[source] = Copy(path)
+            elif source.startswith(UPLOADED):
+                copies[source] = _uploaded(source, settings, path)
             else:
                 copies[source] = _in_bucket(source, settings, path)
         yield copies
+
+
+def _uploaded(source: str, settings: Settings, copy: Path) -> Copy:
+    """Makes a file that is empty until it is read. Whose it is was checked when the job was submitted."""
+    try:
+        catalog = Catalog.of(settings)
+        try:
+            file = catalog.files.stored(source.removeprefix(UPLOADED))
+        finally:
+            catalog.close()
+    except (CatalogError, NotFoundError) as e:
+        raise DataError(f"cannot read data file {source}: {e}") from e
+
+    def read(path: Path) -> None:
+        try:
+            with path.open("wb") as f:
+                f.writelines(read_file(open_store(settings.store), file))
+        except (StoreError, IntegrityError, OSError) as e:
+            raise DataError(f"cannot read data file {source}: {e}") from e
+
+    copy.touch()
+    return Copy(copy, {copy: RemoteFile(copy, (source, file.sha256), read)})
 
 
 def _in_bucket(source: str, settings: Settings, copy: Path) -> Copy:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import OF_INPUTS, AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
@@ -193,8 +194,10 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
             own.append(Matrix(part, role, rows, width if role in OF_INPUTS else outputs.stop - outputs.start))
     flat: list[Matrix] = []
     if adapter.train_norms:
-        norms = ("input_layernorm", "post_attention_layernorm")
-        own += (Matrix(name, "norm", 1, model.hidden_size) for name in norms)
+        layer = "model.layers.0."
+        for path, (width, *_) in expected_shapes(replace(model, layers=model.layers[:1])).items():
+            if path.startswith(layer) and path.endswith("norm.weight"):
+                own.append(Matrix(path.removeprefix(layer).removesuffix(".weight"), "norm", 1, width))
         flat.append(Matrix("norm", "norm", 1, model.hidden_size))
     if adapter.train_embeddings:
         flat.append(Matrix("embed_tokens", "embedding", model.vocab_size, model.hidden_size))

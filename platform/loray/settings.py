@@ -15,13 +15,15 @@ from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 from loray.variables import (
     NONE,
+    OFF,
+    ON,
     hashes,
     log_target,
+    one_of,
     origins,
     positive,
     share,
     size,
-    trusts_keys,
     whole,
     whole_or_none,
     worker_group,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE GATE_TRUSTS USAGE_DAYS ACCESS_LOG DATA "
     "MAX_JOBS MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
-    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS"
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS UNKNOWN_FIELDS FILES BATCH_FACTOR"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -43,6 +45,7 @@ LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
 DEFAULT_USAGE_DAYS = 400
+DEFAULT_BATCH_FACTOR = 0.5
 DEFAULT_SNAPSHOT_BYTES = 1 << 30
 DEFAULT_MAX_JOBS, DEFAULT_MAX_WORKERS = 4, 16
 DEFAULT_KEY_MAX_AGE_S = 3600.0
@@ -82,8 +85,12 @@ class Settings:
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
     key_max_age_s  how long the catalog's keys go on while it cannot be read (`LORAY_KEY_MAX_AGE_S`, default an hour)
+    files    whether gateways take files and batches (`LORAY_FILES`, default on; off: they do not have these routes)
+    batch_factor  share of the tokens of batches that budgets count (`LORAY_BATCH_FACTOR`, default 0.5)
     origins  of sites whose pages may ask gateways that need keys (`LORAY_CORS_ORIGINS`, comma-separated, or `*`;
              default none)
+    refuses_unknown_fields  of requests to gateways (`LORAY_UNKNOWN_FIELDS=refuse`; default `ignore`: they are named in
+             a header, but for likely typing errors)
     """
 
     home: Path
@@ -108,6 +115,9 @@ class Settings:
     metrics_key_hashes: tuple[str, ...] = ()
     key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
     origins: tuple[str, ...] = ()
+    files: bool = True
+    batch_factor: float = DEFAULT_BATCH_FACTOR
+    refuses_unknown_fields: bool = False
     url: str | None = None
 
     @classmethod
@@ -143,8 +153,8 @@ class Settings:
             address=env.get("LORAY_ADDRESS") or None,
             log_level=level,
             peak_tflops=positive(env, "LORAY_PEAK_TFLOPS"),
-            gate_tolerance=share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
-            gate_trusts_keys=trusts_keys(env),
+            gate_tolerance=share(env, "LORAY_GATE_TOLERANCE", DEFAULT_GATE_TOLERANCE),
+            gate_trusts_keys=one_of(env, "LORAY_GATE_TRUSTS", ("jobs", "keys")) == "keys",
             usage_days=DEFAULT_USAGE_DAYS if (days := whole(env, "LORAY_USAGE_DAYS")) is None else days,
             access_log=log_target(env.get("LORAY_ACCESS_LOG")),
             data=_data(env.get("LORAY_DATA"), store),
@@ -159,6 +169,9 @@ class Settings:
             metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
             key_max_age_s=positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
             origins=origins(env, "LORAY_CORS_ORIGINS"),
+            files=one_of(env, "LORAY_FILES", (ON, OFF)) == ON,
+            batch_factor=share(env, "LORAY_BATCH_FACTOR", DEFAULT_BATCH_FACTOR),
+            refuses_unknown_fields=one_of(env, "LORAY_UNKNOWN_FIELDS", ("ignore", "refuse")) == "refuse",
         )
 
     @property
@@ -202,6 +215,8 @@ class Settings:
             "LORAY_SNAPSHOT_BYTES": None if self.snapshot_bytes == DEFAULT_SNAPSHOT_BYTES else self.snapshot_bytes,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
             "LORAY_FRONT_GROUP": self.front_group,
+            "LORAY_FILES": None if self.files else OFF,
+            "LORAY_BATCH_FACTOR": None if self.batch_factor == DEFAULT_BATCH_FACTOR else self.batch_factor,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         for name, most, default in (
@@ -233,6 +248,7 @@ class Settings:
             "LORAY_METRICS_KEYS_SHA256": ",".join(self.metrics_key_hashes),
             "LORAY_KEY_MAX_AGE_S": "" if self.key_max_age_s == DEFAULT_KEY_MAX_AGE_S else str(self.key_max_age_s),
             "LORAY_CORS_ORIGINS": ",".join(self.origins),
+            "LORAY_UNKNOWN_FIELDS": "refuse" if self.refuses_unknown_fields else "",
         }
         return {name: value for name, value in env.items() if value}
 

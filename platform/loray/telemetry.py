@@ -176,6 +176,11 @@ GATEWAY_METRICS = _table(
         "outcome",
     ),
     _counter("canary_rollbacks_total", "Canaries that left a bound and were ended: error_rate, ttft or itl.", "bound"),
+    _counter(
+        "ignored_fields_total",
+        "Fields of requests that nobody knows here and that were ignored, by name; `other` beyond 100 names.",
+        "field",
+    ),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot.", "base"),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
     _gauge("keys_age_seconds", "Since the API keys were last known to be the catalog's."),

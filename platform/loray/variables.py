@@ -12,8 +12,8 @@ from loray.errors import SettingsError
 if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
     from loray.spec import TrainingGroup
 
-_JOBS, _KEYS = "jobs", "keys"  # of LORAY_GATE_TRUSTS
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
+ON, OFF = "on", "off"  # of LORAY_FILES
 STDOUT = "-"  # of LORAY_ACCESS_LOG
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?")
@@ -98,18 +98,20 @@ def origins(env: Mapping[str, str], name: str) -> tuple[str, ...]:
     return found
 
 
-def trusts_keys(env: Mapping[str, str]) -> bool:
-    value = env.get("LORAY_GATE_TRUSTS") or _JOBS
-    if value not in (_JOBS, _KEYS):
-        raise SettingsError(f"LORAY_GATE_TRUSTS={value!r} must be {_JOBS} or {_KEYS}")
-    return value == _KEYS
+def one_of(env: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
+    """Return the variable's word, the first one where it is not set."""
+    value = env.get(name) or words[0]
+    if value not in words:
+        raise SettingsError(f"{name}={value!r} must be {' or '.join(words)}")
+    return value
 
 
-def share(text: str) -> float:
+def share(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+        raise SettingsError(f"{name}={text!r} must be a share of at least 0, such as 0.1 for 10 %")
     return value

@@ -24,8 +24,8 @@ from loray.errors import LorayError, Overloaded, RequestError
 from loray.locations import FileLocation, parse_location
 from loray.policy.fair_admission import FairAdmission
 from loray.policy.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
-from loray.settings import Settings
-from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
+from loray.settings import DEFAULT_BATCH_FACTOR, Settings
+from loray.spec import BATCH_PRIORITY, Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from loray.store import open_store
 from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
@@ -143,6 +143,7 @@ class UsageMeter:
         is_limited: asyncio.Event | None = None,
     ) -> None:
         self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
+        self._batch_factor = DEFAULT_BATCH_FACTOR if settings is None else settings.batch_factor
         self._gate = QuotaGate(num_gateways)
         self._writer: UsageWriter | None = None
 
@@ -173,7 +174,8 @@ class UsageMeter:
         if self._exchange is not None:
             yield self._exchange
             return
-        owner, gate = SharedOwner(secrets.token_hex(8), 1, open_catalog), self._gate
+        owner = SharedOwner(secrets.token_hex(8), 1, open_catalog, batch_factor=self._batch_factor)
+        gate = self._gate
         exchange = partial(owner.exchange, "gateway")
         with suppress(TimeoutError):
             async with asyncio.timeout(_START_S):
@@ -218,17 +220,21 @@ class UsageMeter:
         open_ended: bool,
     ) -> RequestUsage:
         """Reserve prompts, as often as they are computed, and `max_tokens`, of an open-ended request first at most
-        OPEN_ENDED_TOKENS. Raises RateLimited.
+        OPEN_ENDED_TOKENS. Embeddings that are asked for together count as one request. Raises RateLimited.
         """
         most = [request.params.max_tokens for request in requests]
         granted = [min(number, OPEN_ENDED_TOKENS) for number in most] if open_ended else most
         num_prompt = sum(len(request.prompt_ids) for request in requests[:: _prompt_step(requests, num_choices)])
+        num_requests, num_sequences = len(requests) // num_choices, len(requests)
+        if requests[0].pooling is not None:
+            num_requests = num_sequences = 1
         reservation = self._gate.admit(
             principal,
             num_prompt + sum(granted),
             time.time(),
-            num_requests=len(requests) // num_choices - 1,
-            num_sequences=len(requests),
+            num_requests=num_requests - 1,
+            num_sequences=num_sequences,
+            budget_factor=self._batch_factor if requests[0].priority == BATCH_PRIORITY else 1.0,
         )
         return RequestUsage(
             answer_id,

@@ -13,7 +13,7 @@ from loray.catalog.quotas import OWNER_IS_GONE_S
 from loray.errors import LorayError
 from loray.policy.quota_owner import TOLD_S, QuotaOwner
 from loray.policy.quotas import IDLE_S, Counted, QuotaGate, Reply, Report, Rule
-from loray.settings import Settings
+from loray.settings import DEFAULT_BATCH_FACTOR, Settings
 from loray.telemetry import get_logger
 from serve_apps.deployment import front_nodes
 
@@ -72,8 +72,13 @@ class SharedOwner:
         num_gateways: int,
         open_catalog: Callable[[], Catalog],
         clock: Callable[[], float] = time.time,
+        *,
+        batch_factor: float = DEFAULT_BATCH_FACTOR,
     ) -> None:
-        """`name`: one that starts anew with it takes the place of the one before."""
+        """`name`: one that starts anew with it takes the place of the one before. `batch_factor`: the share of the
+        tokens of batches that budgets count.
+        """
+        self._batch_factor = batch_factor
         self._name, self._open, self._clock = name, open_catalog, clock
         self._owner = QuotaOwner(num_gateways)
         self._catalog: Catalog | None = None
@@ -145,7 +150,7 @@ class SharedOwner:
         if one.is_new:
             since = datetime.fromtimestamp(one.period * rule.period_s, UTC)
             key_id, tenant = (rule.subject, None) if rule.owner == "key" else (None, rule.subject)
-            before = float(catalog.usage.tokens(tenant=tenant, key_id=key_id, since=since))
+            before = catalog.usage.tokens(tenant=tenant, key_id=key_id, since=since, batch_factor=self._batch_factor)
         return QuotaUse(key, one.units, 0.0, (one.period + 1) * rule.period_s, before)
 
     def _leave(self) -> None:
@@ -176,7 +181,7 @@ class QuotaActor(SharedOwner):
 
         settings = Settings.from_env()
         name = f"{ray.get_runtime_context().get_session_name()}/{application}/{num_gateways}"
-        super().__init__(name, num_gateways, lambda: Catalog(settings.catalog))
+        super().__init__(name, num_gateways, lambda: Catalog(settings.catalog), batch_factor=settings.batch_factor)
 
 
 class RayExchange:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from loray.errors import EngineError
 from loray.local.serving import ServingAddress
 from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
@@ -20,8 +23,9 @@ from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.auth import open_auth
+from serve_apps.batches import BaseLoad, LineAnswer
 from serve_apps.console import GatewayClient
-from serve_apps.deployment import APPLICATION
+from serve_apps.deployment import APPLICATION, GATEWAY
 from serve_apps.http import WithoutRequestId
 
 _TIMEOUT_S = 5.0
@@ -65,6 +69,40 @@ class ServePlacements:
         return [placement for answer in answers if isinstance(answer, list) for placement in answer]
 
 
+class ServeLines:
+    """Implements `serve_apps.batches.GatewayLines` with any gateway of `application`."""
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handle: DeploymentHandle[Any] | None = None
+
+    async def run_line(self, key_id: str | None, tenant: str, endpoint: str, body: bytes) -> LineAnswer:
+        answer: LineAnswer = await self._ask("run_line", key_id, tenant, endpoint, body)
+        return answer
+
+    async def bases_of(self, key_id: str | None, tenant: str, models: Collection[str]) -> Mapping[str, str | None]:
+        bases: Mapping[str, str | None] = await self._ask("bases_of", key_id, tenant, models)
+        return bases
+
+    async def loads(self) -> Mapping[str, BaseLoad]:
+        loads: Mapping[str, BaseLoad] = await self._ask("loads")
+        return loads
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        """Raises EngineError where no gateway answers, or the one that was asked has died."""
+        try:
+            if self._handle is None:
+                self._handle = await asyncio.to_thread(serve.get_deployment_handle, GATEWAY, self._application)
+            response = getattr(self._handle, method).remote(*arguments)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        except (RayError, RayServeException) as e:
+            raise EngineError(f"no gateway has answered: {e}") from e
+
+
 class ApiSpec(Frozen):
     """`host`, `port`: where Serve listens. No key is needed until one is made where both this and Serve's own host are
     loopback; elsewhere one always is.
@@ -105,6 +143,7 @@ def _app(spec: ApiSpec) -> FastAPI:
     configure_logging(settings.log_level)
     gateway = GatewayClient(ServingAddress(spec.host, spec.port).url)
     services = Services(settings, RayJobServer(), ServePlacements(APPLICATION), gateway)
-    app = log_access(create_app(services, open_auth(settings, reachable_host(spec.host))), settings.access_log)
+    access = open_auth(settings, reachable_host(spec.host))
+    app = log_access(create_app(services, access, ServeLines(APPLICATION)), settings.access_log)
     app.add_middleware(WithoutRequestId)
     return app

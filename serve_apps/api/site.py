@@ -19,6 +19,7 @@ from serve_apps.api.routes import access as access_routes
 from serve_apps.api.routes import adapters, aliases, jobs, uploads
 from serve_apps.api.services import Services
 from serve_apps.auth import Authenticator, Permissions, describe_keys
+from serve_apps.batches import BatchRunner, GatewayLines
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
 from serve_apps.http import EchoRequestId, extend_openapi, new_request_id
@@ -56,8 +57,9 @@ async def _watch_jobs(services: Services) -> None:
             _log.exception("jobs are not compared with Ray's")
 
 
-def create_app(services: Services, access: Authenticator) -> FastAPI:
-    """Create the ASGI application. Its paths are relative to the route prefix /api/v1.
+def create_app(services: Services, access: Authenticator, lines: GatewayLines | None = None) -> FastAPI:
+    """Create the ASGI application. Its paths are relative to the route prefix /api/v1. `lines`: the gateway that
+    answers batches; None: nobody works on them here.
 
     The routes are those of the process; what they use is in `app.state.services` and `app.state.console`.
     """
@@ -65,10 +67,14 @@ def create_app(services: Services, access: Authenticator) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
-        watching = asyncio.create_task(_watch_jobs(services))
+        tasks = [asyncio.create_task(_watch_jobs(services))]
+        if lines is not None and services.settings.files:
+            runner = BatchRunner(lambda: services.catalog, lambda: services.store.objects, lines)
+            tasks.append(asyncio.create_task(runner.run()))
         yield
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await access.stop()
         await services.gateway.close()
         services.close()

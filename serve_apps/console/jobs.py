@@ -13,6 +13,7 @@ from jobs.submission.tracker import JobTracker
 from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.policy.auth import check
+from loray.recipes.sources import UPLOADED
 from loray.spec import JobId, JobStatus, Method
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep, Jobs, Service
@@ -40,16 +41,33 @@ def list_jobs(
     """Jobs of the own tenant, newest first."""
     page = jobs.page(_PAGE, cursor, status, None)
     return console.renderer.page(
-        request, "jobs.html", jobs=page.items, more=page.next, chosen=status, statuses=get_args(JobStatus)
+        request,
+        "jobs.html",
+        jobs=page.items,
+        more=page.next,
+        chosen=status,
+        statuses=get_args(JobStatus),
+        prefix=UPLOADED,
     )
 
 
 @router.get("/jobs/new")
 @may("train")
-def show_form(console: ConsoleDep, service: Service, request: Request) -> Response:
-    """Show the form of a recipe."""
-    bases = list(service.catalog.bases.fingerprints())[:MOST_SUGGESTED]
-    return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
+def show_form(
+    console: ConsoleDep, service: Service, request: Request, file: Annotated[str, Query(max_length=64)] = ""
+) -> Response:
+    """Show the form of a recipe, which learns from an uploaded file where one is named."""
+    catalog = service.catalog
+    return console.renderer.page(
+        request,
+        "new_job.html",
+        fields=form_fields(),
+        values={"data.train": UPLOADED + file} if file else {},
+        bases=list(catalog.bases.fingerprints())[:MOST_SUGGESTED],
+        methods=get_args(Method),
+        uploaded=catalog.files.page(purposes=["fine-tune"], limit=MOST_SUGGESTED).files,
+        prefix=UPLOADED,
+    )
 
 
 @router.post("/jobs/plan")
@@ -118,6 +136,7 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
     }
     return {
         "job": job,
+        "files": [path.removeprefix(UPLOADED) for path in job.recipe.data.paths if path.startswith(UPLOADED)],
         "log": seen.log,
         "problem": seen.problem,
         "stage": seen.stage,

@@ -49,6 +49,8 @@ SECTIONS = (
     Section("", "Overview", "identify"),
     Section("/adapters", "Adapters", "read"),
     Section("/playground", "Playground", "infer"),
+    Section("/files", "Files", "files"),
+    Section("/batches", "Batches", "batch"),
     Section("/jobs", "Training", "follow"),
     Section("/serving", "Serving", "observe"),
     Section("/usage", "Usage", "identify"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Scope
 
+from jobs.submission.server import RayJobServer
 from loray import __version__
 from loray.bases.registry import get_bases
 from loray.catalog.snapshot_file import SnapshotFile
@@ -22,6 +25,13 @@ from serve_apps.gateway import errors
 from serve_apps.gateway.anthropic import AnthropicForm
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
+from serve_apps.gateway.files.batches import batch_routes
+from serve_apps.gateway.files.lines import BatchLines
+from serve_apps.gateway.files.routes import file_routes
+from serve_apps.gateway.files.storage import FileStorage
+from serve_apps.gateway.files.upload import MAX_FORM_BYTES
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from serve_apps.gateway.fine_tuning.routes import fine_tuning_routes
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import create_routes, describe
@@ -33,9 +43,16 @@ _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger 
 
 
 def create_app(
-    gateway: Gateway, access: Authenticator, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
+    gateway: Gateway,
+    access: Authenticator,
+    tracing: Tracing | None = None,
+    origins: frozenset[str] = frozenset(),
+    files: FileStorage | None = None,
+    tuning: FineTuning | None = None,
 ) -> FastAPI:
-    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
+    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins. `files`
+    None: it has no routes of files; nor of fine-tuning, where `tuning` is None.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,24 +66,34 @@ def create_app(
             base.prompts.close()
         await gateway.directory.follower.stop()
         await access.stop()
+        if tuning is not None:
+            tuning.close()
+        if files is not None:
+            files.close()
 
+    own = create_routes(gateway)
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*create_routes(gateway), *auth.router.routes],
+        routes=[*own, *([] if files is None else stored_routes(files, own, tuning)), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
+    app.state.lines = BatchLines(app, gateway, access)
     gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 
     def refused(error: Exception) -> Response:
         return errors.response_of(errors.failure_of(error))
 
-    app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
+    def max_bytes(scope: Scope) -> int:
+        is_file = scope["path"].removeprefix(scope.get("root_path", "")) == "/v1/files"
+        return MAX_FORM_BYTES if is_file else gateway.max_body_bytes()
+
+    app.add_middleware(BodyLimit, max_bytes=max_bytes, advice=_ADVICE)
     paths = permissions.paths("infer")  # which generate or tokenise
     app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=paths, refused=refused)
     if tracing is not None:
@@ -82,6 +109,15 @@ def create_app(
     return app
 
 
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None = None) -> list[BaseRoute]:
+    """Make the routes of what tenants keep here, and train from it. `own`: those of the gateway, which batches may
+    ask.
+    """
+    paths = {route.path for route in own if isinstance(route, Route)}
+    of_jobs = [] if tuning is None else fine_tuning_routes(files, tuning)
+    return [*file_routes(files), *batch_routes(files, paths), *of_jobs]
+
+
 def open_gateway(
     fleet: FleetSpec,
     settings: Settings,
@@ -90,6 +126,7 @@ def open_gateway(
     exchange: QuotaExchange | None = None,
     access: Authenticator | None = None,
     tracing: Tracing | None = None,
+    jobs: RayJobServer | None = None,
 ) -> FastAPI:
     """Open a gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 
@@ -102,5 +139,9 @@ def open_gateway(
     directory = ModelResolver(bases, access.follower, kept)
     accounts = UsageMeter(settings, 1 if exchange is None else fleet.num_gateways, exchange, access.is_limited)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
-    gateway = Gateway(served, directory, gateways, accounts)
-    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)
+    refuses = settings.refuses_unknown_fields
+    gateway = Gateway(served, directory, gateways, accounts, refuses_unknown_fields=refuses)
+    files = FileStorage(settings) if settings.files else None
+    tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
+    app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)
+    return log_access(app, settings.access_log)

@@ -16,13 +16,23 @@ from typing import NamedTuple, Protocol, TypeVar
 from prometheus_client.core import Metric as Family
 
 from loray import __version__
-from loray.bases.registry import BaseModel
+from loray.bases.registry import BaseModel, read_pooling
 from loray.engine.memory.limits import max_model_len, pool_geometry, tokens_of_a_request
-from loray.errors import ContextLengthExceeded, EngineError, RequestError
+from loray.errors import ContextLengthExceeded, EngineError, ModelNotSupported, RequestError, SpecError
 from loray.schemas.openai import ChatCompletionRequest, Prompt
+from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 from loray.schemas.openai.requests import for_template
 from loray.schemas.status import AutoscalingStatus, BaseStatus, ReplicaStatus
-from loray.spec import AdapterRef, Constraint, GenerateRequest, ServeSpec, TokenDelta, ToolParserName
+from loray.spec import (
+    AdapterRef,
+    Constraint,
+    GenerateRequest,
+    PoolingParams,
+    ReasoningParserName,
+    ServeSpec,
+    TokenDelta,
+    ToolParserName,
+)
 from loray.text.chat import Dialect, Dialects
 from loray.text.grammar import GrammarChecker
 from loray.text.templates import ChatTemplates
@@ -103,18 +113,25 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, base: BaseModel, tokenizer: Tokenizer, templates: ChatTemplates, form: ToolParserName | None = None
+        self,
+        base: BaseModel,
+        tokenizer: Tokenizer,
+        templates: ChatTemplates,
+        form: ToolParserName | None = None,
+        reasoning_parser: ReasoningParserName | None = None,
     ) -> None:
-        """`form`: how the base writes tool calls; None: detected."""
+        """`form`: how the base writes tool calls; `reasoning_parser`: how it thinks. None: detected."""
         self.tokenizer = tokenizer
-        self._dialects = Dialects(base.name, templates, tokenizer, form)
+        self._dialects = Dialects(base.name, templates, tokenizer, form, reasoning_parser)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._long_texts = Places("very long texts", LONG_TEXTS)
         self._own_templates = Places("renderings of adapters' templates", OWN_TEMPLATES)
 
     @classmethod
-    def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:
-        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form)
+    def load(
+        cls, base: BaseModel, form: ToolParserName | None = None, reasoning_parser: ReasoningParserName | None = None
+    ) -> PromptEncoder:
+        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form, reasoning_parser)
 
     def close(self) -> None:
         self._long_texts.close()
@@ -146,6 +163,23 @@ class PromptEncoder:
             return ids if keep is None else [self.tokenizer.cut(i, keep) for i in ids]
 
         return await self._run(tenant, encode, sum(len(p) for p in prompts if isinstance(p, str)))
+
+    async def inputs(
+        self, inputs: Sequence[Prompt], limit: int, tenant: str, *, special: bool, keep: int | None
+    ) -> list[tuple[int, ...]]:
+        """Encode what is to be embedded. As `texts`, but `keep` takes the first tokens, and errors name the input."""
+        most = limit * self.tokenizer.max_token_characters
+        if keep is not None:
+            inputs = [given[:most] if isinstance(given, str) else given for given in inputs]
+        for i, given in enumerate(inputs):
+            if isinstance(given, str):
+                _check_characters(len(given), most, limit, f"input.{i}")
+
+        def encode() -> list[tuple[int, ...]]:
+            ids = [self.tokenizer.encode(i, special=special) if isinstance(i, str) else i for i in inputs]
+            return ids if keep is None else [self.tokenizer.head(i, keep) for i in ids]
+
+        return await self._run(tenant, encode, sum(len(i) for i in inputs if isinstance(i, str)))
 
     def echo(self, prompt: Prompt) -> str:
         """Return the text of a prompt; token ids are decoded."""
@@ -185,7 +219,7 @@ class PromptEncoder:
                 use,
                 add_generation_prompt=begins,
                 continue_final_message=request.continue_final_message,
-                variables=request.chat_template_kwargs,
+                variables=request.template_variables if dialect.thinks else request.chat_template_kwargs,
             )
 
         def encode(prompt: str) -> tuple[int, ...]:
@@ -264,8 +298,16 @@ class ServedBase:
         self.spec, self.base = spec, base
         self.prompts, self.engines = prompts, engines
         self.grammars = GrammarChecker(base)
+        self.pooling = read_pooling(base.path)
+        if spec.pooling is not None:
+            self.pooling = PoolingParams(kind=spec.pooling, normalize=self.pooling is None or self.pooling.normalize)
+        size = base.config.hidden_size
+        if max(spec.matryoshka, default=0) > size:
+            raise SpecError(f"matryoshka has {max(spec.matryoshka)}, but embeddings of {base.name} have {size} numbers")
         self.system_fingerprint = f"loray-{__version__}-{base.fingerprint[:12]}"
         is_known = spec.fixed_pool_bytes is not None  # else only its replicas know it
+        # Inputs of one request for embeddings that are with the engines: what they run, and no queue before others.
+        self.num_at_once = min(spec.max_num_seqs, spec.max_queued) * max(spec.min_replicas, 1)
         self._pool_tokens: int | None = None
         if is_known:
             geometry = pool_geometry(spec, base.config)
@@ -273,12 +315,29 @@ class ServedBase:
 
     @classmethod
     def open(cls, spec: ServeSpec, base: BaseModel, engines: EngineClient) -> ServedBase:
-        """Read the base's tokenizer and templates."""
-        return cls(spec, base, PromptEncoder.load(base, spec.tool_parser), engines)
+        """Read the base's tokenizer and templates. Raises SpecError where they are not those of the spec's parsers."""
+        return cls(spec, base, PromptEncoder.load(base, spec.tool_parser, spec.reasoning_parser), engines)
 
     @property
     def name(self) -> str:
         return self.base.name
+
+    def pooling_of(self, request: EmbeddingRequest) -> PoolingParams:
+        """Say how the embeddings of a request are made. Raises ModelNotSupported, RequestError."""
+        pooling, size, given = self.pooling, self.base.config.hidden_size, request.dimensions
+        if pooling is None:
+            raise ModelNotSupported(
+                f"{self.name} is not served for embeddings: it does not say how it pools them. Serve it with "
+                "`pooling: last` or `pooling: mean` in its spec",
+                "model",
+            )
+        if given not in (None, size, *self.spec.matryoshka):
+            known = ", ".join(map(str, sorted({*self.spec.matryoshka, size})))
+            raise RequestError(
+                f"embeddings of {self.name} are not cut to {given} numbers; ask for {known}", "dimensions"
+            )
+        is_scaled = pooling.normalize if request.normalize is None else request.normalize
+        return PoolingParams(kind=pooling.kind, dimensions=given, normalize=is_scaled)
 
     def limit(self, context_length: int) -> int:
         """Return the most prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.
@@ -292,10 +351,13 @@ class ServedBase:
         return self.limit(self.base.config.max_position_embeddings if adapter is None else adapter.context_length)
 
     def max_body_bytes(self, longest_context: int) -> int:
-        """Limit a request's body: the spec's limit, else what the longest context's prompt may take, at most 64 MiB."""
+        """Limit a request's body: the spec's limit, else what the longest context's prompt may take, or the texts that
+        are embedded together, at most 64 MiB.
+        """
         if self.spec.max_body_bytes is not None:
             return self.spec.max_body_bytes
-        return min(max(MIN_BODY_BYTES, BYTES_PER_TOKEN * self.limit(longest_context)), MAX_BODY_BYTES)
+        num_tokens = max(self.limit(longest_context), 0 if self.pooling is None else MAX_INPUT_TOKENS)
+        return min(max(MIN_BODY_BYTES, BYTES_PER_TOKEN * num_tokens), MAX_BODY_BYTES)
 
     async def healthy(self) -> bool:
         """Tell whether the base can be asked: a replica answers, or the next request starts one. Not where a replica is

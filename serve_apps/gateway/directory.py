@@ -122,6 +122,17 @@ class ModelResolver:
             ref = self._lookup(model, principal)
         return ResolvedModel(self._base_of(ref, base, principal), ref)
 
+    def known_base(self, model: str, principal: Principal) -> str | None:
+        """Name the base of a model, as far as it is known without a look at the database."""
+        base, model = self._split(model)
+        if model in self.bases:
+            return model
+        ref = None if self._snapshot is None else self._snapshot.find(model, principal)
+        try:
+            return None if ref is None else self._base_of(ref, base, principal).name
+        except BaseMismatch:
+            return None
+
     def _split(self, model: str) -> tuple[BaseModel | None, str]:
         """Split `base:name`; the base is None where there is a name alone."""
         prefix, colon, name = model.partition(":")

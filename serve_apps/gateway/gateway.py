@@ -1,47 +1,61 @@
-"""A gateway's answers: completions, chat completions and responses; its health, status and metrics."""
+"""A gateway's answers: completions, chat completions, responses and embeddings; its health, status and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi.responses import Response
 from prometheus_client.core import Metric as Family
 
 from loray.engine.memory.limits import check_length
-from loray.errors import RequestError
+from loray.errors import ContextLengthExceeded, RequestError
 from loray.policy.auth import share_of
 from loray.policy.canary import session_of
 from loray.policy.quotas import allowed_priority
 from loray.schemas.anthropic import MessageBuilder, MessagesRequest
 from loray.schemas.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
+from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest
 from loray.schemas.openai.formats import NO_EXTRAS, Extras
 from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.schemas.openai.structured import RequestedConstraint
 from loray.schemas.status import CatalogStatus, Status, total
-from loray.spec import GenerateRequest, Principal, cache_salt
+from loray.spec import BATCH_PRIORITY, GenerateRequest, Principal, SamplingParams, Thinking, TokenDelta, cache_salt
 from loray.text.chat import Dialect
 from loray.text.detokenizer import RequestText
 from serve_apps.accounting.accounts import TenantTurns, UsageMeter
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import AnswerResponse, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
-from serve_apps.gateway.answers.writers import AnswerWriter, Echo, message_writer, response_writer, writer_of
+from serve_apps.gateway.answers.writers import (
+    AnswerWriter,
+    Echo,
+    EmbeddingText,
+    WholeEmbeddings,
+    message_writer,
+    response_writer,
+    writer_of,
+)
 from serve_apps.gateway.bases import Gateways, Health, ServedBase, ServedModel
 from serve_apps.gateway.canaries import CanaryCounters, CanaryMeter
 from serve_apps.gateway.directory import ModelCards, ModelResolver, ResolvedModel
 from serve_apps.gateway.metrics import GatewayMetrics, together
 
+_NOTHING_MORE = SamplingParams(max_tokens=0)
 
-class _Asked(NamedTuple):
+Q = TypeVar("Q", GenerationRequest, EmbeddingRequest)
+
+
+class _Asked(NamedTuple, Generic[Q]):
     """A request, with its headers and its model. `meter` measures it where its alias has a canary."""
 
-    request: GenerationRequest
+    request: Q
     headers: RequestHeaders
     target: ServedModel
     meter: CanaryMeter | None
@@ -56,12 +70,15 @@ class Gateway:
         directory: ModelResolver,
         gateways: Gateways | None = None,
         accounts: UsageMeter | None = None,
+        *,
+        refuses_unknown_fields: bool = False,
     ) -> None:
         """`bases`: those of `directory`. `gateways` None: this is the only one. `accounts` None: what requests use is
-        recorded nowhere.
+        recorded nowhere. Unknown fields of bodies are ignored, unless it refuses them.
         """
         self.bases = {base.name: base for base in bases}
         self.directory, self._gateways = directory, gateways
+        self.refuses_unknown_fields = refuses_unknown_fields
         self.models = ModelCards(directory, lambda base, length: self.bases[base.name].limit(length))
         self.accounts, self.turns = accounts or UsageMeter(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
@@ -132,10 +149,49 @@ class Gateway:
         if use is not None:
             given = None if constraint is None else RequestedConstraint("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(asked, [prompt]))
-        requests, told = await self._requests(asked, [prompt], answer.id, "messages", given)
+        thinking = dialect.thinking(prompt, request.thinking_budget)
+        unused = request.thinking_fields if thinking is None else []
+        requests, told = await self._requests(asked, [prompt], answer.id, "messages", given, thinking, unused)
         writer = writer or writer_of(answer, len(requests), request)
-        texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
+        options = {"thinking": thinking, "include_reasoning": request.include_reasoning is not False}
+        options["tokens_as_ids"] = request.return_tokens_as_token_ids
+        texts = [dialect.text_of(r, use, **options) for r in requests]
         return self._answer(asked, requests, texts, writer, answer.id, told)
+
+    async def embeddings(self, request: EmbeddingRequest, headers: RequestHeaders) -> Response:
+        """Embed each input by a request of its own to the engines, as many of them at once as the replicas run."""
+        asked = await self._asked(request, headers)
+        base, limit, principal = asked.target.base, asked.target.limit, headers.principal
+        pooling = base.pooling_of(request)
+        for i, given in enumerate(request.input):
+            if not given:
+                raise RequestError(f"input {i} is empty; give at least one token, or leave it out", f"input.{i}")
+        keep = limit if request.truncate_prompt_tokens == -1 else request.truncate_prompt_tokens
+        special = request.add_special_tokens
+        prompts = await base.prompts.inputs(request.input, limit, principal.tenant, special=special, keep=keep)
+        with self.accounts.charged_if_refused(principal, sum(map(len, prompts))):
+            _check_inputs(prompts, limit, base.base.config.vocab_size)
+            priority = BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority)
+        answer_id = _new_id("embd")
+        prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
+        requests = [
+            GenerateRequest(
+                request_id=f"{prefix}-{i}",
+                prompt_ids=prompt,
+                params=_NOTHING_MORE,
+                adapter=asked.target.adapter,
+                tenant=share_of(principal, request.user),
+                priority=priority,
+                cache_salt=cache_salt(principal.tenant, None),
+                traceparent=None if headers.trace is None else headers.trace.traceparent,
+                pooling=pooling,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        texts = [EmbeddingText(r, request.encoding_format) for r in requests]
+        writer = WholeEmbeddings(request.model, len(requests))
+        places = asyncio.Semaphore(base.num_at_once)
+        return self._answer(asked, requests, texts, writer, answer_id, {}, places)
 
     async def dialect(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> Dialect:
         """Find how the model of a chat is spoken to; `tenant` is who asks."""
@@ -157,7 +213,7 @@ class Gateway:
         served = self.bases[found.base.name]
         return ServedModel(served, found.adapter, served.limit_of(found.adapter))
 
-    async def _asked(self, request: GenerationRequest, headers: RequestHeaders) -> _Asked:
+    async def _asked(self, request: Q, headers: RequestHeaders) -> _Asked[Q]:
         """Find the request's model. Nothing measures a canary while its base has no replica: the wait for one says
         nothing of a version.
         """
@@ -171,16 +227,19 @@ class Gateway:
 
     async def _requests(
         self,
-        asked: _Asked,
+        asked: _Asked[Any],
         prompts: Sequence[tuple[int, ...]],
         answer_id: str,
         param: str,
         given: RequestedConstraint | None,
+        thinking: Thinking | None = None,
+        unused: Sequence[str] = (),
     ) -> tuple[list[GenerateRequest], dict[str, str]]:
-        """Make the engine's requests, one for each choice, and the answer's headers that say what of a constraint is
-        ignored. Their ids begin with the client's, and are unique.
+        """Make the engine's requests, one for each choice, and the answer's headers that say what is ignored: of a
+        constraint, and the fields `unused`. Their ids begin with the client's, and are unique.
 
-        `given`: what the answers must match. What was tokenised for a request that is refused is charged.
+        `given`: what the answers must match; `thinking`: the thought before it. What was tokenised for a request that
+        is refused is charged.
         """
         request, headers, target, _ = asked
         principal = headers.principal
@@ -197,10 +256,11 @@ class Gateway:
                         choice=choice,
                         bad_words=bad_words,
                         structured=None if given is None else given.constraint,
+                        thinking=thinking,
                     ),
                     adapter=target.adapter,
                     tenant=share_of(principal, request.user),
-                    priority=allowed_priority(principal, request.priority),
+                    priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority),
                     ttft_slo_s=request.ttft_slo_s,
                     cache_salt=cache_salt(principal.tenant, request.cache_salt),
                     traceparent=None if headers.trace is None else headers.trace.traceparent,
@@ -208,21 +268,22 @@ class Gateway:
                 for i, prompt in enumerate(prompts)
                 for choice in range(request.n)
             ]
-        return requests, ignored_fields(ignored)
+        return requests, ignored_fields([*ignored, *unused])
 
     def _answer(
         self,
-        asked: _Asked,
+        asked: _Asked[Any],
         requests: Sequence[GenerateRequest],
         texts: Sequence[DeltaText],
         writer: AnswerWriter,
         answer_id: str,
         told: dict[str, str],
+        places: asyncio.Semaphore | None = None,
     ) -> AnswerResponse:
-        """`told`: headers that the answer has beside others."""
+        """`told`: headers that the answer has beside others. `places`: of requests that are with engines; None: all."""
         request, headers, (base, adapter, _), meter = asked
         if headers.trace is not None:
-            headers.trace.asked(request, requests, answer_id)
+            headers.trace.asked(request.model, requests, answer_id, stream=bool(writer.heartbeat))
         fit = request.requested_max_tokens is None
         account = self.accounts.open(
             headers.principal,
@@ -237,13 +298,16 @@ class Gateway:
             told[ADAPTER] = adapter.label
         if requests[0].priority or request.priority:
             told[PRIORITY] = str(requests[0].priority)
+        timeout_s = None if headers.is_batch else base.spec.request_timeout_s
         streams = [base.engines.generate(r, fit=fit) for r in requests]
+        if places is not None:
+            streams = [_in_turn(places, stream) for stream in streams]
         return AnswerResponse(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
             writer,
             request_id=headers.request_id or answer_id,
             account=account,
-            deadline=Deadline.earliest(headers.received_at, headers.timeout_s, base.spec.request_timeout_s),
+            deadline=Deadline.earliest(headers.received_at, headers.timeout_s, timeout_s),
             heartbeat_s=base.spec.sse_heartbeat_s or None,
             headers=told,
             meter=meter,
@@ -301,7 +365,38 @@ class Gateway:
         return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting, status)
 
 
-def _about(asked: _Asked, prompts: Sequence[tuple[int, ...]]) -> tuple[int, str, str, bool, Extras]:
+async def _in_turn(
+    places: asyncio.Semaphore, stream: AsyncGenerator[TokenDelta, None]
+) -> AsyncGenerator[TokenDelta, None]:
+    await places.acquire()
+    async with aclosing(stream):
+        async for delta in stream:
+            if delta.finish_reason is not None:  # after a failure, which ends the others, none of them begins
+                places.release()
+            yield delta
+
+
+def _check_inputs(prompts: Sequence[tuple[int, ...]], limit: int, vocab_size: int) -> None:
+    """Raise ContextLengthExceeded or RequestError for an input that could not be embedded, or too much of them."""
+    for i, ids in enumerate(prompts):
+        param = f"input.{i}"
+        if not ids:
+            raise RequestError(f"input {i} has no tokens; give at least one", param)
+        if len(ids) > limit:
+            raise ContextLengthExceeded(
+                f"this model's maximum context length is {limit} tokens, but input {i} has {len(ids)}; shorten it, or "
+                "have it cut with truncate_prompt_tokens",
+                param,
+            )
+        if max(ids) >= vocab_size:
+            raise RequestError(f"input {i}: a token id is outside the vocabulary of {vocab_size}", param)
+    if (total := sum(map(len, prompts))) > MAX_INPUT_TOKENS:
+        raise RequestError(
+            f"the inputs have {total:,} tokens; at most {MAX_INPUT_TOKENS:,} are embedded in one request", "input"
+        )
+
+
+def _about(asked: _Asked[GenerationRequest], prompts: Sequence[tuple[int, ...]]) -> tuple[int, str, str, bool, Extras]:
     """Each format begins with these, after the id."""
     request, fingerprint = asked.request, asked.target.base.system_fingerprint
     return int(time.time()), request.model, fingerprint, request.include_usage, _extras(request, prompts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter
@@ -10,12 +10,14 @@ from prometheus_client.core import Metric as Family
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.policy.canary import Bound
+from loray.schemas.openai.fields import OTHER
 from loray.telemetry import METRICS
 from serve_apps.accounting.usage import UsageStatus
 from serve_apps.exposition import Labels, counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.http import CLIENT_LEFT
 
+_MOST_NAMES = 100  # of ignored fields, with series of their own
 Answers = Sequence[list[Family] | None]  # of each process that was asked; None: it did not answer in time
 
 
@@ -25,13 +27,14 @@ class GatewayMetrics:
     def __init__(self, name: str) -> None:
         self._name = name
         self._registry = CollectorRegistry()
-        names = ("http_requests", "requests", "canary_requests", "canary_rollbacks")
-        self._answered, self._ended, self._canary_requests, self._canary_rollbacks = (
+        names = ("http_requests", "requests", "canary_requests", "canary_rollbacks", "ignored_fields")
+        self._answered, self._ended, self._canary_requests, self._canary_rollbacks, self._ignored = (
             Counter(m.name, m.help, m.labels, registry=self._registry)
             for m in (METRICS[f"{what}_total"] for what in names)
         )
         for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
             self._canary_rollbacks.labels(bound)
+        self._ignored_names: set[str] = set()
         self.num_in_flight = 0
         self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway knows
 
@@ -39,6 +42,13 @@ class GatewayMetrics:
         """Count a request that has ended. `is_broken`: its answer had begun with this status, and failed."""
         self._answered.labels(route, str(code)).inc()
         self._ended.labels(route, "broken" if is_broken else _outcome(code)).inc()
+
+    def ignored(self, names: Iterable[str]) -> None:
+        """Count unknown fields of a body. The first _MOST_NAMES are told apart."""
+        for name in names:
+            if len(self._ignored_names) < _MOST_NAMES:
+                self._ignored_names.add(name)
+            self._ignored.labels(name if name in self._ignored_names else OTHER).inc()
 
     def canary_request(self, version: str, outcome: str) -> None:
         self._canary_requests.labels(version, outcome).inc()

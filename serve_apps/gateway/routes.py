@@ -6,7 +6,7 @@ load and unload an adapter say whether the name can be requested, and change not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -20,7 +20,7 @@ from pydantic.json_schema import JsonSchemaMode
 from starlette.routing import BaseRoute
 
 from loray import __version__
-from loray.errors import RequestError, shown
+from loray.errors import RequestError, ResponseNotFound, shown
 from loray.policy.auth import check
 from loray.schemas.anthropic import (
     CountTokensRequest,
@@ -40,8 +40,9 @@ from loray.schemas.openai import (
     ModelList,
     parse,
 )
-from loray.schemas.openai.fields import Body
-from loray.schemas.openai.responses_api import ResponsesRequest, chat_request
+from loray.schemas.openai.embeddings import EmbeddingList, EmbeddingRequest
+from loray.schemas.openai.fields import Body, UnknownFields, reading
+from loray.schemas.openai.responses_api import NOT_STORED, ResponsesRequest, chat_request
 from loray.schemas.openai.vllm import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -54,7 +55,7 @@ from loray.schemas.status import Status
 from serve_apps.auth import Permissions, describe_keys, may, principal_of
 from serve_apps.deployment import CATALOG_PREFIX
 from serve_apps.gateway import anthropic
-from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.answers.headers import RequestHeaders, is_strict, tell_ignored
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.http import extend_openapi, parse_json, read, schema_reference
 
@@ -64,10 +65,12 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Callable[..., object])
 
 _ANSWERS = "loray_answers"
+_IGNORED = "ignored_fields"  # of a request's state
 _ANTHROPIC_PAGE = 20  # models, unless its clients ask for another number
 _TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
-_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+JSON, BINARY = "application/json", "application/octet-stream"
+_JSON, _TEXT, _EVENTS = JSON, "text/plain", "text/event-stream"
 _WITH_KEY = (401, 403, 500, 503)
 _ABOUT_MODEL = (400, 404, *_WITH_KEY)
 _WITH_BODY = (408, 413, *_ABOUT_MODEL)
@@ -76,6 +79,8 @@ _GENERATES = (501, 504, *_TOKENIZES)
 _COUNTS = (402, 529, *(status for status in _TOKENIZES if status != 503))  # in Anthropic's form
 _WRITES = (501, 504, *_COUNTS)
 _HEALTH = (500, 503)
+ABOUT_OWN = (429, *_ABOUT_MODEL)  # what a tenant keeps here
+WITH_FORM = (429, *_WITH_BODY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +89,14 @@ class Answers:
 
     errors   the statuses of refusals and failures
     content  media type → its model; None: text, or an object without a model of ours
-    body     the model of the request's body
+    body     the model of the request's body, or one of several
     limited  whether limits of keys apply, which headers tell
     error    the model of errors
     """
 
     errors: tuple[int, ...]
     content: Mapping[str, type[BaseModel] | None]
-    body: type[Body] | None = None
+    body: type[Body] | tuple[type[Body], ...] = ()
     limited: bool = False
     error: type[BaseModel] = ErrorBody
 
@@ -102,7 +107,7 @@ class Answers:
 
 def create_routes(gateway: Gateway) -> list[BaseRoute]:
     """Make the routes of one gateway."""
-    router = APIRouter()
+    router = APIRouter(route_class=_Route)
 
     async def parsed(request: Request, convert: Callable[[object], T]) -> T:
         try:
@@ -157,6 +162,49 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         gateway.accounts.charge(principal, _TOKENIZING * num_tokens)
         return Response(TokenCount(input_tokens=num_tokens).to_json(), media_type=_JSON)
 
+    @router.post("/v1/embeddings")
+    @may("infer")
+    @Answers(_GENERATES, {_JSON: EmbeddingList}, EmbeddingRequest, limited=True)
+    async def embeddings(request: Request) -> Response:
+        """OpenAI's embeddings of texts or token ids, with vLLM's further fields, for bases that pool."""
+        headers = RequestHeaders.of(request)
+        return await gateway.embeddings(await parsed(request, partial(parse, EmbeddingRequest)), headers)
+
+    @router.get("/v1/responses/{id}")
+    @router.delete("/v1/responses/{id}")
+    @router.post("/v1/responses/{id}/cancel")
+    @router.get("/v1/responses/{id}/input_items")
+    @may("infer")
+    @Answers((404, *_WITH_KEY), {_JSON: None})
+    async def stored_response(id: str) -> Response:
+        """Always 404: no response is stored."""
+        raise ResponseNotFound(f"there is no response {shown(id)}: {NOT_STORED}")
+
+    @router.post("/invocations")
+    @may("infer")
+    @Answers(
+        _GENERATES,
+        {_JSON: None, _EVENTS: None},
+        (ChatCompletionRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest),
+        limited=True,
+    )
+    async def invocations(request: Request) -> Response:
+        """SageMaker's one path for all: `messages` are a chat completion, `prompt` a completion, `input`
+        embeddings of a base that pools, else a response.
+        """
+        forms = {"messages": chat_completions, "prompt": completions, "input": responses}
+        given = await _converted_body(request, lambda body: [name for name in forms if _has(body, name)])
+        if len(given) != 1:
+            raise RequestError(
+                "give one of messages (a chat), prompt (a completion) and input (a response or embeddings)", "messages"
+            )
+        if given == ["input"]:
+            name = await _converted_body(request, lambda body: body.get("model") if isinstance(body, dict) else None)
+            target = await gateway.model(name if isinstance(name, str) else None, principal_of(request))
+            if target.base.pooling is not None:
+                return await embeddings(request)
+        return await forms[given[0]](request)
+
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
         body = parse(TokenizeRequest, given)
         model = body.model or next(iter(gateway.bases))
@@ -188,7 +236,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_TOKENIZES, {_JSON: DetokenizeResponse}, DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
-        body = await _body(request, DetokenizeRequest)
+        body = await parsed_body(request, DetokenizeRequest)
         principal = principal_of(request)
         target = await gateway.model(body.model, principal)
         answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
@@ -207,7 +255,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_WITH_BODY, {_TEXT: None}, LoadLoraRequest)
     async def load_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
-        body = await _body(request, LoadLoraRequest)
+        body = await parsed_body(request, LoadLoraRequest)
         if body.lora_path not in (None, "", body.lora_name):
             raise RequestError(
                 f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
@@ -222,7 +270,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     @Answers(_WITH_BODY, {_TEXT: None}, UnloadLoraRequest)
     async def unload_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
-        body = await _body(request, UnloadLoraRequest)
+        body = await parsed_body(request, UnloadLoraRequest)
         await check_own(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
 
@@ -297,22 +345,50 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
     return router.routes
 
 
-async def _body(request: Request, schema: type[B]) -> B:
+class _Route(APIRoute):
+    """A route whose answer names the fields of its body that were ignored."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            response = await handle(request)
+            if (ignored := getattr(request.state, _IGNORED, None)) is not None:
+                tell_ignored(response.headers, ignored)
+            return response
+
+        return answer
+
+
+async def parsed_body(request: Request, schema: type[B]) -> B:
     """Return the body of a request. Raises RequestError."""
     return await _converted_body(request, partial(parse, schema))
 
 
 async def _converted_body(request: Request, convert: Callable[[object], T]) -> T:
-    """Return what `convert` makes of the decoded JSON, in a thread if the body is long."""
-    return await read(request, partial(_convert, convert))
+    """Return what `convert` makes of the decoded JSON, in a thread if the body is long. Unknown fields are ignored,
+    unless the request or the deployment has them refused.
+    """
+    gateway: Gateway = request.app.state.gateway
+    unknown = UnknownFields(refuse=gateway.refuses_unknown_fields or is_strict(request.headers))
+    converted = await read(request, partial(_convert, convert, unknown))
+    if unknown.ignored:
+        setattr(request.state, _IGNORED, unknown.ignored)
+        gateway.counted.ignored(unknown.ignored)
+    return converted
 
 
-def _convert(convert: Callable[[object], T], raw: bytes) -> T:
+def _convert(convert: Callable[[object], T], unknown: UnknownFields, raw: bytes) -> T:
     try:
         body = parse_json(raw)
     except ValueError as e:
         raise RequestError(f"the request body is not valid JSON: {e}") from e
-    return convert(body)
+    with reading(unknown):
+        return convert(body)
+
+
+def _has(body: object, field: str) -> bool:
+    return isinstance(body, dict) and body.get(field) is not None
 
 
 def _with_chat(schema: type[M], body: object) -> tuple[M, ChatCompletionRequest]:
@@ -336,7 +412,8 @@ _RETRY = {
     "Retry-After": "seconds until it is worth while to ask again",
     "Retry-After-Ms": "the same in milliseconds",
 }
-_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY, 503: _RETRY}
+_NO_RETRY = {"x-should-retry": "`false` where the same request is refused for long, as by a budget that is used up"}
+_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY | _NO_RETRY, 503: _RETRY}
 _OF_LIMITS = {
     f"x-ratelimit-{what}-{kind}": f"{meaning} of {kind}, where the key or its tenant has one"
     for kind in ("requests", "tokens")
@@ -347,26 +424,35 @@ _OF_LIMITS = {
 def describe(app: FastAPI, permissions: Permissions) -> None:
     """Give each operation its answers and the schema of its body, and say whether it needs a key."""
     shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    answers: dict[str, Answers] = {route.path_format: getattr(route.endpoint, _ANSWERS) for route in shown}
-    bodies = {path: about.body for path, about in answers.items() if about.body is not None}
+    answers: dict[tuple[str, str], Answers] = {
+        (route.path_format, method.lower()): getattr(route.endpoint, _ANSWERS)
+        for route in shown
+        for method in route.methods or ()
+    }
+    bodies = {at: about.body if isinstance(about.body, tuple) else (about.body,) for at, about in answers.items()}
     models: set[type[BaseModel]] = {about.error for about in answers.values()}
     for about in answers.values():
         models.update(model for model in about.content.values() if model is not None)
 
     def edit(document: dict[str, Any]) -> None:
         for path, operations in document["paths"].items():
-            for operation in operations.values():
-                operation["responses"] = _responses(answers[path])
-        for path, body in bodies.items():
-            document["paths"][path]["post"]["requestBody"] = {
-                "required": True,
-                "content": {_JSON: {"schema": schema_reference(body.__name__)}},
-            }
+            for method, operation in operations.items():
+                operation["responses"] = _responses(answers[path, method])
+        for (path, method), of_path in bodies.items():
+            forms = [schema_reference(body.__name__) for body in of_path]
+            if forms:
+                schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+                document["paths"][path][method]["requestBody"] = {
+                    "required": True,
+                    "content": {_JSON: {"schema": schema}},
+                }
         for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's form of errors
             document["components"]["schemas"].pop(unused, None)
         describe_keys(document, permissions)
 
-    schemas: list[tuple[type[BaseModel], JsonSchemaMode]] = [(body, "validation") for body in bodies.values()]
+    schemas: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (body, "validation") for body in dict.fromkeys(body for of_path in bodies.values() for body in of_path)
+    ]
     schemas += [(m, "serialization") for m in sorted(models, key=lambda model: model.__name__)]
     extend_openapi(app, schemas, edit)
 

@@ -178,11 +178,10 @@ def create_site(
 ) -> Site:
     """Make the application of this home's catalog and store."""
     access = open_auth(settings, spec.host)
-    services = Services(
-        settings, LocalJobServer(settings), engines, GatewayClient(ServingAddress(spec.host, spec.port).url)
-    )
-    api = log_access(create_api(services, access), settings.access_log)
-    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
+    jobs = LocalJobServer(settings)
+    services = Services(settings, jobs, engines, GatewayClient(ServingAddress(spec.host, spec.port).url))
+    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing, jobs=jobs)
+    api = log_access(create_api(services, access, gateway.state.lines), settings.access_log)
     return Site(gateway, api, services.streams.end)
 
 

@@ -190,6 +190,7 @@ def test_experts_have_one_name_in_all_families(name: str, plain: str) -> None:
         ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported in Gemma3ForCausalLM"),
         ("Gemma3", {"use_bidirectional_attention": True}, "with use_bidirectional_attention are not supported"),
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "with attn_logit_softcapping are not supported"),
+        ("Qwen2", {"is_causal": False}, "tokens attend to those after them"),
     ],
 )
 def test_why_a_familys_checkpoint_is_refused(family: str, fields: dict[str, Any], why: str) -> None:

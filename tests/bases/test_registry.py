@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprint, read_tensors
 from loray.bases.config import ARCHITECTURES
-from loray.bases.registry import BaseModel, add_base, get_base, list_bases, read_config, verify_base
+from loray.bases.registry import BaseModel, add_base, get_base, list_bases, read_config, read_pooling, verify_base
+from loray.bases.rounding import add_rounded
 from loray.bases.weights import unfused
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, SpecError, UnsupportedError
+from loray.spec import PoolingParams
 from tests.fixtures.tiny import write_checkpoint
 
 TinyBase = Callable[..., BaseModel]
@@ -70,6 +72,40 @@ def test_only_data_is_taken_over(checkpoint: Path, home: Path) -> None:
     names = {p.name for p in base.path.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "loray-base.json"} <= names
     assert not {"pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"} & names
+
+
+POOLINGS: list[tuple[list[str], dict[str, object], PoolingParams | None]] = [
+    (["Transformer", "Pooling", "Normalize"], {"pooling_mode_lasttoken": True}, PoolingParams(kind="last")),
+    (["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True}, PoolingParams(kind="mean", normalize=False)),
+    (["Transformer", "Pooling"], {"pooling_mode": "lasttoken"}, PoolingParams(kind="last", normalize=False)),
+    (["Transformer", "Pooling"], {"pooling_mode_cls_token": True}, None),
+    (["Transformer", "Pooling"], {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": True}, None),
+    (["Transformer", "Pooling", "Dense"], {"pooling_mode_lasttoken": True}, None),
+]
+
+
+@pytest.mark.parametrize(("types", "pooling", "expected"), POOLINGS)
+def test_pooling_is_what_sentence_transformers_files_say(
+    checkpoint: Path, home: Path, types: list[str], pooling: dict[str, object], expected: PoolingParams | None
+) -> None:
+    modules = [{"idx": i, "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(types)]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    (checkpoint / "1_Pooling").mkdir()
+    given = {"word_embedding_dimension": 64, "pooling_mode_max_tokens": False, "include_prompt": True} | pooling
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(given))
+    base = add_base(str(checkpoint), home=home)
+    assert read_pooling(base.path) == expected
+    assert read_config(base.path) == base.config
+    rounded = add_rounded(base, "int8", home=home)
+    assert read_pooling(rounded.path) == expected
+
+
+def test_pooling_that_cannot_be_read_is_none(checkpoint: Path) -> None:
+    assert read_pooling(checkpoint) is None
+    (checkpoint / "modules.json").write_text("{}")
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text("[]")
+    assert read_pooling(checkpoint) is None
 
 
 def test_fingerprint_is_of_the_content(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.client import Endpoint, Received, Request
 from benchmarks.report import Report, Verdict, main, quantile, renewed
-from benchmarks.serving import cold_start, conversations, host, invocations, speculation
+from benchmarks.serving import batches, cold_start, conversations, host, invocations, speculation
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
@@ -87,6 +87,15 @@ def test_conversations_find_what_was_said(base: BaseModel) -> None:
     share = on[names.index("÷ without bound")]
     assert isinstance(share, float)
     assert 0.9 <= share <= 1
+
+
+@pytest.mark.slow
+def test_a_batch_beside_streams(base: BaseModel) -> None:
+    small = ["--lines", "40", "--adapters", "3", "--streams", "2", "--seconds", "3", "--rounds", "1"]
+    report = batches.main([*small, "--model", base.name])
+    assert [row[0] for row in report.rows] == ["none", "in progress"]
+    assert all(isinstance(figure, int | float) and figure > 0 for row in report.rows for figure in row[1:6])
+    assert float(report.more["alone_lines_per_s"]) > 0
 
 
 def test_guesses_change_no_answer(base: BaseModel, tmp_path: Path) -> None:

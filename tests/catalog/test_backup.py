@@ -141,7 +141,9 @@ def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch:
     filled.backup.write(tmp_path / "backup")
     assert "concurrent" not in (tmp_path / "backup").read_text()
     monkeypatch.undo()
-    num_tables = len(metadata.sorted_tables) - 5  # without claims, clusters, logins, and owners and levels of quotas
+    num_tables = (
+        len(metadata.sorted_tables) - 6
+    )  # without claims, clusters, leases, logins, owners and levels of quotas
     assert len(rows_of(filled)["versions"]) == len(before["versions"]) + num_tables
 
 

@@ -32,6 +32,7 @@ class Server:
         self.asked: list[dict[str, Any]] = []
         self.looks = 0
         self.refuses_metrics = False
+        self.thought = ""  # before each answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
@@ -58,7 +59,8 @@ class Server:
         if said.endswith("fail"):
             error = ErrorBody(error=Error(message="it broke", type="server_error")).to_json()
             return httpx.Response(500, text=error)
-        chunks = [made.opening(0), *(made.chunk(0, delta(word, None)) for word in said.split(" "))]
+        thought = [delta()._replace(reasoning=self.thought)] if self.thought else []
+        chunks = [made.opening(0), *(made.chunk(0, d) for d in (*thought, *(delta(w, None) for w in said.split(" "))))]
         chunks += [made.chunk(0, delta("", None, "stop")), made.usage_chunk(Usage.of(3, 5))]
         events = [chunk.to_json() for chunk in chunks]
         text = "".join(f"data: {data}\n\n" for data in (*events, "[DONE]"))
@@ -119,6 +121,23 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Say:
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
 
     return put
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_thoughts_are_seen_on_a_terminal_alone(
+    server: Server, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    server.thought = "hm"
+    stdout = io.StringIO()
+    stdout.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", stdout)
+    talk = Talk(LorayClient("http://test", transport=httpx.MockTransport(server)), ["tone"], None, {})
+    answer, shown = ChatAnswer("tone"), list[str]()
+    talk.answer("one", answer, shown.append)
+    dimmed = ["\x1b[2mhm\x1b[0m", "\n\ntone"] if is_terminal else ["tone"]
+    assert shown == [*dimmed, "hears", "one"]
+    assert answer.text == "tonehearsone"
+    assert talk.messages["tone"][-1] == {"role": "assistant", "content": "tonehearsone"}
 
 
 def test_turns_reset_and_system(loray: Loray, server: Server, say: Say) -> None:

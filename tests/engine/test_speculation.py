@@ -115,10 +115,10 @@ def test_random_requests_are_answered_as_without_guesses(
     empty(tight)
 
 
-def check_random_requests(base: BaseModel, *, seed: int, **options: Any) -> None:
+def check_random_requests(base: BaseModel, *, seed: int, kv_cache_dtype: str = "auto", **options: Any) -> None:
     requests = random_requests(random.Random(seed), [None], 16)
-    expected = results(make_engine(base), requests)
-    engine = make_engine(base, max_num_seqs=6, **options)
+    expected = results(make_engine(base, kv_cache_dtype=kv_cache_dtype), requests)
+    engine = make_engine(base, max_num_seqs=6, kv_cache_dtype=kv_cache_dtype, **options)
     Told(engine, answers_of(expected))
     assert results(engine, requests) == expected
     assert engine.stats().num_accepted_tokens > 0
@@ -142,6 +142,10 @@ def test_bases_of_every_family_answer_as_without_guesses(tiny_base: Callable[...
     architecture, config = FAMILIES[family]
     base = tiny_base(architecture, **config)
     check_random_requests(base, seed=1, pool_bytes=40 * BLOCK_BYTES)
+
+
+def test_keys_and_values_in_int8_answer_as_without_guesses(base: BaseModel) -> None:
+    check_random_requests(base, seed=3, pool_bytes=24 * BLOCK_BYTES, kv_cache_dtype="int8")
 
 
 FORMS: dict[str, tuple[dict[str, Any], Callable[..., q.Made]]] = {

@@ -68,7 +68,7 @@ def versions() -> str:
 
 def _gateway() -> str:
     """The gateway's OpenAPI document."""
-    return as_json(gateway_app(Mock(), Mock()).openapi())
+    return as_json(gateway_app(Mock(), Mock(), files=Mock(), tuning=Mock()).openapi())
 
 
 def _catalog_api() -> str:

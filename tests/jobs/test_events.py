@@ -18,6 +18,7 @@ from tests.fixtures.events import EVAL, FIGURES, PUBLISHED, SAMPLES, START, step
 def test_events_are_encoded_and_decoded(tmp_path: Path) -> None:
     assert decode(encode(step(1))) == step(1)
     assert json.loads(encode(step(1, float("nan"))))["loss"] is None
+    assert decode(encode(step(1), 1.23456)) == {**step(1), "time": 1.235}
     for line in ("", "hello", '{"event"', '{"other": 1}', "(pid=1) {}"):
         assert decode(line) is None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loray_kernels import AdapterSegments, AttentionMeta, BackendUnavailable, KvLayout, Ops, StepInputs, backend
 from loray_kernels.cpu.build import ISA_FLAGS, supported
 from loray_kernels.cpu.ops import CpuOps
+from loray_kernels.reference import quantize_rows
 from tests.kernels import emulated
 
 EMULATED = pytest.param(f"cpu {emulated.ISA}", marks=pytest.mark.slow)
@@ -41,6 +42,14 @@ def store(
     cos_Td = k_TKd.new_ones(k_TKd.shape[0], k_TKd.shape[2])
     step = StepInputs(pool, layout, meta, AdapterSegments((), ()), cos_Td, torch.zeros_like(cos_Td))
     ops.rope_kv(k_TKd, k_TKd, v_TKd, step, layer)
+
+
+def as_stored(x_TKd: Tensor, layout: KvLayout) -> Tensor:
+    """What a pool gives back of keys or values, in fp64."""
+    if not layout.int8_per_element:
+        return x_TKd.double()
+    q, scale = quantize_rows(x_TKd.flatten(0, 1))
+    return (q.double() * scale.double()).view(x_TKd.shape)
 
 
 def turned(ops: Ops, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:

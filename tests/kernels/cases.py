@@ -22,9 +22,10 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
     VeraTable,
 )
-from tests.kernels.backends import store, turned
+from tests.kernels.backends import as_stored, store, turned
 
 POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -179,8 +180,10 @@ def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("window", "soft_cap", "has_sinks"), [(None, None, False), (5, None, False), (7, 0.5, False), (5, None, True)]
 )
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_paged_attention(
     ops: Ops,
+    is_int8: bool,
     window: int | None,
     soft_cap: float | None,
     has_sinks: bool,
@@ -189,7 +192,7 @@ def test_paged_attention(
 ) -> None:
     """Decode, whole prompts and chunks in the middle of one, over shuffled blocks."""
     num_heads, num_kv = heads
-    layout = KvLayout(num_layers=2, block_tokens=4, num_kv_heads=num_kv, head_dim=16)
+    layout = KvLayout(2, 4, num_kv, 16, int8_per_element=dtype.itemsize if is_int8 else 0)
     generator = torch.Generator().manual_seed(5)
     sequences = [(1, 13), (7, 7), (5, 16), (1, 1)]  # (queries, context)
     pool = torch.randn(40 * 2 * layout.layer_share, generator=generator).to(dtype)
@@ -214,7 +217,8 @@ def test_paged_attention(
         keys.append(k[past:])
         values.append(v[past:])
         repeat = num_heads // num_kv
-        scores = torch.einsum("qhd,chd->hqc", q.double(), k.double().repeat_interleave(repeat, 1)) * 0.25
+        k, v = as_stored(k, layout), as_stored(v, layout)
+        scores = torch.einsum("qhd,chd->hqc", q.double(), k.repeat_interleave(repeat, 1)) * 0.25
         if soft_cap is not None:
             scores = soft_cap * (scores / soft_cap).tanh()
         behind = torch.arange(past, context)[:, None] - torch.arange(context)[None]
@@ -224,12 +228,35 @@ def test_paged_attention(
             sinks_HQ1 = sinks_H.double()[:, None, None].expand(-1, num_queries, 1)
             scores = torch.cat([scores, sinks_HQ1], dim=-1)
         weights = scores.softmax(-1)[..., :context]
-        expected.append(torch.einsum("hqc,chd->qhd", weights, v.double().repeat_interleave(repeat, 1)))
+        expected.append(torch.einsum("hqc,chd->qhd", weights, v.repeat_interleave(repeat, 1)))
     starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
     meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
     store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
-    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25, window, soft_cap, sinks_H)
+    got_THd = ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, Scoring(0.25, window, soft_cap, sinks_H))
     close(got_THd, torch.cat(expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_are_rounded_as_rows(ops: Ops, dtype: torch.dtype) -> None:
+    """Zeros, what is no number and infinities too. A token that attends to itself alone has its value; the rest of its
+    block is not written.
+    """
+    layout = KvLayout(1, 4, 2, 16, int8_per_element=dtype.itemsize)
+    generator = torch.Generator().manual_seed(7)
+    k_TKd, v_TKd = (torch.randn(6, 2, 16, generator=generator).to(dtype) for _ in range(2))
+    v_TKd[1], v_TKd[2, 0, 3], v_TKd[3, 1, 5], v_TKd[4] = 0, torch.nan, torch.inf, v_TKd[4] * 1e-3
+    pool = torch.full((6 * layout.layer_share,), torch.nan, dtype=dtype)
+    tables = tuple(torch.tensor([block]) for block in range(6))
+    meta = AttentionMeta(tuple(range(7)), (1,) * 6, tables, 4 * torch.arange(6))
+    store(ops, pool, layout, 0, k_TKd, v_TKd, meta)
+    got_THd = ops.paged_attention(v_TKd.nan_to_num(0, 0, 0), pool, layout, 0, meta, 0.25)
+    expected_TKd = as_stored(v_TKd, layout)
+    for t in range(6):
+        for head in range(2):
+            if v_TKd[t, head].isfinite().all():
+                close(got_THd[t, head], expected_TKd[t, head], dtype)
+            else:
+                assert bool(got_THd[t, head].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

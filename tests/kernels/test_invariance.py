@@ -21,11 +21,12 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
     VeraTable,
 )
 from loray_kernels.cpu.ops import CpuOps
 from tests.kernels import emulated
-from tests.kernels.backends import NATIVE, make_ops, store, turned
+from tests.kernels.backends import NATIVE, as_stored, make_ops, store, turned
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTH = 100  # no multiple of any vector's width
@@ -161,8 +162,10 @@ class Sequence:
     window: int | None = None
     soft_cap: float | None = None
 
-    def __init__(self, ops: Ops, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, length: int) -> None:
-        self.layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=heads[1], head_dim=head_dim)
+    def __init__(
+        self, ops: Ops, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, length: int, *, is_int8: bool = False
+    ) -> None:
+        self.layout = KvLayout(2, 16, heads[1], head_dim, int8_per_element=dtype.itemsize if is_int8 else 0)
         num_blocks = -(-length // 16)
         self.pool = randn(dtype, 6, (num_blocks + 3) * 2 * self.layout.layer_share)
         order = list(range(num_blocks + 3))
@@ -184,10 +187,10 @@ class Sequence:
     def attend(self, ops: Ops, *chunks: tuple[int, int]) -> Tensor:
         q_THd = torch.cat([self.q_THd[a:b] for a, b in chunks])
         kind = self.window, self.soft_cap
-        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), 0.2, *kind)
+        return ops.paged_attention(q_THd, self.pool, self.layout, 1, self.meta(*chunks), Scoring(0.2, *kind))
 
     def expected(self, first: int, stop: int) -> Tensor:
-        k, v = self.k.double().transpose(0, 1), self.v.double().transpose(0, 1)
+        k, v = (as_stored(x, self.layout).transpose(0, 1) for x in (self.k, self.v))
         repeat = self.q_THd.shape[1] // k.shape[0]
         scores = self.q_THd[first:stop].double().transpose(0, 1) @ k.repeat_interleave(repeat, 0).transpose(1, 2) * 0.2
         behind = torch.arange(first, stop)[:, None] - torch.arange(k.shape[1])
@@ -200,22 +203,24 @@ class Sequence:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 4), 80), ((5, 1), 64), ((8, 1), 128), ((2, 1), 48)])
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_attention_over_a_long_context_in_any_chunks(
-    ops: Ops, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+    ops: Ops, is_int8: bool, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:
     """A query's result is the same in a prompt, in a chunk of one, decoded alone, and decoded in a batch."""
     if isinstance(ops, CpuOps) and ops.isa == emulated.ISA and heads != (4, 4):
         pytest.skip("one shape takes half a minute where it is emulated")
-    _check_any_chunks(ops, Sequence(ops, dtype, heads, head_dim, length := 1200), length, dtype)
+    _check_any_chunks(ops, Sequence(ops, dtype, heads, head_dim, length := 1200, is_int8=is_int8), length, dtype)
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "soft_cap"), [(100, None), (1, None), (700, 2.0), (None, 2.0)])
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_attention_with_a_window_or_a_soft_cap_in_any_chunks(
-    ops: Ops, window: int | None, soft_cap: float | None, dtype: torch.dtype
+    ops: Ops, is_int8: bool, window: int | None, soft_cap: float | None, dtype: torch.dtype
 ) -> None:
-    sequence = Sequence(ops, dtype, (4, 2), 64, length := 1200)
+    sequence = Sequence(ops, dtype, (4, 2), 64, length := 1200, is_int8=is_int8)
     sequence.window, sequence.soft_cap = window, soft_cap
     _check_any_chunks(ops, sequence, length, dtype)
     if window is not None:  # blocks behind it are others' by now, and hold what is no number
@@ -229,9 +234,10 @@ def test_attention_with_a_window_or_a_soft_cap_in_any_chunks(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_with_a_window_in_a_block_that_is_not_full(ops: Ops, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_attention_with_a_window_in_a_block_that_is_not_full(ops: Ops, is_int8: bool, dtype: torch.dtype) -> None:
     """What is not written yet may be no number, and is not read in place of blocks behind the window."""
-    sequence = Sequence(ops, dtype, (4, 2), 64, length := 49)
+    sequence = Sequence(ops, dtype, (4, 2), 64, length := 49, is_int8=is_int8)
     sequence.pool.fill_(torch.nan)
     store(ops, sequence.pool, sequence.layout, 1, sequence.k, sequence.v, sequence.meta((0, length)))
     sequence.window = 1

@@ -19,6 +19,8 @@ TABLE: dict[Action, str] = {
     "open": "infer publish promote train tenant_admin act_for",
     "identify": "infer publish promote train tenant_admin act_for",
     "infer": "infer",
+    "batch": "infer",
+    "files": "infer train",
     "read": "infer publish promote train",
     "download": "publish promote train",
     "publish": "publish",

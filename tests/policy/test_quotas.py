@@ -44,6 +44,7 @@ def test_requests_a_minute() -> None:
         gate.admit(who, 1, 0.0)
     assert told.value.retry_after_s == pytest.approx(20)
     assert told.value.headers == {
+        "x-loray-limit": "requests",
         "x-ratelimit-limit-requests": "3",
         "x-ratelimit-remaining-requests": "0",
         "x-ratelimit-reset-requests": "1m0s",
@@ -145,7 +146,7 @@ def test_a_budget_begins_anew_with_its_period() -> None:
     with pytest.raises(RateLimited, match="100 tokens in 1d of the key k1, of which 60 were asked and 40 are") as full:
         gate.admit(who, 60, DAY - 10)
     assert full.value.retry_after_s == pytest.approx(10)
-    assert not full.value.headers
+    assert full.value.headers == {"x-loray-limit": "budget", "x-should-retry": "false"}
     assert admitted(gate, who, DAY, 100)
     late.settle(0, DAY)  # of yesterday
     assert admitted(gate, who, DAY, 1) is None

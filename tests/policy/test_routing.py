@@ -392,14 +392,14 @@ def test_who_holds_a_long_prefix_goes_before_who_holds_the_adapter_within_the_bo
     by_name = {r.id: r for r in among}
     by_name[order[1]] = replace(by_name[order[1]], in_pool=frozenset(ADAPTERS[:1]))
     by_name[order[2]] = replace(by_name[order[2]], prefixes=frozenset(NAMES[:4]))
-    by_name[order[3]] = replace(by_name[order[3]], prefixes=frozenset(NAMES[3:6]))
+    by_name[order[3]] = replace(by_name[order[3]], prefixes=frozenset(NAMES[:6]))
 
     def ranked(prefix: Sequence[str], adapter: str | None = ADAPTERS[0]) -> list[Candidate]:
         return Routing(POLICY).rank([*by_name.values()], adapter, now=0.0, prefix=prefix)
 
-    assert [c.replica for c in ranked(NAMES[:3])] == [order[i] for i in (1, 2, 0, 3)]  # too short to outweigh
+    assert [c.replica for c in ranked(NAMES[:3])] == [order[i] for i in (1, 2, 3, 0)]  # too short to outweigh
     assert ranked(NAMES[:4])[:3] == [(order[2], "prefix"), (order[3], "prefix"), (order[1], "pool")]
-    assert ranked(NAMES[:8])[:2] == [(order[3], "prefix"), (order[2], "prefix")]  # who holds the sixth holds the first
+    assert ranked(NAMES[:8])[:2] == [(order[3], "prefix"), (order[2], "prefix")]
     assert ranked(NAMES[:8], None)[:2] == [(order[3], "prefix"), (order[2], "prefix")]
     assert {c.reason for c in ranked(NAMES[:8], None)[2:]} == {"base"}
     for crowded in (replace(by_name[order[3]], load=90), replace(by_name[order[3]], unanswered=5000)):
@@ -420,6 +420,34 @@ def test_the_next_turn_follows_the_last_one_before_a_report_says_so() -> None:
     routing.sent(Candidate(last, "overflow"), None, now=40.0, prefix=NAMES[:5])
     routing.retain([r.id for r in among if r.id != last])
     assert routing.rank(among, None, now=41.0, **turn)[0].reason == "base"
+
+
+class Counted(frozenset[str]):
+    num = 0
+
+    def __contains__(self, name: object) -> bool:
+        Counted.num += 1
+        return super().__contains__(name)
+
+
+@pytest.mark.parametrize("num_held", [0, 1, 300, 511, 512])
+def test_of_a_long_prompt_few_names_are_looked_at(num_held: int) -> None:
+    names = [f"{i:016x}" for i in range(512)]
+    (replica,) = replicas(1)
+    routing, held = Routing(POLICY), replace(replica, prefixes=Counted(names[:num_held]))
+    Counted.num = 0
+    assert routing.num_known(held, names) == num_held
+    assert Counted.num <= 10
+    routing.sent(Candidate(replica.id, "prefix"), None, now=0.0, prefix=names[:400])
+    assert routing.num_known(held, names) == max(num_held, 400)
+
+
+def test_the_longest_prefixes_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_MAX_SENT", 6)
+    sent, (replica,) = Routing(POLICY), replicas(1)
+    sent.sent(Candidate(replica.id, "prefix"), None, now=0.0, prefix=NAMES[:9])
+    sent.rank([replica], None, now=0.0)
+    assert sent.num_known(replica, NAMES) == 6
 
 
 def test_only_what_changes_is_told() -> None:

@@ -55,7 +55,7 @@ def test_a_path_that_is_no_route_is_none_for_everybody(site_of: SiteOf, path: st
     for headers in ({}, bearer("sk-lr-wrong"), site.key("infer"), site.key("admin")):
         answer = site.gateway.get(f"http://testserver{path}", headers=headers, follow_redirects=False)
         assert code_of(answer) == (404, "unknown_url"), headers
-        assert "nothing" not in path or answer.json()["error"]["message"] == "unknown URL: GET /nothing"
+        assert "nothing" not in path or answer.json()["error"]["message"] == "Invalid URL (GET /nothing)"
     assert site.api.get("nothing").status_code == 404
 
 

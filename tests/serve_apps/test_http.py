@@ -86,7 +86,7 @@ def nested(depth: int) -> str:
         (nested(MAX_DEPTH + 1), "nested deeper than 64"),
         ('{"a":' * 100_000, "nested deeper than 64"),
         ("[" + "[]," * MAX_ARRAYS_AND_OBJECTS + "1]", "more than 32,768 arrays and objects"),
-        ("[" + "1," * MAX_VALUES + "1]", "more than 262,144 values"),
+        ("[" + "1," * MAX_VALUES + "1]", "more than 327,680 values"),
         (json.dumps(dict.fromkeys(map(str, range(MAX_MEMBERS + 1)))), "2,049 members"),
         ("[NaN]", "NaN is not a JSON number"),
         ("[-Infinity]", "-Infinity"),

@@ -63,7 +63,7 @@ def test_a_page_of_an_allowed_origin_asks(home: Path) -> None:
         assert (asked.status_code, asked.content) == (204, b"")
         assert told(asked) == {
             "access-control-allow-origin": CHAT,
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": "GET, POST, DELETE",
             "access-control-allow-headers": "authorization, x-stainless-os",
             "access-control-max-age": "600",
         }

@@ -76,4 +76,44 @@ MISTRAL = """\
 {%- endfor %}
 {{- eos_token if not add_generation_prompt }}
 """
-TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "mistral": MISTRAL}
+
+QWEN_CODER = """\
+{%- if tools %}{{- '<tools>' }}{% for tool in tools %}{{- tool | tojson }}{% endfor %}
+    {{- '</tools>\\nCall as <tool_call>\\n<function=name>\\n<parameter=name>\\nvalue\\n</parameter>\\n</function>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for tool_call in message.tool_calls or [] %}
+        {{- '\\n<tool_call>\\n<function=' + tool_call.function.name + '>\\n' }}
+        {%- for name, value in tool_call.function.arguments | items %}
+            {{- '<parameter=' + name + '>\\n' }}
+            {%- if value is mapping or (value is sequence and value is not string) %}{{- value | tojson }}
+            {%- else %}{{- value | string }}{%- endif %}
+            {{- '\\n</parameter>\\n' }}
+        {%- endfor %}
+        {{- '</function>\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+PYTHONIC = """\
+{%- if tools %}
+    {{- 'To call functions, answer [func_name1(params_name1=params_value1, ...), func_name2(params)].\\n' }}
+    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>' + message.content }}
+    {%- for tool_call in message.tool_calls or [] %}
+        {{- ('[' if loop.first else ', ') + tool_call.function.name + '(' }}
+        {%- for name, value in tool_call.function.arguments | items %}
+            {{- (', ' if not loop.first else '') + name + '=' + (value | tojson) }}
+        {%- endfor %}
+        {{- ')' + (']' if loop.last else '') }}
+    {%- endfor %}
+    {{- '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "mistral": MISTRAL, "qwen coder": QWEN_CODER, "pythonic": PYTHONIC}

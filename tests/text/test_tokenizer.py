@@ -57,6 +57,16 @@ def test_cutting_keeps_the_first_special_token(num_tokens: int, expected: bytes)
     assert Tokenizer(byte_tokenizer().backend_tokenizer).cut((1, 2, 3), 2) == (2, 3)
 
 
+@pytest.mark.parametrize("num_tokens", [9, 5, 4, 3])
+def test_the_first_tokens_are_those_of_transformers_truncation(num_tokens: int) -> None:
+    fast = with_first_token()
+    expected = fast("abc", truncation=True, max_length=num_tokens)["input_ids"]
+    tokenizer = Tokenizer(fast.backend_tokenizer)
+    assert list(tokenizer.head(tokenizer.encode("abc", special=True), num_tokens)) == expected
+    assert tokenizer.head((1, 2, 3), 2) == (1, 2)  # a client's ids, which end in no special token
+    assert Tokenizer(byte_tokenizer().backend_tokenizer).head((1, 2, 3), 1) == (1,)
+
+
 TEXT = "the cat sat on the mat, naïve café → 日本語日本 😀😀 Ünïcödé\n\tdef f(x):\n    return x  # 0123456789 " * 3
 
 

@@ -21,7 +21,7 @@ _ACCESS = "../guide/access.md#who-may-do-what"
 
 def openai_page() -> str:
     """The gateway's routes. Their document is the same whatever is behind them, so nothing is."""
-    return _page("The OpenAI-compatible API", openai_app(Mock(), Mock()), "")
+    return _page("The OpenAI-compatible API", openai_app(Mock(), Mock(), files=Mock(), tuning=Mock()), "")
 
 
 def catalog_page() -> str:

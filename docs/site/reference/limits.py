@@ -13,7 +13,7 @@ from typing import NamedTuple
 from docs.site.markdown import table
 from loray import local
 from loray.adapters.files import MAX_CONFIG_BYTES
-from loray.catalog import identity
+from loray.catalog import batches, files, identity
 from loray.catalog.adapters import MAX_REPORTED, MAX_TAGS
 from loray.errors import (
     AdapterNotFound,
@@ -37,6 +37,7 @@ from loray.policy.quotas import LEAST_URGENT, MOST_URGENT
 from loray.publishing import uploads
 from loray.publishing.convert import MAX_MEMORY_BYTES
 from loray.schemas.openai import fields, requests, structured
+from loray.schemas.openai.embeddings import MAX_INPUT_TOKENS, MAX_INPUTS
 from loray.schemas.openai.requests import MAX_LOGPROBS
 from loray.schemas.resources import problem_type
 from loray.scratch import SHARE
@@ -61,10 +62,12 @@ from serve_apps.accounting.accounts import LONGEST_S
 from serve_apps.api import conversions, services
 from serve_apps.api.problems import MAX_BODY_BYTES, status_of
 from serve_apps.api.routes.jobs import LONGEST_FOLLOWED_S
+from serve_apps.batches import validation
 from serve_apps.gateway import bases, directory
 from serve_apps.gateway import bases as prompts
 from serve_apps.gateway import directory as models
 from serve_apps.gateway.errors import ROUTE_CODES, failure_of
+from serve_apps.gateway.files import upload
 from serve_apps.standalone.server import HEADERS_S, SEND_S
 
 
@@ -127,7 +130,8 @@ _FULL, _SLOWER, _NO_MORE = _api(Overloaded), _api(RateLimited), _api(LimitExceed
 REQUESTS = (
     Limit(
         "the body",
-        f"{bases.BYTES_PER_TOKEN} bytes for each token of the longest context that is served, at least "
+        f"{bases.BYTES_PER_TOKEN} bytes for each token of the longest context that is served, or of the embeddings of "
+        f"one request where a base pools, at least "
         f"{_bytes(bases.MIN_BODY_BYTES)}, at most {_bytes(bases.MAX_BODY_BYTES)}",
         f"{_route(413)}, before it is read if `Content-Length` says so",
         "`max_body_bytes`",
@@ -197,6 +201,7 @@ REQUESTS = (
         _BUSY,
     ),
     Limit("prompts × `n`", f"{fields.MAX_CHOICES}", _WRONG),
+    Limit("embeddings of one request", f"{MAX_INPUTS:,} inputs, {MAX_INPUT_TOKENS:,} tokens together", _WRONG),
     Limit("`logprobs`, `top_logprobs`, `prompt_logprobs`", f"{MAX_LOGPROBS}", _WRONG),
     Limit("`stop`", f"{fields.MAX_STOP_STRINGS} strings of {fields.MAX_STOP_CHARACTERS} characters", _WRONG),
     Limit(
@@ -312,6 +317,21 @@ STORED = (
     ),
 )
 
+FILES = (
+    Limit("a file of `/v1/files`", "; ".join(f"{p} {_bytes(n)}" for p, n in upload.MAX_BYTES.items()), _route(413)),
+    Limit("files of a tenant", f"{files.MAX_FILES:,}", _gateway(LimitExceeded("more"))),
+    Limit(
+        "all files of a tenant, with its adapters",
+        "none",
+        _gateway(LimitExceeded("more")),
+        "`max_stored_bytes` of key and tenant",
+    ),
+    Limit("requests in a batch", f"{validation.MAX_LINES:,}", "the batch fails"),
+    Limit("batches of a tenant that have not ended", f"{batches.MAX_UNFINISHED}", _gateway(RateLimited("more"))),
+    Limit("requests in these batches", f"{batches.MAX_LINES:,}", "the batch fails"),
+    Limit("time of a batch", _time(batches.WINDOW.total_seconds()), "`batch_expired` in its error file"),
+)
+
 JOBS = (
     Limit(
         "jobs of a tenant that have not ended",
@@ -405,6 +425,7 @@ TABLES: Mapping[str, tuple[Limit, ...]] = {  # by title
     "Requests to `/v1`": REQUESTS,
     "Structured output": CONSTRAINTS,
     "What a tenant may store": STORED,
+    "Files and batches": FILES,
     "Training jobs": JOBS,
     "The catalog's API": CATALOG_API,
     "Keys and logins": KEYS,

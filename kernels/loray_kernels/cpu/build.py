@@ -142,7 +142,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
     "turn_rows": (_P, _I, _I, _P, _P, _I, _P, _P, _P, _N),
     "rope": (_P, _I, _I, _I, _I, _I, _P, _P, _P, _N),
-    "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
+    "write_kv": (_P, _P, _P, _I, _P, _I, _P, _I, _N),
 }
 
 

@@ -42,6 +42,7 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     TablesOf,
     VeraTable,
@@ -296,13 +297,11 @@ class CpuOps(ReferenceOps):
             f.rope(x.data_ptr(), x.stride(0), num_tokens, x.shape[1], d, turned, *tables, y.data_ptr(), threads)
         f.write_kv(
             _address_at(pool, layer * layout.layer_share),
-            layout.num_layers * layout.layer_share,
-            layout.block_tokens,
+            pack_layout(layout).address,
             keys_TKd.data_ptr(),
             keys_TKd.stride(0),
             v_TKd.data_ptr(),
             v_TKd.stride(0),
-            layout.num_kv_heads * layout.head_dim,
             slot_mapping_T.data_ptr(),
             num_tokens,
             threads,
@@ -316,14 +315,12 @@ class CpuOps(ReferenceOps):
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
+        sinks_H = scoring.sinks_H
         f = self._for(pool, q_THd, *(() if sinks_H is None else (sinks_H,)))
         if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scoring)
         assert sinks_H is None or (sinks_H.is_contiguous() and sinks_H.shape == q_THd.shape[1:2])
         q_THd = token_rows(q_THd)
         packed = pack_meta(meta, layout.block_tokens)
@@ -341,9 +338,9 @@ class CpuOps(ReferenceOps):
             pack_layout(layout).address,
             layer,
             packed.address,
-            scale,
-            window or 0,
-            soft_cap or 0.0,
+            scoring.scale,
+            scoring.window or 0,
+            scoring.soft_cap or 0.0,
             None if sinks_H is None else sinks_H.data_ptr(),
             torch.get_num_threads(),
         )

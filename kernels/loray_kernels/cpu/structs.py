@@ -137,10 +137,11 @@ def pack_layer_weights(weights: LayerWeights) -> CStruct:
     for matrix in (weights.qkv, weights.o, weights.gate_up, weights.down):
         words += pack_matrix(matrix)
     kept = Kept()
-    numbers = (weights.eps, weights.scale, weights.norm_offset, weights.soft_cap or 0.0)
+    scoring = weights.scoring
+    numbers = (weights.eps, scoring.scale, weights.norm_offset, scoring.soft_cap or 0.0)
     words += [weights.num_heads, *unpack("4q", pack("4d", *numbers))]
-    words += [weights.window or 0, weights.activation == "gelu_tanh"]
-    words.append(0 if weights.sinks_H is None else weights.sinks_H.data_ptr())
+    words += [scoring.window or 0, weights.activation == "gelu_tanh"]
+    words.append(0 if scoring.sinks_H is None else scoring.sinks_H.data_ptr())
     words.append(0 if weights.experts is None else kept.struct(pack_experts(weights.experts)))
     return CStruct(kept.words(words), kept, (weights.qkv.in_features,))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.cuda.tables import AttentionTables
 from loray_kernels.kv import KvLayout
+from loray_kernels.ops import Scoring
 
 MAX_HEAD_DIM = 256
 PARTIAL_BYTES = 128 << 20  # of partial sums at a time
@@ -21,8 +22,8 @@ _BLOCKS = 8  # for each multiprocessor: some times as many as stand there at onc
 
 
 class AttentionWork(NamedTuple):
-    """The work of attention in each layer, made once for all layers: which splits of decoding sequences each launch
-    computes; see attention.cu.
+    """The work of attention in each layer, made once for all layers with the same window: which splits of decoding
+    sequences each launch computes; see attention.cu.
 
     starts_G1  of G launches, in `splits`
     arrived    blocks that have come to a sequence, for each part of its heads
@@ -44,7 +45,9 @@ class DecodeAttention:
         self._launch = launch
         self._num_blocks = _BLOCKS * num_processors
 
-    def plan(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> AttentionWork:
+    def plan(
+        self, tables: AttentionTables, num_heads: int, layout: KvLayout, window: int | None = None
+    ) -> AttentionWork:
         """Plan the work of a call. Launches are so many that the partial sums of one fit into PARTIAL_BYTES; those
         that a step does not need find no work.
         """
@@ -67,6 +70,7 @@ class DecodeAttention:
                 tables.decoded.data.data_ptr(),
                 tables.context_len.data_ptr(),
                 num,
+                window or 0,
                 most,
                 len(starts_G1) - 1,
                 starts_G1.data_ptr(),
@@ -85,15 +89,13 @@ class DecodeAttention:
         layout: KvLayout,
         tables: AttentionTables,
         work: AttentionWork,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
+        scoring: Scoring,
     ) -> None:
         """Compute the attention of sequences with one query. `pool` begins at the layer's share. A launch has a number
         of blocks that does not depend on the step, and they take the splits that there are by turns.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
-        kernel = f"tensor{d}" if _by_tensors(pool, layout) else "decode"
+        kernel = "int8" if layout.int8_per_element else f"tensor{d}" if _by_tensors(pool, layout) else "decode"
         parts = _parts(num_heads, layout)
         blocks = max(1, min(work.room, self._num_blocks // parts))
         partial = torch.empty(work.room * num_heads * (d + 2) if tables.max_splits > 1 else 0, device=pool.device)
@@ -107,7 +109,7 @@ class DecodeAttention:
                     q_THd.stride(0),
                     out_THd.data_ptr(),
                     pool.data_ptr(),
-                    layout.num_layers * layout.layer_share,
+                    layout.block_stride,
                     layout.block_tokens,
                     num_kv,
                     d,
@@ -116,9 +118,9 @@ class DecodeAttention:
                     tables.context_len.data_ptr(),
                     tables.table_start.data_ptr(),
                     tables.blocks.data_ptr(),
-                    np.float32(scale),
-                    window or 0,
-                    np.float32(soft_cap or 0.0),
+                    np.float32(scoring.scale),
+                    scoring.window or 0,
+                    np.float32(scoring.soft_cap or 0.0),
                     partial.data_ptr(),
                     work.starts_G1[launch:].data_ptr(),
                     work.splits.data_ptr(),

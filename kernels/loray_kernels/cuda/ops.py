@@ -11,7 +11,7 @@ Each call with mixed dtypes, or with heads whose width is no multiple of 8 or ab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,8 +48,11 @@ from loray_kernels.ops import (
     LoraTable,
     ProjectionMatrix,
     QuantizedWeight,
+    Scoring,
     StepInputs,
     VeraTable,
+    Weight,
+    join_weights,
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
@@ -58,6 +61,7 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
     from loray_kernels.cuda.triton_launch import Tiles
 
 
+INT4_GROUPS = (32, 64, 128, 256)  # columns that share a scale, of torch's product
 THREADS, NORM_THREADS, SHRINK_WARPS, EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
 _ROW_COLUMNS = 8 * THREADS
@@ -66,7 +70,9 @@ _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 
 
 class CudaOps(ReferenceOps):
-    """`linear` and `logits` are torch's: cuBLAS, its products of int8, and those of float8 with a scale a row."""
+    """`linear` and `logits` are torch's: cuBLAS, its products of int8, those of float8 with a scale a row, and those of
+    bf16 with int4 in groups.
+    """
 
     def __init__(
         self, launch: Launcher, tiles: Tiles, flash: FlashPrompts | None = None, *, num_processors: int = 132
@@ -78,20 +84,42 @@ class CudaOps(ReferenceOps):
 
     def has_kernel(self, weight: QuantizedWeight) -> bool:
         """int8 has kernels, and float8 where the GPU multiplies it, with a scale a row, no zeros, and sizes that 16
-        divides.
+        divides; int4 has them in groups of 32 to 256.
         """
-        if (
-            weight.is_int4
-            or weight.scale_OG.shape[1] > 1
-            or weight.zero_OG is not None
-            or any(n % 16 for n in weight.shape)
-        ):
+        if weight.is_int4:
+            return weight.group in INT4_GROUPS and weight.shape[0] % 8 == 0
+        if weight.scale_OG.shape[1] > 1 or weight.zero_OG is not None or any(n % 16 for n in weight.shape):
             return False
         q_OI = weight.q_OI
         return q_OI.dtype is torch.int8 or (q_OI.is_cuda and torch.cuda.get_device_capability(q_OI.device) >= (8, 9))
 
+    def pack_linear(self, weights: Sequence[Weight], bias_O: Tensor | None = None) -> LinearWeights:
+        """Torch's product of int4 multiplies with (q − 8) · scale + shift in bf16, and has the first of two columns in
+        the upper half of a byte, so the shift is scale · (8 − zero).
+        """
+        joined = join_weights(weights)
+        if not (isinstance(joined, QuantizedWeight) and joined.is_int4 and self.has_kernel(joined)):
+            return super().pack_linear([joined], bias_O)
+        (out_features, in_features), q_OI = joined.shape, joined.q_OI
+        tiles = next(n for n in (8, 4, 2) if in_features % (16 * n) == 0)
+        scale_OG = joined.scale_OG.bfloat16()
+        shift_OG = (scale_OG.float() * (8 - joined.zeros())).bfloat16()
+        return LinearWeights(
+            in_features,
+            out_features,
+            torch._convert_weight_to_int4pack(q_OI << 4 | q_OI >> 4, tiles),
+            bias_O,
+            bits=4,
+            group=joined.group,
+            scales_GO2=torch.stack((scale_OG, shift_OG), dim=2).transpose(0, 1).contiguous(),
+        )
+
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
         weight, bias_O = weights.data, weights.bias_O
+        if isinstance(weight, Tensor) and weights.scales_GO2 is not None:
+            x_TI, dtype = x_TI.bfloat16().contiguous(), x_TI.dtype
+            y_TO = torch._weight_int4pack_mm(x_TI, weight, weights.group, weights.scales_GO2)
+            return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
         if not isinstance(weight, QuantizedWeight) or x_TI.dtype not in SUFFIX or not self.has_kernel(weight):
             return super().linear(x_TI, weights)
         x_TI, kind = token_rows(x_TI), weight.q_OI.dtype
@@ -263,7 +291,7 @@ class CudaOps(ReferenceOps):
         return sum_TD, y_TD
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
-        pool, layout = step.pool, step.layout
+        pool, layout, is_int8 = step.pool, step.layout, step.layout.int8_per_element > 0
         if not _one_dtype(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td):
             return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
         q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
@@ -276,9 +304,10 @@ class CudaOps(ReferenceOps):
         assert cos_Td.shape == sin_Td.shape == (num_tokens, turned)
         assert slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
+        num_rows = num_heads + (2 if is_int8 else 1) * layout.num_kv_heads
         self._launch(
-            f"rope_kv_{SUFFIX[pool.dtype]}",
-            (num_tokens, -(-(num_heads + layout.num_kv_heads) // (THREADS // 32)), 1),
+            f"rope_kv_{'int8_' if is_int8 else ''}{SUFFIX[pool.dtype]}",
+            (num_tokens, -(-num_rows // (THREADS // 32)), 1),
             THREADS,
             (
                 q_THd.data_ptr(),
@@ -295,7 +324,7 @@ class CudaOps(ReferenceOps):
                 turned // 2,
                 d,
                 pool[layer * layout.layer_share :].data_ptr(),
-                layout.num_layers * layout.layer_share,
+                layout.block_stride,
                 layout.block_tokens,
                 slot_mapping_T.data_ptr(),
             ),
@@ -309,27 +338,27 @@ class CudaOps(ReferenceOps):
         layout: KvLayout,
         layer: int,
         meta: AttentionMeta,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_H: Tensor | None = None,
+        scoring: Scoring,
     ) -> Tensor:
         d = layout.head_dim
-        if not _one_dtype(pool, q_THd) or not _attends(d) or sinks_H is not None:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale, window, soft_cap, sinks_H)
+        if not _one_dtype(pool, q_THd) or not _attends(d) or scoring.sinks_H is not None:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scoring)
         q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: AttentionWork | None = meta.prepared.get(AttentionWork)
+            key = (AttentionWork, scoring.window)
+            work: AttentionWork | None = meta.prepared.get(key)
             if work is None:
-                work = meta.prepared[AttentionWork] = self._decode_attention.plan(packed, q_THd.shape[1], layout)
-            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scale, window, soft_cap)
-        flash = self._flash if window is None and soft_cap is None else None
-        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
-            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale, window, soft_cap)
+                work = self._decode_attention.plan(packed, q_THd.shape[1], layout, scoring.window)
+                meta.prepared[key] = work
+            self._decode_attention(q_THd, out_THd, cache, layout, packed, work, scoring)
+        is_plain = scoring.window is None and scoring.soft_cap is None and not layout.int8_per_element
+        flash = self._flash if is_plain else None
+        if packed.prefilled.num and not (flash and flash(q_THd, out_THd, pool, layout, layer, meta, scoring.scale)):
+            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scoring)
         return out_THd
 
     def lora_shrink(

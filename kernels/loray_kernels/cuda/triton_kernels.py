@@ -284,6 +284,7 @@ def attention_prefill(
     q_stride,
     out,
     pool,
+    scales,
     block_stride,
     items,
     query_start,
@@ -295,6 +296,7 @@ def attention_prefill(
     soft_cap,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_INT8: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -308,6 +310,9 @@ def attention_prefill(
     Keys are taken BLOCK_K at a time from position 0, so the result does not depend on the prompt's chunks; what no
     query of a tile has in its window is left out, which changes no bits. An item is (sequence, first query of the
     tile). Grid (items, heads).
+
+    IS_INT8: `pool` has int8, which are multiplied as they are; their scales, in `scales`, multiply scores and weights.
+    That is the pool in fp32.
     """
     sequence = tl.load(items + 2 * tl.program_id(0))
     head = tl.program_id(1).to(tl.int64)
@@ -341,7 +346,13 @@ def attention_prefill(
         row = block * block_stride + (key % BLOCK_TOKENS * NUM_KV_HEADS + kv_head) * HEAD_DIM
         kv_mask = key_mask[:, None] & e_mask[None, :]
         k = tl.load(pool + row[:, None] + e[None, :], mask=kv_mask, other=0.0)
+        if IS_INT8:
+            k = k.to(tl.float32).to(query_QD.dtype)
         score = tl.dot(query_QD, tl.trans(k), input_precision="tf32x3") * scale
+        if IS_INT8:
+            scale_row = (block * block_stride + 2 * BLOCK_TOKENS * NUM_KV_HEADS * HEAD_DIM) // 4
+            scale_at = scales + scale_row + kv_head * BLOCK_TOKENS + key % BLOCK_TOKENS
+            score *= tl.load(scale_at, mask=key_mask, other=0.0)[None, :]
         if HAS_CAP:
             score = soft_cap * (1 - 2 / (tl.exp(2 / soft_cap * score) + 1))
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
@@ -355,8 +366,11 @@ def attention_prefill(
         p = tl.exp(score - base[:, None])
         v_row = row + BLOCK_TOKENS * NUM_KV_HEADS * HEAD_DIM
         v = tl.load(pool + v_row[:, None] + e[None, :], mask=kv_mask, other=0.0)
-        total = tl.dot(p.to(v.dtype), v, total * factor[:, None], input_precision="tf32x3")
         weight = weight * factor + tl.sum(p, axis=1)
+        if IS_INT8:
+            v = v.to(tl.float32).to(query_QD.dtype)
+            p *= tl.load(scale_at + NUM_KV_HEADS * BLOCK_TOKENS, mask=key_mask, other=0.0)[None, :]
+        total = tl.dot(p.to(v.dtype), v, total * factor[:, None], input_precision="tf32x3")
         top = larger
     out_at = out + ((start + query)[:, None] * num_heads + head) * HEAD_DIM + e[None, :]
     result = total / tl.where(weight > 0, weight, 1.0)[:, None]

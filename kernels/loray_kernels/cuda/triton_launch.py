@@ -22,6 +22,7 @@ from loray_kernels.cuda.tables import (
     upload,
 )
 from loray_kernels.kv import KvLayout
+from loray_kernels.ops import Scoring
 
 # Products and sums of CUDA cores are one operation, as NVRTC makes them. Triton's default for it is not the same in all
 # versions, and results would not be either.
@@ -143,34 +144,34 @@ class Tiles:
         pool: Tensor,
         layout: KvLayout,
         tables: AttentionTables,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
+        scoring: Scoring,
     ) -> None:
         """Compute the attention of sequences with several queries. `pool` begins at the layer's share."""
-        num_heads, d = q_THd.shape[1], layout.head_dim
+        num_heads, d, is_int8 = q_THd.shape[1], layout.head_dim, layout.int8_per_element > 0
         triton_kernels.attention_prefill[(tables.prefilled.num, num_heads)](
             q_THd,
             q_THd.stride(0),
             out_THd,
-            pool,
-            layout.num_layers * layout.layer_share,
+            pool.view(torch.int8) if is_int8 else pool,
+            pool.view(torch.float32) if is_int8 else None,
+            layout.block_stride,
             tables.prefilled.data,
             tables.query_start,
             tables.context_len,
             tables.table_start,
             tables.blocks,
-            scale,
-            window or 0,
-            soft_cap or 0.0,
-            HAS_WINDOW=window is not None,
-            HAS_CAP=soft_cap is not None,
+            scoring.scale,
+            scoring.window or 0,
+            scoring.soft_cap or 0.0,
+            HAS_WINDOW=scoring.window is not None,
+            HAS_CAP=scoring.soft_cap is not None,
+            IS_INT8=is_int8,
             BLOCK_TOKENS=layout.block_tokens,
             NUM_KV_HEADS=layout.num_kv_heads,
             HEAD_DIM=d,
             GROUP=num_heads // layout.num_kv_heads,
             BLOCK_Q=TILE_QUERIES,
-            BLOCK_K=keys_at_once(d),
+            BLOCK_K=keys_at_once(d, is_int8=is_int8),
             BLOCK_D=max(16, _power_of_2(d)),
             num_stages=attention_stages(pool.element_size()),
             **OPTIONS,
@@ -206,9 +207,11 @@ def attention_stages(element_size: int) -> int:
     return 3 if element_size == 2 else 1
 
 
-def keys_at_once(head_dim: int) -> int:
-    """Keys of one turn: independent of the batch, because it decides the order in which attention adds."""
-    return 64 if head_dim <= 64 else 32
+def keys_at_once(head_dim: int, *, is_int8: bool = False) -> int:
+    """Keys of one turn: independent of the batch, because it decides the order in which attention adds. Of int8 half as
+    many, whose conversion needs registers.
+    """
+    return (64 if head_dim <= 64 else 32) // (2 if is_int8 else 1)
 
 
 def _power_of_2(n: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from loray.bases.checkpoint import plain_name, stored_dtype
 from loray.bases.config import ARCHITECTURES, ModelConfig
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
-from loray.bases.registry import BaseModel, is_copied
+from loray.bases.registry import BaseModel, copy_beside_weights
 from loray.bases.weights import WeightSource, write_tensors
 from loray.errors import ConflictError, UnsupportedError
 from loray.methods.expert_lora import EXPERTS, ExpertLoraWeights
@@ -113,9 +112,7 @@ def merge_adapter(
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(base.path.iterdir()):
-        if is_copied(path.name) and path.name != "config.json":
-            shutil.copy2(path, folder / path.name)
+    copy_beside_weights(base.path, folder)
     write_tensors(_merged(base, weights, dtype, trained_on), folder)
     _write_config(base, weights, folder, dtype)
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from loray.adapters.files import MAX_CONFIG_BYTES, read_header
-from loray.bases.checkpoint import plain_name
+from loray.bases.checkpoint import in_model, plain_name
 from loray.bases.config import FUSED, ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
 from loray.methods import METHODS_OF_PEFT
@@ -168,8 +168,8 @@ def weights_path(folder: Path) -> Path:
 
 
 def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Name `tensors` without `PREFIX`."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    """Name `tensors` without `PREFIX`, also those of an adapter of a model without its head."""
+    return {in_model(name.removeprefix(PREFIX)): tensor for name, tensor in tensors.items()}
 
 
 def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:

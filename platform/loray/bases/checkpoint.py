@@ -166,9 +166,17 @@ _OF_GPT_OSS = re.compile(r"(?P<path>.+\.experts)\.(?P<matrix>gate_up|down)_proj(
 _MATRICES: Mapping[str, tuple[str, ...]] = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
+_OF_MODEL = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")
+
+
+def in_model(name: str) -> str:
+    """Name a tensor as a model with a head has it: embedding models are saved without one, and without `model.`."""
+    return f"model.{name}" if _OF_MODEL.match(name) else name
+
+
 def plain_name(name: str) -> str:
     """Name a stored tensor as the decoder does, which names experts as most families do: `mlp.experts.3.gate_proj`."""
-    name = name.replace(".mlp.router.", ".mlp.gate.")
+    name = in_model(name.replace(".mlp.router.", ".mlp.gate."))
     return _OF_MIXTRAL.sub(lambda m: f".mlp.{m['expert']}{_RENAMED[m['module']]}.", name, count=1)
 
 

@@ -215,12 +215,16 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
-        name = (hf.get("architectures") or ["(none)"])[0]
+        given = (hf.get("architectures") or ["(none)"])[0]
+        # An embedding model is saved without its head.
+        name = given if given in ARCHITECTURES else f"{given.removesuffix('Model')}ForCausalLM"
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
             raise UnsupportedError(
-                f"architecture {name} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
+                f"architecture {given} is not supported; loray covers {', '.join(sorted(ARCHITECTURES))}"
             )
+        if hf.get("is_causal") is False:
+            raise UnsupportedError("tokens attend to those after them (is_causal is false); only decoders are served")
         hf = {**architecture.missing, **hf}
         if (why := architecture.refuses(hf)) is not None:
             raise UnsupportedError(why)

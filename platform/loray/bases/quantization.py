@@ -39,6 +39,7 @@ _WORD = 32  # bits, of packed values
 _BITS: Mapping[WeightKind, int] = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4, "fp4": 4, "mxfp4": 4}
 _BITSANDBYTES_BLOCK = 64
 _MXFP4_GROUP = 32
+_GPU_INT4_GROUPS = (32, 64, 128, 256)  # of torch's product
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,18 @@ class Quantization:
         return _BITS[self.kind]
 
     def is_kept(self, *, on_gpu: bool) -> bool:
-        """Say whether engines there keep such weights and round activations to 8 bits; else they dequantise them."""
-        if on_gpu:
-            return self.kind in ("int8", "fp8") and self.group_size is None
-        return self.kind in ("int8", "int4")
+        """Say whether engines there keep such weights; else they dequantise them."""
+        if not on_gpu:
+            return self.kind in ("int8", "int4")
+        if self.kind == "int4":
+            return self.group_size in _GPU_INT4_GROUPS
+        return self.kind in ("int8", "fp8") and self.group_size is None
+
+    def activations(self, *, on_gpu: bool) -> Literal["int8", "fp8"] | None:
+        """Give what engines there round activations to, row by row; None: they stay in 16 bits."""
+        if not self.is_kept(on_gpu=on_gpu) or (on_gpu and self.kind == "int4"):
+            return None
+        return "fp8" if self.kind == "fp8" else "int8"
 
     def __str__(self) -> str:
         groups = "" if self.group_size is None else f", groups of {self.group_size}"

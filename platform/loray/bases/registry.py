@@ -5,13 +5,12 @@ A base's folder appears complete, or not at all.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,7 +32,7 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.files import file_lock, replacing
-from loray.spec import Frozen, Name, Sha256
+from loray.spec import Frozen, Name, Pooling, PoolingParams, Sha256
 from loray.telemetry import Progress, get_logger
 
 log = get_logger(__name__)
@@ -361,9 +360,14 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "1_Pooling/config.json",
     "LICENSE*",
     "README.md",
 )
+
+
+_POOLINGS: Mapping[str | None, Pooling] = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean"}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -390,6 +394,28 @@ def read_config(folder: Path) -> ModelConfig:
     return replace(config, eos_token_ids=ends)
 
 
+def read_pooling(folder: Path) -> PoolingParams | None:
+    """Read how sentence-transformers pools a checkpoint's embeddings, from modules.json and 1_Pooling/config.json. None
+    where it does not, or with what an engine does not compute: another pooling, or layers behind it.
+    """
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        types = [module["type"].rpartition(".")[2] for module in modules]
+        pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+        modes = [name.removeprefix("pooling_mode_") for name, is_on in pooling.items() if is_on is True]
+        modes = [mode for mode in modes if mode != "include_prompt"] or [pooling.get("pooling_mode")]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        log.warning("how %s pools embeddings cannot be read: %r", folder.name, e)
+        return None
+    kind = _POOLINGS.get(modes[0]) if len(modes) == 1 else None
+    if kind is None or types[:2] != ["Transformer", "Pooling"] or types[2:] not in ([], ["Normalize"]):
+        log.warning("%s pools embeddings in a way that is not computed: %s, %s", folder.name, types, modes)
+        return None
+    return PoolingParams(kind=kind, normalize="Normalize" in types)
+
+
 def checked_config(folder: Path) -> ModelConfig:
     """Read the configuration of a checkpoint, and check it against its tensors and tokenizer. Reads no tensor.
 
@@ -404,14 +430,16 @@ def checked_config(folder: Path) -> ModelConfig:
 
 def fill_from_folder(source: Path, target: Path, scratch: Path, progress: Progress) -> None:
     """Copy weights, configuration and tokenizer to `target`, and nothing else. Links are followed."""
-    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_copied(p.name)]
+    files = _copied_files(source)
     weights = checkpoint.weight_files(source)
     index = source / checkpoint.INDEX_FILE
     files += [*weights, index] if index.is_file() else weights
     total = sum(p.stat().st_size for p in files) or 1
     done = 0
     for file in files:
-        with file.open("rb") as src, (target / file.name).open("wb") as dst:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        with file.open("rb") as src, copy.open("wb") as dst:
             while chunk := src.read(16 << 20):
                 dst.write(chunk)
                 done += len(chunk)
@@ -438,6 +466,14 @@ def fill_from_hub(model_id: str, target: Path, scratch: Path, progress: Progress
     progress(f"downloading {model_id}", 1.0)
 
 
-def is_copied(name: str) -> bool:
-    """True where a base includes this file of a checkpoint's folder. Weights are not meant."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)
+def copy_beside_weights(source: Path, target: Path) -> None:
+    """Copy what a checkpoint's folder has beside its weights and config.json."""
+    for file in _copied_files(source):
+        copy = target / file.relative_to(source)
+        if copy.parent != target or copy.name != "config.json":
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, copy)
+
+
+def _copied_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from loray.bases.checkpoint import plain_name, read_tensors, stored_dtype, tenso
 from loray.bases.config import FUSED
 from loray.bases.quantization import RoundedTo
 from loray.bases.quantized import check_installed, linear_4bit
-from loray.bases.registry import BaseModel, add_filled, is_copied, list_bases
+from loray.bases.registry import BaseModel, add_filled, copy_beside_weights, list_bases
 from loray.bases.weights import WeightSource, write_tensors
 from loray.errors import SpecError, UnsupportedError
 from loray.files import file_lock
@@ -113,9 +112,7 @@ def is_rounded(name: str, shape: Sequence[int]) -> bool:
 
 
 def _fill(base: BaseModel, rounds: _Rounding, target: Path, scratch: Path, progress: Progress) -> None:
-    for path in sorted(base.path.iterdir()):
-        if is_copied(path.name) and path.name != "config.json":
-            shutil.copy2(path, target / path.name)
+    copy_beside_weights(base.path, target)
     infos = tensor_infos(base.path)
     linear = {i.name for i in infos if is_rounded(i.name, i.shape)}
     if not rounds.has_experts:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from loray.catalog.identity import get_tenant
 from loray.catalog.queries import now
-from loray.catalog.schema import adapters, manifest_as_json, versions
+from loray.catalog.schema import adapters, files, manifest_as_json, versions
 from loray.errors import CatalogFull, LimitExceeded
 from loray.spec import (
     DEFAULT_KEEP_DELETED_S,
@@ -89,6 +89,8 @@ def refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_b
     one = one.join(adapters, adapters.c.id == versions.c.adapter_id).where(adapters.c.tenant == tenant)
     each = one.where(_is_kept(versions), _is_kept(adapters)).group_by(versions.c.digest).subquery()
     stored = int(c.execute(sa.select(sa.func.coalesce(sa.func.sum(each.c.nbytes), 0))).scalar_one())
+    of_files = sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
+    stored += int(c.execute(of_files).scalar_one())
     if stored + num_bytes > limit:
         raise LimitExceeded(
             f"tenant {tenant} stores {format_size(stored)} and would store {format_size(num_bytes)} more; "

@@ -26,6 +26,7 @@ from loray.catalog.schema import (
     changes,
     claims,
     clusters,
+    leases,
     logins,
     metadata,
     quota_levels,
@@ -41,7 +42,8 @@ _FORMAT = 1
 _BATCH = 500  # rows
 # Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
 _SKIPPED = 1 << 20
-_NOT_KEPT = (claims, clusters, logins, quota_levels, quota_owners)  # of what runs now, and logins: people log in again
+# Of what runs now, and logins: people log in again.
+_NOT_KEPT = (claims, clusters, leases, logins, quota_levels, quota_owners)
 
 Line = Mapping[str, Any] | Sequence[Any]
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 from loray.catalog.adapters import Adapters, Bases, Evaluations, Tags
 from loray.catalog.aliases import Aliases, Canaries
 from loray.catalog.backup import Backup
+from loray.catalog.batches import Batches
 from loray.catalog.database import Connections, Database, open_database
+from loray.catalog.files import Files
 from loray.catalog.identity import Audit, Keys, Logins, Tenants
 from loray.catalog.jobs import Jobs
+from loray.catalog.leases import Leases
 from loray.catalog.quarantine import Quarantine
 from loray.catalog.queries import read_counter
 from loray.catalog.quotas import Quotas
@@ -48,11 +51,14 @@ class Catalog:
         self.audit = Audit(db)
         self.backup = Backup(db)
         self.bases = Bases(db)
+        self.batches = Batches(db)
         self.canaries = Canaries(db)
         self.claims = Claims(db)
         self.evaluations = Evaluations(db)
+        self.files = Files(db)
         self.jobs = Jobs(db)
         self.keys = Keys(db)
+        self.leases = Leases(db)
         self.logins = Logins(db)
         self.quarantine = Quarantine(db)
         self.quotas = Quotas(db)

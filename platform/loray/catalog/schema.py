@@ -33,6 +33,10 @@ quota_owners     who counts limits of keys and tenants in memory, and when it wa
 quota_levels     what all of them have taken of a limit at the time `at`; rows with an earlier `ends_at` say nothing
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
+files            files of tenants (`/v1/files`), whose bytes the store has; `expires_at` null: it does not end
+batches          requests in files that are answered one by one (`/v1/batches`); `key_id` of who asked; `metadata`,
+                 `errors` and what else is not asked for by itself are JSON
+leases           what one process at a time does, who that is, and until when (seconds since the epoch, the database's)
 usage            what each request used, by its id, which is unique: an event that comes twice is counted once
 usage_days       sums of `usage` by day (UTC, as 2026-01-31), tenant, key and model; `key_id` is empty where there was
                  none
@@ -364,6 +368,52 @@ quarantine = Table(
     Column("refused_until", UtcTime),
 )
 
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("account", String(32)),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(16), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64)),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, index=True),
+    Column("state", String(16), nullable=False),
+    Index(None, "tenant", "created_at", "id"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("key_id", String(32)),
+    Column("input_file_id", String(32), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    *(Column(name, Text, nullable=False) for name in ("metadata", "errors")),
+    *(Column(name, String(32)) for name in ("output_file_id", "error_file_id")),
+    *(Column(name, Integer, nullable=False, server_default="0") for name in ("total", "completed", "failed")),
+    Column("output_expires_after", Integer),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
+    *(
+        Column(f"{state}_at", UtcTime)
+        for state in ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    ),
+    Index(None, "tenant", "created_at", "id"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("until", Double, nullable=False),
+)
+
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
 
 usage = Table(
@@ -392,5 +442,6 @@ usage_days = Table(
     Column("num_requests", BigInteger, nullable=False),
     *(Column(name, BigInteger, nullable=False) for name in TOKENS),
     Column("seconds", Double, nullable=False),
+    Column("num_batch_tokens", BigInteger, nullable=False, server_default="0"),  # of prompts and answers
     Index(None, "tenant", "day"),
 )

@@ -16,9 +16,9 @@ from loray.catalog.database import Database, insert_into
 from loray.catalog.schema import TOKENS, usage, usage_days
 from loray.errors import DataError, SpecError
 from loray.schemas.resources import UsageResource
-from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
+from loray.spec import BATCH_TIER, USAGE_GROUPS, UsageEvent, UsageGroup
 
-_COUNTS = ("num_requests", *TOKENS, "seconds")
+_COUNTS = ("num_requests", *TOKENS, "seconds", "num_batch_tokens")
 _COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
 _NO_KEY = ""  # in usage_days, whose primary key has no null
 
@@ -52,7 +52,8 @@ class UsageTable:
         sums: dict[tuple[str, str, str, str], dict[str, Any]] = {}
         for row in rows:
             of = (row["created_at"].date().isoformat(), row["tenant"], row["key_id"] or _NO_KEY, row["model"])
-            counts = row | {"num_requests": 1}
+            of_batch = row["num_prompt_tokens"] + row["num_output_tokens"] if row["tier"] == BATCH_TIER else 0
+            counts = row | {"num_requests": 1, "num_batch_tokens": of_batch}
             known = sums.setdefault(of, dict.fromkeys(_COUNTS, 0))
             sums[of] = {name: known[name] + counts[name] for name in _COUNTS}
         names = [column.name for column in usage_days.primary_key]
@@ -96,7 +97,10 @@ class UsageTable:
         last = None if until is None else _midnight(until)
         days = sa.select(*(usage_days.c[name].label(name) for name in (*_COLUMNS.values(), *_COUNTS)))
         events = sa.select(
-            *self._columns(), sa.literal(1).label("num_requests"), *(usage.c[name] for name in _COUNTS[1:])
+            *self._columns(),
+            sa.literal(1).label("num_requests"),
+            *(usage.c[name] for name in _COUNTS[1:-1]),
+            sa.case((usage.c.tier == BATCH_TIER, usage.c.num_prompt_tokens + usage.c.num_output_tokens), else_=0),
         )
         if first is not None:
             days = days.where(usage_days.c.day >= first.date().isoformat())
@@ -114,10 +118,13 @@ class UsageTable:
                 days, events = days.where(usage_days.c[name] == value), events.where(usage.c[name] == value)
         return sa.union_all(days, events)
 
-    def tokens(self, *, tenant: str | None = None, key_id: str | None = None, since: datetime) -> int:
-        """Tokens of prompts and answers since then, of a tenant or of a key."""
+    def tokens(
+        self, *, tenant: str | None = None, key_id: str | None = None, since: datetime, batch_factor: float = 1.0
+    ) -> float:
+        """Tokens of prompts and answers since then, of a tenant or of a key; those of batches times `batch_factor`."""
         (found,) = self.sums([], tenant=tenant, key_id=key_id, since=since)
-        return found.num_prompt_tokens + found.num_output_tokens
+        num_tokens = found.num_prompt_tokens + found.num_output_tokens
+        return num_tokens - (1 - batch_factor) * found.num_batch_tokens
 
     def forget(self, before: datetime) -> int:
         """Delete events and sums of the days before `before`. Returns how many events that was."""

@@ -114,21 +114,28 @@ class Talk:
             self.messages[name] = [{"role": "system", "content": self._system}] if self._system else []
 
     def answer(self, line: str, answer: ChatAnswer, show: Callable[[str], None] = lambda piece: None) -> None:
-        """Asks the answer's model, and fills the answer. `show` gets each piece of text as a terminal may have it.
+        """Asks the answer's model, and fills the answer. `show` gets each piece of text as a terminal may have it; on a
+        terminal also what the model thinks before, dimmed.
 
         A failed answer's question is forgotten. Ctrl-C ends an answer, not the conversation.
         """
-        began = time.monotonic()
+        began, is_thinking = time.monotonic(), False
         messages = [*self.messages[answer.model], {"role": "user", "content": line}]
         try:
             for chunk in self._client.stream_chat(
                 answer.model, messages, stream_options={"include_usage": True}, **self._options
             ):
-                for piece in filter(None, (choice.delta.content for choice in chunk.choices)):
-                    if answer.ttft_s is None:
+                for delta in (choice.delta for choice in chunk.choices):
+                    thought, piece = delta.reasoning or "", delta.content or ""
+                    if answer.ttft_s is None and (thought or piece):
                         answer.ttft_s = time.monotonic() - began
-                    answer.text += piece
-                    show(printable(piece))
+                    if thought and sys.stdout.isatty():
+                        show(click.style(printable(thought), dim=True))
+                        is_thinking = True
+                    if piece:
+                        answer.text += piece
+                        show(f"\n\n{printable(piece)}" if is_thinking else printable(piece))
+                        is_thinking = False
                 if chunk.usage is not None:
                     answer.num_tokens = chunk.usage.completion_tokens
             answer.total_s = time.monotonic() - began

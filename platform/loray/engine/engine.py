@@ -130,6 +130,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
         "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids or (),
         "bad_words": chain.from_iterable(params.bad_words),
+        "thinking": () if params.thinking is None else (params.thinking.start_id, params.thinking.end_id),
     }.items():
         if not all(0 <= t < vocab for t in ids):
             raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
@@ -242,7 +243,7 @@ class Engine:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
         request = Request(spec, arrival=self.counters.num_requests, queued_at=time.monotonic())
         self.scheduler.add(request)
-        if spec.params.structured is not None:
+        if spec.params.structured is not None or spec.params.thinking is not None:
             self._grammars.prepare(request, spec.params.structured)
         self.counters.num_requests += 1
         self._requests[spec.request_id] = request
@@ -343,6 +344,8 @@ class Engine:
                 continue
             if isinstance(sampled, RequestError):
                 outputs.append(self._fail(request, sampled))
+            elif self._ends_too_early(request, sampled.token):
+                request.num_computed -= 1  # its newest token is computed once more, for another one after it
             else:
                 request.num_computed += was_guessed
                 self.counters.num_accepted_tokens += was_guessed
@@ -380,14 +383,24 @@ class Engine:
     def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         request.output_ids.append(token)
         self.counters.num_output_tokens += 1
-        params = request.spec.params
         reason: FinishReason | None = None
-        ends = token in self.base.config.eos_token_ids and (not params.ignore_eos or params.structured is not None)
-        if ends or token in params.stop_token_ids:
+        if self._is_end(request, token):
             reason = "stop"
-        elif len(request.output_ids) >= params.max_tokens:
+        elif len(request.output_ids) >= request.spec.params.max_tokens:
             reason = "length"
         return self._output(request, token, logprobs, reason)
+
+    def _ends_too_early(self, request: Request, token: int) -> bool:
+        """Say whether the token would end the answer in a thought, before what must match."""
+        if request.spec.params.thinking is None or not self._is_end(request, token):
+            return False
+        return self._grammars.close_thought(request, token)
+
+    def _is_end(self, request: Request, token: int) -> bool:
+        """Say whether the token ends the answer."""
+        params = request.spec.params
+        ends = token in self.base.config.eos_token_ids and (not params.ignore_eos or params.structured is not None)
+        return ends or token in params.stop_token_ids
 
     def _output(
         self, request: Request, token: int | None, logprobs: TokenLogprobs | None, reason: FinishReason | None
@@ -436,6 +449,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            longest_wait_s=scheduler.waiting.longest_wait_s(time.monotonic()),
             num_loading=len(loading),
             blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
             host_bytes=manager.host_used,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loray.spec import NEVER, AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
+from loray.spec import NEVER, AdapterRef, FinishReason, GenerateRequest, PoolingParams, TokenDelta, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -67,6 +67,7 @@ class Request:
     ngrams              the scheduler's index of its tokens, see `scheduling.speculation`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
+    ends_thought        one of its next tokens may have to close its thought; `sampling.grammar` writes it as well
     """
 
     spec: GenerateRequest
@@ -98,6 +99,7 @@ class Request:
     ngrams: object | None = None
     num_in_flight: int = 0
     awaits_mask: bool = False
+    ends_thought: bool = False
 
     def __post_init__(self) -> None:
         self.changes_logits = self.spec.params.changes_logits
@@ -138,7 +140,7 @@ class Request:
     @property
     def needs_whole_prompt(self) -> bool:
         """Each token of the prompt is computed, and the prefix cache is not used."""
-        return self.needs_prompt_logits or self.spec.pooling == "mean"
+        return self.needs_prompt_logits or (self.spec.pooling is not None and self.spec.pooling.kind == "mean")
 
     @property
     def has_constraint(self) -> bool:
@@ -262,9 +264,9 @@ class Chunk(NamedTuple):
         """The tokens of the chunk whose hidden states the request's embedding is made of."""
         stop = self.start + self.num_tokens
         match self.request.spec.pooling:
-            case "mean":
+            case PoolingParams(kind="mean"):
                 return range(self.start, stop)
-            case "last" if self.is_last:
+            case PoolingParams(kind="last") if self.is_last:
                 return range(stop - 1, stop)
             case _:
                 return range(0)

@@ -25,6 +25,7 @@ from loray.spec import (
     Principal,
     Scope,
     Tenant,
+    account_of,
     qualified_name,
 )
 
@@ -32,6 +33,8 @@ Action = Literal[
     "open",
     "identify",
     "infer",
+    "batch",
+    "files",
     "read",
     "download",
     "publish",
@@ -47,6 +50,8 @@ Action = Literal[
 # One of these scopes is enough; an administrator does everything. "open" needs no key, "identify" any key.
 SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "infer": frozenset({"infer"}),
+    "batch": frozenset({"infer"}),  # what generates later
+    "files": frozenset({"infer", "train"}),  # each file by its purpose
     "read": frozenset({"infer", "publish", "promote", "train"}),
     "download": frozenset({"publish", "promote", "train"}),
     "publish": frozenset({"publish"}),
@@ -231,6 +236,25 @@ class KeyRing:
         if found.key.blocked or self._tenants[found.key.tenant].blocked:
             raise PermissionDenied("the API key, or its tenant, is blocked; ask an administrator")
         return found.principal
+
+    def of_account(self, key_id: str, tenant: str, *, now: float, monotonic: float) -> Principal:
+        """Return the principal that asks later for what a key has asked for this tenant: that of its family's newest
+        good key. Raises as `principal` does, and as `acting_for` where the key has acted for another tenant.
+        """
+        for known in self.static.values():
+            if known.key_id == key_id:
+                return known if known.tenant == tenant else self.acting_for(known, tenant)
+        if monotonic - self.read_at > self.max_age_s:
+            raise CatalogError("API keys cannot be checked, because the catalog could not be read for too long")
+        account = account_of(key_id)
+        family = (e for same in self._entries.values() for e in same if account_of(e.key.id) == account)
+        good = [entry for entry in family if now < entry.expires_at]
+        if not good:
+            raise Unauthenticated("the API key was revoked, or has expired")
+        entry = max(good, key=lambda entry: entry.key.created_at)
+        if entry.key.blocked or self._tenants[entry.key.tenant].blocked:
+            raise PermissionDenied("the API key, or its tenant, is blocked; ask an administrator")
+        return entry.principal if entry.key.tenant == tenant else self.acting_for(entry.principal, tenant)
 
     def acting_for(self, principal: Principal, tenant: str) -> Principal:
         """Return the principal that a key with the scope `act_for` stands for, where a request names another tenant:

@@ -19,6 +19,8 @@ QuotaKind = Literal["requests", "tokens", "parallel", "budget"]
 Owner = Literal["key", "tenant"]
 
 MOST_URGENT, LEAST_URGENT = -1_000, 999  # the priorities that a request may have
+# Headers of a refusal: the kind of the limit, and that the same request is never admitted, which OpenAI's clients know.
+LIMIT, SHOULD_RETRY = "x-loray-limit", "x-should-retry"
 OPEN_ENDED_TOKENS = 1024  # reserved at once for an answer whose request gives no limit
 IDLE_S = 0.5  # between two exchanges with the owner at most, about
 LOW = 0.5  # of a gateway's part of a limit: with less, it goes on to ask for more
@@ -367,25 +369,29 @@ class _Taken(NamedTuple):
 
 @dataclass(slots=True)
 class Reservation:
-    """The units that one request holds until its end. `headers`: OpenAI's, after it was admitted."""
+    """The units that one request holds until its end. `headers`: OpenAI's, after it was admitted. `budget_factor`: the
+    share of its tokens that budgets count.
+    """
 
     _taken: Sequence[_Taken] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
+    budget_factor: float = 1.0
 
     def extend(self, num_tokens: int, now: float) -> bool:
         """Reserve more tokens for a request that goes on; False, and nothing is reserved, if a limit has no room."""
         of_tokens = [one.lease for one in self._taken if _is_of_tokens(one.lease)]
         for lease in of_tokens:
             lease.refresh(now)
-        full = [lease for lease in of_tokens if not lease.has_room(num_tokens)]
+        full = [lease for lease in of_tokens if not lease.has_room(self._units(lease, num_tokens))]
         for lease in full:
             lease.refused()
         if full:
             return False
         for lease in of_tokens:
-            lease.take(num_tokens)
+            lease.take(self._units(lease, num_tokens))
         self._taken = [
-            one._replace(units=one.units + num_tokens) if _is_of_tokens(one.lease) else one for one in self._taken
+            one._replace(units=one.units + self._units(one.lease, num_tokens)) if _is_of_tokens(one.lease) else one
+            for one in self._taken
         ]
         return True
 
@@ -395,13 +401,16 @@ class Reservation:
         for lease, units, period, at in taken:
             lease.refresh(now)
             lease.ended(max(0.0, now - at))
-            kind = lease.rule.kind
+            kind, used = lease.rule.kind, self._units(lease, num_tokens)
             if kind == "parallel":
                 lease.give_back(units, period)
-            elif kind != "requests" and num_tokens < units:
-                lease.give_back(units - num_tokens, period)
-            elif kind != "requests" and num_tokens > units:
-                lease.take(num_tokens - units)
+            elif kind != "requests" and used < units:
+                lease.give_back(units - used, period)
+            elif kind != "requests" and used > units:
+                lease.take(used - units)
+
+    def _units(self, lease: QuotaLease, num_tokens: int) -> float:
+        return num_tokens * self.budget_factor if lease.rule.kind == "budget" else float(num_tokens)
 
 
 class QuotaGate:
@@ -429,15 +438,22 @@ class QuotaGate:
                 lease.admit(1.0)
 
     def admit(
-        self, principal: Principal, num_tokens: int, now: float, *, num_requests: int = 1, num_sequences: int = 1
+        self,
+        principal: Principal,
+        num_tokens: int,
+        now: float,
+        *,
+        num_requests: int = 1,
+        num_sequences: int = 1,
+        budget_factor: float = 1.0,
     ) -> Reservation:
         """Reserve requests of those of a minute (beside the one that `enter` took), tokens, and sequences at once, in
-        all that limits the principal. RateLimited: nothing is reserved.
+        all that limits the principal. RateLimited: nothing is reserved. `budget_factor`: of Reservation.
         """
         leases = self._leases_of(principal, now)
         if not leases:
             return self._admitted
-        units = {"requests": num_requests, "parallel": num_sequences}
+        units = {"requests": num_requests, "parallel": num_sequences, "budget": num_tokens * budget_factor}
         costs = [(lease, float(units.get(lease.rule.kind, num_tokens))) for lease in leases]
         costs = [(lease, cost) for lease, cost in costs if cost]
         self._refuse_without_room(costs)
@@ -445,7 +461,7 @@ class QuotaGate:
         for lease, cost in costs:
             lease.admit(cost)
             taken.append(_Taken(lease, cost, lease.period, now))
-        return Reservation(taken, headers_of(leases))
+        return Reservation(taken, headers_of(leases), budget_factor)
 
     def charge(self, principal: Principal, num_tokens: float, now: float) -> None:
         """Take tokens of those of a minute for work that is done already; no budget pays for it."""
@@ -460,7 +476,10 @@ class QuotaGate:
         for lease, _ in full:
             lease.refused()
         wait, lease, cost = max(((lease.turn_s(cost), lease, cost) for lease, cost in full), key=lambda one: one[0])
-        raise RateLimited(_message(lease, cost, wait), wait, headers_of([lease for lease, _ in costs]))
+        told: dict[str, str] = {} if cost > lease.rule.limit else {LIMIT: lease.rule.kind}
+        if any(lease.rule.kind == "budget" or cost > lease.rule.limit for lease, cost in full):
+            told[SHOULD_RETRY] = "false"  # which clients obey: the same again is refused for long
+        raise RateLimited(_message(lease, cost, wait), wait, told | headers_of([lease for lease, _ in costs]))
 
     def _leases_of(self, principal: Principal, now: float) -> list[QuotaLease]:
         rules = self._rules_of(principal)

@@ -32,6 +32,7 @@ which serves it all the same.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ class Routing:
 
     def sent(self, candidate: Candidate, adapter: str | None, *, now: float, prefix: Sequence[str] = ()) -> None:
         """A request was sent to the candidate, which will hold its adapter and its prefix even before it reports so."""
-        for name in prefix:
+        for name in reversed(prefix):  # the longest is forgotten first
             self._sent[name, candidate.replica] = now
             self._sent.move_to_end((name, candidate.replica))
         if adapter is None or candidate.reason in ("pool", "host"):
@@ -206,12 +207,11 @@ class Routing:
         recent.move_to_end(adapter)
 
     def num_known(self, replica: ReplicaView, prefix: Sequence[str]) -> int:
-        """Count the names that it holds, or will hold: where it holds a longer prefix, it holds those before."""
+        """Count the names that it holds, or will hold. Where it holds a prefix it holds those before, so that of a long
+        prompt few are looked at.
+        """
         told = replica.prefixes if replica.age_s <= self.policy.max_age_s else frozenset[str]()
-        for num in range(len(prefix), 0, -1):
-            if prefix[num - 1] in told or (prefix[num - 1], replica.id) in self._sent:
-                return num
-        return 0
+        return bisect_left(prefix, True, key=lambda name: name not in told and (name, replica.id) not in self._sent)
 
     def reported(self, replica: str, adapters: Collection[str]) -> None:
         """The replica reports that it holds these adapters. From now on only its reports count for them."""

@@ -94,6 +94,7 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "publish.no_gate": Default("the gate holds"),
     "publish.licence": Default("of the adapter, where it has one"),
     "publish.description": Default("shown by `loray adapters show`"),
+    "metadata": Default("strings of yours by name; nothing reads them"),
     "max_nonfinite_steps": Default("so many skipped steps are no accident"),
     "gradient_checkpointing": Default("a third slower; `loray plan` says where memory needs it"),
     "dtype": Default("of weights and activations, by the workers' device; masters and moments are float32"),

@@ -1,8 +1,8 @@
 """The files of a recipe's data sources. It is quick to import: the command that submits a job uses it, too.
 
 A source is a file, a glob, a folder, or a data set that Hugging Face's `datasets` has saved with `save_to_disk`. An
-s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub; both are read from a copy on
-this machine.
+s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub, a files:// source a file that
+was uploaded to `/v1/files`; they are read from a copy on this machine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from loray.errors import DataError
 # Of the files that a folder stands for.
 SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".tsv")
 HUB = "hf://"  # of data sets of the Hugging Face hub
+UPLOADED = "files://"  # of files of `/v1/files`, by their ids
 ARROW = ".arrow"  # a shard of a saved data set
 # What `save_to_disk` writes beside the shards, and above the splits.
 _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"

@@ -466,6 +466,7 @@ class UsageResource(Resource):
     num_cached_tokens: int = Field(examples=[1200])
     num_output_tokens: int = Field(examples=[960])
     seconds: float = Field(examples=[20.5])
+    num_batch_tokens: int = Field(default=0, description="prompt and output tokens of lines of batches", examples=[0])
 
 
 class CanaryTarget(BaseModel):

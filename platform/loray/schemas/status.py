@@ -115,12 +115,15 @@ class Status(Resource):
 
 
 def total(replicas: tuple[ReplicaStatus, ...]) -> EngineStatus:
-    """The sums over all replicas; for `max_adapters_in_step`, the maximum."""
+    """The sums over all replicas; for `max_adapters_in_step` and `longest_wait_s`, the maximum."""
     sums = {
         name: sum(getattr(r, name) for r in replicas)
         for name, field in EngineStatus.model_fields.items()
         if field.annotation is int
     }
     sums["max_adapters_in_step"] = max((r.max_adapters_in_step for r in replicas), default=0)
+    longest = max((r.longest_wait_s for r in replicas), default=0.0)
     states = sorted({state for r in replicas for state in r.blocks})
-    return EngineStatus(**sums, blocks={s: sum(r.blocks.get(s, 0) for r in replicas) for s in states})
+    return EngineStatus(
+        **sums, longest_wait_s=longest, blocks={s: sum(r.blocks.get(s, 0) for r in replicas) for s in states}
+    )

@@ -4,6 +4,8 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    BATCH_PRIORITY,
+    BATCH_TIER,
     DEFAULT_KEEP_DELETED_S,
     DEFAULT_MAX_ADAPTERS,
     DEFAULT_TENANT,
@@ -73,6 +75,7 @@ from loray.spec.fields import (
     JobId,
     Name,
     NumBytes,
+    ReasoningParserName,
     Sha256,
     TagKey,
     TagValue,
@@ -89,7 +92,9 @@ from loray.spec.generation import (
     FinishReason,
     GenerateRequest,
     Pooling,
+    PoolingParams,
     SamplingParams,
+    Thinking,
     TokenDelta,
     TokenLogprob,
     TokenLogprobs,
@@ -128,7 +133,15 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
-from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, engine_of, is_engine
+from loray.spec.serving import (
+    AutoscalingSpec,
+    EngineFigures,
+    FleetSpec,
+    KvCacheDType,
+    ServeSpec,
+    engine_of,
+    is_engine,
+)
 from loray.spec.training import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -145,6 +158,7 @@ from loray.spec.training import (
     EarlyStoppingSpec,
     EndStatus,
     EvaluationSpec,
+    JobMetadata,
     JobStatus,
     NoGateReason,
     OptimizerSpec,
@@ -165,6 +179,8 @@ from loray.spec.training import (
 
 __all__ = [
     "ATTENTION_MODULES",
+    "BATCH_PRIORITY",
+    "BATCH_TIER",
     "DEFAULT_ALIAS",
     "DEFAULT_KEEP_DELETED_S",
     "DEFAULT_MAX_ADAPTERS",
@@ -238,10 +254,12 @@ __all__ = [
     "Initialisation",
     "InvocationTokens",
     "JobId",
+    "JobMetadata",
     "JobStatus",
     "KeyAlias",
     "KeyChanges",
     "KtoSpec",
+    "KvCacheDType",
     "Limits",
     "LogMoments",
     "LongLoraSpec",
@@ -259,11 +277,13 @@ __all__ = [
     "Percent",
     "PerplexitySpec",
     "Pooling",
+    "PoolingParams",
     "Principal",
     "Projection",
     "PublishSpec",
     "QualifiedName",
     "QuantizationSpec",
+    "ReasoningParserName",
     "RetrievalSpec",
     "RetrievalTask",
     "RopeParameters",
@@ -282,6 +302,7 @@ __all__ = [
     "Teaching",
     "Tenant",
     "TenantName",
+    "Thinking",
     "TokenDelta",
     "TokenLogprob",
     "TokenLogprobs",

@@ -51,7 +51,7 @@ class Limits(Frozen):
     max_budget: float | None = Field(default=None, ge=0, strict=True, description="tokens in one `budget_duration`")
     budget_duration: Duration = "30d"
     max_adapters: int | None = Field(default=None, ge=0, strict=True, description="names of a tenant")
-    max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
+    max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters and files")
     max_jobs: int | None = Field(default=None, ge=0, strict=True, description="training jobs of a tenant at once")
     max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")
     min_priority: int | None = Field(
@@ -235,7 +235,8 @@ class UsageEvent:
     digest      of the adapter; None: the base
     num_prompt_tokens  as often as they are computed: those of a prompt once for all choices, or with `prompt_logprobs`
                 for each; `num_cached_tokens` are of these
-    tier        OpenAI's service tier that its `priority` amounts to: `priority` below 0, `default` at 0, `flex` above
+    tier        OpenAI's service tier that its `priority` amounts to: `priority` below 0, `default` at 0, `flex` above;
+                `batch`: a line of one
     seconds     from the request's arrival to its end
     outcome     `ok`, `disconnected`, `cancelled`, `abandoned` by a gateway that was killed, or the code of the error
     created_at  when it ended
@@ -267,5 +268,11 @@ class UsageEvent:
             raise ValueError(f"not a usage event: {e}") from e
 
 
+# Of lines of batches, behind all that a request may ask for.
+BATCH_PRIORITY, BATCH_TIER = 1000, "batch"
+
+
 def service_tier(priority: int) -> str:
+    if priority == BATCH_PRIORITY:
+        return BATCH_TIER
     return "default" if priority == 0 else "priority" if priority < 0 else "flex"

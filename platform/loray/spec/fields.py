@@ -21,7 +21,8 @@ TagKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{
 TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f]*$", max_length=5000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BaseSize = Literal["small", "large"]
-ToolParserName = Literal["hermes", "llama3_json", "mistral"]
+ToolParserName = Literal["hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
+ReasoningParserName = Literal["qwen3", "deepseek_r1"]
 DType = Literal["bfloat16", "float16", "float32"]
 AnyDType = DType | Literal["auto"]  # auto: what is fast on the device, see `loray.machine`
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

@@ -136,9 +136,24 @@ class ToolCallDelta:
     arguments: str
 
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean"]  # of the prompt's hidden states, after the final norm
 FinishReason = Literal["stop", "length", "tool_calls"]  # tool_calls: a chat's, where a parser found calls
 BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
+
+
+class Thinking(Frozen):
+    """The thought with which an answer may begin, told from its content by tokens.
+
+    start_id, end_id  the tokens that open and close it
+    state             after the prompt it is open; over, so that the answer is content; or may be, where the answer's
+                      first token opens one
+    budget            its most tokens, after which `end_id` is forced; None: any number
+    """
+
+    start_id: int
+    end_id: int
+    state: Literal["open", "may be", "over"] = "may be"
+    budget: int | None = Field(default=None, ge=0)
 
 
 class SamplingParams(Frozen):
@@ -163,6 +178,9 @@ class SamplingParams(Frozen):
     logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
     structured: Constraint | None = Field(default=None, description="what the answer must match")
+    thinking: Thinking | None = Field(
+        default=None, description="before what must match, or with a budget; None: there is nothing to do about it"
+    )
     allowed_token_ids: tuple[int, ...] | None = Field(default=None, min_length=1, description="no other is sampled")
     bad_words: tuple[BadWord, ...] = Field(default=(), max_length=1024, description="as tokens")
 
@@ -180,6 +198,16 @@ class SamplingParams(Frozen):
         )
 
 
+class PoolingParams(Frozen):
+    """An embedding: the hidden state of the prompt's last token, or the mean of all. Of that the first `dimensions`
+    numbers (None: all), which are then scaled to length 1 if `normalize`.
+    """
+
+    kind: Pooling
+    dimensions: int | None = Field(default=None, gt=0)
+    normalize: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request. `adapter` None is the base model.
@@ -189,8 +217,7 @@ class GenerateRequest:
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
     cache_salt  the prefix cache and what guesses come from are shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
-    pooling      an embedding is wanted and no answer, so max_tokens is 0: of the prompt's hidden states after the final
-                 norm the last one, as vLLM's default, or their mean; scaled to length 1
+    pooling      an embedding is wanted and no answer, so max_tokens is 0
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
     """
 
@@ -203,7 +230,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None
     cache_salt: str = ""
     traceparent: str | None = None
-    pooling: Pooling | None = None
+    pooling: PoolingParams | None = None
     output_ids: tuple[int, ...] = ()
 
 

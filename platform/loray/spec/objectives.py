@@ -86,7 +86,7 @@ class _AnswersSpec(_ObjectiveSpec):
 class _PairsSpec(_AnswersSpec):
     """Learns from pairs of a chosen and a rejected answer."""
 
-    formats: ClassVar[frozenset[str]] = frozenset({"preference"})
+    formats: ClassVar[frozenset[str]] = frozenset({"preference", "openai_preference"})
     metrics: ClassVar[Mapping[str, str]] = REWARDS
     shown: ClassVar[Mapping[str, str]] = _SHOWN
     defaults: ClassVar[Mapping[str, Default]] = {

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
+from loray.spec.fields import (
+    DTYPE_BYTES,
+    AnyDType,
+    Frozen,
+    Name,
+    NumBytes,
+    ReasoningParserName,
+    ToolParserName,
+    read_mapping,
+)
+from loray.spec.generation import Pooling
 
 
 class AutoscalingSpec(Frozen):
@@ -47,6 +57,8 @@ class AutoscalingSpec(Frozen):
         return self
 
 
+KvCacheDType = Literal["auto", "int8"]
+
 _ENGINE = "engine-"
 _CPU_POOL_BYTES = 512 << 20
 _SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeSpec that are the whole deployment's
@@ -64,6 +76,9 @@ class ServeSpec(Frozen):
 
     base: Name = "smollm2"
     dtype: AnyDType = Field(default="auto", description="of weights and KV cache; auto: what the device serves fast")
+    kv_cache_dtype: KvCacheDType = Field(
+        default="auto", description="of keys and values; int8: half the memory of 16 bits; auto: `dtype`"
+    )
     device: str = "cpu"
     tensor_parallel_size: int = Field(default=1, gt=0, description="ranks that share one model, in each replica")
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
@@ -136,6 +151,15 @@ class ServeSpec(Frozen):
     tool_parser: ToolParserName | None = Field(
         default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
     )
+    reasoning_parser: ReasoningParserName | None = Field(
+        default=None, description="how the base marks what it thinks before it answers; None: by its chat template"
+    )
+    pooling: Pooling | None = Field(
+        default=None, description="what of a text's tokens is its embedding; None: as the base's modules.json says"
+    )
+    matryoshka: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), description="the `dimensions` to which embeddings may be cut: those that the base was trained for"
+    )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
@@ -151,6 +175,11 @@ class ServeSpec(Frozen):
         without compiled kernels, whose engine knows better.
         """
         return 2 if self.dtype == "auto" else DTYPE_BYTES[self.dtype]
+
+    @property
+    def int8_per_element(self) -> int:
+        """Keys or values in an element of the pool where they are int8; 0: they are of the pool's dtype."""
+        return self.element_bytes if self.kv_cache_dtype == "int8" else 0
 
     @property
     def itl_slo_s(self) -> float:
@@ -177,6 +206,13 @@ class ServeSpec(Frozen):
     def for_replicas(self) -> ServeSpec:
         """The spec without what is the whole deployment's: a replica does not depend on it, nor on other bases."""
         return self.model_copy(update={name: ServeSpec.model_fields[name].default for name in _SHARED})
+
+    @field_validator("kv_cache_dtype", mode="before")
+    @classmethod
+    def _not_fp8(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("fp8"):
+            raise ValueError(f"{value} is not supported; int8 takes as much memory, and has more digits")
+        return value
 
     @model_validator(mode="after")
     def _every_sequence_advances(self) -> Self:
@@ -291,6 +327,7 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
 class EngineFigures(BaseModel):
     """The state of an engine at one moment, and totals since it started.
 
+    longest_wait_s      of the requests that could run at once and do not yet, but for preempted ones
     num_loading         adapters on their way from the store
     blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run
     host_bytes          host memory that adapters and prefixes take
@@ -305,6 +342,7 @@ class EngineFigures(BaseModel):
 
     num_running: int = 0
     num_waiting: int = 0
+    longest_wait_s: float = 0.0
     num_loading: int = 0
     blocks: dict[str, int] = {}
     host_bytes: int = 0

@@ -19,6 +19,11 @@ RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]
 # Why an alias is set although the gate refuses it. The catalog records the reason.
+# Strings that who submits a job keeps with it; the values of OpenAI's fine-tuning may be JSON.
+JobMetadata = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=16384)]],
+    Field(max_length=16),
+]
 NoGateReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 
 
@@ -105,7 +110,16 @@ class DataSource(Frozen):
 SourcePath = Annotated[str, Field(min_length=1)]
 Paths = Annotated[tuple[SourcePath, ...], Field(min_length=1)]
 Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
-DataFormat = Literal["chat", "sharegpt", "prompt_completion", "alpaca", "text", "preference", "unpaired_preference"]
+DataFormat = Literal[
+    "chat",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "text",
+    "preference",
+    "openai_preference",
+    "unpaired_preference",
+]
 
 
 class ColumnNames(Frozen):
@@ -124,6 +138,8 @@ class ColumnNames(Frozen):
     text: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    preferred_output: str | None = None
+    non_preferred_output: str | None = None
     label: str | None = None
     system: str | None = None
     tools: str | None = None
@@ -140,7 +156,8 @@ class DataSpec(Frozen):
 
     format   of the rows, by their columns: chat (`messages`), sharegpt (`conversations`), prompt_completion (`prompt`,
              `completion`), alpaca (`instruction`, `input`, `output`), text (`text`), and of pairs preference (`prompt`,
-             `chosen`, `rejected`), and of answers without pairs unpaired_preference (`prompt`, `completion`, `label`).
+             `chosen`, `rejected`) or openai_preference (`input`, `preferred_output`, `non_preferred_output`), and of
+             answers without pairs unpaired_preference (`prompt`, `completion`, `label`).
              All but texts go through the base's chat template, as requests do. auto: the columns
              say it, and without a template strings are learned as they stand. raw: the same, also on a base that has a
              template
@@ -365,6 +382,7 @@ class TrainSpec(Frozen):
         default=("tensorboard",), description="where metrics go beside the events"
     )
     publish: PublishSpec = PublishSpec()
+    metadata: JobMetadata | None = Field(default=None, description="strings of yours, kept with job and version")
     max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
     gradient_checkpointing: bool = False
     dtype: AnyDType = Field(default="auto", description="auto: what the workers' device multiplies fast")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from loray.errors import RequestError
-from loray.spec import Constraint, GenerateRequest, ToolParserName, ToolUse
+from loray.errors import RequestError, SpecError
+from loray.spec import Constraint, GenerateRequest, ReasoningParserName, Thinking, ToolParserName, ToolUse
+from loray.text import reasoning
 from loray.text.detokenizer import RequestText
 from loray.text.templates import ChatTemplate, ChatTemplates, IsolatedRenderer
 from loray.text.tokenizer import Tokenizer
@@ -20,7 +21,8 @@ _MISTRAL_ID_LENGTH = 9  # its templates refuse any other
 
 @dataclass(frozen=True)
 class Dialect:
-    """The form in which a model is spoken to and answers: its chat template, and how it writes tool calls.
+    """The form in which a model is spoken to and answers: its chat template, how it writes tool calls, and whether it
+    thinks before it answers.
 
     own  the template is an adapter's, and is rendered in isolation
     """
@@ -29,6 +31,7 @@ class Dialect:
     template: ChatTemplate
     form: ToolParserName
     own: IsolatedRenderer | None = None
+    thinks: bool = False
 
     def render(
         self,
@@ -59,21 +62,39 @@ class Dialect:
         """The constraint of the whole answer; `answer` is that of an answer which calls nothing."""
         return answer if use is None else calls_constraint(use, self.form, self.tokenizer.added_tokens.get, answer)
 
-    def text_of(self, request: GenerateRequest, use: ToolUse | None, *, tokens_as_ids: bool = False) -> RequestText:
-        """The reader of the answer to `request`. `tokens_as_ids` is RequestText's."""
+    def thinking(self, prompt_ids: Sequence[int], budget: int | None) -> Thinking | None:
+        """How the answer to a prompt thinks, for at most `budget` tokens; None: it does not."""
+        return reasoning.thinking_after(prompt_ids, self.tokenizer.added_tokens, budget) if self.thinks else None
+
+    def text_of(self, request: GenerateRequest, use: ToolUse | None, **options: Any) -> RequestText:
+        """The reader of the answer to `request`. `options` are RequestText's."""
         parser = None if use is None else parser_for(self.form, use)
         kept = frozenset[str]() if use is None else frozenset(MARKERS[self.form])
-        return RequestText(self.tokenizer, request, parser, kept, tokens_as_ids=tokens_as_ids)
+        return RequestText(self.tokenizer, request, parser, kept, **options)
 
 
 class Dialects:
     """The dialects of a base and its adapters."""
 
     def __init__(
-        self, name: str, templates: ChatTemplates, tokenizer: Tokenizer, form: ToolParserName | None = None
+        self,
+        name: str,
+        templates: ChatTemplates,
+        tokenizer: Tokenizer,
+        form: ToolParserName | None = None,
+        reasoning_parser: ReasoningParserName | None = None,
     ) -> None:
-        """`form` is that of the base; None: detected."""
+        """`form` and `reasoning_parser` are those of the base; None: detected. Raises SpecError if its tokenizer does
+        not have the parser's tokens.
+        """
         self._name, self._templates, self._tokenizer = name, templates, tokenizer
+        self._thinks = reasoning_parser is not None
+        markers = (reasoning.START, reasoning.END)
+        if self._thinks and not all(marker in tokenizer.added_tokens for marker in markers):
+            raise SpecError(
+                f"reasoning_parser {reasoning_parser}: {' and '.join(markers)} are no tokens of the base {name!r}, so "
+                "its thoughts cannot be told from its answers; leave reasoning_parser out"
+            )
         template = templates.find(with_tools=True)
         self._form = form or detect(tokenizer.added_tokens.keys(), "" if template is None else template.source)
         self._isolated = IsolatedRenderer()
@@ -82,14 +103,18 @@ class Dialects:
     def find(self, form: ToolParserName | None, template: str | None, *, with_tools: bool) -> Dialect:
         """The dialect of the base, or of an adapter that has a form or template of its own. Raises RequestError."""
         if template is not None:
-            return Dialect(self._tokenizer, self._own(template), form or self._form, self._isolated)
+            own = self._own(template)
+            return Dialect(self._tokenizer, own, form or self._form, self._isolated, self._is_thinking(own))
         found = self._templates.find(with_tools=with_tools)
         if found is None:
             raise RequestError(f"the base model {self._name!r} has no chat template; use /v1/completions", "messages")
-        return Dialect(self._tokenizer, found, form or self._form)
+        return Dialect(self._tokenizer, found, form or self._form, thinks=self._is_thinking(found))
 
     def close(self) -> None:
         self._isolated.close()
+
+    def _is_thinking(self, template: ChatTemplate) -> bool:
+        return self._thinks or reasoning.detect(self._tokenizer.added_tokens.keys(), template.source) is not None
 
     def _compiled(self, source: str) -> ChatTemplate:
         return ChatTemplate(source, self._templates.special_tokens)

@@ -10,11 +10,13 @@ from loray.spec import (
     FinishReason,
     GenerateRequest,
     SamplingParams,
+    Thinking,
     TokenDelta,
     TokenLogprob,
     TokenLogprobs,
     ToolCallDelta,
 )
+from loray.text.reasoning import ContentDecoder, ThoughtText
 from loray.text.tokenizer import Tokenizer
 from loray.text.tools import ToolParser, overlap
 
@@ -49,6 +51,11 @@ class Detokenizer:
         self._stop = params.stop
         self._num_free = params.min_tokens  # tokens from now on in which no stop string counts
         self._held = ""
+
+    def begin(self, num_before: int) -> None:
+        """Let the text begin after a thought of so many tokens, and the newlines behind it."""
+        self._num_free -= num_before
+        self._decoder = ContentDecoder(self._decoder)
 
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> Text:
         """The text of tokens; with a finish reason also the rest. A token that stops the request has no text."""
@@ -95,10 +102,13 @@ class RequestText:
         kept: frozenset[str] = frozenset(),
         *,
         tokens_as_ids: bool = False,
+        thinking: Thinking | None = None,
+        include_reasoning: bool = True,
     ) -> None:
         """`kept`: special tokens that the parser must see, and so become text.
 
-        `tokens_as_ids`: the texts of logprobs are `token_id:5` and so on.
+        `tokens_as_ids`: the texts of logprobs are `token_id:5` and so on. `thinking`: of a model that thinks; its
+        thought is left out without `include_reasoning`.
         """
         self._text_of = _id_text if tokens_as_ids else tokenizer.text_of
         self._stop_tokens = request.params.stop_token_ids
@@ -108,13 +118,23 @@ class RequestText:
         self._num_prompt_tokens = len(request.prompt_ids)
         self._has_logprobs = request.params.logprobs is not None
         self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_ids, kept)
-        self._num_tokens = 0
+        self._num_tokens = self._num_reasoning_tokens = 0
+        self._thought: ThoughtText | None = None  # until the content begins
+        if thinking is not None:
+            self._thought = ThoughtText(tokenizer, thinking, request.params, request.prompt_ids)
+        self._include_reasoning = include_reasoning
 
     def push(self, delta: TokenDelta) -> Delta:
         """The delta with its text. If a stop string ends it, its reason is "stop", and tokens after it do not count."""
         token_ids, reason = delta.token_ids, delta.finish_reason
         stop_reason: str | int | None
-        text, num_tokens, stop_reason = self._detokenizer.push(token_ids, reason)
+        if self._thought is None:
+            thought = ""
+            text, num_tokens, stop_reason = self._detokenizer.push(token_ids, reason)
+        else:
+            thought, num_thought = self._think(token_ids, reason)
+            text, num_tokens, stop_reason = self._detokenizer.push(token_ids[num_thought:], reason)
+            num_tokens += num_thought
         if stop_reason is not None:
             reason = "stop"
             token_ids = token_ids[:num_tokens]
@@ -146,7 +166,21 @@ class RequestText:
             prompt_logprobs,
             calls,
             stop_reason,
+            thought,
+            self._num_reasoning_tokens,
         )
+
+    def _think(self, token_ids: Sequence[int], reason: FinishReason | None) -> tuple[str, int]:
+        """The thought's new text, and how many of the tokens are before the content."""
+        assert self._thought is not None
+        text, num_tokens = self._thought.push(token_ids, reason)
+        reader = self._thought.reader
+        self._num_reasoning_tokens = reader.num_tokens
+        if reader.content_from is not None:
+            self._thought = None
+            if reader.content_from:
+                self._detokenizer.begin(reader.content_from)
+        return text if self._include_reasoning else "", num_tokens
 
     def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
         first, *rest = self._prompt_ids

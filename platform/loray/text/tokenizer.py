@@ -170,7 +170,9 @@ class Tokenizer:
         self.max_token_characters = longest if self._backend.normalizer is None else _SHRINKING * longest
         around, text = self.encode("a", special=True), self.encode("a", special=False)
         starts = (i for i in range(len(around)) if around[i : i + len(text)] == text)
-        self._first = around[: next(starts, 0)]  # the tokens that are put before a text
+        start = next(starts, None)
+        # The tokens that are put before a text, and after it.
+        self._first, self._last = ((), ()) if start is None else (around[:start], around[start + len(text) :])
         self._texts: dict[int, str] = {}  # of single tokens; at most as many as the vocabulary
         added = self._backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: token_id for token_id, token in added.items()}
@@ -194,6 +196,14 @@ class Tokenizer:
             return ids
         first = self._first if ids[: len(self._first)] == self._first and len(self._first) < num_tokens else ()
         return first + ids[len(ids) - num_tokens + len(first) :]
+
+    def head(self, ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """The first `num_tokens`; special tokens at the end stay there."""
+        if len(ids) <= num_tokens:
+            return ids
+        num_last = len(self._last)
+        last = self._last if num_last < num_tokens and ids[len(ids) - num_last :] == self._last else ()
+        return ids[: num_tokens - len(last)] + last
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))

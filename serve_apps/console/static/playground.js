@@ -41,6 +41,7 @@
       .map((other) => `${JSON.stringify(other.token)} ${percent(other.logprob)}`);
 
   // A piece of text whose tokens are known: each tells its probability where the pointer is on it, and in the table.
+  // Tokens of no text, such as those around a thought, are in the table alone.
   const write = (said, rows, piece, tokens) => {
     const isWhole = tokens.map((token) => token.token).join("") === piece;
     for (const token of tokens) {
@@ -49,6 +50,7 @@
         row.insertCell().textContent = text;
       }
     }
+    if (!piece) return;
     for (const part of isWhole ? tokens.map((token) => [token]) : [tokens]) {
       const span = document.createElement("span");
       span.className = part.some((token) => Math.exp(token.logprob) < 0.5) ? "token unlikely" : "token";
@@ -69,14 +71,20 @@
     }
   };
 
+  const clear = (card) => {
+    for (const place of card.querySelectorAll(".said, .thought-text, .figures-line")) place.textContent = "";
+    card.querySelector("tbody").replaceChildren();
+    for (const details of card.querySelectorAll("details")) details.hidden = true;
+  };
+
   const ask = async (card) => {
     const said = card.querySelector(".said");
     const figures = card.querySelector(".figures-line");
-    const details = card.querySelector("details");
+    const details = card.querySelector(".tokens");
     const rows = details.querySelector("tbody");
-    said.textContent = figures.textContent = "";
-    rows.replaceChildren();
-    details.hidden = true;
+    const thought = card.querySelector(".thought");
+    const thoughtText = card.querySelector(".thought-text");
+    clear(card);
     const tier = await tierOf(card.querySelector("input").value);
     const began = performance.now();
     let first = null;
@@ -86,14 +94,22 @@
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices?.[0];
-      const piece = choice?.delta?.content;
+      const thinks = Boolean(choice?.delta?.reasoning);
+      const piece = choice?.delta?.reasoning || choice?.delta?.content;
       const tokens = choice?.logprobs?.content ?? [];
       if (piece) first ??= performance.now();
+      if (thinks && thought.hidden) {
+        thought.hidden = false;
+        thought.open = true; // until the answer begins, unless it is closed before
+      } else if (piece && !thinks && !said.hasChildNodes()) {
+        thought.open = false;
+      }
+      const place = thinks ? thoughtText : said;
       if (tokens.length) {
         details.hidden = false;
-        write(said, rows, piece ?? "", tokens);
+        write(place, rows, piece ?? "", tokens);
       } else if (piece) {
-        said.append(piece);
+        place.append(piece);
       }
       count = event.usage?.completion_tokens ?? count;
     };
@@ -144,9 +160,7 @@
     const last = answers.lastElementChild;
     const card = last.cloneNode(true);
     card.setAttribute("aria-label", `Answer ${answers.children.length + 1}`);
-    card.querySelector(".said").textContent = card.querySelector(".figures-line").textContent = "";
-    card.querySelector("tbody").replaceChildren();
-    card.querySelector("details").hidden = true;
+    clear(card);
     card.querySelector("input").value = "";
     answers.append(card);
     card.querySelector("input").focus();

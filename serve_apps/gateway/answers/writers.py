@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import struct
+from base64 import b64encode
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from loray.schemas.anthropic import MessageBuilder
 from loray.schemas.openai import CompletionRequest
 from loray.schemas.openai.formats import ChatFormat, Choice, Chunks, CompletionFormat, chat_logprobs, usage_of
 from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import Event, ResponseBuilder
-from loray.spec import Delta, TokenDelta, TokenLogprob
+from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob
 from loray.text.detokenizer import RequestText
 from serve_apps.gateway import anthropic
 from serve_apps.gateway.errors import Failure
@@ -106,6 +108,8 @@ class _ResponseWriter:
         events = []
         self._choice.count(delta)
         self._choice.finish_reason = delta.finish_reason or self._choice.finish_reason
+        if delta.reasoning:
+            events += builder.reasoning(delta.reasoning)
         if delta.text:
             events += builder.text(delta.text, _logprobs(delta))
         for call in delta.tool_calls:
@@ -211,8 +215,48 @@ def _events(events: list[Event]) -> str:
     return "".join(f"event: {e['type']}\ndata: {_json(e)}\n\n" for e in events)
 
 
-def _json(value: Event) -> str:
+def _json(value: Event | str) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class WholeEmbeddings:
+    """Writes the body of embeddings, each of which is a delta's text as `EmbeddingText` writes it."""
+
+    media_type: ClassVar[str] = "application/json"
+    heartbeat: ClassVar[str] = ""
+
+    def __init__(self, model: str, num_inputs: int) -> None:
+        self._model = model
+        self._written = [""] * num_inputs
+        self._num_tokens = 0
+
+    def push(self, index: int, delta: Delta) -> str:
+        self._written[index] = delta.text
+        self._num_tokens += delta.num_prompt_tokens
+        return ""
+
+    def end(self) -> str:
+        usage = f'{{"prompt_tokens":{self._num_tokens},"total_tokens":{self._num_tokens}}}'
+        rows = (f'{{"object":"embedding","index":{i},"embedding":{text}}}' for i, text in enumerate(self._written))
+        return f'{{"object":"list","data":[{",".join(rows)}],"model":{_json(self._model)},"usage":{usage}}}'
+
+    def failed(self, failure: Failure) -> str:
+        return failure.body
+
+
+class EmbeddingText:
+    """Writes an embedding as JSON: its numbers, with as many digits as tell floats of four bytes apart, or base64."""
+
+    def __init__(self, request: GenerateRequest, encoding: Literal["float", "base64"]) -> None:
+        self._num_tokens, self._encoding = len(request.prompt_ids), encoding
+
+    def push(self, tokens: TokenDelta) -> Delta:
+        vector = tokens.embedding or ()
+        if self._encoding == "base64":
+            text = f'"{b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()}"'
+        else:
+            text = f"[{','.join([f'{x:.9g}' for x in vector])}]"
+        return Delta(text, (), None, tokens.finish_reason, self._num_tokens, 0, tokens.num_cached_tokens)
 
 
 class Echo:

@@ -240,7 +240,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
     def _prefix(self, request: GenerateRequest | None) -> Sequence[str]:
         """Name the prefixes that spare the replica a part of a request's prompt."""
-        if request is None or request.pooling == "mean":
+        if request is None or (request.pooling is not None and request.pooling.kind == "mean"):
             return ()
         if request.params.prompt_logprobs is not None and not request.output_ids:
             return ()  # each token is computed, as for a mean

@@ -137,6 +137,20 @@ def test_what_the_backend_does_not_multiply_is_dequantised_with_one_warning(
     assert len(warnings) == 1
 
 
+def test_a_tied_head_without_a_kernel_stays_in_16_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _, kind = case
+
+    class LayersAlone(ReferenceOps):
+        def has_kernel(self, weight: QuantizedWeight) -> bool:
+            return weight.shape[0] != base.config.vocab_size
+
+    for ops, is_kept in ((LayersAlone(), False), (ReferenceOps(), True)):
+        monkeypatch.setattr(build, "backend", lambda name, device, ops=ops: ops)
+        model = make_engine(base, kind)._runner._model
+        assert isinstance(model._head.data, QuantizedWeight) == is_kept
+        assert isinstance(model._layers[0].weights.qkv.data, QuantizedWeight)
+
+
 def held_out_text() -> str:
     """Of this project, which no base was trained on."""
     pages = sorted((REPOSITORY / "docs" / "guide").glob("*.md"))

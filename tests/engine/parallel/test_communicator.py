@@ -21,7 +21,7 @@ from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import Shard
 from loray.engine.parallel.transport import joined, meeting, open_meeting
 from loray.engine.request import Chunk, Request
-from loray.spec import AdapterRef, GenerateRequest, SamplingParams
+from loray.spec import AdapterRef, GenerateRequest, PoolingParams, SamplingParams
 from loray_kernels import DecodeStep, Parts
 from tests.fixtures.engines import GREEDY
 
@@ -134,7 +134,9 @@ def test_the_batch_of_chunks_that_were_sent_is_that_of_the_chunks() -> None:
     """A prompt's part whose logprobs are wanted, a decoding request, a prompt that only loads, on two adapters."""
     scoring = Request(GenerateRequest("a", tuple(range(40)), SamplingParams(prompt_logprobs=1)), 0)
     decoding = Request(GenerateRequest("b", tuple(range(50, 69)), GREEDY, ref("x")), 1, output_ids=[7, 8])
-    loading = Request(GenerateRequest("c", (5, 6), SamplingParams(max_tokens=0), ref("y"), pooling="mean"), 2)
+    loading = Request(
+        GenerateRequest("c", (5, 6), SamplingParams(max_tokens=0), ref("y"), pooling=PoolingParams(kind="mean")), 2
+    )
     for request, blocks in ((scoring, [3, 9, 1]), (decoding, [7, 2]), (loading, [4])):
         request.blocks = blocks
     x, y = (cast(Any, SimpleNamespace(ref=ref(name), pair=None, token_row={}, rows={})) for name in "xy")

@@ -225,6 +225,25 @@ def test_a_rank_has_all_of_what_it_multiplies(tiny_base: Callable[..., BaseModel
     assert sum(e.rows * e.width for e in resident.extents) * base.config.num_layers == elements
 
 
+def test_ranks_have_their_heads_of_keys_and_values_in_int8(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    """An element between two whole numbers may be rounded either way, so a few logits are further off."""
+    base = tiny_base("Qwen3ForCausalLM", num_attention_heads=8, num_key_value_heads=4)
+    adapters = make_adapters(base, tmp_path, {"r6": ADAPTERS["r6"]})
+    requests = for_each([None, *adapters], max_tokens=8)
+    one = make_engine(base, adapters, num_threads=1, kv_cache_dtype="int8")
+    two = make_engine(base, adapters, num_threads=1, kv_cache_dtype="int8", tensor_parallel_size=2)
+    try:
+        assert two.pool.geometry.num_tokens == one.pool.geometry.num_tokens
+        alone, together = Spy(one), Spy(two)
+        assert run(two, requests) == run(one, requests)
+    finally:
+        two.close()
+    for i, logits in alone.logits.items():
+        error = (torch.stack(together.logits[i]) - torch.stack(logits)).abs().amax(1)
+        assert error.median() < 1e-4
+        assert error.max() < 1e-2
+
+
 def test_pairs_on_two_ranks_are_refused() -> None:
     module = RoadWeights(torch.zeros(16), torch.ones(16), "road_1", 32)
     whole, local = (Geometry(9, 2, 16, 2 * 16 * heads * 16) for heads in (2, 1))

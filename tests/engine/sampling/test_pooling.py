@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
 
-from loray.bases.registry import BaseModel
+from loray.adapters.peft_format import read_adapter
+from loray.bases.registry import BaseModel, add_base
 from loray.engine.engine import Engine
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError, RequestError
 from loray.methods.weights import LoraWeights
-from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling
-from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request
+from loray.spec import AdapterRef, Constraint, GenerateRequest, Pooling, PoolingParams
+from tests.fixtures.draws import Normal
+from tests.fixtures.engines import BLOCK_BYTES, fill_up, ids, make_engine, outputs, request, run
+from tests.fixtures.gateway import adapter_ref
 from tests.fixtures.peft_adapters import ATTENTION, Adapters, Oracle, TestAdapter, make_adapter
+from tests.fixtures.tiny import write_checkpoint
 
 LENGTHS = (1, 2, 17, 40, 64, 65, 90)
 
@@ -47,12 +53,12 @@ def expected(oracle: Oracle, ids: Sequence[int], adapter: TestAdapter | None, po
     model = oracle._models[adapter.ref.digest if adapter else None]
     with torch.inference_mode():
         out = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
-    x_TD = out.hidden_states[-1][0]  # after the final norm
+    x_TD = out.hidden_states[-1][0].float()  # after the final norm
     return normalize(x_TD[-1] if pooling == "last" else x_TD.mean(0), dim=0)
 
 
 def embed(name: str, ids: Sequence[int], adapter: TestAdapter | None, pooling: Pooling) -> GenerateRequest:
-    return replace(request(name, ids, adapter, max_tokens=0), pooling=pooling)
+    return replace(request(name, ids, adapter, max_tokens=0), pooling=PoolingParams(kind=pooling))
 
 
 def batch(every: Sequence[TestAdapter]) -> list[tuple[GenerateRequest, TestAdapter | None]]:
@@ -82,7 +88,7 @@ def check(engine: Engine, oracle: Oracle, every: Sequence[TestAdapter]) -> None:
     assert set(tokens) == {r.request_id for r, _ in asked if r.pooling is None}
     for r, adapter in asked:
         if r.pooling is not None:
-            found, wanted = torch.tensor(vectors[r.request_id]), expected(oracle, r.prompt_ids, adapter, r.pooling)
+            found, wanted = torch.tensor(vectors[r.request_id]), expected(oracle, r.prompt_ids, adapter, r.pooling.kind)
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=r.request_id)
             assert float(found.norm()) == pytest.approx(1, abs=1e-5)
 
@@ -106,16 +112,38 @@ def test_preemption_changes_no_embedding(base: BaseModel, oracle: Oracle) -> Non
         torch.testing.assert_close(torch.tensor(found[r.request_id]), wanted, atol=1e-4, rtol=0)
 
 
-def test_the_last_token_is_found_behind_a_cached_prefix_and_a_mean_computes_all(
+def test_the_last_token_is_found_behind_a_cached_prefix_and_no_embedding_leaves_blocks(
     base: BaseModel, oracle: Oracle
 ) -> None:
     engine, prompt = make_engine(base), ids(70, 5)
-    for name, pooling in (("a", "mean"), ("b", "last"), ("c", "mean")):
-        (out,) = outputs(engine, embed(name, prompt, None, pooling))  # type: ignore[arg-type]
-        assert out.num_cached_tokens == (64 if pooling == "last" else 0)
+    kept = engine.scheduler.prefix_cache
+    run(engine, [embed("first", prompt, None, "last")])
+    assert kept.num_idle == 0
+    run(engine, [request("answer", prompt, max_tokens=1)])
+    num_kept = kept.num_idle
+    cases: tuple[tuple[Pooling, int], ...] = (("mean", 0), ("last", 64), ("mean", 0))
+    for i, (pooling, num_cached) in enumerate(cases):
+        (out,) = outputs(engine, embed(str(i), prompt, None, pooling))
+        assert (out.num_cached_tokens, kept.num_idle) == (num_cached, num_kept)
         assert out.embedding is not None
-        wanted = expected(oracle, prompt, None, pooling)  # type: ignore[arg-type]
+        wanted = expected(oracle, prompt, None, pooling)
         torch.testing.assert_close(torch.tensor(out.embedding), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dimensions", [None, 24])
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_embeddings_are_cut_and_scaled_where_that_is_wanted(
+    base: BaseModel, oracle: Oracle, kind: Pooling, dimensions: int | None
+) -> None:
+    engine, prompt = make_engine(base, max_num_batched_tokens=32), ids(70, 5)
+    with torch.inference_mode():
+        out = oracle._models[None](input_ids=torch.tensor([prompt]), output_hidden_states=True)
+    x_TD = out.hidden_states[-1][0]
+    cut_D = (x_TD[-1] if kind == "last" else x_TD.mean(0))[:dimensions]
+    for scaled, wanted in ((True, normalize(cut_D, dim=0)), (False, cut_D)):
+        pooling = PoolingParams(kind=kind, dimensions=dimensions, normalize=scaled)
+        (found,) = outputs(engine, replace(embed("a", prompt, None, kind), pooling=pooling))
+        torch.testing.assert_close(torch.tensor(found.embedding), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_hidden_states_that_are_not_finite_fail_their_request_alone(base: BaseModel, adapters: Adapters) -> None:
@@ -141,6 +169,47 @@ def test_hidden_states_that_are_not_finite_fail_their_request_alone(base: BaseMo
     [{"max_tokens": 1}, {"prompt_logprobs": 0}, {"structured": Constraint(kind="regex", text="a")}],
 )
 def test_an_embedding_has_no_answer(base: BaseModel, params: dict[str, Any]) -> None:
-    asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling="last")
+    asked = replace(request("r", ids(4), **{"max_tokens": 0, **params}), pooling=PoolingParams(kind="last"))
     with pytest.raises(RequestError, match="an embedding has n"):
         make_engine(base).check(asked)
+
+
+def test_a_model_without_a_head_and_an_adapter_of_it(tmp_path: Path) -> None:
+    """As sentence-transformers saves both: no names begin with `model.`."""
+    whole = write_checkpoint(tmp_path / "whole", "Qwen3ForCausalLM", tie_word_embeddings=True)
+    model, folder = AutoModel.from_pretrained(whole), tmp_path / "headless"
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    model.save_pretrained(folder)
+    base = add_base(str(folder), home=tmp_path / "home")
+    assert base.config.architecture == "Qwen3ForCausalLM"
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="FEATURE_EXTRACTION"))
+    draw = Normal(3)
+    with torch.no_grad():
+        for _, parameter in sorted(tuned.named_parameters()):
+            if parameter.requires_grad:
+                parameter.copy_(0.12 * draw(*parameter.shape))
+    tuned.save_pretrained(tmp_path / "adapter")
+    weights = read_adapter(tmp_path / "adapter", base.config)
+    assert len(weights.modules) == len(ATTENTION) * base.config.num_layers
+    ref = adapter_ref("a" * 64, base_fingerprint=base.fingerprint, context_length=512, nbytes=1 << 16)
+    served = TestAdapter(ref, tmp_path / "adapter", None)
+    (out,) = outputs(make_engine(base, [served]), embed("a", ids(40), served, "last"))
+    with torch.inference_mode():
+        wanted = normalize(tuned(input_ids=torch.tensor([ids(40)])).last_hidden_state[0, -1], dim=0)
+    torch.testing.assert_close(torch.tensor(out.embedding), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_embeddings_in_bf16_are_as_close_as_transformers(smollm2: BaseModel, tmp_path: Path, kind: Pooling) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    tuned = make_adapter(smollm2, tmp_path / "tuned", config, seed=1)
+    exact, rounded = Oracle(smollm2, [tuned]), Oracle(smollm2, [tuned], torch.bfloat16)
+    engine = make_engine(smollm2, [tuned], dtype="bfloat16", pool_bytes=64 << 20)
+    for adapter in (None, tuned):
+        for num_tokens in (5, 14, 60):
+            prompt = ids(num_tokens, num_tokens)
+            (out,) = outputs(engine, embed("a", prompt, adapter, kind))
+            truth, theirs = (expected(oracle, prompt, adapter, kind) for oracle in (exact, rounded))
+            found = torch.tensor(out.embedding)
+            assert float(found @ truth) > min(0.9999, 1 - 2 * (1 - float(theirs @ truth)))

@@ -20,9 +20,10 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
 )
-from loray_kernels.reference import ReferenceOps
-from tests.kernels.backends import turned
+from loray_kernels.reference import ReferenceOps, kv_parts
+from tests.kernels.backends import store, turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -45,6 +46,17 @@ def rows(num: int, width: int, first: int, step: int = 512, num_segments: int = 
     each = width // num_segments
     at = torch.arange(num) * step + first
     return RowTables(tuple((s * each, each, at + s * (each + 8)) for s in range(num_segments)))
+
+
+def kv_pool(seed: int, dtype: torch.dtype, num_blocks: int, layout: KvLayout) -> Tensor:
+    """Random keys and values."""
+    pool = randn(seed, dtype, num_blocks * layout.num_layers * layout.layer_share)
+    slots_T = torch.arange(num_blocks * layout.block_tokens)
+    shape = (len(slots_T), layout.num_kv_heads, layout.head_dim)
+    for layer in range(layout.num_layers if layout.int8_per_element else 0):
+        k_TKd, v_TKd = (randn(seed + 20 * layer + i, dtype, *shape) for i in (1, 2))
+        store(REFERENCE, pool, layout, layer, k_TKd, v_TKd, AttentionMeta((0, len(slots_T)), (), (), slots_T))
+    return pool
 
 
 def lora(
@@ -157,14 +169,15 @@ def test_a_pair_with_a_wide_input(ops: Ops, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(9, 1, 16), (4, 2, 64)])
-def test_long_contexts(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_long_contexts(ops: Ops, is_int8: bool, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Several splits, their edges, more query heads than one block takes, prompts of several tiles."""
     num_heads, num_kv, d = heads
-    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=num_kv, head_dim=d)
+    layout = KvLayout(2, 16, num_kv, d, int8_per_element=dtype.itemsize if is_int8 else 0)
     sequences = [(1, 600), (70, 130), (1, 256), (1, 257), (2, 70), (1, 5)]
     lengths = [-(-context // 16) for _, context in sequences]
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(5))
-    pool = randn(6, dtype, len(order) * 2 * layout.layer_share)
+    pool = kv_pool(6, dtype, len(order), layout)
     start = [sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1)]
     meta = AttentionMeta(
         tuple(start), tuple(c for _, c in sequences), order.split(lengths), torch.zeros(start[-1], dtype=torch.int64)
@@ -172,16 +185,16 @@ def test_long_contexts(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype
     q_THd = randn(7, dtype, start[-1], num_heads, d)
     alone = AttentionMeta((0, 1), (600,), order.split(lengths)[:1], torch.zeros(1, dtype=torch.int64))
     for kind in KINDS:
-        got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind) for o in (ops, REFERENCE))
+        got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind)) for o in (ops, REFERENCE))
         near(got, want, dtype)
         if kind[0] is not None:  # blocks behind it are others' by now, and hold what is no number
             freed = pool.clone()
             for (num, context), table in zip(sequences, meta.block_table, strict=True):
                 blocks = table[: max(0, context - num - kind[0] + 1) // 16]
                 freed.view(-1, 2 * layout.layer_share)[blocks] = torch.nan
-            assert torch.equal(ops.paged_attention(q_THd, freed, layout, 1, meta, d**-0.5, *kind), got)
+            assert torch.equal(ops.paged_attention(q_THd, freed, layout, 1, meta, Scoring(d**-0.5, *kind)), got)
         # Alone, a sequence has the same bits.
-        assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, d**-0.5, *kind), got[:1])
+        assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, Scoring(d**-0.5, *kind)), got[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,7 +204,7 @@ def test_chunks_of_a_prompt_have_the_whole_prompts_bits(ops: Ops, dtype: torch.d
 
     def attend(start: int, stop: int) -> Tensor:
         meta = AttentionMeta((0, stop - start), (stop,), (table,), torch.zeros(stop - start, dtype=torch.int64))
-        return ops.paged_attention(q_THd[start:stop], pool, layout, 0, meta, 0.25)
+        return ops.paged_attention(q_THd[start:stop], pool, layout, 0, meta, Scoring(0.25))
 
     assert torch.equal(torch.cat((attend(0, 37), attend(37, 100))), attend(0, 100))
 
@@ -248,7 +261,7 @@ def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple
     lengths = [-(-context // size) for context in contexts]
     blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
     slots = [int(b[(c - 1) // size]) * size + (c - 1) % size if c else 0 for b, c in zip(blocks, contexts, strict=True)]
-    pool = randn(2, dtype, sum(lengths) * layout.num_layers * layout.layer_share)
+    pool = kv_pool(2, dtype, sum(lengths), layout)
     return pool, AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.tensor(slots))
 
 
@@ -257,23 +270,27 @@ def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tu
     pool, meta = decoding(dtype, contexts, layout)
     for own, context in zip(meta.block_table, contexts, strict=True):
         if used := context % layout.block_tokens:
-            blocks = pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
-            blocks[own[-1], :, :, used:] = torch.nan
+            blocks, scales = kv_parts(pool, layout)
+            if scales is None:
+                blocks[own[-1], :, :, used:] = torch.nan
+            else:
+                scales[own[-1], ..., used:] = torch.nan
     return pool, meta
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_heads", "num_kv", "d"), [(9, 3, 64), (8, 2, 128), (12, 1, 128), (2, 2, 64), (20, 1, 64)])
 @pytest.mark.parametrize("block_tokens", [16, 48])
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_heads_of_a_decode_step(
-    ops: Ops, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
+    ops: Ops, is_int8: bool, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
 ) -> None:
-    layout = KvLayout(num_layers=2, block_tokens=block_tokens, num_kv_heads=num_kv, head_dim=d)
+    layout = KvLayout(2, block_tokens, num_kv, d, int8_per_element=dtype.itemsize if is_int8 else 0)
     pool, meta = decode_step(dtype, [1, 15, 16, 63, 255, 256, 257, 530, 700], layout)
     q_THd = 2 * randn(5, dtype, 9, num_heads, d)
     for kind in KINDS:
-        got = ops.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind)
-        near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5, *kind), dtype)
+        got = ops.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind))
+        near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5, *kind)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -283,8 +300,8 @@ def test_queries_that_begin_anywhere(ops: Ops, dtype: torch.dtype) -> None:
     pool, meta = decode_step(dtype, [5, 40], layout)
     q_THd = randn(5, dtype, 2, 4 * 64 + 3)[:, 3:].unflatten(1, (4, 64))
     near(
-        ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
-        REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
+        ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)),
+        REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)),
         dtype,
     )
 
@@ -292,6 +309,6 @@ def test_queries_that_begin_anywhere(ops: Ops, dtype: torch.dtype) -> None:
 def test_padding_has_no_keys(ops: Ops) -> None:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=128)
     pool, meta = decode_step(torch.float16, [3, 0, 300], layout)
-    got = ops.paged_attention(randn(5, torch.float16, 3, 2, 128), pool, layout, 0, meta, 0.125)
+    got = ops.paged_attention(randn(5, torch.float16, 3, 2, 128), pool, layout, 0, meta, Scoring(0.125))
     assert torch.equal(got[1], torch.zeros_like(got[1]))
     assert bool(got.isfinite().all())

@@ -17,7 +17,7 @@ from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
 from loray.errors import EngineError
-from loray.spec import GenerateRequest, ServeSpec
+from loray.spec import GenerateRequest, ServeSpec, Thinking
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
@@ -102,6 +102,20 @@ def test_where_a_token_depends_on_those_before_it_they_are_read_first(
     run(make_engine(base), [request("plain", range(3, 9)), request("other", range(3, 9), max_tokens=5, **params)])
     assert num_ahead(order[: order.index("launch") + 8]) == 0
     assert num_ahead(order) > 0  # when it has ended
+
+
+def test_a_thought_with_a_budget_is_launched_ahead_until_it_may_have_to_end(
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its budget is used up, and its content is free again."""
+    thinking = Thinking(start_id=7, end_id=300, state="open", budget=12)
+    thoughtful = request("thought", range(3, 9), thinking=thinking, max_tokens=30)
+    requests = [request("plain", range(3, 9), max_tokens=40, **SAMPLING[1]), thoughtful]
+    want = expected(monkeypatch, base, (), requests)
+    order.clear()
+    assert run(make_engine(base), requests) == want
+    assert want["thought"].index(300) == 12
+    assert 25 < num_ahead(order) < 39
 
 
 def test_steps_without_the_request_that_awaits_its_mask_are_launched_ahead(

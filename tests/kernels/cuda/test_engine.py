@@ -39,17 +39,29 @@ def logits_of(engine: Engine, *requests: Any) -> dict[str, Tensor]:
     return {name: torch.stack(rows) for name, rows in spy.logits.items()}
 
 
-@pytest.mark.parametrize(("sizes", "replayed"), [((1, 2, 4, 8), [8, 8, 4, 4, 2, 1]), ((2, 16), [16, 16, 16, 16, 2, 2])])
+@pytest.mark.parametrize(
+    ("sizes", "replayed", "kv_cache_dtype"),
+    [
+        ((1, 2, 4, 8), [8, 8, 4, 4, 2, 1], "auto"),
+        ((2, 16), [16, 16, 16, 16, 2, 2], "auto"),
+        ((2, 16), [16, 16, 16, 16, 2, 2], "int8"),
+    ],
+)
 def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_given(
-    base: BaseModel, ops: ShimOps, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], replayed: list[int]
+    base: BaseModel,
+    ops: ShimOps,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, ...],
+    replayed: list[int],
+    kv_cache_dtype: str,
 ) -> None:
     """Five requests that end one after the other, with contexts on both sides of a block's end."""
     monkeypatch.setattr(graphs, "SIZES", sizes)
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
     requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
-    recorded = make_engine(base)
+    recorded = make_engine(base, kv_cache_dtype=kv_cache_dtype)
     ops.captures_steps = False
-    eager = make_engine(base)
+    eager = make_engine(base, kv_cache_dtype=kv_cache_dtype)
     expected, got = logits_of(eager, *requests), logits_of(recorded, *requests)
     for name, want in expected.items():
         torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)

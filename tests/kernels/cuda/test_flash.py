@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout
+from loray_kernels import AttentionMeta, KvLayout, Scoring
 from loray_kernels.cuda.flash import FlashPrompts
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 
@@ -49,7 +49,7 @@ class Wrapper:
         assert int(qo_indptr[0]) == int(paged_kv_indptr[0]) == 0
         assert int(paged_kv_indptr[-1]) == len(paged_kv_indices)
         assert all(1 <= n <= page_size for n in paged_kv_last_page_len.tolist())
-        assert (num_qo_heads, num_kv_heads, head_dim_qk, page_size) == (NUM_HEADS, *LAYOUT[2:], LAYOUT.block_tokens)
+        assert (num_qo_heads, num_kv_heads, head_dim_qk, page_size) == (NUM_HEADS, *LAYOUT[2:4], LAYOUT.block_tokens)
         assert causal
         assert disable_split_kv
         assert q_data_type == kv_data_type == torch.bfloat16
@@ -99,7 +99,7 @@ def test_prompts_are_those_of_the_reference(lengths: tuple[int, ...], contexts: 
         for layer in range(LAYOUT.num_layers):
             out_THd = torch.zeros_like(q_THd)
             assert flash(q_THd, out_THd, pool, LAYOUT, layer, meta, 0.25)
-            want = REFERENCE.paged_attention(q_THd, pool, LAYOUT, layer, meta, 0.25)
+            want = REFERENCE.paged_attention(q_THd, pool, LAYOUT, layer, meta, Scoring(0.25))
             for start, length in zip(meta.query_start, lengths, strict=False):
                 own = slice(start, start + length)
                 near(out_THd[own], want[own] if length > 1 else torch.zeros_like(want[own]), torch.bfloat16)
@@ -112,7 +112,7 @@ def test_a_layer_may_scale_otherwise() -> None:
     for layer, scale in enumerate((0.25, 0.5)):
         out_THd = torch.zeros_like(q_THd)
         assert flash(q_THd, out_THd, pool, LAYOUT, layer, meta, scale)
-        near(out_THd, REFERENCE.paged_attention(q_THd, pool, LAYOUT, layer, meta, scale), torch.bfloat16)
+        near(out_THd, REFERENCE.paged_attention(q_THd, pool, LAYOUT, layer, meta, Scoring(scale)), torch.bfloat16)
 
 
 def test_where_it_fails_our_kernels_go_on(caplog: pytest.LogCaptureFixture) -> None:

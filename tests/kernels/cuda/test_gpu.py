@@ -26,6 +26,7 @@ from loray_kernels import (
     ProjectionMatrix,
     RowOverrides,
     RowTables,
+    Scoring,
     StepInputs,
     VeraTable,
     backend,
@@ -115,7 +116,7 @@ def test_flashinfers_attention_is_ours(dtype: torch.dtype) -> None:
     meta = AttentionMeta((0, 40, 41, 241), (40, 90, 250), blocks[:3], torch.zeros(241, dtype=torch.int64).cuda())
     q_THd = randn(3, dtype, 241, 8, 128).cuda()
     found._flash = None
-    want, got = found.paged_attention(q_THd, pool, layout, 1, meta, 0.1), torch.zeros_like(q_THd)
+    want, got = found.paged_attention(q_THd, pool, layout, 1, meta, Scoring(0.1)), torch.zeros_like(q_THd)
     assert flash(q_THd, got, pool, layout, 1, meta, 0.1), "FlashInfer failed, see the log"
     near(torch.cat([got[:40], got[41:]]).cpu(), torch.cat([want[:40], want[41:]]).cpu(), dtype)
 
@@ -149,7 +150,7 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
     def forward(step: CapturedStep) -> Tensor:
         q_THd = torch.nn.functional.embedding(step.token_ids_S, table_VD).view(-1, 4, 64)
         store(ops, pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
-        return ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.125)
+        return ops.paged_attention(q_THd, pool, layout, 0, step.attention, Scoring(0.125))
 
     graphs = ops.captured_decoding(forward, Decoding(layout, 3, 32, (), device))
     assert isinstance(graphs, DecodeGraphs)

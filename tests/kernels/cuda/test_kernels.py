@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from loray_kernels import AttentionMeta, DecodeStep, Decoding, KvLayout, Ops, PageCopy
+from loray_kernels import AttentionMeta, DecodeStep, Decoding, KvLayout, Ops, PageCopy, Scoring
 from loray_kernels.cuda import attention, tables
 from loray_kernels.cuda.attention import AttentionWork, DecodeAttention
 from loray_kernels.cuda.graphs import PaddedStep
@@ -61,7 +61,7 @@ def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> No
     store(ops, pool, layout, 1, k_TKd, v_TKd, meta)
     store(REFERENCE, expected, layout, 1, k_TKd, v_TKd, meta)
     assert torch.equal(pool, expected)
-    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
+    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, Scoring(d**-0.5)) for o in (ops, REFERENCE))
     near(got, want, dtype)
 
 
@@ -75,11 +75,13 @@ def test_splits_of_long_contexts_are_longer(ops: CudaOps, longest: int, dtype: t
     pool, meta = decode_step(dtype, [longest, 600, 64 * 256, 7], layout)
     q_THd = 3 * randn(5, dtype, 4, 2, d)
     assert tables.pack_attention(meta, layout).max_splits == tables.MAX_SPLITS
-    got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125)
-    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125), dtype)
+    got = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125))
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.125)), dtype)
     for i in (0, 1, 3):
         alone = AttentionMeta((0, 1), meta.context_len[i : i + 1], meta.block_table[i : i + 1], meta.slot_mapping_T[:1])
-        assert torch.equal(ops.paged_attention(q_THd[i : i + 1], pool, layout, 0, alone, 0.125), got[i : i + 1])
+        assert torch.equal(
+            ops.paged_attention(q_THd[i : i + 1], pool, layout, 0, alone, Scoring(0.125)), got[i : i + 1]
+        )
 
 
 def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     pool, meta = decoding(torch.float32, [530, 7, 300, 257, 1], layout)
     q_THd = randn(5, torch.float32, 5, 4, 16)
-    expected = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25)
+    expected = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.25))
     made: list[int] = []
     empty = torch.empty
 
@@ -99,8 +101,8 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     of_split = 4 * 4 * 18
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
         monkeypatch.setattr(attention, "PARTIAL_BYTES", num_bytes)
-        meta.prepared.pop(AttentionWork)
-        assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
+        meta.prepared.pop((AttentionWork, None))
+        assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.25)), expected)
         assert max(made) == most
         made.clear()
 
@@ -126,8 +128,8 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
         assert torch.equal(pool, expected)
-        out_THd = ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.25)
-        assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, 0.25))
+        out_THd = ops.paged_attention(q_THd, pool, layout, 0, step.attention, Scoring(0.25))
+        assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, Scoring(0.25)))
         assert not out_THd[num:].any()
         assert step.positions_S[:num].tolist() == [c - 1 for c in contexts]
 
@@ -178,7 +180,7 @@ def test_the_shim_reports_a_barrier_that_is_not_reached(launcher: NotingLauncher
 def test_they_take_what_they_can_read(ops: CudaOps, launcher: NotingLauncher, d: int) -> None:
     layout = KvLayout(num_layers=2, block_tokens=32, num_kv_heads=2, head_dim=d)
     pool, meta = decode_step(torch.bfloat16, [16, 300], layout)
-    ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, 0.1)
+    ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, Scoring(0.1))
     assert launcher.kernels == ["attention_plan_fp32", f"attention_tensor{d}_bf16"]
 
 
@@ -200,8 +202,8 @@ def test_what_they_cannot_read_is_not_theirs(
     whole, meta = decode_step(dtype, [16, 32], layout)
     pool = torch.cat([whole.new_zeros(first), whole])[first:]
     q_THd = randn(5, dtype, 2, 2, d)
-    got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.1)
-    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.1), dtype)
+    got = ops.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.1))
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, Scoring(0.1)), dtype)
     assert [name.rpartition("_")[0] for name in launcher.kernels] == ["attention_plan", "attention_decode"]
 
 
@@ -215,34 +217,37 @@ def attention_grids(launcher: NotingLauncher) -> list[tuple[int, int, int]]:
     return [grid for kernel, grid in zip(launcher.kernels, launcher.grids, strict=True) if "plan" not in kernel]
 
 
-def splits_of(context: int) -> int:
+def splits_of(context: int, window: int | None = None) -> range:
+    """Those of which a part is in the window."""
     size = SPLIT
     while size * MAX_SPLITS < context:
         size *= 2
-    return max(1, -(-context // size))
+    behind = 0 if window is None else max(0, context - window) // size
+    return range(behind, max(1, -(-context // size)))
 
 
-def planned(launcher: NotingLauncher, contexts: list[int]) -> AttentionWork:
+def planned(launcher: NotingLauncher, contexts: list[int], window: int | None) -> AttentionWork:
     """As a recorded step plans it, which knows no context: for the longest that may be. Sequence i has query 2 i."""
     num, none = len(contexts), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([n for i in range(num) for n in (i, 2 * i)])
     tables = AttentionTables(none, torch.tensor(contexts), none, none, Items(tokens, num), Items(none, 0), MAX_SPLITS)
-    return DecodeAttention(launcher).plan(tables, 8, LAYOUT)
+    return DecodeAttention(launcher).plan(tables, 8, LAYOUT, window)
 
 
+@pytest.mark.parametrize("window", [None, 1, 500, 5000])
 @pytest.mark.parametrize("room", [1, 100, 300, 1 << 20])
 def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
-    launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch, room: int
+    launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch, room: int, window: int | None
 ) -> None:
     """`room`: for partial sums of so many splits. 300 sequences are more than a block has threads."""
     monkeypatch.setattr(attention, "PARTIAL_BYTES", room * 4 * 8 * 66)
     generator = torch.Generator().manual_seed(1)
     contexts = (torch.rand(300, generator=generator) ** 6 * 40_000).long().tolist()
     contexts[:4] = [0, SPLIT, SPLIT + 1, 64 * SPLIT + 1]
-    work = planned(launcher, contexts)
+    work = planned(launcher, contexts, window)
     starts, expected = (
         work.starts_G1.tolist(),
-        [i * MAX_SPLITS + s for i, c in enumerate(contexts) for s in range(splits_of(c))],
+        [i * MAX_SPLITS + s for i, c in enumerate(contexts) for s in splits_of(c, window)],
     )
     assert work.splits[: len(expected)].tolist() == expected
     assert starts[0] == 0
@@ -250,7 +255,7 @@ def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
     assert starts == sorted(starts)
     for launch, (start, stop) in enumerate(pairwise(starts)):
         own = expected[start:stop]
-        assert not own or own[0] % MAX_SPLITS == 0
+        assert not own or own[0] % MAX_SPLITS == splits_of(contexts[own[0] // MAX_SPLITS], window)[0]
         assert all(0 <= w - launch * work.most < work.room for w in range(start, stop))
     assert work.room <= max(room, MAX_SPLITS)
     assert not work.arrived.any()
@@ -269,14 +274,28 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: NotingLaunch
         launcher.forget()
         meta.prepared.clear()
         ops = CudaOps(launcher, cast(Any, None), num_processors=processors)
-        found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125) for _ in range(2)])
+        found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)) for _ in range(2)])
         assert attention_grids(launcher) == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
-        work: AttentionWork = meta.prepared[AttentionWork]
-        assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
+        work: AttentionWork = meta.prepared[AttentionWork, None]
+        assert work.starts_G1.tolist() == [0, sum(len(splits_of(context)) for context in contexts)]
         assert not work.arrived.any()
-    near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), dtype)
+    near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), dtype)
     for got in (found[0][1], *found[1]):  # of a second layer, too
         assert torch.equal(got, found[0][0])
+
+
+def test_layers_with_a_window_have_a_plan_of_their_own(launcher: NotingLauncher) -> None:
+    """Made once for all of them; blocks behind the window are not read."""
+    contexts, window = [5, 40 * SPLIT + 9, 0, 700], 300
+    pool, meta = decode_step(torch.bfloat16, contexts, LAYOUT)
+    q_THd = 2 * randn(5, torch.bfloat16, len(contexts), 6, 64)
+    ops, windowed = CudaOps(launcher, cast(Any, None)), Scoring(0.125, window)
+    for scoring in (Scoring(0.125), windowed, windowed, Scoring(0.125)):
+        got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, scoring)
+        near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, scoring), torch.bfloat16)
+    assert launcher.kernels.count("attention_plan_fp32") == 2
+    starts = [meta.prepared[AttentionWork, own].starts_G1.tolist() for own in (None, window)]
+    assert starts == [[0, 1 + 41 + 1 + 3], [0, 1 + 3 + 1 + 2]]
 
 
 def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: NotingLauncher) -> None:
@@ -294,8 +313,8 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Not
         MAX_SPLITS,
     )
     meta.prepared[pack_attention] = tables
-    got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125)
+    got = ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125))
     (grid,) = attention_grids(launcher)
     assert grid == (64, 2, 1)  # eight for each multiprocessor, where there were 32 × 2 × 64
-    assert meta.prepared[AttentionWork].starts_G1.tolist() == [0, 32]
-    near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), torch.bfloat16)
+    assert meta.prepared[AttentionWork, None].starts_G1.tolist() == [0, 32]
+    near(got, REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, Scoring(0.125)), torch.bfloat16)

@@ -243,9 +243,10 @@ CALLS = [
 def test_calls_in_messages_and_chunks() -> None:
     both = '"tool_calls":[{"id":"call_1","type":"function","function":{"name":"add","arguments":"{\\"a\\": 1}"}},'
     both += '{"id":"call_2","type":"function","function":{"name":"now","arguments":"{}"}}]}'
-    assert assistant_message("", CALLS).to_json() == f'{{"role":"assistant","content":null,"refusal":null,{both}'
-    assert assistant_message("So", CALLS).content == "So"
-    assert assistant_message("", []).to_json() == '{"role":"assistant","content":"","refusal":null}'
+    called, said = Choice(tool_calls=[*CALLS]), Choice(["So"], tool_calls=[*CALLS])
+    assert assistant_message(called).to_json() == f'{{"role":"assistant","content":null,"refusal":null,{both}'
+    assert assistant_message(said).content == "So"
+    assert assistant_message(Choice()).to_json() == '{"role":"assistant","content":"","refusal":null}'
 
     def written(text: str = "", *calls: ToolCallDelta) -> str:
         return chat_delta(delta(text)._replace(tool_calls=calls)).to_json()
@@ -256,3 +257,35 @@ def test_calls_in_messages_and_chunks() -> None:
     assert written("a", CALLS[1]).startswith('{"content":"a","tool_calls":')
     assert chat_delta(delta("", None, "tool_calls")).to_json() == "{}"
     assert written() == '{"content":""}'
+
+
+def test_thoughts_are_apart_from_the_text() -> None:
+    thought = delta(output=2)._replace(reasoning="so", num_reasoning_tokens=2)
+    last = delta("a", None, "stop", output=4)._replace(num_reasoning_tokens=2)
+    whole = fmt(ChatFormat).whole([choice := collected(thought, last)], usage_of([choice], 1))
+    message = whole.choices[0].message
+    assert message.to_json() == (
+        '{"role":"assistant","content":"a","refusal":null,"reasoning":"so","reasoning_content":"so"}'
+    )
+    assert whole.usage.to_json().endswith('"completion_tokens_details":{"reasoning_tokens":2}}')
+    never_ended = fmt(ChatFormat).whole([collected(thought._replace(finish_reason="length"))], whole.usage)
+    assert never_ended.choices[0].message.content is None
+    hidden = collected(thought._replace(reasoning=""), last)
+    assert assistant_message(hidden).to_json() == '{"role":"assistant","content":"a","refusal":null}'
+
+
+@pytest.mark.parametrize("extras", [Extras(), Extras([(1, 2, 3)], usage=True)], ids=["plain", "usage"])
+def test_no_chunk_has_a_thought_and_a_text(extras: Extras) -> None:
+    """They are also those that the format itself writes."""
+    form = fmt(ChatFormat, include_usage=True, extras=extras)
+    chunks = Chunks(form)
+    thought = delta(output=2)._replace(reasoning='"so"', num_reasoning_tokens=2)
+    begun = chunks.push(0, thought)
+    assert begun == form.opening(0).to_json() + form.chunk(0, thought).to_json()
+    assert '"delta":{"reasoning":"\\"so\\"","reasoning_content":"\\"so\\""}' in begun
+    both = thought._replace(text="a")
+    first, second = (json.loads(part) for part in chunks.push(0, both).replace("}{", "}\n{").split("\n"))
+    assert first["choices"][0]["delta"] == {"reasoning": '"so"', "reasoning_content": '"so"'}
+    assert second["choices"][0]["delta"] == {"content": "a"}
+    ended = thought._replace(finish_reason="length")
+    assert chunks.push(0, ended) == form.chunk(0, ended).to_json()

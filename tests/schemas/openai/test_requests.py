@@ -117,9 +117,9 @@ def test_fields_that_clients_send_by_default_are_accepted() -> None:
 
 
 def test_unknown_fields_are_named() -> None:
-    refused = refusal(completion, temperatur=1)
-    assert re.search(r"unknown field .temperatur.; known fields: .*temperature", str(refused))
-    assert refused.param == "temperatur"
+    refused = refusal(completion, colour=1)
+    assert re.search(r"unknown field .colour.; known fields: .*temperature", str(refused))
+    assert (refused.param, refused.code) == ("colour", "unknown_parameter")
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,44 @@ def test_messages_are_text_or_text_parts() -> None:
 
 def test_a_response_message_is_accepted_as_a_request_message() -> None:
     nothing = {"refusal": None, "annotations": [], "audio": None, "tool_calls": None}
-    request = chat({"role": "assistant", "content": "x", "reasoning_content": "I thought"} | nothing)
+    request = chat({"role": "assistant", "content": "x"} | nothing)
     assert request.messages[0].for_template() == {"role": "assistant", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"reasoning_content": "hm"}, "hm"),
+        ({"reasoning": "hm", "reasoning_content": "hm"}, "hm"),
+        ({"reasoning": "hm", "content": None}, "hm"),
+        ({"reasoning": {"effort": "low"}}, None),
+        ({"reasoning": None, "reasoning_content": ""}, None),
+        ({"reasoning": "hm", "role": "user"}, None),
+    ],
+)
+def test_what_was_thought_goes_to_the_template(given: dict[str, Any], kept: str | None) -> None:
+    message = chat({"role": "assistant", "content": "x"} | given).messages[0]
+    assert message.for_template().get("reasoning_content") == kept
+    assert message.num_characters == len(message.content) + len(kept or "")
+
+
+def test_how_long_a_model_thinks() -> None:
+    def asked(**fields: Any) -> tuple[Any, int | None]:
+        request = chat(**fields)
+        return request.template_variables.get("enable_thinking"), request.thinking_budget
+
+    assert asked() == (None, None)
+    assert asked(reasoning_effort="none") == asked(reasoning_effort="minimal") == (False, 0)
+    assert asked(reasoning_effort="low") == (None, 1024)
+    assert asked(reasoning_effort="medium") == (None, 8192)
+    assert asked(reasoning_effort="high") == asked(reasoning_effort="xhigh") == (None, None)
+    assert asked(reasoning_effort="low", thinking_token_budget=5) == (None, 5)
+    on, off = {"enable_thinking": True}, {"enable_thinking": False}
+    assert asked(reasoning_effort="none", chat_template_kwargs=on) == (True, None)
+    assert asked(reasoning_effort="high", thinking_token_budget=5, chat_template_kwargs=off) == (False, 0)
+    given = chat(reasoning_effort="low", thinking_token_budget=0, chat_template_kwargs=on).thinking_fields
+    assert given == ["reasoning_effort", "thinking_token_budget", "chat_template_kwargs.enable_thinking"]
+    assert refusal(chat, thinking_token_budget=-1).param == "thinking_token_budget"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +330,7 @@ def test_messages_of_an_agents_loop() -> None:
         {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}], "refusal": None, "audio": None},
         {"role": "tool", "tool_call_id": "call_1", "content": "2"},
-        {"role": "assistant", "content": "2", "tool_calls": [], "reasoning_content": "hm"},
+        {"role": "assistant", "content": "2", "tool_calls": []},
     )
     function = {"name": "add", "arguments": {"a": 1}}
     assert for_template(request.messages) == [

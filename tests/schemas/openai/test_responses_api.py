@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from loray.errors import RequestError
 from loray.schemas.openai import Usage, parse
-from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest
+from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, chat_request, renamed
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
@@ -37,13 +37,17 @@ def test_items_are_messages() -> None:
     items = [
         {"role": "developer", "content": "rules"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}], "status": "completed"},
-        {"type": "reasoning", "id": "r", "summary": []},
+        {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
         {"type": "message", "id": "msg_1", "role": "assistant", "content": [said]},
         {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
         {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "1", "output": "x"},
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "y"}]},
+        {"type": "reasoning", "id": "s", "summary": [{"type": "summary_text", "text": "so"}]},
         {"type": "function_call", "call_id": "3", "name": "f", "arguments": "{}"},
+        {"type": "reasoning", "id": "t", "summary": [], "content": [{"type": "reasoning_text", "text": "cut off"}]},
+        {"role": "user", "content": "go on"},
+        {"type": "reasoning", "id": "u", "summary": 5, "content": None},
     ]
 
     def text(value: str) -> dict[str, str]:
@@ -55,10 +59,16 @@ def test_items_are_messages() -> None:
     assert chat(input=items)["messages"] == [
         {"role": "developer", "content": "rules"},
         {"role": "user", "content": [text("a")]},
-        {"role": "assistant", "content": [text("b")], "tool_calls": [call("1", "f"), call("2", "g")]},
+        {
+            "role": "assistant",
+            "content": [text("b")],
+            "reasoning_content": "hm",
+            "tool_calls": [call("1", "f"), call("2", "g")],
+        },
         {"role": "tool", "tool_call_id": "1", "content": "x"},
         {"role": "tool", "tool_call_id": "2", "content": [text("y")]},
-        {"role": "assistant", "content": None, "tool_calls": [call("3", "f")]},
+        {"role": "assistant", "content": None, "reasoning_content": "so", "tool_calls": [call("3", "f")]},
+        {"role": "user", "content": "go on"},
     ]
 
 
@@ -81,9 +91,24 @@ def test_tools_and_formats() -> None:
 
 
 def test_hints_change_nothing() -> None:
-    hints = {"store": True, "metadata": {"a": "b"}, "reasoning": {"effort": "low"}, "background": False}
+    hints = {"store": True, "metadata": {"a": "b"}, "reasoning": {"summary": "auto"}, "background": False}
     hints |= {"truncation": "disabled", "previous_response_id": None, "include": ["reasoning.encrypted_content"]}
     assert chat(**hints, service_tier="auto", prompt_cache_key="k", text={"verbosity": "low"}) == chat()
+
+
+def test_the_effort_is_the_chats() -> None:
+    assert chat(reasoning={"effort": "low"}, include_reasoning=False) == chat() | {
+        "reasoning_effort": "low",
+        "include_reasoning": False,
+    }
+    assert chat(reasoning_effort="high", thinking_token_budget=3) == chat() | {
+        "reasoning_effort": "high",
+        "thinking_token_budget": 3,
+    }
+    with pytest.raises(RequestError) as e:
+        chat_request(request(reasoning={"effort": 5}))
+    assert renamed(e.value).param == "reasoning.effort"
+    assert ResponseBuilder(request(reasoning={"effort": "low"})).response("completed")["reasoning"]["effort"] == "low"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +142,29 @@ def test_what_is_refused_is_named(fields: dict[str, Any], param: str) -> None:
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:
     return [e["type"].removeprefix("response.") for e in events]
+
+
+def test_thoughts_are_an_item_of_their_own() -> None:
+    answer = ResponseBuilder(request())
+    events = [*answer.reasoning("so"), *answer.reasoning(" on"), *answer.text("a")]
+    events += answer.finish("stop", Usage.of(3, 5, 0, 2))
+    thought = ["output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.delta"]
+    thought += ["reasoning_text.done", "content_part.done", "output_item.done"]
+    assert kinds(events)[:8] == [*thought, "output_item.added"]
+    assert {e["output_index"] for e in events[:7]} == {0}
+    assert (events[4]["text"], events[5]["part"]) == ("so on", {"type": "reasoning_text", "text": "so on"})
+    for event in events:
+        EVENT.validate_python(event)
+    response = events[-1]["response"]
+    first, second = response["output"]
+    content = [{"type": "reasoning_text", "text": "so on"}]
+    assert first == {"id": first["id"], "type": "reasoning", "summary": [], "content": content}
+    assert (first["id"][:3], second["type"]) == ("rs_", "message")
+    assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
+    cut_off = ResponseBuilder(request())
+    cut_off.reasoning("so")
+    (item,) = cut_off.finish("length", Usage.of(3, 2, 0, 2))[-1]["response"]["output"]
+    assert item["content"] == [{"type": "reasoning_text", "text": "so"}]
 
 
 def test_a_text_streams_in_openais_order() -> None:

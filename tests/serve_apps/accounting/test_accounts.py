@@ -20,7 +20,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import Overloaded
 from loray.policy.fair_admission import FairAdmission
-from loray.spec import Limits, Principal
+from loray.spec import Limits, Principal, TokenDelta
 from serve_apps.accounting import accounts
 from serve_apps.accounting.access_log import AccessLog
 from serve_apps.accounting.accounts import AdmitRequests, TenantTurns, Turn, UsageMeter
@@ -33,12 +33,13 @@ def front(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> Front:
     return Front(tiny_base(), tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/completions", "/chat/completions", "/responses"])
+@pytest.mark.parametrize("path", ["/completions", "/chat/completions", "/responses", "/embeddings"])
 async def test_headers_and_a_refusal_in_openais_form(front: Front, path: str) -> None:
     given = {"model": front.base.name} | {
         "/completions": {"prompt": "abc", "max_tokens": 4},
         "/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
         "/responses": {"input": "hi", "max_output_tokens": 4},
+        "/embeddings": {"input": ["hi", "ho"]},
     }[path]
     async with front.asking(ScriptedEngines([delta("ok", "stop")]), rpm_limit=1, tpm_limit=100_000) as client:
         first = await client.post(path, json=given)
@@ -60,6 +61,17 @@ async def test_without_limits_there_are_no_headers(front: Front) -> None:
     async with front.asking(ScriptedEngines([delta("ok", "stop")])) as client:
         response = await client.post("/completions", json=front.body())
         assert not [name for name in response.headers if name.startswith("x-ratelimit")]
+
+
+async def test_embeddings_count_as_one_request_with_all_their_tokens(front: Front) -> None:
+    limits = {"rpm_limit": 2, "max_parallel_requests": 1, "tpm_limit": 1000}
+    async with front.asking(ScriptedEngines([TokenDelta((), "stop", embedding=(1.0,))]), **limits) as client:
+        for left in (1, 0):
+            answer = await client.post("/embeddings", json={"model": front.base.name, "input": ["abcd"] * 5})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-ratelimit-remaining-requests"] == str(left)
+            assert int(answer.headers["x-ratelimit-remaining-tokens"]) in range(960, 981)
+    assert [(e.num_prompt_tokens, e.num_output_tokens, e.outcome) for e in front.events] == [(20, 0, "ok")] * 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,6 +14,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.bases.registry import BaseModel
 from loray.catalog import Job
+from loray.catalog.database import writing
+from loray.catalog.schema import batches, files
+from loray.publishing.user_files import FileWriter
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, TrainSpec
@@ -29,6 +32,7 @@ PAGES = (
     *("", "/login", "/adapters", "/adapters?search=zzz", "/adapters/tone", "/adapters/tone/versions/2"),
     *("/adapters/tone/diff?old=1&new=2", "/adapters/nothing", "/uploads", "/playground", "/jobs", "/jobs/new"),
     *("/jobs/train_1", "/jobs/sweep_1", COMPARED, "/serving", "/serving/replicas/r1", "/usage", "/keys"),
+    *("/files", "/files?purpose=batch", "/batches", "/batches/batch-1"),
 )
 METRICS = """
 # TYPE loray_time_to_first_token_seconds histogram
@@ -75,6 +79,7 @@ class ScriptedGateway:
         self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
         self.asked: list[tuple[str | None, dict[str, object]]] = []
+        self.thought: tuple[str, ...] = ()  # words before each answer
 
     @property
     def app(self) -> FastAPI:
@@ -93,8 +98,12 @@ class ScriptedGateway:
             self.asked.append((request.headers.get("authorization"), await request.json()))
 
             async def events() -> AsyncIterator[str]:
-                for word in ("Good ", "day"):
-                    choice: dict[str, object] = {"delta": {"content": word}}
+                answer: list[tuple[dict[str, str], str]] = [
+                    *(({"reasoning": word, "reasoning_content": word}, word) for word in self.thought),
+                    *(({"content": word}, word) for word in ("Good ", "day")),
+                ]
+                for delta, word in answer:
+                    choice: dict[str, object] = {"delta": delta}
                     if self.asked[-1][1].get("logprobs"):
                         others = [{"token": word, "logprob": -0.1}, {"token": "Bad", "logprob": -2.5}]
                         choice["logprobs"] = {"content": [{"token": word, "logprob": -0.1, "top_logprobs": others}]}
@@ -192,7 +201,10 @@ class ConsoleSite(Api):
         return folder
 
     def train_some(self) -> None:
-        """The jobs `train_1` and `train_2`, each of 20 steps and with other ranks, and `sweep_1` of three trials."""
+        """The jobs `train_1` and `train_2`, each of 20 steps and with other ranks, and `sweep_1` of three trials; and
+        `batch-1`, which runs.
+        """
+        self.begin_batch()
         recipe = load_recipe("lora_smollm2").spec
         smaller = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"rank": 4})})
         self.run("train_1", *steps(20, 1.0), recipe=recipe)
@@ -204,6 +216,18 @@ class ConsoleSite(Api):
         )
         job = self.catalog.jobs.add("sweep_1", name="tone", recipe=recipe)
         self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
+
+    def begin_batch(self) -> None:
+        """The batch `batch-1` of the file `file-1`, some of whose lines have an answer."""
+        with FileWriter(self.catalog, self.services.store.objects) as writer:
+            writer.write(b"{}\n")
+            file = writer.finish("questions.jsonl", "batch")
+        self.catalog.batches.create(file.id, "/v1/chat/completions", metadata={"team": "sales"})
+        errors = json.dumps([{"code": "budget_exceeded", "message": "the budget is used up", "line": 7, "param": None}])
+        known = {"state": "in_progress", "total": 5000, "completed": 1200, "failed": 3, "errors": errors}
+        with writing(self.catalog._db.engine) as c:
+            c.execute(files.update().where(files.c.id == file.id).values(id="file-1"))
+            c.execute(batches.update().values(known | {"id": "batch-1", "input_file_id": "file-1"}))
 
     def add_base(self, base: BaseModel) -> BaseModel:
         self.catalog.bases.add(base.name, base.fingerprint)

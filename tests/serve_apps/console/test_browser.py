@@ -109,11 +109,34 @@ def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
     assert page.locator(".said").all_inner_texts() == ["Good day", "Good day"]
     assert page.get_attribute(".token >> nth=0", "title") == '"Good " 90.5 %\n"Bad" 8.21 %'
     assert "adapter in the store when asked" in page.inner_text(".answer:nth-child(2) .figures-line")
-    page.click("summary >> nth=0")
+    page.click(".tokens summary >> nth=0")
     assert page.locator(".answer:nth-child(1) tbody tr").count() == 2
+    assert not page.is_visible(".thought")
     assert '"logprobs": True' in page.inner_text("#python")
     assert sorted(body["model"] for _, body in console.engines.asked) == ["smollm2", "tone"]
     seen.picture("playground")
+
+
+def test_thoughts_are_apart_and_opened_by_the_keyboard(console: ConsoleSite, seen: Seen) -> None:
+    console.engines.thought = ("I greet ", "back.")
+    page = seen.page
+    seen.open("/playground?model=smollm2")
+    page.focus("#prompt")
+    page.keyboard.type("Hello")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # on "Ask all"
+    page.wait_for_selector(".figures-line:has-text('tokens')")
+    assert page.inner_text(".said") == "Good day"
+    assert page.text_content(".thought-text") == "I greet back."
+    assert not page.is_visible(".thought-text")  # it was, until the answer began
+    page.focus(".thought summary")
+    page.keyboard.press("Enter")
+    assert page.is_visible(".thought-text")
+    assert page.locator(".thought-text .token").count() == 2
+    assert page.locator(".tokens tbody tr").count() == 4
+    seen.picture("thought")
+    assert seen.problems == []
 
 
 def compare_runs(console: ConsoleSite, seen: Seen) -> None:
@@ -167,6 +190,13 @@ def test_axe_finds_nothing(console: ConsoleSite, seen: Seen) -> None:
     for path in PAGES:
         seen.open(path)
         look(path)
+    console.engines.thought = ("I greet ", "back.")
+    seen.open("/playground?model=smollm2")
+    page.fill("#prompt", "Hello")
+    page.click("button:text-is('Ask all')")
+    page.wait_for_selector(".figures-line:has-text('tokens')")
+    page.click(".thought summary")
+    look("a thought")
     assert not found
 
 
@@ -214,6 +244,39 @@ def test_an_upload_by_drag_and_drop_and_by_a_field(
     assert (sent.count("POST"), sent.count("PUT")) == (3, len(files))  # begun once, asked for twice
     assert len(console.catalog.adapters.versions("second", limit=9).items) == 1
     assert console.catalog.adapters.version("second", 1).manifest.method == "lora"
+    assert seen.problems == []
+
+
+def test_files_and_batches_by_the_keyboard_alone(console: ConsoleSite, seen: Seen) -> None:
+    page, keyboard = seen.page, seen.page.keyboard
+    seen.open("/files")
+    page.set_input_files("#file", {"name": "rows.jsonl", "mimeType": "application/json", "buffer": b"{}\n"})
+    page.focus("#file")
+    for _ in ("the purpose", "the button"):
+        keyboard.press("Tab")
+    keyboard.press("Enter")
+    page.wait_for_selector("td:text-is('rows.jsonl')")
+    (file,) = console.catalog.files.page(purposes=["fine-tune"], limit=2).files
+    seen.picture("files")
+    page.focus(f"[aria-label='Train with {file.id}']")
+    keyboard.press("Enter")
+    page.wait_for_url(f"**/jobs/new?file={file.id}")
+    assert page.input_value("[name='data.train']") == f"files://{file.id}"
+    seen.open("/files")
+    page.focus(f"[aria-label='Train with {file.id}']")
+    keyboard.press("Tab")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=No file was sent yet")
+    console.begin_batch()
+    seen.open("/batches")
+    page.focus("td a")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=the budget is used up")
+    seen.picture("batch")
+    page.focus("button:text-is('Cancel')")
+    keyboard.press("Enter")
+    page.wait_for_selector("text=cancelling")
+    assert console.catalog.batches.get("batch-1").state == "cancelling"
     assert seen.problems == []
 
 

@@ -55,7 +55,7 @@ def test_invalid_fields(client_of: Any) -> None:
         for param, value in {
             "temperature": 3,
             "tools": [{}],
-            "colour": 1,
+            "temperatur": 1,
             "prompt": "",
             "repetition_penalty": 1e-40,  # 0 in fp32
             "stop_token_ids": list(range(129)),
@@ -146,7 +146,13 @@ def test_who_finds_an_engine_full_comes_back_at_a_time_of_its_own() -> None:
 
 def test_unknown_urls_and_methods(client_of: Any) -> None:
     with client_of(ScriptedEngines()) as client:
-        assert error_of(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
+        error = error_of(client.get("/v1/nothing"), 404)
+        assert error == {
+            "message": "Invalid URL (GET /v1/nothing)",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "unknown_url",
+        }
         response = client.get("/v1/completions")
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == "POST"

@@ -272,6 +272,31 @@ def prompt_of(engines: ScriptedEngines) -> str:
     return str(byte_tokenizer().decode(engines.requests[-1].prompt_ids))
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("pythonic", '[add(a=1), add(b=["ü", None])]'),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+            '<tool_call>\n<function=add>\n<parameter=b>\n["ü", null]\n</parameter>\n</function>\n</tool_call>',
+        ),
+    ],
+)
+def test_calls_in_forms_that_are_not_json_are_json_for_clients(long_client_of: Any, form: str, text: str) -> None:
+    script = [*map(delta, text), delta("", "stop")]
+    with long_client_of(ScriptedEngines(script), tool_parser=form) as client:
+        (choice,) = client.chat(messages=SUM, tools=[ADD]).json()["choices"]
+        events = events_of(client.chat(messages=SUM, tools=[ADD], stream=True))[:-1]
+    found = [json.loads(call["function"]["arguments"]) for call in choice["message"]["tool_calls"]]
+    assert (found, choice["finish_reason"]) == ([{"a": 1}, {"b": ["ü", None]}], "tool_calls")
+    streamed = ["", ""]
+    for call in (call for e in events for call in e["choices"][0]["delta"].get("tool_calls", ())):
+        streamed[call["index"]] += call["function"].get("arguments", "")
+    assert [json.loads(arguments) for arguments in streamed] == found
+    assert not any(e["choices"][0]["delta"].get("content") for e in events)
+
+
 def test_without_tools_an_answer_is_text_and_the_model_is_not_told_of_them(long_client_of: Any) -> None:
     text = 'Well. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     engines = ScriptedEngines(script(text))

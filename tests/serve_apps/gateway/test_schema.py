@@ -12,8 +12,11 @@ from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.settings import Settings
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from tests.fixtures.api import FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.fixtures.gateway import HELLO, ScriptedEngines, gateway_app, register
+from tests.fixtures.gateway import HELLO, ScriptedEngines, file_storage, gateway_app, register
 from tests.fixtures.keys import access_of
 from tests.fixtures.openapi import (
     CHECKS,
@@ -25,17 +28,65 @@ from tests.fixtures.openapi import (
     needing_keys,
 )
 
-OPERATIONS = [
-    *(
-        f"GET {path}"
-        for path in ("/health", "/metrics", "/ping", "/status", "/v1/models", "/v1/models/{model}", "/version")
-    ),
-    *(f"POST {path}" for path in ("/detokenize", "/ping", "/tokenize", "/v1/chat/completions", "/v1/completions")),
-    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "messages", "messages/count_tokens")),
-    *(f"POST /v1/{name}" for name in ("responses", "unload_lora_adapter")),
-]
+OPERATIONS = sorted(
+    f"{method} {path}"
+    for method, paths in {
+        "DELETE": ("/v1/files/{file_id}", "/v1/responses/{id}"),
+        "GET": (
+            "/health",
+            "/metrics",
+            "/ping",
+            "/status",
+            "/v1/batches",
+            "/v1/batches/{batch_id}",
+            "/v1/files",
+            "/v1/files/{file_id}",
+            "/v1/files/{file_id}/content",
+            "/v1/fine_tuning/jobs",
+            "/v1/fine_tuning/jobs/{id}",
+            "/v1/fine_tuning/jobs/{id}/checkpoints",
+            "/v1/fine_tuning/jobs/{id}/events",
+            "/v1/models",
+            "/v1/models/{model}",
+            "/v1/responses/{id}",
+            "/v1/responses/{id}/input_items",
+            "/version",
+        ),
+        "POST": (
+            "/detokenize",
+            "/invocations",
+            "/ping",
+            "/tokenize",
+            "/v1/batches",
+            "/v1/batches/{batch_id}/cancel",
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/embeddings",
+            "/v1/files",
+            "/v1/fine_tuning/jobs",
+            "/v1/fine_tuning/jobs/{id}/cancel",
+            "/v1/load_lora_adapter",
+            "/v1/messages",
+            "/v1/messages/count_tokens",
+            "/v1/responses",
+            "/v1/responses/{id}/cancel",
+            "/v1/unload_lora_adapter",
+        ),
+    }.items()
+    for path in paths
+)
 OPEN = ("/health", "/ping", "/version")
-TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/status", "/{model}")  # that could be wrong
+TAKE_NOTHING = (
+    "/health",
+    "/ping",
+    "/version",
+    "/metrics",
+    "/status",
+    "/{model}",
+    "/{id}",
+    "/cancel",
+    "/input_items",
+)  # that could be wrong
 CASES = [
     pytest.param(operation, mode, id=f"{mode.value} {operation}")
     for operation in OPERATIONS
@@ -49,7 +100,9 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
-    return gateway_app(base, url, ScriptedEngines(HELLO))
+    files = file_storage(url, tmp_path_factory.mktemp("files"))
+    tuning = FineTuning(FakeJobs(), Settings.from_env())
+    return gateway_app(base, url, ScriptedEngines(HELLO), pooling="last", files=files, tuning=tuning)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +112,17 @@ def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")
-        yield gateway_app(base, url, ScriptedEngines(HELLO), access=access), headers_of_each_kind(catalog)
+        files = file_storage(url, tmp_path_factory.mktemp("files"))
+        tuning, engines = FineTuning(FakeJobs(), Settings.from_env()), ScriptedEngines(HELLO)
+        app = gateway_app(base, url, engines, pooling="last", access=access, files=files, tuning=tuning)
+        yield app, headers_of_each_kind(catalog)
         access.close()
 
 
 def test_the_document_has_every_route(app: Any) -> None:
     document = app.openapi()
     found = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
-    assert sorted(found) == OPERATIONS
+    assert sorted(found) == sorted(OPERATIONS)
     assert needing_keys(document) == {operation for operation in OPERATIONS if not operation.endswith(OPEN)}
     for path, methods in document["paths"].items():
         for operation in methods.values():
@@ -130,5 +186,5 @@ def test_every_answer_to_a_key_is_described(
             assert found == {200}
         elif (status := expected(name)) is not None:
             assert found == {status}, name
-    if any(name in operation for name in ("completions", "responses", "messages")):
+    if operation.endswith(("completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/invocations")):
         assert statuses["limited"] == {429}

@@ -20,20 +20,24 @@ from jobs.submission.server import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.database import writing
-from loray.catalog.schema import keys
+from loray.catalog.schema import batches, files, keys
 from loray.publishing.uploads import Uploads
+from loray.publishing.user_files import FileWriter
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Principal, Projection
+from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.fixtures.gateway import REPLICA, ScriptedEngines, delta, gateway_app
+from tests.fixtures.gateway import REPLICA, ScriptedEngines, delta, file_storage, gateway_app
 from tests.fixtures.versions import manifest
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
 
 SCOPES = ("infer", "publish", "promote", "train", "tenant_admin")
 _UPLOAD = hashlib.sha256(b"uploads/acme\0zq").hexdigest()[:32]  # as `Uploads.begin` makes it of a key
-SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD)
+SECRET = Thing(
+    "acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD, "file-zq7", "batch-zq7"
+)
 # Words of acme that no request has.
 UNSAID = ("zq-words", "zq-alias", "zq-data", "zq-stage", "5a5a5a5a")
 _PAIR = Projection(key=77, rank=8, max_in=8, max_out=8, sha256="5a" * 32)
@@ -61,9 +65,11 @@ class Application:
     def ask(self, name: str, thing: Thing, key: str | None) -> httpx.Response:
         route, (method, path) = self.table[name], name.split(" ")
         words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "key": "zq-tag"}
-        words |= {"model": thing.model}
+        words |= {"model": thing.model, "file_id": thing.file, "batch_id": thing.batch, "checkpoint": thing.model}
         if "/keys/" in path:
             words["id"] = thing.key
+        if "/console/files" in path or "/console/batches" in path:
+            words["id"] = thing.file if "files" in path else thing.batch
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if "/static/" in path:
@@ -103,7 +109,8 @@ def site(base: BaseModel, home: Path) -> Iterator[Site]:
     engines.replicas = [REPLICA.model_copy(update={"adapters_in_pool": (SECRET.digest,)})]
     catalog = Catalog(url)
     keys = _fill(catalog, base, fakes)
-    gateway = gateway_app(base, url, engines)
+    tuning = FineTuning(fakes.jobs, fakes.settings)
+    gateway = gateway_app(base, url, engines, files=file_storage(url, home), tuning=tuning)
     prefix = {"base_url": "http://test/api/v1/", "root_path": "/api/v1"}
     with (
         TestClient(gateway, base_url="http://test", raise_server_exceptions=False) as front,
@@ -138,6 +145,9 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     acme.adapters.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
     acme.tags.set(SECRET.name, "zq-tag", "zq-stage")
     assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload
+    writer = FileWriter(acme, fakes.services.store.objects)
+    writer.write(b"zq-words")
+    acme.batches.create(writer.finish("zq-data", "batch").id, "/v1/completions", metadata={"of": "zq-words"})
     acme.jobs.add(SECRET.job, name=SECRET.name, recipe=recipe)
     fakes.jobs.jobs[SECRET.job] = RayJob("RUNNING", "zq-words")
     fakes.placements.found = [
@@ -162,6 +172,8 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     made["acme secret"] = catalog.keys.create("zq-alias", tenant="acme", metadata={"team": "zq-words"})
     with writing(catalog._db.engine) as c:  # so that the table knows its id
         c.execute(keys.update().where(keys.c.id == made["acme secret"].key.id).values(id=SECRET.key))
+        c.execute(files.update().values(id=SECRET.file))
+        c.execute(batches.update().values(id=SECRET.batch, input_file_id=SECRET.file))
     made["narrow"] = catalog.keys.create("narrow", tenant="acme", scopes=SCOPES, models=["other"])
     for scope in SCOPES:
         made[f"beta {scope}"] = catalog.keys.create(f"beta {scope}", tenant="beta", scopes={scope})

@@ -24,6 +24,8 @@ class Thing(NamedTuple):
     job: str = "job-nope"
     key: str = "key-nope"
     upload: str = "0" * 32
+    file: str = "file-nope"
+    batch: str = "batch-nope"
 
     @property
     def model(self) -> str:
@@ -83,6 +85,12 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
     "POST /v1/completions": Route(INFER, _SHORT | {"prompt": "hi"}),
     "POST /v1/chat/completions": Route(INFER, _CHAT),
     "POST /v1/responses": Route(INFER, _MODEL | {"input": "hi"}),
+    "GET /v1/responses/{id}": Route(INFER),
+    "DELETE /v1/responses/{id}": Route(INFER),
+    "POST /v1/responses/{id}/cancel": Route(INFER),
+    "GET /v1/responses/{id}/input_items": Route(INFER),
+    "POST /invocations": Route(INFER, _CHAT),
+    "POST /v1/embeddings": Route(INFER, _MODEL | {"input": "hi"}),
     "POST /v1/messages": Route(INFER, _CHAT),
     "POST /v1/messages/count_tokens": Route(INFER, _CHAT),
     "POST /tokenize": Route(INFER, _MODEL | {"prompt": "hi"}),
@@ -92,6 +100,32 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
 }
 
 _OF = {"tenant": "{tenant}"}
+FILES = frozenset({"infer", "train"})
+GATEWAY |= {
+    "POST /v1/files": Route(FILES, {}),
+    "GET /v1/files": Route(FILES),
+    "GET /v1/files/{file_id}": Route(FILES),
+    "GET /v1/files/{file_id}/content": Route(FILES),
+    "DELETE /v1/files/{file_id}": Route(FILES),
+    "POST /v1/batches": Route(
+        INFER, {"input_file_id": "{file}", "endpoint": "/v1/completions", "completion_window": "24h"}
+    ),
+    "GET /v1/batches": Route(INFER),
+    "GET /v1/batches/{batch_id}": Route(INFER),
+    "POST /v1/batches/{batch_id}/cancel": Route(INFER),
+    "POST /v1/fine_tuning/jobs": Route(TRAIN, {"model": "smollm2", "training_file": "{file}"}),
+    "GET /v1/fine_tuning/jobs": Route(TRAIN),
+    "GET /v1/fine_tuning/jobs/{id}": Route(TRAIN),
+    "POST /v1/fine_tuning/jobs/{id}/cancel": Route(TRAIN),
+    "GET /v1/fine_tuning/jobs/{id}/events": Route(TRAIN),
+    "GET /v1/fine_tuning/jobs/{id}/checkpoints": Route(TRAIN),
+    "POST /v1/fine_tuning/jobs/{id}/pause": Route(TRAIN),
+    "POST /v1/fine_tuning/jobs/{id}/resume": Route(TRAIN),
+    "GET /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
+    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Route(TRAIN),
+    "DELETE /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{id}": Route(TRAIN),
+}
+
 _NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
 _VERSION = "/adapters/{name}/versions/{version}"
 _RECIPE = {
@@ -129,6 +163,14 @@ API: dict[str, Route] = _DOCUMENTS | {
     "POST /console/playground/chat": Route(INFER, _CHAT),
     "GET /console/playground/models": Route(INFER),
     "GET /console/playground/tier": Route(INFER, query=_MODEL),
+    "GET /console/files": Route(frozenset({"infer", "train"})),
+    "PUT /console/files": Route(frozenset({"infer", "train"}), {}),
+    "GET /console/files/{id}/content": Route(frozenset({"infer", "train"})),
+    "POST /console/files/{id}/delete": Route(frozenset({"infer", "train"})),
+    "GET /console/batches": Route(INFER),
+    "GET /console/batches/{id}": Route(INFER),
+    "GET /console/batches/{id}/live": Route(INFER),
+    "POST /console/batches/{id}/cancel": Route(INFER),
     "GET /console/jobs": Route(FOLLOW),
     "GET /console/jobs/compare": Route(FOLLOW, query={"job": "{job}"}),
     "GET /console/jobs/{id}": Route(FOLLOW),

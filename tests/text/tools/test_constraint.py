@@ -18,7 +18,7 @@ from loray.bases.tokenizer import FILE
 from loray.errors import RequestError
 from loray.spec import Constraint, Tool, ToolParserName, ToolUse
 from loray.text.grammar import GrammarCompiler
-from loray.text.tools import MARKERS, calls_constraint, parser_for
+from loray.text.tools import MARKERS, calls_constraint, parser_for, with_tools
 from tests.fixtures.tiny import byte_tokenizer
 
 POINT: dict[str, Any] = {
@@ -117,6 +117,60 @@ def test_forced_calls_are_calls_and_valid(tokens: Tokens, form: ToolParserName, 
     assert counts == {1} if use.num_calls == 1 else len(counts) > 1
 
 
+RICH: dict[str, Any] = {
+    "$defs": {"color": {"type": "string", "enum": ["dark red", "blue"]}},
+    "type": "object",
+    "properties": {
+        "first": {"type": "string", "maxLength": 3, "description": "whose texts may be of any characters"},
+        "color": {"$ref": "#/$defs/color"},
+        "number": {"type": "integer", "minimum": 0, "maximum": 99},
+        "flag": {"type": "boolean"},
+        "maybe": {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 2}, {"type": "null"}]},
+        "either": {"type": ["string", "integer"], "maxLength": 2, "minimum": 90, "maximum": 95},
+        "rows": {"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/color"}},
+        "fixed": {"enum": ["x", 1, None]},
+    },
+    "required": ["color", "flag", "either"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_of_each_type_are_valid_and_may_be_left_out(tokens: Tokens, form: ToolParserName) -> None:
+    use = ToolUse((Tool("rich", RICH, strict=True),), "required", parallel=False)
+    constraint, keys = tokens.constraint(use, form), set[str]()
+    for seed in range(30):
+        text = tokens.drawn(constraint, seed, num=800)
+        assert text is not None
+        said, [(name, arguments)] = read(form, use, text)
+        assert (said, name) == ("", "rich")
+        found = json.loads(arguments)
+        jsonschema.validate(found, RICH)
+        keys |= found.keys()
+    assert keys == RICH["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("form", "parameter", "what"),
+    [
+        ("qwen3_coder", {"type": "string", "pattern": "^a+$"}, "'pattern' of a parameter"),
+        ("pythonic", {"type": "string", "not": {}}, "cannot be enforced"),
+    ],
+)
+def test_what_a_form_cannot_enforce_is_refused_where_it_is_strict(
+    tokens: Tokens, form: ToolParserName, parameter: dict[str, Any], what: str
+) -> None:
+    tool = Tool("f", {"type": "object", "properties": {"a": parameter}})
+    tokens.compiler.compile(tokens.constraint(ToolUse((tool,), "required"), form))
+    with pytest.raises(RequestError, match=what):
+        tokens.compiler.compile(tokens.constraint(ToolUse((replace(tool, strict=True),)), form))
+    itself = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 9}}, "properties": {"a": {"$ref": "#/$defs/a"}}}
+    tokens.constraint(ToolUse((Tool("f", itself),), "required"), form)  # ends
+    more = Tool("f", {"additionalProperties": {"type": "integer"}}, strict=True)
+    with pytest.raises(RequestError, match="'additionalProperties' of its parameters"):
+        tokens.constraint(ToolUse((more,)), form)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_free_text_with_calls_of_a_strict_function(tokens: Tokens, form: ToolParserName) -> None:
     good, free, bad = ('{"x": 3, "c": "red"}', '{"y": [1, {}]}', '{"x": 3}')
@@ -128,11 +182,16 @@ def test_free_text_with_calls_of_a_strict_function(tokens: Tokens, form: ToolPar
     assert tokens.matches(constraint, written["clear"](free))
     assert not tokens.matches(constraint, written["draw"](bad))
     assert not tokens.matches(constraint, written["other"](good))
-    if form != "llama3_json":
+    if form not in ("llama3_json", "pythonic"):
         assert tokens.matches(constraint, f"I see.\n{written['draw'](good)}{written['clear'](free)}")
         once = tokens.constraint(replace(use, parallel=False), form)
         assert tokens.matches(once, f"I see.\n{written['draw'](good)}")
         assert not tokens.matches(once, f"I see.\n{written['draw'](good)}{written['clear'](free)}")
+
+
+def written(form: ToolParserName, name: str, arguments: str) -> str:
+    call = {"function": {"name": name, "arguments": arguments}}
+    return str(with_tools([{"role": "assistant", "content": "", "tool_calls": [call]}], [], form)[1]["content"])
 
 
 def write(form: ToolParserName, name: str, tokens: Tokens) -> Callable[[str], str]:
@@ -141,6 +200,8 @@ def write(form: ToolParserName, name: str, tokens: Tokens) -> Callable[[str], st
             return lambda a: f'<tool_call>\n{{"name": "{name}", "arguments": {a}}}\n</tool_call>'
         case "llama3_json":
             return lambda a: f'{{"name": "{name}", "parameters": {a}}}'
+        case "pythonic" | "qwen3_coder":
+            return lambda a: written(form, name, a)
     if "[ARGS]" in tokens.ids:
         return lambda a: f"[TOOL_CALLS]{name}[ARGS]{a}"
     return lambda a: f'[TOOL_CALLS][{{"name": "{name}", "arguments": {a}}}]'

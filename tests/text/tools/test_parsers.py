@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
@@ -12,15 +13,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
-from loray.text.tools import Piece, ToolParser, parser_for, with_tools
+from loray.text.tools import Piece, ToolParser, detect, parser_for, with_tools
 from loray.text.tools.parsers import CharacterParser
+from tests.text.chat_templates import LLAMA, MISTRAL, PYTHONIC, QWEN, QWEN_CODER
 
-USE = ToolUse((Tool("add", {}), Tool("now", {})))
+TYPED: dict[str, Any] = {
+    "$defs": {"n": {"type": "integer"}},
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "number": {"$ref": "#/$defs/n"},
+        "flag": {"type": "boolean"},
+        "nothing": {"type": "null"},
+        "list": {"type": "array"},
+        "object": {"type": "object"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "any": {},
+    },
+}
+USE = ToolUse((Tool("add", {}), Tool("now", {}), Tool("put", TYPED)))
 A, B = '{"a": [1, {"b": "}]"}], "c": "\\"</tool_call>"}', "{}"
 H1 = f'<tool_call>\n{{"name": "add", "arguments": {A}}}\n</tool_call>'
 H2 = f'<tool_call>{{"arguments": {B}, "name": "now", "id": 3}}</tool_call>'
 L1, L2 = f'{{"name": "add", "parameters": {A}}}', '{"name": "now"}'
+Q2 = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
 M1, M2 = f'{{"name": "add", "arguments": {A}}}', '{"name": "now", "arguments": null}'
+
+
+def qwen(**arguments: Any) -> str:
+    """A call of `put` as Qwen3-Coder's template writes it."""
+    texts = {k: json.dumps(v) if isinstance(v, list | dict) else str(v) for k, v in arguments.items()}
+    body = "".join(f"<parameter={k}>\n{text}\n</parameter>\n" for k, text in texts.items())
+    return f"<tool_call>\n<function=put>\n{body}</function>\n</tool_call>"
 
 
 class Result(NamedTuple):
@@ -104,6 +128,96 @@ CASES: dict[str, tuple[ToolParserName, str, Result]] = {
     "mistral: with ids": ("mistral", f"[TOOL_CALLS]add[CALL_ID]a1B[ARGS]{A}", Result("", BOTH[:1])),
     "mistral: no separator": ("mistral", f"[TOOL_CALLS]add{A}", Result("", BOTH[:1])),
     "mistral: no arguments": ("mistral", "[TOOL_CALLS]add[ARG] x", Result("[TOOL_CALLS]add[ARG] x", [])),
+    "qwen coder: text, then two calls": (
+        "qwen3_coder",
+        f"I put.\n\n{qwen(text='a < b', number=3)}\n{Q2}\n",
+        Result("I put.", [("put", '{"text": "a < b", "number": 3}'), ("now", "{}")]),
+    ),
+    "qwen coder: each type as its schema says": (
+        "qwen3_coder",
+        qwen(text=5, number=5, flag=True, nothing=None, list=[1, {"a": "b"}], object={}, maybe="5", any=False),
+        Result(
+            "",
+            [
+                (
+                    "put",
+                    '{"text": "5", "number": 5, "flag": true, "nothing": null, "list": [1, {"a": "b"}], "object": {}, '
+                    '"maybe": "5", "any": false}',
+                )
+            ],
+        ),
+    ),
+    "qwen coder: texts as they stand": (
+        "qwen3_coder",
+        qwen(text='\n if a > 1:\n\t"</function>"\n', maybe=None, any='"x'),
+        Result("", [("put", '{"text": "\\n if a > 1:\\n\\t\\"</function>\\"\\n", "maybe": null, "any": "\\"x"}')]),
+    ),
+    "qwen coder: in one line": (
+        "qwen3_coder",
+        qwen(text="x", number=" 7 ").replace("\n", "") + ".",
+        Result(".", [("put", '{"text": "x", "number": 7}')]),
+    ),
+    "qwen coder: what is no such value is a text": (
+        "qwen3_coder",
+        qwen(number="seven", flag="NaN"),
+        Result("", [("put", '{"number": "seven", "flag": "NaN"}')]),
+    ),
+    "qwen coder: no end of the function": (
+        "qwen3_coder",
+        f"{qwen(number=1).replace('</function>', '')}{Q2}",
+        Result("", [("put", '{"number": 1}'), ("now", "{}")]),
+    ),
+    "qwen coder: cut off": (
+        "qwen3_coder",
+        qwen(text="abcdef")[:47],
+        Result("", [("put", '{"text": "abc')]),
+    ),
+    "qwen coder: JSON": ("qwen3_coder", H1, Result(H1, [])),
+    "qwen coder: no name": ("qwen3_coder", "<tool_call><function=> a", Result("<tool_call><function=> a", [])),
+    "pythonic: two calls": (
+        "pythonic",
+        "[add(a=1, b='x'), now()]",
+        Result("", [("add", '{"a": 1, "b": "x"}'), ("now", "{}")]),
+    ),
+    "pythonic: every literal": (
+        "pythonic",
+        "[add(a=True,b = None, c=[ 1, -2.5e3,], d={'k': [False], 7: \"\"}, e=0x1F, f=1_000, g=.5, i={}, j=true)]\n",
+        Result(
+            "",
+            [
+                (
+                    "add",
+                    '{"a": true, "b": null, "c": [1, -2.5e3], "d": {"k": [false], "7": ""}, "e": 31, "f": 1000, '
+                    '"g": 0.5, "i": {}, "j": true}',
+                )
+            ],
+        ),
+    ),
+    "pythonic: texts": (
+        "pythonic",
+        r"""[add(a='it\'s "so"\n\x41\101\0\d', b="\ud83d\ude00\U0001F600", c='''a'b\nc''', d='x' "y" '')]""",
+        Result(
+            "", [("add", r"""{"a": "it's \"so\"\nAA\u0000\\d", "b": "\ud83d\ude00😀", "c": "a'b\nc", "d": "xy"}""")]
+        ),
+    ),
+    "pythonic: between markers": (
+        "pythonic",
+        "So.<|python_start|>[now()]<|python_end|>",
+        Result("So.", [("now", "{}")]),
+    ),
+    "pythonic: not the name of a tool": ("pythonic", "[adder(a=1)]", Result("[adder(a=1)]", [])),
+    "pythonic: in a text": ("pythonic", "so [add(a=1)]", Result("so [add(a=1)]", [])),
+    "pythonic: a list": ("pythonic", "[1, 2]", Result("[1, 2]", [])),
+    "pythonic: cut off between calls": ("pythonic", "[now(), ad", Result("", [("now", "{}")])),
+    "pythonic: cut off in a text": ("pythonic", "[add(a='x", Result("", [("add", '{"a": "x')])),
+    "pythonic: text after the calls": ("pythonic", "[now()] or", Result("or", [("now", "{}")])),
+    "pythonic: no literal": ("pythonic", "[add(a=open('x'))]", Result("", [("add", "{\"a\": open('x'))]")])),
+    "pythonic: without a name": ("pythonic", "[add(1)]", Result("", [("add", "1)]")])),
+    "pythonic: what JSON cannot write": (
+        "pythonic",
+        "[add(a=float, b=1)]",
+        Result("", [("add", '{"a": float, b=1)]')]),
+    ),
     "mistral: brackets": ("mistral", "a [TOOL] [TOOL_CALLS][]", Result("a [TOOL] [TOOL_CALLS][]", [])),
 }
 
@@ -118,11 +232,23 @@ def test_what_is_text_and_what_is_a_call(case: str) -> None:
 # Pieces of which calls are made, in any order: nearly all of them malformed, at every point.
 PARTS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "add", *"[]{},;: \n"]
 PARTS += ['"name"', '"arguments"', '"add"', "{}", '{"a": 1}', '"\\u00e9"', "null", "-1.5e3", "<tool"]
+PARTS += [
+    "<function=add>",
+    "</function>",
+    "<parameter=a>",
+    "</parameter>",
+    "<|python_start|>",
+    "[add(",
+    "a=",
+    "'x'",
+    ")",
+]
+PARTS += [qwen(text="a"), Q2, "[add(a='x', b=[1]), now()]"]
 PARTS += [H1, H2, L1, L2, M1, M2, f'{{"name": "add", "arguments": {A}']
 texts = st.one_of(
     st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.text('<tool_cal>{}[]" ab:', max_size=20)
 )
-forms = st.sampled_from(["hermes", "llama3_json", "mistral"])
+forms = st.sampled_from(get_args(ToolParserName))
 
 
 @given(form=forms, text=texts, cuts=st.lists(st.integers(0, 200)))
@@ -135,7 +261,8 @@ def test_no_cut_changes_the_result_and_no_text_is_lost(form: ToolParserName, tex
         assert whole.text == text
     said = "".join((whole.text, *(name + arguments for name, arguments in whole.calls)))
     assert is_subsequence(whole.text, text)
-    assert len(said) <= len(text) + 2 * len(whole.calls)  # "{}" where a call has no arguments
+    if form not in ("pythonic", "qwen3_coder"):  # whose arguments become JSON
+        assert len(said) <= len(text) + 2 * len(whole.calls)  # "{}" where a call has no arguments
 
 
 @given(
@@ -153,6 +280,26 @@ def test_any_json_is_passed_on_as_it_was_written(value: object) -> None:
         ("mistral", f"[TOOL_CALLS]add[ARGS]{arguments}"),
     ):
         assert read(form, [text]) == Result("", [("add", arguments)])  # type: ignore[arg-type]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+    )
+)
+def test_any_json_comes_back_from_the_forms_that_are_not_json(value: object) -> None:
+    kind = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    schema = {"properties": {"a": {"type": kind.get(type(value), "null")}}}
+    tool = Tool("add", schema)
+    call = {"function": {"name": "add", "arguments": {"a": value}}}
+    forms: tuple[ToolParserName, ...] = ("pythonic", "qwen3_coder")
+    for form in forms:
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        written = with_tools([message], [tool.for_template()], form)[1]["content"]
+        parser = parser_for(form, ToolUse((tool,)))
+        text, [(name, arguments)] = joined([*parser.push(written), *parser.finish()])
+        assert (text, name, json.loads(arguments)) == ("", "add", {"a": value})
 
 
 def test_arguments_come_while_they_are_written_and_plain_text_at_once() -> None:
@@ -205,3 +352,50 @@ def test_the_parser_reads_the_form_in_which_calls_are_written(form: ToolParserNa
     assert isinstance(begun, ToolCallDelta)
     assert begun.name == "add"
     assert "".join(d.arguments for d in rest if isinstance(d, ToolCallDelta)) == '{"a": "ü"}'
+
+
+def test_texts_in_other_forms_come_while_they_are_written() -> None:
+    parser = parser_for("qwen3_coder", USE)
+    begun, opened = parser.push("<tool_call>\n<function=put>\n<parameter=text>\n")
+    assert (begun, opened) == (replace(begun, name="put", arguments=""), ToolCallDelta(0, None, None, '{"text": "'))  # type: ignore[type-var]
+    assert list(parser.push("one\ntwo")) == [ToolCallDelta(0, None, None, "one\\ntwo")]
+    assert list(parser.push("\n</para")) == []
+    assert list(parser.push("graph")) == [ToolCallDelta(0, None, None, "\\n</paragraph")]
+    parser = parser_for("pythonic", USE)
+    parser.push("[add(a='")
+    assert list(parser.push("one two")) == [ToolCallDelta(0, None, None, "one two")]
+    assert list(parser.push("\\")) == []
+    assert list(parser.push("n'")) == [ToolCallDelta(0, None, None, "\\n")]
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": 5}, {"anyOf": 1}, {"$ref": "#/a"}, {"enum": []}, {"allOf": [{}, 3]}, True, 7]
+)
+def test_a_schema_of_any_form_has_types(schema: Any) -> None:
+    use = ToolUse((Tool("put", {"properties": {"any": schema}}), Tool("add", {"properties": schema})))
+    parser = parser_for("qwen3_coder", use)
+    pieces = [*parser.push(qwen(any="x")), *parser.push(qwen(any="x").replace("put", "add")), *parser.finish()]
+    assert joined(pieces).calls == [("put", '{"any": "x"}'), ("add", '{"any": "x"}')]
+
+
+def test_a_call_of_any_depth_and_length_ends() -> None:
+    deep = "[add(a=" + "[" * 10_000
+    assert read("pythonic", [deep]).calls[0][1].startswith('{"a": [[[')
+    assert read("pythonic", ["[add(a=" + "1" * 5000 + ")]"]).calls[0][0] == "add"
+    assert read("qwen3_coder", ["<tool_call><function=put>" + "<>" * 50_000]).calls == [("put", "")]
+
+
+@pytest.mark.parametrize(
+    ("added", "template", "form"),
+    [
+        (["<tool_call>"], QWEN_CODER, "qwen3_coder"),
+        (["<tool_call>"], QWEN, "hermes"),
+        (["<|python_tag|>"], PYTHONIC, "pythonic"),
+        (["<|python_tag|>"], LLAMA, "llama3_json"),
+        (["[TOOL_CALLS]"], MISTRAL, "mistral"),
+        ([], "", "hermes"),
+        ([], "<function=name>{}</function>", "hermes"),  # Llama 3.1's other form, which is JSON
+    ],
+)
+def test_the_form_is_found_in_the_template(added: list[str], template: str, form: str) -> None:
+    assert detect(added, template) == form

@@ -193,6 +193,19 @@ def test_the_prompt_of_a_pair_may_stand_before_its_answers(tmp_path: Path) -> No
     assert [learned(data.train, 2 * i + 1) for i in range(4)] == [f"5{END}"] * 4
 
 
+def test_pairs_in_the_form_of_openais_fine_tuning(tmp_path: Path) -> None:
+    asked, yes, no = MESSAGES[1], {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
+    given = {"messages": [asked], "tools": [], "parallel_tool_calls": True}
+    path = jsonl(tmp_path, {"input": given, "preferred_output": [yes], "non_preferred_output": [no]})
+    data = load(path, options={"formats": DpoSpec.formats})
+    assert data.report.format == "openai_preference"
+    assert [whole(data.train, i) for i in (0, 1)] == [rendered(asked, yes), rendered(asked, no)]
+    assert [learned(data.train, i) for i in (0, 1)] == [f"4{END}", f"5{END}"]
+    bare = jsonl(tmp_path, {"input": "2 + 2?", "preferred_output": [yes], "non_preferred_output": [no]})
+    with pytest.raises(DataError, match="`input` is a string that is not JSON"):
+        load(bare, options={"formats": DpoSpec.formats})
+
+
 # -- errors
 
 

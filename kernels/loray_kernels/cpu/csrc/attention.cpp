@@ -1,7 +1,8 @@
 // Causal attention over the paged cache, with an online softmax in fp32 (Dao et al., FlashAttention-2; Flash-Decoding).
 //
 // In a block of the pool, keys lie as they are multiplied: units of four bytes, two neighbouring bf16 or one fp32, and
-// the same unit of all the block's keys side by side; values lie token by token.
+// the same unit of all the block's keys side by side; values lie token by token. Where both are int8, units have four; they
+// are multiplied as they are, exactly, and their scales multiply scores and weights.
 //
 // Keys are taken in blocks of KEYS, and a new partial softmax starts every SPLIT keys, both counted from the sequence's
 // start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, for any chunking of
@@ -48,8 +49,10 @@ struct Workspace : KeyBlock<P> {
 
 static thread_local Scratch work_memory, item_memory, part_memory, zero_memory;
 
-template <class P, class T>
+// T: of queries, Q: of keys and values.
+template <class P, class T, class Q>
 struct Attention {
+    static constexpr bool HAS_SCALES = sizeof(Q) == 1;
     const T* q;
     i64 q_stride;
     T* out;
@@ -61,9 +64,9 @@ struct Attention {
     i64 window;  // keys that a query sees, its own included; 0: all up to it
     float soft_cap;
     const T* sinks;  // of each head the score of one more key, whose value is 0; may be missing
-    const T* zeros;  // a layer's share of a block, where the window is shorter than one; else missing
+    const Q* zeros;  // a layer's share of a block, where the window is shorter than one; else missing
 
-    static constexpr i64 PER_UNIT = 4 / sizeof(T);
+    static constexpr i64 PER_UNIT = 4 / sizeof(Q);
 
     i64 group() const { return num_heads / layout.num_kv_heads; }
 
@@ -78,8 +81,8 @@ struct Attention {
         i64 block = key / layout.block_tokens;
         for (i64 j = 0, n, position = key % layout.block_tokens; j < num; j += n, position = 0, block++) {
             n = min_(layout.block_tokens - position, num - j);
-            const T* const own = pool + (table[max_(block, seen)] * layout.num_layers + layer) * 2 * block_width();
-            at(zeros && block < seen ? zeros : own, position, n, j);
+            const T* const own = pool + (table[max_(block, seen)] * layout.num_layers + layer) * layout.layer_share();
+            at(zeros && block < seen ? zeros : (const Q*)own, position, n, j);
         }
     }
 
@@ -87,10 +90,14 @@ struct Attention {
     i64 block_width() const { return layout.block_tokens * width(); }
 
     // Keys of a head in a block: units of its elements, `block_tokens` keys of each.
-    const float* keys_of(const T* block, i64 head) const {
+    const float* keys_of(const Q* block, i64 head) const {
         return (const float*)(block + head * layout.head_dim * layout.block_tokens);
     }
-    const T* values_of(const T* block, i64 head) const { return block + block_width() + head * layout.head_dim; }
+    const Q* values_of(const Q* block, i64 head) const { return block + block_width() + head * layout.head_dim; }
+    // Of keys; those of values come `num_kv_heads` heads later.
+    const float* scales_of(const Q* block, i64 head) const {
+        return (const float*)layout.scales(block) + head * layout.block_tokens;
+    }
 
     // Keys and values of one tile of rows are used once. So whole vectors of keys are read from the pool, and by fp32 sums
     // values, too; others are packed.
@@ -107,17 +114,22 @@ struct Attention {
     // Adds keys [key, key + num) of a head to `part`; limit and the other arguments are those of `attend`.
     void add_keys(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, const typename P::Unit* queries,
                   const Softmax& part, float* lanes, i64 rows, i64 limit, Fetch& fetch) const {
-        const Beside beside = window ? Beside{limit - window, soft_cap} : Beside{Beside().behind, soft_cap};
+        Beside beside = window ? Beside{limit - window, soft_cap} : Beside{Beside().behind, soft_cap};
         const i64 d = layout.head_dim;
-        const T* values[KEYS];
+        const Q* values[KEYS];
         const float* keys[KEYS / W];
+        float scales[HAS_SCALES ? 2 * KEYS : 1] = {};
+        if constexpr (HAS_SCALES) beside.key_scales = scales, beside.value_scales = scales + KEYS;
         const bool in_place = keys_in_place(rows);
-        runs(item, key, num, [&](const T* block, i64 position, i64 n, i64 j) {
+        runs(item, key, num, [&](const Q* block, i64 position, i64 n, i64 j) {
+            if constexpr (HAS_SCALES)
+                for (int v = 0; v < 2; v++)
+                    memcpy(scales + v * KEYS + j, scales_of(block, head + v * layout.num_kv_heads) + position, n * 4);
             const float* at = keys_of(block, head) + position;
             if (in_place)
                 for (i64 i = 0; i < n; i += W) keys[(j + i) / W] = at + i;
             else
-                take_keys<P, T>(w.keys + j, at, layout.block_tokens, n, d, fetch);
+                take_keys<P, Q>(w.keys + j, at, layout.block_tokens, n, d, fetch);
             for (i64 i = 0; i < n; i++) values[j + i] = values_of(block, head) + (position + i) * width();
         });
         const auto attended = [&](auto score, auto add) {
@@ -126,7 +138,7 @@ struct Attention {
         const auto with_values = [&](auto add) {
             if (!in_place) return attended(packed_keys(w, num, d), add);
             const auto read_keys = [&](const typename P::Unit* of, i64 count) {
-                product_of_keys<P, T>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT,
+                product_of_keys<P, Q>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT,
                                       w.scores, count, fetch);
             };
             attended(read_keys, add);
@@ -143,10 +155,13 @@ struct Attention {
     // Adds keys [key, key + num) of an item and their values to what is prefetched. All keys of a block of the pool share
     // their cache lines; values of all heads are neighbours.
     void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
-        const i64 bytes = item.num_heads * layout.head_dim * i64(sizeof(T));
-        runs(item, key, num, [&](const T* block, i64 position, i64 n, i64) {
+        const i64 bytes = item.num_heads * layout.head_dim * i64(sizeof(Q));
+        runs(item, key, num, [&](const Q* block, i64 position, i64 n, i64) {
             fetch.add(keys_of(block, item.head), bytes * layout.block_tokens);
-            const T* at = values_of(block, item.head) + position * width();
+            if constexpr (HAS_SCALES)
+                for (i64 h : {item.head, item.head + layout.num_kv_heads})
+                    fetch.add(scales_of(block, h), item.num_heads * layout.block_tokens * 4);
+            const Q* at = values_of(block, item.head) + position * width();
             if (item.num_heads == layout.num_kv_heads)
                 fetch.add(at, bytes * n);
             else
@@ -297,14 +312,18 @@ struct Attention {
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
                      const Meta& meta, float scale, i64 window, float soft_cap, const T* sinks, int threads) {
-    T* zeros = nullptr;
+    void* zeros = nullptr;
     if (window && window < layout.block_tokens) {
-        const i64 bytes = 2 * layout.block_tokens * layout.num_kv_heads * layout.head_dim * i64(sizeof(T));
-        zeros = (T*)zero_memory.get(bytes);
-        memset((void*)zeros, 0, bytes);
+        const i64 bytes = layout.layer_share() * i64(sizeof(T));
+        zeros = zero_memory.get(bytes);
+        memset(zeros, 0, bytes);
     }
-    Attention<typename Packing<T>::P, T>{q,     q_stride, out,    num_heads, layer, pool, layout, meta,
-                                         scale, window,   soft_cap, sinks,   zeros}(threads);
+    const auto by = [&](auto of_kv) {
+        using Q = decltype(of_kv);
+        Attention<typename Packing<T>::P, T, Q>{q,     q_stride, out,      num_heads, layer,          pool, layout, meta,
+                                                scale, window,   soft_cap, sinks,     (const Q*)zeros}(threads);
+    };
+    layout.int8_per_element ? by(int8_t{}) : by(T{});
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                        \

@@ -70,7 +70,7 @@ static void clamped_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, flo
 }
 
 template <class T>
-void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads) {
+void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads, Meanwhile meanwhile) {
     const i64 hidden = w.router.in, wide = w.gate_up->out, middle = w.down->in, pairs = num_tokens * w.per_token;
     float* const logits = room<float>(0, num_tokens * w.num);
     i64* const chosen = room<i64>(1, 3 * pairs + w.num + 1);
@@ -91,20 +91,23 @@ void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads)
     }
 #pragma omp parallel for num_threads(threads) if (pairs * hidden > SERIAL)
     for (i64 p = 0; p < pairs; p++) memcpy((void*)(by_expert + p * hidden), x + tokens[p] * hidden, hidden * sizeof(T));
-    const auto each = [&](auto multiply) {
-        for (i64 e = 0, start = 0; e < w.num; start = first[e++])
-            if (first[e] > start) multiply(e, start, first[e] - start);
+    i64 used = 0, part = 0;  // experts with tokens; parts of `meanwhile`, two for gate and up, one for down
+    for (i64 e = 0, start = 0; e < w.num; start = first[e++]) used += first[e] > start;
+    const auto each = [&](const Matrix<T>* matrices, i64 parts, const T* from, T* to) {
+        for (i64 e = 0, start = 0; e < w.num; start = first[e++]) {
+            if (first[e] == start) continue;
+            const Matrix<T>& m = matrices[e];
+            linear(from + start * m.in, m.in, first[e] - start, m, to + start * m.out, threads,
+                   meanwhile.part(part, part + parts, 3 * used));
+            part += parts;
+        }
     };
-    each([&](i64 e, i64 start, i64 num) {
-        linear(by_expert + start * hidden, hidden, num, w.gate_up[e], gate_up + start * wide, threads);
-    });
+    each(w.gate_up, 2, by_expert, gate_up);
     if (w.limit > 0)
         clamped_mul(gate_up, wide, pairs, middle, float(w.limit), product, threads);
     else
         silu_mul(gate_up, wide, pairs, middle, product, threads);
-    each([&](i64 e, i64 start, i64 num) {
-        linear(product + start * middle, middle, num, w.down[e], by_expert + start * hidden, threads);
-    });
+    each(w.down, 1, product, by_expert);
 #pragma omp parallel for num_threads(threads) if (pairs * hidden > SERIAL)
     for (i64 t = 0; t < num_tokens; t++) {
         const i64* own = place + t * w.per_token;
@@ -118,8 +121,8 @@ void experts(const T* x, i64 num_tokens, const Experts<T>& w, T* y, int threads)
     }
 }
 
-template void experts<bf16>(const bf16*, i64, const Experts<bf16>&, bf16*, int);
-template void experts<float>(const float*, i64, const Experts<float>&, float*, int);
+template void experts<bf16>(const bf16*, i64, const Experts<bf16>&, bf16*, int, Meanwhile);
+template void experts<float>(const float*, i64, const Experts<float>&, float*, int, Meanwhile);
 
 }  // namespace LORAY_NAMESPACE
 

@@ -7,8 +7,19 @@ namespace LORAY_NAMESPACE {
 
 // -- attention --
 
+// See KvLayout of kv.py.
 struct Layout {
-    i64 num_layers, block_tokens, num_kv_heads, head_dim;
+    i64 num_layers, block_tokens, num_kv_heads, head_dim, int8_per_element;
+
+    i64 layer_share() const {
+        const i64 heads = 2 * block_tokens * num_kv_heads;
+        return int8_per_element ? heads * (head_dim + 4) / int8_per_element : heads * head_dim;
+    }
+    // Of a block's share of a layer, where K and V are int8: of K first.
+    template <class Q>
+    Q* scales(Q* share) const {
+        return share + 2 * block_tokens * num_kv_heads * head_dim;
+    }
 };
 
 // S + 1 offsets of queries, S context lengths, S block tables.
@@ -149,6 +160,11 @@ class Ahead;
 struct Meanwhile {
     const Ahead* rows = nullptr;
     i64 first = 0, last = 0, whole = 1;
+
+    // Parts `from` to `to`, of `num` equal ones.
+    Meanwhile part(i64 from, i64 to, i64 num) const {
+        return {rows, first + (last - first) * from / num, first + (last - first) * to / num, whole};
+    }
 };
 
 // `y` may be fp32; the results are rounded to T in any case.
@@ -161,7 +177,7 @@ void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int thr
 
 // y (tokens, hidden) ← the sums of the results of each token's experts; x and y may be the same.
 template <class T>
-void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads);
+void experts(const T* x, i64 num_tokens, const Experts<T>& weights, T* y, int threads, Meanwhile meanwhile = {});
 
 template <class T>
 void gelu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
@@ -182,8 +198,8 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i6
           T* y, int threads);
 
 template <class T>
-void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride, i64 width,
-              const i64* slots, i64 num_tokens, int threads);
+void write_kv(T* pool, const Layout& layout, const T* k, i64 k_stride, const T* v, i64 v_stride, const i64* slots,
+              i64 num_tokens, int threads);
 
 template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,

@@ -81,8 +81,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     const Layout& layout = *step.layout;
     const i64 n = step.num_tokens, d = layout.head_dim, heads = w.num_heads, kv_heads = layout.num_kv_heads;
     const i64 hidden = w.qkv.in, q_width = heads * d, kv_width = kv_heads * d, middle = w.down.in;
-    const i64 share = 2 * layout.block_tokens * kv_width;
-    T* const pool = step.pool + index * share;
+    T* const pool = step.pool + index * layout.layer_share();
     T* const normed = room<T>(2, n * max_(hidden, kv_width));
     T* const wide = room<T>(3, n * max_(w.qkv.out, w.gate_up.out));
     T* const turned = room<T>(4, n * max_(q_width + kv_width, middle));
@@ -91,7 +90,8 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     // The rows of a layer are prefetched from the MLP before it on, during each product in proportion to its time.
     const Matrix<T>* const products[] = {&w.gate_up, &w.down, &w.qkv, &w.o};
     i64 shares[5] = {0};
-    for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out;
+    const i64 mlps = w.experts ? min_(w.experts->num, n * w.experts->per_token) : 1;  // about as many are used
+    for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out * (k < 2 ? mlps : 1);
     const auto during = [&](int k, const Ahead& rows) { return Meanwhile{&rows, shares[k], shares[k + 1], shares[4]}; };
 
     const auto norm = [&](const T* from, const T* weight, const OwnRows& rows, T* to) {
@@ -114,8 +114,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     }
     rope(q, q_stride, n, heads, d, step.turned, step.cos, step.sin, turned, threads);
     rope(k, k_stride, n, kv_heads, d, step.turned, step.cos, step.sin, keys, threads);
-    write_kv(pool, layout.num_layers * share, layout.block_tokens, keys, kv_width, v, w.qkv.out, kv_width, step.slots,
-             n, threads);
+    write_kv(pool, layout, keys, kv_width, v, w.qkv.out, step.slots, n, threads);
     paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, w.window, w.soft_cap,
                     w.sinks, threads);
     linear(narrow, q_width, n, w.o, normed, threads, during(3, own));
@@ -125,7 +124,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
 
     norm(x, w.mlp_norm, tables.mlp_norm, normed);
     if (w.experts) {
-        experts(normed, n, *w.experts, normed, threads);
+        experts(normed, n, *w.experts, normed, threads, Meanwhile{&next, shares[0], shares[2], shares[4]});
     } else {
         linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
         add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
@@ -143,7 +142,7 @@ template <class T>
 static void layers(T* x, const LayerWeights<T>* const* weights, const LayerTables<T>* const* tables, i64 num_tables,
                    const StepInputs<T>& step, i64 first, i64 num, int threads) {
     const Layout& layout = *step.layout;
-    const i64 share = 2 * layout.block_tokens * layout.num_kv_heads * layout.head_dim;
+    const i64 share = layout.layer_share();
     const auto rows = [&](i64 i) { return Ahead(*tables[i], step.pool + (first + i) * share, step.spans->num); };
     Ahead own, next;
     if (first > 0) own = rows(0);  // before the first layer there is no product

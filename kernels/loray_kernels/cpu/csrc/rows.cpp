@@ -123,18 +123,62 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i6
         }
 }
 
-// `pool` is the address of the layer's share in block 0; attention.cpp says how keys lie in it.
+// Rounds `width` elements as `quantize_rows` of reference.py does, and gives their scale. `width` is a multiple of 16.
 template <class T>
-void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
-                     i64 width, const i64* slots, i64 num_tokens, int threads) {
-    constexpr i64 PER_UNIT = 4 / sizeof(T);
+static float quantize(const T* x, i64 width, int8_t* q) {
+    typedef int32_t Ints __attribute__((vector_size(4 * W)));
+    typedef int8_t Bytes __attribute__((vector_size(W)));
+    Ints most = {};  // of floats without their sign, which are in the order of their bits, and infinite and NaN above all
+    for (i64 i = 0; i < width; i += W) {
+        const Ints bits = (Ints)load(x + i) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < W; i++) bits = most[i] > bits ? most[i] : bits;
+    float largest;
+    memcpy(&largest, &bits, 4);
+    const bool is_finite = bits < 0x7f800000;
+    const Vec inverse = set1(is_finite && largest >= 1e-30f ? 127.0f / largest : 0.0f);
+    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
+    for (i64 i = 0; i < width; i += W) {
+        const Ints whole = (Ints)(load(x + i) * inverse + magic) - (Ints)magic;
+        const Bytes bytes = __builtin_convertvector(is_finite ? whole : Ints{}, Bytes);
+        memcpy(q + i, &bytes, W);
+    }
+    return is_finite ? largest / 127.0f : __builtin_nanf("");
+}
+
+// Elements of a token's keys in a block, `width` of all its heads, as attention.cpp has them.
+template <class Q>
+static void write_keys(Q* block, i64 block_tokens, i64 position, const Q* k, i64 width) {
+    constexpr i64 PER_UNIT = 4 / sizeof(Q);
+    for (i64 i = 0; i < width; i += PER_UNIT)
+        memcpy(block + i * block_tokens + position * PER_UNIT, k + i, 4);
+}
+
+// `pool` is the address of the layer's share in block 0.
+template <class T>
+void write_kv(T* pool, const Layout& layout, const T* k, i64 k_stride, const T* v, i64 v_stride, const i64* slots,
+              i64 num_tokens, int threads) {
+    const i64 block_tokens = layout.block_tokens, heads = layout.num_kv_heads, d = layout.head_dim, width = heads * d;
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
     for (i64 t = 0; t < num_tokens; t++) {
-        T* const at = pool + slots[t] / block_tokens * block_size;
+        T* const at = pool + slots[t] / block_tokens * layout.num_layers * layout.layer_share();
         const i64 position = slots[t] % block_tokens;
-        for (i64 i = 0; i < width; i += PER_UNIT)
-            memcpy(at + i * block_tokens + position * PER_UNIT, k + t * k_stride + i, 4);
-        memcpy(at + (block_tokens + position) * width, v + t * v_stride, width * sizeof(T));
+        if (!layout.int8_per_element) {
+            write_keys(at, block_tokens, position, k + t * k_stride, width);
+            memcpy(at + (block_tokens + position) * width, v + t * v_stride, width * sizeof(T));
+            continue;
+        }
+        static thread_local Scratch memory;
+        int8_t *const block = (int8_t*)at, *const keys = (int8_t*)memory.get(d);
+        float* const scales = (float*)layout.scales(block) + position;
+        for (i64 h = 0; h < heads; h++) {
+            scales[h * block_tokens] = quantize(k + t * k_stride + h * d, d, keys);
+            write_keys(block + h * d * block_tokens, block_tokens, position, keys, d);
+            scales[(heads + h) * block_tokens] =
+                quantize(v + t * v_stride + h * d, d, block + (block_tokens + position) * width + h * d);
+        }
     }
 }
 
@@ -144,7 +188,7 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
     template void scale_rows<T>(T*, i64, i64, const T*, const T*, const OwnRows&, int);                          \
     template void turn_rows<T>(T*, i64, i64, const T*, const OwnRows&, const Rows&, const i64*, int);            \
     template void rope<T>(const T*, i64, i64, i64, i64, i64, const T*, const T*, T*, int);                       \
-    template void write_kv<T>(T*, i64, i64, const T*, i64, const T*, i64, i64, const i64*, i64, int);
+    template void write_kv<T>(T*, const Layout&, const T*, i64, const T*, i64, const i64*, i64, int);
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
@@ -176,9 +220,9 @@ using namespace LORAY_NAMESPACE;
         rope(x, x_stride, num_tokens, num_heads, width, turned, cos, sin, y, threads);                              \
     }                                                                                                               \
     LORAY_ENTRY(write_kv_##suffix##_)                                                                               \
-    (type * pool, i64 block_size, i64 block_tokens, const type* k, i64 k_stride, const type* v, i64 v_stride,       \
-     i64 width, const i64* slots, i64 num_tokens, int threads) {                                                    \
-        write_kv(pool, block_size, block_tokens, k, k_stride, v, v_stride, width, slots, num_tokens, threads);      \
+    (type * pool, const Layout* layout, const type* k, i64 k_stride, const type* v, i64 v_stride, const i64* slots, \
+     i64 num_tokens, int threads) {                                                                                 \
+        write_kv(pool, *layout, k, k_stride, v, v_stride, slots, num_tokens, threads);                              \
     }
 
 LORAY_ROWS(bf16, bf16)

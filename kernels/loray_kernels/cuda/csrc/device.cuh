@@ -24,6 +24,7 @@ __device__ constexpr bool is_bf16(bf16) { return true; }
 __device__ constexpr bool is_bf16(fp16) { return false; }
 
 __device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(signed char v) { return v; }
 __device__ inline float to_float(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
 __device__ inline float to_float(fp16 v) {
 #ifdef LORAY_SHIM
@@ -54,6 +55,9 @@ template <class T> __device__ inline bool aligned(const T *p, int bytes) {
 }
 
 __device__ inline float unpack(const unsigned *words, int i, float) { return __uint_as_float(words[i]); }
+__device__ inline float unpack(const unsigned *words, int i, signed char) {
+  return static_cast<signed char>(words[i / 4] >> (8 * (i % 4)) & 0xff);
+}
 template <class T> __device__ inline float unpack(const unsigned *words, int i, T) {
   return to_float(T{static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)))});
 }

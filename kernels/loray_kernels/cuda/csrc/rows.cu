@@ -124,34 +124,68 @@ __device__ void scale_sums(const int *sums, const float *of_columns, const float
   }
 }
 
+// The scale of a head's elements, which each(put) gives to put(i, value), a part of them in each lane of a warp; and
+// `to`, these rounded, as `quantize_rows` of reference.py has both.
+template <class Each> __device__ float quantize_head(Each each, signed char *to) {
+  unsigned bits = 0; // as in quantize_rows
+  each([&](i64, float v) { bits = max(bits, __float_as_uint(v) & 0x7fffffffu); });
+#pragma unroll
+  for (int lane = 16; lane; lane >>= 1) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
+  const bool is_finite = bits < 0x7f800000u;
+  const float value = __uint_as_float(bits), inverse = is_finite && value >= 1e-30f ? 127.0f / value : 0.0f;
+  each([&](i64 i, float v) { to[i] = is_finite ? static_cast<signed char>(rintf(v * inverse)) : 0; });
+  return is_finite ? value / 127.0f : __uint_as_float(0x7fc00000u);
+}
+
 // y = q and cache[slot, K] = k, the halves of the first 2 · `half` elements of each head, of d, rotated: x · cos +
 // (−x₂, x₁) · sin, each product rounded as in the reference; cache[slot, V] = v. A negative slot is padding. A warp for a
-// head: those of queries, then those of keys with their values. Grid (tokens, tiles of heads), THREADS threads.
-template <class T>
+// head: those of queries, then those of keys with their values; in a cache of int8, which has scales, see KvLayout, then
+// those of values. Grid (tokens, tiles of heads), THREADS threads.
+template <class T, class Q>
 __device__ void rope_kv(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,
-                        i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, T *pool, i64 block_stride,
+                        i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, Q *pool, i64 block_stride,
                         i64 block_tokens, const i64 *slots) {
+  constexpr bool IS_INT8 = sizeof(Q) == 1;
   const i64 token = blockIdx.x, head = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (head >= num_q + num_kv) return;
+  if (head >= num_q + (IS_INT8 ? 2 : 1) * num_kv) return;
+  cos += token * 2 * half, sin += token * 2 * half;
+  const auto each_turned = [&](const T *from, auto put) {
+    for (i64 i = lane; i < half; i += 32) {
+      const float first = to_float(from[i]), second = to_float(from[i + half]);
+      const float left = rounded<T>(__fmul_rn(first, to_float(cos[i])));
+      const float right = rounded<T>(__fmul_rn(second, to_float(cos[i + half])));
+      put(i, __fadd_rn(left, -rounded<T>(__fmul_rn(second, to_float(sin[i])))));
+      put(i + half, __fadd_rn(right, rounded<T>(__fmul_rn(first, to_float(sin[i + half])))));
+    }
+    for (i64 i = 2 * half + lane; i < d; i += 32) put(i, to_float(from[i]));
+  };
   const T *from = q + token * q_stride + head * d;
   T *to = y + (token * num_q + head) * d;
   if (head >= num_q) {
-    const i64 slot = slots[token], at = (head - num_q) * d, width = num_kv * d;
+    const i64 slot = slots[token], row = head - num_q, width = num_kv * d;
     if (slot < 0) return;
-    from = k + token * k_stride + at;
-    to = pool + slot / block_tokens * block_stride + slot % block_tokens * width + at;
-    for (i64 i = lane; i < d; i += 32) to[block_tokens * width + i] = v[token * v_stride + at + i];
+    const i64 number = slot / block_tokens, position = slot - number * block_tokens;
+    if constexpr (IS_INT8) {
+      const bool is_value = row >= num_kv;
+      const i64 at = (is_value ? row - num_kv : row) * d;
+      Q *const block = pool + number * block_stride;
+      float *const scales = reinterpret_cast<float *>(block + 2 * block_tokens * width) + row * block_tokens;
+      from = is_value ? v + token * v_stride + at : k + token * k_stride + at;
+      if (is_value) half = 0;
+      const auto each = [&](auto put) {
+        each_turned(from, [&](i64 i, float x) { put(i, rounded<T>(x)); });
+      };
+      const float scale = quantize_head(each, block + (is_value ? block_tokens + position : position) * width + at);
+      if (lane == 0) scales[position] = scale;
+      return;
+    } else {
+      from = k + token * k_stride + row * d;
+      to = pool + number * block_stride + position * width + row * d;
+      for (i64 i = lane; i < d; i += 32) to[block_tokens * width + i] = v[token * v_stride + row * d + i];
+    }
   }
-  cos += token * 2 * half, sin += token * 2 * half;
-  for (i64 i = lane; i < half; i += 32) {
-    const float first = to_float(from[i]), second = to_float(from[i + half]);
-    const float left = rounded<T>(__fmul_rn(first, to_float(cos[i])));
-    const float right = rounded<T>(__fmul_rn(second, to_float(cos[i + half])));
-    store(to + i, __fadd_rn(left, -rounded<T>(__fmul_rn(second, to_float(sin[i])))));
-    store(to + i + half, __fadd_rn(right, rounded<T>(__fmul_rn(first, to_float(sin[i + half])))));
-  }
-  for (i64 i = 2 * half + lane; i < d; i += 32) to[i] = from[i];
+  each_turned(from, [&](i64 i, float x) { store(to + i, x); });
 }
 
 // y[tokens[n]] = row n of the pool; a negative offset is skipped. Grid (rows, segments), THREADS threads.
@@ -227,13 +261,6 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
     gated<true, T>(gate_up, stride, y, width);                                                                         \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      rope_kv_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,  \
-                       i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, T *pool, i64 block_stride,             \
-                       i64 block_tokens, const i64 *slots) {                                                           \
-    rope_kv<T>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, d, pool, block_stride,         \
-               block_tokens, slots);                                                                                   \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       take_rows_##suffix(T *y, i64 y_stride, const i64 *tokens, const T *pool, const i64 *offsets, i64 num_rows,       \
                          const i64 *segments) {                                                                        \
     take_rows<T>(y, y_stride, tokens, pool, offsets, num_rows, segments);                                              \
@@ -261,11 +288,26 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
   LORAY_EXPORT(rms_norm_##suffix)                                                                                      \
   LORAY_EXPORT(silu_mul_##suffix)                                                                                      \
   LORAY_EXPORT(gelu_mul_##suffix)                                                                                      \
-  LORAY_EXPORT(rope_kv_##suffix)                                                                                       \
   LORAY_EXPORT(take_rows_##suffix)                                                                                     \
   LORAY_EXPORT(place_pages_##suffix)                                                                                   \
   LORAY_EXPORT(scale_recorded_##suffix)
 
+#define LORAY_DEFINE_ROPE_KV(kind, suffix, T, Q)                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      rope_kv##kind##_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v,        \
+                               i64 v_stride, i64 num_kv, const T *cos, const T *sin, i64 half, i64 d, Q *pool,         \
+                               i64 block_stride, i64 block_tokens, const i64 *slots) {                                 \
+    rope_kv<T, Q>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, d, pool, block_stride,      \
+                  block_tokens, slots);                                                                                \
+  }                                                                                                                    \
+  LORAY_EXPORT(rope_kv##kind##_##suffix)
+
 LORAY_DEFINE(bf16, bf16)
 LORAY_DEFINE(fp16, fp16)
 LORAY_DEFINE(fp32, float)
+LORAY_DEFINE_ROPE_KV(, bf16, bf16, bf16)
+LORAY_DEFINE_ROPE_KV(, fp16, fp16, fp16)
+LORAY_DEFINE_ROPE_KV(, fp32, float, float)
+LORAY_DEFINE_ROPE_KV(_int8, bf16, bf16, signed char)
+LORAY_DEFINE_ROPE_KV(_int8, fp16, fp16, signed char)
+LORAY_DEFINE_ROPE_KV(_int8, fp32, float, signed char)

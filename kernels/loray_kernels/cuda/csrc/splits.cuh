@@ -20,6 +20,14 @@ struct Cache {
     return row + (position % block_tokens * num_kv_heads + kv_head) * head_dim;
   }
   __device__ i64 values() const { return block_tokens * num_kv_heads * head_dim; }
+
+  // The scale of a key, or of a value; fp32 behind keys and values that are int8, each (KV head, position).
+  template <class Q> __device__ float scale(const Q *, const i64 *, i64, i64, bool) const { return 1.0f; }
+  __device__ float scale(const signed char *pool, const i64 *blocks, i64 position, i64 kv_head, bool of_value) const {
+    const signed char *scales = pool + blocks[position / block_tokens] * block_stride + 2 * values();
+    const i64 row = of_value ? num_kv_heads + kv_head : kv_head;
+    return reinterpret_cast<const float *>(scales)[row * block_tokens + position % block_tokens];
+  }
 };
 
 // How a score becomes what the softmax takes. A query sees the last `window` keys up to its own, or all (0); a score s,
@@ -40,6 +48,11 @@ __device__ inline int positions_of_a_split(int context) {
 __device__ inline int num_splits(int context) {
   const int size = positions_of_a_split(context);
   return max(1, (context + size - 1) / size);
+}
+
+// Splits of a sequence that are wholly behind the window, and are not there.
+__device__ inline int splits_behind(int context, const Scoring &scoring) {
+  return scoring.first(context) / positions_of_a_split(context);
 }
 
 // The splits that a launch computes, in each of its blocks of the same blockIdx.y once: splits[starts[0]] to

@@ -173,7 +173,8 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
       if (column == 0) own[D] = largest, own[D + 1] = whole;
     }
   }
-  if (context <= SPLIT || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num_splits(context))) return;
-  partial += ((split.place - split.number) * num_heads + head) * (D + 2);
-  merge(out + (token * num_heads + head) * D, partial, num_splits(context), num_heads * (D + 2), heads, D);
+  const int gone = splits_behind(context, scoring), num = num_splits(context) - gone;
+  if (context <= SPLIT || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num)) return;
+  partial += ((split.place - split.number + gone) * num_heads + head) * (D + 2);
+  merge(out + (token * num_heads + head) * D, partial, num, num_heads * (D + 2), heads, D);
 }

@@ -86,12 +86,13 @@ class KVCacheManager:
             self.num_hits += request.num_cached_tokens
 
     def share(self, request: Request, num_ahead: int = 0) -> None:
-        """Add the blocks that have become full to the prefix cache, if it is enabled.
+        """Add the blocks that have become full to the prefix cache, if it is enabled. Those of an embedding are not
+        kept: the texts of a collection come once, and would drive out conversations, which go on.
 
         num_ahead  further tokens, which the step that is being scheduled computes
         """
-        if not self.prefix_cache.enabled:
-            return  # it forgets what it is given, and would be given the whole context with each block
+        if not self.prefix_cache.enabled or request.spec.pooling is not None:
+            return  # the first forgets what it is given, and would be given the whole context with each block
         block_tokens = self._allocator.geometry.block_tokens
         full = min(request.num_computed + num_ahead, self._window or request.num_tokens) // block_tokens
         known = request.num_shared_blocks

@@ -28,7 +28,11 @@ def block_bytes(spec: ServeSpec, config: ModelConfig) -> int:
 
 
 def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:
-    return 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
+    """Return the elements of a block's share of a layer, which `KvLayout` of the kernels has with torch."""
+    heads = 2 * spec.block_tokens * config.num_kv_heads
+    if spec.int8_per_element:
+        return heads * (config.head_dim + 4) // spec.int8_per_element
+    return heads * config.head_dim
 
 
 def tokens_of_a_request(config: ModelConfig, geometry: Geometry, num_blocks: int) -> int | None:

@@ -154,7 +154,7 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
         if name != _EMBEDDING:
             if ops.has_kernel(tensor):
                 return tensor
-            _warn_dequantized(tensor.q_OI.dtype, dtype)
+            _warn_dequantized(tensor.kind, dtype)
         return tensor.dequantized(slice(None), dtype)
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
@@ -162,11 +162,12 @@ def _take(name: str, tensor: Weight, ops: Ops, dtype: torch.dtype, device: torch
 
 
 @cache
-def _warn_dequantized(kind: torch.dtype, dtype: torch.dtype) -> None:
+def _warn_dequantized(kind: str, dtype: torch.dtype) -> None:
     _log.warning(
-        "%s weights are dequantised to %s: no kernel here multiplies them as they are, so the base takes as much "
-        "memory as if it were not quantised",
-        *(str(each).removeprefix("torch.") for each in (kind, dtype)),
+        "weights that are %s are dequantised to %s: no kernel here multiplies them as they are, so they take as much "
+        "memory as if they were not quantised; CPUs and GPUs multiply what loray base add NAME --quantise int8 makes",
+        kind,
+        str(dtype).removeprefix("torch."),
     )
 
 
@@ -300,9 +301,11 @@ class Decoder:
         """Return the embedding as the output head, of which a backend makes a matrix of its own. A checkpoint that ties
         them cannot round one alone; where it rounds its layers to integers, the head is rounded to int8 here.
         """
-        if not self._layers[0].weights.qkv.are_integers:
-            return self.embedding_VD
-        return QuantizedWeight(*quantize_rows(self.embedding_VD))
+        if self._layers[0].weights.qkv.are_integers:
+            rounded = QuantizedWeight(*quantize_rows(self.embedding_VD))
+            if self.ops.has_kernel(rounded):
+                return rounded
+        return self.embedding_VD
 
     @property
     def can_capture(self) -> bool:

@@ -23,6 +23,7 @@ from loray_kernels import (
     LinearWeights,
     Ops,
     RowOverrides,
+    Scoring,
     StepInputs,
     VeraTable,
     Weight,
@@ -176,12 +177,17 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
-        self.scale, self.spec = config.attention_scale(layer), (spec := config.layers[layer])
+        self.spec = spec = config.layers[layer]
         biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if spec.qkv_bias else {}
         self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
         biases = {"o_proj": tensors[f"{prefix}.o_proj.bias"]} if spec.o_bias else {}
         self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, biases, ops)
-        self.sinks_H: Tensor | None = tensors[f"{prefix}.sinks"] if spec.has_sinks else None
+        self.scoring = Scoring(
+            config.attention_scale(layer),
+            spec.window,
+            config.attention_soft_cap,
+            tensors[f"{prefix}.sinks"] if spec.has_sinks else None,
+        )
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], config)
@@ -201,9 +207,7 @@ class Attention:
         if logits_step is not None:
             q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
         cache, meta = (pool.tensor, pool.layout, self._layer), step.batch.attention
-        out_THd = step.ops.paged_attention(
-            q_THd, *cache, meta, self.scale, self.spec.window, c.attention_soft_cap, self.sinks_H
-        )
+        out_THd = step.ops.paged_attention(q_THd, *cache, meta, self.scoring)
         return self.o(out_THd.flatten(1), step)
 
 
@@ -298,11 +302,8 @@ class Layer:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
-            scale=attention.scale,
+            scoring=attention.scoring,
             norm_offset=config.norm_offset,
-            window=spec.window,
-            soft_cap=config.attention_soft_cap,
-            sinks_H=attention.sinks_H,
             activation=spec.activation,
             post_attention_norm_D=None if self._post_attention_norm is None else self._post_attention_norm.weight_D,
             post_mlp_norm_D=None if self._post_mlp_norm is None else self._post_mlp_norm.weight_D,

@@ -262,7 +262,8 @@ def token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
     """Give a block's layout, and how many blocks the pool has. SpecError if it is too small, see `limits`."""
-    layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
+    heads = config.num_kv_heads, config.head_dim
+    layout = KvLayout(config.num_layers, spec.block_tokens, *heads, spec.int8_per_element)
     return layout, pool_geometry(spec, config).num_blocks
 
 

@@ -5,6 +5,9 @@ are drawn, the matchers read them, and llguidance fills one bit per token of the
 thread: until the model runs the engine uses one processor, so another one is free. A step waits for the thread as long
 as its budget of mask time at most, and the thread computes no more masks than fit into it (`turns`). A request whose
 mask is not there yet is not in the step, and is not begun before its first mask is there.
+
+A thought comes before what must match (`text.reasoning`). Its tokens have no mask, but for the one that a budget, or
+the end of the answer drawn too early, makes the token that closes it. The matcher reads what follows.
 Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -30,14 +33,16 @@ from loray.engine.sampling.compilations import Compilations
 from loray.engine.sampling.turns import MaskTurns
 from loray.errors import GrammarTooExpensive, RequestError
 from loray.priority import run_soon
-from loray.spec import Constraint
+from loray.spec import Constraint, Thinking
 from loray.text.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, GrammarCompiler
+from loray.text.reasoning import ThoughtReader
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 
 _GROUP_SIZE = 16  # masks for each of llguidance's threads
+_MOST_AHEAD = 2  # tokens that may be drawn before the first of them has been read
 
 
 class Masks(NamedTuple):
@@ -53,20 +58,65 @@ class Masks(NamedTuple):
     ended: frozenset[Request]
 
 
+class _Thought(ThoughtReader):
+    """The thought of one answer. `is_cut`: its next token closes it, whatever it would be."""
+
+    __slots__ = ("is_cut", "thinking")
+
+    def __init__(self, thinking: Thinking) -> None:
+        super().__init__(thinking)
+        self.thinking, self.is_cut = thinking, False
+
+    @property
+    def num_left(self) -> int | None:
+        """The tokens that it may still have; None: any number."""
+        if self.is_cut or self.thinking.budget is None:
+            return 0 if self.is_cut else None
+        return max(0, self.thinking.budget - self.num_tokens)
+
+
 class _Answer:
-    """A matcher, how many tokens of the output it has read, and the mask after `num_masked` of them."""
+    """A matcher of the content, if that must match something; how many of its tokens it has read, and the mask after
+    `num_masked` of them; the thought before it.
+    """
 
-    __slots__ = ("has_ended", "matcher", "num_masked", "num_read", "words_W")
+    __slots__ = ("has_ended", "matcher", "num_masked", "num_read", "thought", "words_W")
 
-    def __init__(self, matcher: LLMatcher, num_words: int) -> None:
+    def __init__(self, matcher: LLMatcher | None, num_words: int, thinking: Thinking | None) -> None:
         self.matcher, self.num_read = matcher, 0
         self.words_W, self.num_masked, self.has_ended = np.empty(num_words, dtype=np.int32), -1, False
+        self.thought = None if thinking is None else _Thought(thinking)
+
+    def content_from(self, output_ids: Sequence[int]) -> int | None:
+        """The number of the token with which the content begins; None: it has not begun."""
+        if self.thought is None:
+            return 0
+        self.thought.read(output_ids[self.thought.num_read :])
+        return self.thought.content_from
 
     def read(self, output_ids: Sequence[int]) -> None:
-        """Let the matcher read the tokens that came since the last call."""
-        for token in output_ids[self.num_read :]:
+        """Let the matcher read the tokens of the content that came since the last call."""
+        first = self.content_from(output_ids)
+        if self.matcher is None or first is None:
+            return
+        for token in output_ids[first + self.num_read :]:
             self.matcher.consume_token(token)
-        self.num_read = len(output_ids)
+        self.num_read = len(output_ids) - first
+
+    def words(self, output_ids: Sequence[int]) -> npt.NDArray[np.int32] | None:
+        """The mask of the next token; None: any may come."""
+        thought = self.thought
+        if thought is None or self.content_from(output_ids) is not None:
+            return None if self.matcher is None else self.words_W
+        if not thought.is_open:
+            return None if self.matcher is None else _with_token(self.words_W, thought.thinking.start_id)
+        return _with_token(np.zeros_like(self.words_W), thought.thinking.end_id) if thought.num_left == 0 else None
+
+
+def _with_token(words_W: npt.NDArray[np.int32], token: int) -> npt.NDArray[np.int32]:
+    out_W = words_W.copy()
+    out_W.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+    return out_W
 
 
 class MaskThread:
@@ -160,6 +210,7 @@ class Grammars:
 
     def __init__(self, base: BaseModel, wake: Callable[[], None], *, on_gpu: bool = False) -> None:
         self._compilations, self._on_gpu = Compilations(GrammarCompiler(base).compile, wake), on_gpu
+        self._eos_token_ids = frozenset(base.config.eos_token_ids)
         self._num_words = -(-base.config.vocab_size // 32)
         self._thread = MaskThread()
         self._turns = MaskTurns(MASK_BUDGET_GPU_S if on_gpu else MASK_BUDGET_S, self._thread.group_size)
@@ -185,10 +236,15 @@ class Grammars:
         """Say whether `take` has something without being told: masks that later steps compute, or requests that end."""
         return bool(self._turns or self._refused)
 
-    def prepare(self, request: Request, constraint: Constraint) -> None:
-        """Compile the constraint, unless it is known. Then `take` tells that the request can run."""
-        request.awaits_mask = True
-        self._compilations.add(request, constraint)
+    def prepare(self, request: Request, constraint: Constraint | None) -> None:
+        """Compile the constraint, unless it is known. Then `take` tells that the request can run. None: the request has
+        a thought with a budget, and can run at once.
+        """
+        if constraint is not None:
+            request.awaits_mask = True
+            self._compilations.add(request, constraint)
+        else:
+            self._add(request, None)
 
     def take(self, prepared: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
         """Take the masks that were begun, before a step is scheduled. Waits for them no longer than the budget.
@@ -225,9 +281,29 @@ class Grammars:
         """
         for request in requests if self._answers else ():
             answer = self._answers.get(request)
-            if answer is not None and answer.num_masked != len(request.output_ids):
+            if answer is None:
+                continue
+            first = answer.content_from(request.output_ids)
+            if answer.thought is not None:
+                self._note_thought(request, answer.thought)
+            if answer.matcher is None or first is None:
+                continue
+            if answer.num_masked != len(request.output_ids) - first:
                 request.awaits_mask = True
                 self._turns.add(request)
+
+    def close_thought(self, request: Request, token: int) -> bool:
+        """Say whether `token`, which would end the request, was drawn in a thought before what must match. Then it does
+        not count, and the next one closes the thought.
+        """
+        answer = self._answers.get(request)
+        if answer is None or answer.matcher is None or answer.content_from(request.output_ids) is not None:
+            return False
+        thought = answer.thought
+        if thought is None or not thought.is_open or token == thought.thinking.end_id:
+            return False
+        thought.is_cut = True
+        return True
 
     def end_step(self) -> None:
         """Begin the next step's masks, unless others are being computed."""
@@ -239,11 +315,14 @@ class Grammars:
 
     def allowed(self, request: Request, guesses: Sequence[int]) -> Sequence[int]:
         """Give the first ones of the guesses that the request's constraint allows, and for which there is time to
-        compute masks while the step runs; all without a constraint.
+        compute masks while the step runs; all without a constraint. In a thought those after which no token is masked.
         """
         answer = self._answers.get(request)
         if answer is None:
             return guesses
+        if answer.thought is not None and answer.content_from(request.output_ids) is None:
+            return self._in_thought(request, answer.thought, guesses)
+        assert answer.matcher is not None
         if self._computing is not None or self._guessing is not None or request.awaits_mask:
             return ()
         guesses = guesses[: self._turns.num_quick(request)]
@@ -251,26 +330,29 @@ class Grammars:
 
     def begin_guesses(self, sampled: Sequence[Chunk]) -> None:
         """Begin the masks after the guesses of a step, which is computed meanwhile; `masks` takes them."""
-        own = [c for c in sampled if c.guesses and c.request in self._answers] if self._answers else []
+        own = [c for c in sampled if c.guesses and self._matches(c.request)] if self._answers else []
         starts = [*accumulate((1 + len(chunk.guesses) for chunk in own), initial=0)]
         self._guessed = {chunk.request: range(*rows) for chunk, rows in zip(own, pairwise(starts), strict=True)}
         if own:
             self._guessed_MW = np.zeros((starts[-1], self._num_words), dtype=np.int32)
-            rows = [(self._answers[c.request].matcher, self._guessed[c.request].start, c.guesses) for c in own]
+            matchers = [m for c in own if (m := self._answers[c.request].matcher) is not None]
+            starts = [self._guessed[c.request].start for c in own]
+            rows = [*zip(matchers, starts, (c.guesses for c in own), strict=True)]
             self._guessing = self._thread.begin_guesses(rows, self._guessed_MW)
 
     def masks(self, requests: Sequence[Request]) -> Masks | None:
         """Give the masks of those of `requests` that have a constraint, none of which awaits its mask; None if none
         has. One that stands several times has the masks after its guesses there, which allow nothing if they are late.
         """
-        found = [(r, a) for r in requests if (a := self._answers.get(r)) is not None] if self._answers else []
+        answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None] if self._answers else []
+        found = [(r, a, w) for r, a in answers if (w := a.words(r.output_ids)) is not None]
         if not found:
             return None
-        assert not any(r.awaits_mask for r, _ in found), "it must not be in the step"
-        ended = frozenset(r for r, a in found if a.has_ended)
+        assert not any(r.awaits_mask for r, *_ in found), "it must not be in the step"
+        ended = frozenset(r for r, a, _ in found if a.has_ended)
         guessed = self._after_guesses() if self._guessed else {}
-        words = [next(guessed[r]) if r in guessed else a.words_W for r, a in found]
-        return Masks([r for r, _ in found], np.stack(words), ended)
+        words = [next(guessed[r]) if r in guessed else w for r, _, w in found]
+        return Masks([r for r, *_ in found], np.stack(words), ended)
 
     def _after_guesses(self) -> dict[Request, Iterator[npt.NDArray[np.int32]]]:
         """Take the masks of the step's guesses, of each request with its next one before them. They are waited for no
@@ -306,6 +388,8 @@ class Grammars:
         is_left_alone = self._on_gpu or self._guessing is not None
         if answer is None or is_left_alone or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
             return ()
+        if answer.matcher is None or answer.content_from(request.output_ids) is None:
+            return ()
         answer.read(request.output_ids)
         return answer.matcher.compute_ff_tokens()
 
@@ -314,8 +398,38 @@ class Grammars:
             if isinstance(compiled, Exception):
                 self._refused.append((request, compiled))
             else:
-                self._answers[request] = _Answer(compiled.deep_copy(), self._num_words)
+                self._add(request, compiled.deep_copy())
                 self._turns.enter(request)
+
+    def _add(self, request: Request, matcher: LLMatcher | None) -> None:
+        answer = self._answers[request] = _Answer(matcher, self._num_words, request.spec.params.thinking)
+        if answer.thought is not None:
+            answer.content_from(request.output_ids)
+            self._note_thought(request, answer.thought)
+
+    def _note_thought(self, request: Request, thought: _Thought) -> None:
+        """Note whether the request's thought may be closed soon; forget a thought that is over."""
+        left = thought.num_left if thought.content_from is None else None
+        request.ends_thought = left is not None and left <= _MOST_AHEAD
+        if thought.content_from is not None and self._answers[request].matcher is None:
+            del self._answers[request]
+
+    def _matches(self, request: Request) -> bool:
+        """Say whether the request's next token must match a constraint."""
+        answer = self._answers.get(request)
+        if answer is None or answer.matcher is None:
+            return False
+        return answer.content_from(request.output_ids) is not None
+
+    def _in_thought(self, request: Request, thought: _Thought, guesses: Sequence[int]) -> Sequence[int]:
+        if not thought.is_open:
+            return ()
+        if thought.num_left is not None:
+            guesses = guesses[: max(0, thought.num_left - 1)]
+        if request.spec.params.structured is None:
+            return guesses
+        masked_after = {thought.thinking.end_id, *self._eos_token_ids, *request.spec.params.stop_token_ids}
+        return [*takewhile(lambda token: token not in masked_after, guesses)]
 
     def _begin(self) -> None:
         """Begin a turn of the thread, if masks are due and there is time for them."""
@@ -332,7 +446,7 @@ class Grammars:
             answers = [self._answers[request] for request in group.requests]
             for request, answer in zip(group.requests, answers, strict=True):
                 answer.read(request.output_ids)
-            matchers.append(([answer.matcher for answer in answers], group.limit_s))
+            matchers.append(([a.matcher for a in answers if a.matcher is not None], group.limit_s))
         self._computing = self._thread.begin(matchers, self._words_MW)
 
     def _end(self, prepared: Callable[[Request], None]) -> None:
@@ -341,7 +455,7 @@ class Grammars:
         computed, self._computing = self._turns.end(self._computing.result()), None
         for row, request in enumerate(computed):
             answer = self._answers.get(request)
-            if answer is None:  # it was cancelled meanwhile
+            if answer is None or answer.matcher is None:  # it was cancelled meanwhile
                 continue
             answer.has_ended = answer.matcher.is_stopped()  # those with errors are as well
             if answer.has_ended and answer.matcher.is_error():

@@ -30,9 +30,11 @@ class PooledStates:
 
 
 def embedding_of(request: Request) -> tuple[float, ...] | None:
-    """Give the embedding of a prompt that has been computed; None if it is not finite. Scaled to length 1, the sum over
-    its tokens is the mean.
-    """
+    """Give the embedding of a prompt that has been computed, see `PoolingParams`; None if it is not finite."""
+    pooling = request.spec.pooling
+    assert pooling is not None
     sums = [part_D for part_D in request.pooled.values() if isinstance(part_D, Tensor)]
-    found = tuple(normalize(torch.stack(sums).sum(0), dim=0).tolist())
+    x_D = torch.stack(sums).sum(0) / (request.num_prompt_tokens if pooling.kind == "mean" else 1)
+    x_D = x_D[: pooling.dimensions]
+    found = tuple((normalize(x_D, dim=0) if pooling.normalize else x_D).tolist())
     return found if all(map(math.isfinite, found)) else None

@@ -212,7 +212,7 @@ def _numbered(requests: Iterable[Request]) -> Iterator[tuple[Request, int]]:
 
 def needs_history(request: Request) -> bool:
     """Say whether its next token is drawn only when all tokens before it have been read."""
-    return request.changes_logits or request.spec.params.structured is not None
+    return request.changes_logits or request.spec.params.structured is not None or request.ends_thought
 
 
 def _outcomes(

@@ -324,7 +324,8 @@ class Scheduler(Generic[P, R]):
             self.running.remove(request)
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
-            self.output_lengths.observe(len(request.output_ids))
+            if request.spec.params.max_tokens:  # else it says nothing of the length of answers
+                self.output_lengths.observe(len(request.output_ids))
             if self.speculation is not None:
                 self.speculation.ended(request)
             self._release(request)

@@ -59,6 +59,11 @@ class WaitingRequests(Generic[P, R]):
     def __iter__(self) -> Iterator[Request]:
         return iter(self._states)
 
+    def longest_wait_s(self, now: float) -> float:
+        """The seconds that the request waits which waits longest for its first step, and for nothing else."""
+        ready = (r.queued_at for r, state in self._states.items() if state is _State.READY)
+        return max((now - at for at in ready if at is not None), default=0.0)
+
     def add(self, request: Request, *, again: bool = False, prepares: bool = False) -> None:
         """`again`: it was running before and has been preempted. `prepares`: it cannot run before `prepared`."""
         if again:

@@ -1,7 +1,8 @@
 """OpenAI's completions and chat completions: checks and translates requests, builds responses and chunks.
 
 The wire format is OpenAI's. Further sampling fields (top_k, min_p, min_tokens, prompt_logprobs and others) have vLLM's
-names. A field that is not implemented is refused by name, never ignored.
+names. A field that changes answers and is not implemented is refused by name. One that nobody knows is ignored, and
+named.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""The ground of OpenAI's bodies: strict models, fields that have several forms, fields that are refused."""
+"""The ground of OpenAI's bodies: strict models, and fields that are refused, unknown, or have several forms."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sized
-from typing import Annotated, Any, NamedTuple, TypeVar
+import re
+from collections.abc import Collection, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loray.errors import RequestError, shown
+from loray.errors import RequestError, UnknownParameter, UnsupportedParameter, shown
 
 # -- refused fields ---------------------------------------------------------------------------------------------------
 
@@ -41,6 +45,7 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
     "logits_processors": _Refusal(([],), "no code of callers is run"),
     "length_penalty": _Refusal((1, 1.0), "beam search is not supported"),
 }
+UNSUPPORTED = frozenset(_UNSUPPORTED)
 
 
 def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -49,8 +54,90 @@ def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dic
     for name in [name for name in given if name in _UNSUPPORTED and name not in known]:
         refusal, value = _UNSUPPORTED[name], out.pop(name)
         if not any(type(h) is type(value) and h == value for h in refusal.harmless):
-            raise RequestError(f"{name} is not supported: {refusal.reason}", name)
+            raise UnsupportedParameter(f"{name} is not supported: {refusal.reason}", name)
     return out
+
+
+# -- unknown fields ---------------------------------------------------------------------------------------------------
+
+_MAX_UNKNOWN = 64  # names of one body
+_NAME = re.compile(r"[A-Za-z0-9_.$-]{1,64}")
+OTHER = "other"  # stands for names that no header can have
+_SHORT_NAME = 5  # characters, below which one edit makes another word
+
+
+class UnknownFields:
+    """Decides what becomes of fields that nobody knows, which newer clients send: they are ignored, unless they are
+    most likely typing errors, or `refuse` is set.
+
+    ignored  the names, each once, in the order in which they came
+    near     name → the known field of its object that was most likely meant
+    """
+
+    def __init__(self, *, refuse: bool = False) -> None:
+        self._refuse = refuse
+        self._seen: set[str] = set()
+        self.ignored: dict[str, None] = {}
+        self.near: dict[str, str] = {}
+
+    def without(self, given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        """Return the object without the fields that are ignored, and without unknown ones that are null. RequestError
+        where it has too many.
+        """
+        return {
+            name: value
+            for name, value in given.items()
+            if name in known or (value is not None and self._is_refused(name, known))
+        }
+
+    def _is_refused(self, name: str, known: frozenset[str]) -> bool:
+        if name in self.near:  # found in a body of which this one is another form
+            return True
+        self._seen.add(name)
+        if len(self._seen) > _MAX_UNKNOWN:
+            if self._refuse:
+                return True
+            raise UnknownParameter(f"more than {_MAX_UNKNOWN} unknown fields; send known ones alone")
+        if (near := _nearest(name, known)) is not None:
+            self.near[name] = near
+        elif not self._refuse:
+            self.ignored[name if _NAME.fullmatch(name) else OTHER] = None
+        return self._refuse or near is not None
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str, known: frozenset[str]) -> str | None:
+    """Find the known name within two edits, within one of a short name. The first one of several."""
+    if not _NAME.fullmatch(name):
+        return None
+    most = 1 if len(name) < _SHORT_NAME else 2
+    return min((word for word in known if _is_within(name, word, most)), default=None)
+
+
+def _is_within(a: str, b: str, most: int) -> bool:
+    """Tell whether `most` edits make `b` of `a`: a character more, less, another one, or two that change places."""
+    if abs(len(a) - len(b)) > most:
+        return False
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    if not most or not a or not b:
+        return len(a) + len(b) <= most
+    less = most - 1
+    swapped = a[:2] == b[1::-1] and _is_within(a[2:], b[2:], less)
+    return swapped or _is_within(a[1:], b[1:], less) or _is_within(a[1:], b, less) or _is_within(a, b[1:], less)
+
+
+_unknown: ContextVar[UnknownFields | None] = ContextVar("unknown_fields", default=None)
+
+
+@contextmanager
+def reading(unknown: UnknownFields) -> Iterator[UnknownFields]:
+    """Let `unknown` decide in the block, for all that `parse` reads there."""
+    token = _unknown.set(unknown)
+    try:
+        yield unknown
+    finally:
+        _unknown.reset(token)
 
 
 # -- fields of several forms ------------------------------------------------------------------------------------------
@@ -148,18 +235,20 @@ def bias(value: object) -> object:
     return biases
 
 
-def prompts(value: object) -> tuple[Prompt, ...]:
-    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids."""
+def prompts(value: object, most: int = MAX_CHOICES) -> tuple[Prompt, ...]:
+    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids. Any may be empty;
+    `most`: of a list of prompts.
+    """
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
         if _is_token_ids(value):
             return (tuple(value),)
         if isinstance(value[0], str | list):
-            _check_number(value, MAX_CHOICES, "prompts")
+            _check_number(value, most, "prompts")
         if all(isinstance(v, str) for v in value):
             return tuple(value)
-        if all(isinstance(v, list) and v and _is_token_ids(v) for v in value):
+        if all(isinstance(v, list) and _is_token_ids(v) for v in value):
             return tuple(tuple(v) for v in value)
     raise RequestError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
 
@@ -202,9 +291,35 @@ _HINT = "accepted; it changes nothing"
 
 
 class Body(BaseModel):
-    """A body that a client sends, which has no unknown fields and no values of other types."""
+    """A body that a client sends, or an object in one, which has no values of other types. Of unknown fields it has
+    none: they are refused, but for those that an `UnknownFields` ignores.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    known       the names of its fields
+    also_known  further ones, of which an unknown field may be a typing error
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra=lambda schema: schema.pop("additionalProperties", None),  # some are ignored
+    )
+    known: ClassVar[frozenset[str]]
+    also_known: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        names = (field.alias or name for name, field in cls.model_fields.items())
+        cls.known = frozenset(names) | cls.also_known
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.keys() <= cls.known and (unknown := _unknown.get()) is not None:
+            return unknown.without(value, cls.known)
+        return value
 
 
 class Hints(Body):
@@ -212,8 +327,8 @@ class Hints(Body):
 
     metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
     store: bool | None = Field(default=None, description="accepted; nothing is stored")
-    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
-    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
+    reasoning_effort: ShortText | None = Field(default=None, description="of chats: how long a reasoning model thinks")
+    include_reasoning: bool | None = Field(default=None, description="of chats; false: answers leave it out")
     verbosity: ShortText | None = Field(default=None, description=_HINT)
     service_tier: ShortText | None = Field(default=None, description=_HINT)
     safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
@@ -225,26 +340,35 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(schema: type[B], body: object) -> B:
-    """Checks a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
+    """Checks a decoded JSON body. A null field counts as absent. Unknown ones are refused, unless a block of `reading`
+    ignores them. Raises RequestError that names the field.
+    """
     if not isinstance(body, dict):
         raise RequestError("the request body must be a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
     given = without_unsupported(given, schema.model_fields)
-    try:
-        return schema.model_validate(given)
-    except ValidationError as e:
-        raise _request_error(e, schema) from e
+    with reading(_unknown.get() or UnknownFields(refuse=True)) as unknown:
+        try:
+            return schema.model_validate(given)
+        except ValidationError as e:
+            raise _request_error(e, schema, unknown.near) from e
 
 
-def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
-    """The mistakes in one message; `param` is the first wrong field."""
-    lines, params = [], []
+def _request_error(error: ValidationError, schema: type[BaseModel], near: Mapping[str, str]) -> RequestError:
+    """The mistakes in one message; class and `param` are of the first one."""
+    lines, params, kinds = [], [], list[type[RequestError]]()
     for detail in error.errors(include_url=False, include_input=False)[:_MAX_MISTAKES]:
         param = ".".join(str(part)[:80] for part in detail["loc"])
         cause = detail.get("ctx", {}).get("error")
+        kinds.append(type(cause) if isinstance(cause, RequestError) else RequestError)
         if detail["type"] == "extra_forbidden":
-            known = f"; known fields: {', '.join(sorted(schema.model_fields))}" if len(detail["loc"]) == 1 else ""
-            lines.append(f"unknown field {shown(param)}{known}")
+            kinds[-1] = UnknownParameter
+            if (meant := near.get(str(detail["loc"][-1]))) is not None:
+                hint = f"; did you mean {meant!r}?"
+            else:
+                known = len(detail["loc"]) == 1
+                hint = f"; known fields: {', '.join(sorted(schema.model_fields))}" if known else ""
+            lines.append(f"unknown field {shown(param)}{hint}")
         elif detail["type"] == "missing":
             lines.append(f"{param!r} is required")
         elif isinstance(cause, RequestError):
@@ -256,4 +380,4 @@ def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestEr
         params.append(param)
     if error.error_count() > _MAX_MISTAKES:
         lines.append(f"and {error.error_count() - _MAX_MISTAKES:,} more mistakes")
-    return RequestError("; ".join(lines), params[0] or None)
+    return kinds[0]("; ".join(lines), params[0] or None)

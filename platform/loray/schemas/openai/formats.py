@@ -32,22 +32,29 @@ from loray.schemas.openai.responses import (
 )
 from loray.spec import Delta, FinishReason, TokenLogprob, ToolCallDelta
 
-# -- tool calls -------------------------------------------------------------------------------------------------------
+# -- messages, with thoughts and tool calls ---------------------------------------------------------------------------
 
 
-def assistant_message(text: str, deltas: Iterable[ToolCallDelta]) -> AssistantMessage:
+def assistant_message(choice: Choice) -> AssistantMessage:
+    text, reasoning = choice.text, choice.reasoning
     calls = [
         ToolCall(id=d.id or "", type="function", function=FunctionCall(name=d.name or "", arguments=d.arguments))
-        for d in _joined(deltas)
+        for d in _joined(choice.tool_calls)
     ]
-    message = AssistantMessage(role="assistant", content=text or None if calls else text, refusal=None)
-    return message.model_copy(update={"tool_calls": calls}) if calls else message
+    is_null = not text and bool(calls or choice.num_reasoning_tokens)
+    message = AssistantMessage(role="assistant", content=None if is_null else text, refusal=None)
+    more: dict[str, Any] = {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning else {}
+    if calls:
+        more["tool_calls"] = calls
+    return message.model_copy(update=more) if more else message
 
 
 def chat_delta(delta: Delta) -> ChatDelta:
-    """The part of a message that a step added. Only a last one may have neither text nor calls."""
+    """The part of a message that a step added. Only a last one may have neither text, thought nor calls."""
     fields: dict[str, object] = {}
-    if delta.text or not (delta.finish_reason or delta.tool_calls):
+    if delta.reasoning:
+        fields = {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
+    if delta.text or not (delta.finish_reason or delta.tool_calls or delta.reasoning):
         fields["content"] = delta.text
     if delta.tool_calls:
         fields["tool_calls"] = [_chunk(d) for d in _joined(delta.tool_calls)]
@@ -100,7 +107,9 @@ class Extras:
         """The usage of choice `index` until `delta`; None: before the first."""
         if not self.usage:
             return None
-        return Usage.of(len(self.prompts[index]), 0 if delta is None else delta.num_output_tokens)
+        if delta is None:
+            return Usage.of(len(self.prompts[index]), 0)
+        return Usage.of(len(self.prompts[index]), delta.num_output_tokens, 0, delta.num_reasoning_tokens)
 
     def choice(self, choice: C, token_ids: Sequence[int], stop_reason: str | int | None) -> C:
         """The choice with its token ids, and with what stopped it, if that is not the end-of-text token."""
@@ -187,13 +196,20 @@ class Choice:
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     stop_reason: str | int | None = None
+    thoughts: list[str] = field(default_factory=list)
+    num_reasoning_tokens: int = 0
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.thoughts)
+
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
+        self.thoughts.append(delta.reasoning)
         self.tool_calls += delta.tool_calls
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
@@ -208,7 +224,7 @@ class Choice:
     def count(self, delta: Delta) -> None:
         """Takes only the numbers of tokens, which a stream's usage needs."""
         self.num_prompt_tokens, self.num_output_tokens = delta.num_prompt_tokens, delta.num_output_tokens
-        self.num_cached_tokens = delta.num_cached_tokens
+        self.num_cached_tokens, self.num_reasoning_tokens = delta.num_cached_tokens, delta.num_reasoning_tokens
 
 
 def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
@@ -218,6 +234,7 @@ def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
         sum(c.num_prompt_tokens for c in prompts),
         sum(c.num_output_tokens for c in choices),
         sum(c.num_cached_tokens for c in prompts),
+        sum(c.num_reasoning_tokens for c in choices),
     )
 
 
@@ -312,7 +329,7 @@ class ChatFormat:
                 self.extras.choice(
                     ChatChoice(
                         index=i,
-                        message=assistant_message(c.text, c.tool_calls),
+                        message=assistant_message(c),
                         logprobs=chat_logprobs(c.logprobs),
                         finish_reason=c.finish_reason or "stop",
                     ),
@@ -373,17 +390,11 @@ def _with_prompt_logprobs(body: B, choice: Choice) -> B:
 
 # What stands in a sample chunk for the values of one request.
 _ID, _MODEL, _FINGERPRINT, _TEXT = "@id", "@model", "@fingerprint", "@text"
+_JSON_TEXT = encode_basestring(_TEXT)
 _CREATED, _INDEX = 10**17 + 1, 10**17 + 2
 
 
-class Template(NamedTuple):
-    """A chunk is `head`, its text as a JSON string, `tail`. Without a text it is `head` alone."""
-
-    head: str
-    tail: str
-
-    def fill(self, text: str) -> str:
-        return f"{self.head}{encode_basestring(text)}{self.tail}" if self.tail else self.head
+Template = Sequence[str]  # a chunk is these, with its text as a JSON string between them
 
 
 class Chunks:
@@ -399,25 +410,37 @@ class Chunks:
         )
         self._has_extras = answer.extras.any
         self._plain: dict[int, Template] = {}  # by choice: chunks of text before the last
+        self._thoughts: dict[int, Template] = {}  # the same of reasoning
 
     def push(self, index: int, delta: Delta) -> str:
-        """The chunks of a delta of choice `index`: none, one, or two with the choice's first."""
+        """The chunks of a delta of choice `index`: none, one, or more with the choice's first and with the last of a
+        thought, which no chunk has beside text or calls: some clients read one of both alone.
+        """
         plain = self._plain.get(index)
         opening = ""
         if plain is None:
-            plain = self._plain[index] = self._template(index, None, True)
+            plain = self._plain[index] = self._template(index, _PLAIN)
             if (first := self._answer.opening(index)) is not None:
                 opening = f"{self._before}{first.to_json()}{self._after}"
+        if delta.reasoning:
+            if delta.text or delta.tool_calls or not (delta.finish_reason or delta.logprobs or self._has_extras):
+                thought = self._thoughts.get(index)
+                if thought is None:
+                    thought = self._thoughts[index] = self._template(index, _THOUGHT)
+                opening += encode_basestring(delta.reasoning).join(thought)
+                delta = delta._replace(reasoning="")
+            else:
+                return f"{opening}{self._before}{self._answer.chunk(index, delta).to_json()}{self._after}"
         if not (delta.text or delta.finish_reason or delta.logprobs or delta.tool_calls or self._has_extras):
             return opening
         if delta.logprobs is not None or delta.tool_calls or self._has_extras or delta.stop_reason is not None:
             return f"{opening}{self._before}{self._answer.chunk(index, delta).to_json()}{self._after}"
         if delta.finish_reason is not None:
-            plain = self._template(index, delta.finish_reason, bool(delta.text))
-        return opening + plain.fill(delta.text)
+            plain = self._template(index, _Kind(delta.finish_reason, bool(delta.text)))
+        return opening + encode_basestring(delta.text).join(plain)
 
-    def _template(self, index: int, finish_reason: FinishReason | None, has_text: bool) -> Template:
-        head, tail = _sample(self._shape, finish_reason, has_text)
+    def _template(self, index: int, kind: _Kind) -> Template:
+        head, *tail = _sample(self._shape, kind)
         answer = self._answer
         for mark, value in (
             (f'"{_ID}"', encode_basestring(answer.id)),
@@ -427,13 +450,23 @@ class Chunks:
             (f'"{_MODEL}"', encode_basestring(answer.model)),  # last: it is the client's, and may contain a mark
         ):
             head = head.replace(mark, value, 1)
-        if not tail:
-            return Template(f"{self._before}{head}{self._after}", "")
-        return Template(f"{self._before}{head}", f"{tail}{self._after}")
+        parts = [f"{self._before}{head}", *tail]
+        parts[-1] += self._after
+        return parts
+
+
+class _Kind(NamedTuple):
+    finish_reason: FinishReason | None = None
+    has_text: bool = False
+    has_thought: bool = False
+
+
+_PLAIN, _THOUGHT = _Kind(has_text=True), _Kind(has_thought=True)
 
 
 @lru_cache(maxsize=64)
-def _sample(shape: CompletionFormat | ChatFormat, finish_reason: FinishReason | None, has_text: bool) -> Template:
-    delta = Delta(_TEXT if has_text else "", (), None, finish_reason, 0, 0)
-    head, _, tail = shape.chunk(_INDEX, delta).to_json().partition(f'"{_TEXT}"')
-    return Template(head, tail)
+def _sample(shape: CompletionFormat | ChatFormat, kind: _Kind) -> Template:
+    delta = Delta(_TEXT if kind.has_text else "", (), None, kind.finish_reason, 0, 0)
+    if kind.has_thought:
+        delta = delta._replace(reasoning=_TEXT)
+    return shape.chunk(_INDEX, delta).to_json().split(_JSON_TEXT)

@@ -27,12 +27,13 @@ from loray.schemas.openai.fields import (
     ShortText,
 )
 from loray.schemas.openai.structured import JsonSchema, StructuredFields
-from loray.spec import Constraint, SamplingParams, Tool, ToolUse
+from loray.spec import Constraint, SamplingParams, Thinking, Tool, ToolUse
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 
 # Keys of messages that change no prompt: what answers have and clients send back, and hints of other providers' APIs.
-_IGNORED = ("annotations", "cache_control", "provider_specific_fields", "reasoning", "reasoning_content", "refusal")
+_IGNORED = ("annotations", "cache_control", "provider_specific_fields", "refusal")
+_REASONING = ("reasoning_content", "reasoning")  # two names of the same text
 
 
 class CalledFunction(Body):
@@ -67,19 +68,24 @@ class ChatMessage(Body):
     name: str | None = None
     tool_calls: tuple[RequestToolCall, ...] = Field(default=(), strict=False, description="of an assistant")
     tool_call_id: str | None = Field(default=None, description="of a tool: the call that it answers")
+    reasoning: str = Field(default="", description="of an assistant: what it thought, also as reasoning_content")
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: Any) -> Any:
-        """The message without null and empty fields, with which clients send an assistant's message back."""
+        """The message without null and empty fields, with which clients send an assistant's message back. Reasoning
+        that is no text, or another's than an assistant's, is dropped as well.
+        """
         if not isinstance(value, dict):
             return value
         if value.get("audio"):
             raise RequestError(f"audio is not supported: {NO_AUDIO}")
         if value.get("function_call") or value.get("role") == "function":
             raise RequestError(f"function_call is not supported: {NO_FUNCTIONS}")
-        empty = ("audio", "function_call")
-        return {k: v for k, v in value.items() if v is not None and k not in (*empty, *_IGNORED)}
+        dropped = ("audio", "function_call", *_REASONING, *_IGNORED)
+        message = {k: v for k, v in value.items() if v is not None and k not in dropped}
+        thoughts = [value[k] for k in _REASONING if isinstance(value.get(k), str) and value[k]]
+        return message | {"reasoning": thoughts[0]} if thoughts and value.get("role") == "assistant" else message
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -88,15 +94,15 @@ class ChatMessage(Body):
             raise RequestError("a message of role tool needs tool_call_id: the id of the call that it answers")
         if self.tool_calls and self.role != "assistant":
             raise RequestError(f"only an assistant's message has tool_calls, this one's role is {self.role}")
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise RequestError("content is required, but for an assistant's message with tool_calls")
+        if "content" not in self.model_fields_set and not (self.tool_calls or self.reasoning):
+            raise RequestError("content is required, but for an assistant's message with tool_calls or reasoning")
         return self
 
     @property
     def num_characters(self) -> int:
         """Characters of all that the chat template can read of the message."""
         calls = sum(len(c.id) + len(c.function.name) + len(c.function.arguments) for c in self.tool_calls)
-        return len(self.content) + len(self.name or "") + len(self.tool_call_id or "") + calls
+        return len(self.content) + len(self.reasoning) + len(self.name or "") + len(self.tool_call_id or "") + calls
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
@@ -106,6 +112,8 @@ class ChatMessage(Body):
         }
         if self.name:
             message["name"] = self.name
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.role == "tool":
@@ -235,8 +243,11 @@ def tool_use(tools: Sequence[FunctionTool], choice: ToolChoice, parallel: bool) 
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 MAX_LOGPROBS = 20
+ENABLE_THINKING = "enable_thinking"  # the variable by which templates of reasoning models open a thought or none
 _NO_VARIABLES = {"add_generation_prompt", "chat_template", "continue_final_message", "documents", "messages", "tools"}
 _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
+_NO_THOUGHT = ("none", "minimal")  # of reasoning_effort
+_BUDGETS = {"low": 1024, "medium": 8192}  # tokens of a thought, by reasoning_effort; any other has no budget
 
 
 class StreamOptions(Body):
@@ -247,6 +258,8 @@ class StreamOptions(Body):
 
 class GenerationRequest(Hints, StructuredFields):
     """The fields of both endpoints."""
+
+    also_known = fields.UNSUPPORTED
 
     model: Annotated[ShortText, Field(min_length=1)]
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -333,12 +346,17 @@ class GenerationRequest(Hints, StructuredFields):
         choice: int,
         bad_words: tuple[tuple[int, ...], ...] = (),
         structured: Constraint | None = None,
+        thinking: Thinking | None = None,
     ) -> SamplingParams:
         """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i.
 
         bad_words   the tokens of the request's
         structured  what the answer must match, where tools make more of it than `constraint` says
+        thinking    the thought before the answer; the engine is told of it where it has something to do with it
         """
+        structured = structured or (None if self.constraint is None else self.constraint.constraint)
+        if thinking is not None and (thinking.state == "over" or (structured is None and thinking.budget is None)):
+            thinking = None
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -358,7 +376,8 @@ class GenerationRequest(Hints, StructuredFields):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            structured=structured or (None if self.constraint is None else self.constraint.constraint),
+            structured=structured,
+            thinking=thinking,
             allowed_token_ids=self.allowed_token_ids,
             bad_words=bad_words,
         )
@@ -418,6 +437,11 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = Field(default=None, description="true, but with continue_final_message")
     continue_final_message: bool = Field(default=False, description="the answer continues the last message")
     add_special_tokens: bool = Field(default=False, description="beside those of the chat template")
+    reasoning_effort: fields.ShortText | None = Field(
+        default=None, description="none and minimal: no thought; low and medium: one of at most 1,024 and 8,192 tokens"
+    )
+    thinking_token_budget: int | None = Field(default=None, ge=0, description="tokens of a thought, which then ends")
+    include_reasoning: bool | None = Field(default=None, description="false: the answer leaves out what was thought")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -456,6 +480,29 @@ class ChatCompletionRequest(GenerationRequest):
     def tool_use(self) -> ToolUse | None:
         """The tools that the model may or must call; None: nothing."""
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template of a reasoning model is given: an effort may turn the thought off."""
+        is_off = self.reasoning_effort in _NO_THOUGHT
+        return ({ENABLE_THINKING: False} if is_off else {}) | self.chat_template_kwargs
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """The most tokens of a reasoning model's thought; None: any number."""
+        if self.template_variables.get(ENABLE_THINKING) is False:
+            return 0
+        if self.thinking_token_budget is not None:
+            return self.thinking_token_budget
+        return _BUDGETS.get(self.reasoning_effort or "")
+
+    @property
+    def thinking_fields(self) -> list[str]:
+        """The given fields that have no effect on a model that does not think."""
+        given = [name for name in ("reasoning_effort", "thinking_token_budget") if getattr(self, name) is not None]
+        if ENABLE_THINKING in self.chat_template_kwargs:
+            given.append(f"chat_template_kwargs.{ENABLE_THINKING}")
+        return given
 
     @property
     def num_logprobs(self) -> int | None:

@@ -24,24 +24,43 @@ class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ResponseBody):
+    reasoning_tokens: int
+
+
 class Usage(ResponseBody):
-    """`prompt_tokens_details` is sent, as by vLLM, if part of the prompt was in the prefix cache."""
+    """`prompt_tokens_details` is sent, as by vLLM, if part of the prompt was in the prefix cache,
+    `completion_tokens_details` if part of the answer is a thought.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, reasoning_tokens: int = 0) -> Usage:
         usage = cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
         )
-        if not cached_tokens:
-            return usage
-        return usage.model_copy(update={"prompt_tokens_details": PromptTokensDetails(cached_tokens=cached_tokens)})
+        details: dict[str, ResponseBody] = {}
+        if cached_tokens:
+            details["prompt_tokens_details"] = PromptTokensDetails(cached_tokens=cached_tokens)
+        if reasoning_tokens:
+            details["completion_tokens_details"] = CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
+        return usage.model_copy(update=details) if details else usage
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.prompt_tokens_details is None else self.prompt_tokens_details.cached_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        details = self.completion_tokens_details
+        return 0 if details is None else details.reasoning_tokens
 
 
 # -- completions: a chunk has the form of a complete response ---------------------------------------------------------
@@ -119,11 +138,17 @@ class ToolCall(ResponseBody):
 
 
 class AssistantMessage(ResponseBody):
-    """`content` is null where the model only called tools."""
+    """`content` is null where the model only called tools, or has not come to an end of its thoughts.
+
+    `reasoning` and `reasoning_content` are what it thought, the same text by the names that vLLM's and DeepSeek's
+    clients know.
+    """
 
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
@@ -165,6 +190,8 @@ class ToolCallChunk(ResponseBody):
 class ChatDelta(ResponseBody):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallChunk] | None = None
 
 

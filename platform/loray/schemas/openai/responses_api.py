@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from loray.errors import RequestError, shown
+from loray.errors import RequestError, UnsupportedParameter, shown
 from loray.schemas.openai.fields import Body, Hints, ShortText, SmallObject, parse
 from loray.schemas.openai.requests import ChatCompletionRequest
 from loray.schemas.openai.responses import Usage
@@ -22,13 +22,29 @@ _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal"
 
 
 def messages(instructions: str | None, given: str | Sequence[object]) -> list[Message]:
-    """The chat's messages, `instructions` first. `given` is a text of the user, or items."""
+    """The chat's messages, `instructions` first. `given` is a text of the user, or items. Reasoning belongs to the
+    assistant's text or call that follows it.
+    """
     chat: list[Message] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(given, str):
         return [*chat, {"role": "user", "content": given}]
+    thought = ""
     for i, item in enumerate(given):
+        if isinstance(item, dict) and item.get("type") == "reasoning":
+            thought += _thought(item)
+            continue
         _append(chat, item, f"input.{i}")
+        if thought and chat[-1]["role"] == "assistant":
+            chat[-1]["reasoning_content"] = chat[-1].get("reasoning_content", "") + thought
+        thought = ""
     return chat
+
+
+def _thought(item: Mapping[str, Any]) -> str:
+    """The text of an item of reasoning, or its summary."""
+    parts = item.get("content") or item.get("summary")
+    texts = (part.get("text") for part in parts if isinstance(part, dict)) if isinstance(parts, list) else ()
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _append(chat: list[Message], item: object, at: str) -> None:
@@ -44,7 +60,7 @@ def _append(chat: list[Message], item: object, at: str) -> None:
         chat.append({"role": "tool", "tool_call_id": call_id, "content": _content(item.get("output"), f"{at}.output")})
     elif kind == "item_reference":
         raise RequestError(f"{at}: item_reference is not supported: nothing is stored; send the item itself", at)
-    elif kind != "reasoning":  # the models here read none
+    else:
         raise RequestError(f"{at}: items of type {shown(kind)} are not supported; only messages and function calls", at)
 
 
@@ -90,12 +106,12 @@ def _text(item: Mapping[str, Any], field: str, at: str) -> str:
 
 # -- the request ------------------------------------------------------------------------------------------------------
 
-_NOT_STORED = "responses are not stored; send the earlier items in `input`"
+NOT_STORED = "nothing is stored here: send the conversation in `input`"
 _REFUSED = {
-    "previous_response_id": _NOT_STORED,
-    "conversation": _NOT_STORED,
-    "prompt": "prompt templates are not stored; send the prompt in `input`",
-    "background": "the answer comes with this request; use stream: true",
+    "previous_response_id": NOT_STORED,
+    "conversation": NOT_STORED,
+    "prompt": NOT_STORED,
+    "background": f"{NOT_STORED}, and take the answer from this request",
 }
 _CHAT_ONLY = {  # fields of chat completions that have another name or form here
     "messages": "input",
@@ -106,8 +122,9 @@ _CHAT_ONLY = {  # fields of chat completions that have another name or form here
     "n": "several requests",
 }
 _NAMES = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
+_NAMES |= {"reasoning_effort": "reasoning.effort"}
 _LOGPROBS = "message.output_text.logprobs"
-_INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the latter of reasoning that there never is
+_INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the latter gives none: reasoning is sent as it is
 
 
 class TextOptions(Body):
@@ -123,6 +140,7 @@ class ResponsesRequest(Hints):
     """POST /v1/responses. Further fields are those of chat completions: `seed`, `top_k`, `priority` and others."""
 
     model_config = ConfigDict(extra="allow")
+    also_known = ChatCompletionRequest.known | _REFUSED.keys() | _CHAT_ONLY.keys()
 
     model: ShortText = Field(min_length=1)
     input: str | list[Any] = Field(description="a text, or messages, function calls and their outputs")
@@ -139,7 +157,7 @@ class ResponsesRequest(Hints):
     stream: bool = False
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["disabled"] = "disabled"
-    reasoning: SmallObject | None = Field(default=None, description="accepted; it changes nothing")
+    reasoning: SmallObject | None = Field(default=None, description="effort: how long a reasoning model thinks")
     max_tool_calls: int | None = Field(default=None, description="accepted; it counts tools of the server alone")
     user: ShortText | None = None
 
@@ -148,7 +166,7 @@ class ResponsesRequest(Hints):
         extra = dict(self.model_extra or {})
         for name in extra:
             if name in _REFUSED and extra[name] is not False:
-                raise RequestError(f"{name} is not supported: {_REFUSED[name]}", name)
+                raise UnsupportedParameter(f"{name} is not supported: {_REFUSED[name]}", name)
             if name in _CHAT_ONLY:
                 raise RequestError(f"{name} is a field of chat completions; use {_CHAT_ONLY[name]}", name)
         body = {name: value for name, value in extra.items() if name not in _REFUSED}
@@ -158,9 +176,16 @@ class ResponsesRequest(Hints):
             "max_completion_tokens": self.max_output_tokens,
             "response_format": _response_format(self.text.format),
             "user": self.user,
+            "reasoning_effort": self.effort,
+            "include_reasoning": self.include_reasoning,
         }
         body |= {name: value for name, value in given.items() if value is not None}
         return body | self._tools() | self._logprobs()
+
+    @property
+    def effort(self) -> Any:
+        """What `reasoning` says of the effort, or the field by which chats say it."""
+        return (self.reasoning or {}).get("effort") or self.reasoning_effort
 
     def _tools(self) -> dict[str, Any]:
         if not self.tools:
@@ -224,8 +249,8 @@ Event = dict[str, Any]
 class ResponseBuilder:
     """A collector of one answer. Each method returns the events of its change; `response` is the answer as it is now.
 
-    A streamed answer is `opening`, then `text`, `call` and `arguments` in the order of generation, then `finish` or
-    `fail`. One that is not streamed takes the same calls.
+    A streamed answer is `opening`, then `reasoning`, `text`, `call` and `arguments` in the order of generation, then
+    `finish` or `fail`. One that is not streamed takes the same calls.
     """
 
     def __init__(self, request: ResponsesRequest) -> None:
@@ -246,16 +271,18 @@ class ResponseBuilder:
 
     def text(self, delta: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         """Text of the assistant's message, which begins with the first one."""
-        events = (
-            []
-            if self._is_open and self._item["type"] == "message"
-            else [*self._close("completed"), *self._open_message()]
-        )
+        events = self._opened("message")
         self._pieces.append(delta)
         self._logprobs += logprobs
         if delta or logprobs:
             events.append(self._part_event("response.output_text.delta", delta=delta, logprobs=list(logprobs)))
         return events
+
+    def reasoning(self, delta: str) -> list[Event]:
+        """A part of what the model thinks before its answer."""
+        events = self._opened("reasoning")
+        self._pieces.append(delta)
+        return [*events, self._part_event("response.reasoning_text.delta", delta=delta)]
 
     def call(self, call_id: str, name: str) -> list[Event]:
         """The beginning of a function call, whose `arguments` follow."""
@@ -269,7 +296,7 @@ class ResponseBuilder:
 
     def finish(self, finish_reason: str | None, usage: Usage) -> list[Event]:
         status = "incomplete" if finish_reason == "length" else "completed"
-        events = [] if self._output else list(self._open_message())
+        events = [] if self._output else self._opened("message")
         events += self._close(status)
         return [*events, self._event(f"response.{status}", response=self.response(status, usage))]
 
@@ -300,7 +327,7 @@ class ResponseBuilder:
             "output": [dict(item) for item in self._output],
             "parallel_tool_calls": request.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": request.effort, "summary": None},
             "service_tier": "default",
             "store": False,
             "temperature": request.temperature,
@@ -323,10 +350,16 @@ class ResponseBuilder:
         self._is_open, self._pieces, self._logprobs = True, [], []
         return self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(item))
 
-    def _open_message(self) -> Iterator[Event]:
-        item = {"id": _new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
-        yield self._open(item)
-        yield self._part_event("response.content_part.added", part=_part("", []))
+    def _opened(self, kind: Literal["message", "reasoning"]) -> list[Event]:
+        """The events before a text of this kind: none where its item is open."""
+        if self._is_open and self._item["type"] == kind:
+            return []
+        item: dict[str, Any] = {"id": _new_id("rs"), "type": "reasoning", "summary": []}
+        if kind == "message":
+            item = {"id": _new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant"}
+        events = [*self._close("completed"), self._open(item | {"content": []})]
+        part = _part("", []) if kind == "message" else _thought_part("")
+        return [*events, self._part_event("response.content_part.added", part=part)]
 
     def _close(self, status: str) -> Iterator[Event]:
         if not self._is_open:
@@ -336,6 +369,10 @@ class ResponseBuilder:
         if item["type"] == "message":
             part = item["content"][0]
             yield self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
+            yield self._part_event("response.content_part.done", part=part)
+        elif item["type"] == "reasoning":
+            part = item["content"][0]
+            yield self._part_event("response.reasoning_text.done", text=part["text"])
             yield self._part_event("response.content_part.done", part=part)
         else:
             yield self._item_event(
@@ -348,6 +385,8 @@ class ResponseBuilder:
         text = "".join(self._pieces)
         if self._item["type"] == "message":
             return {"status": status, "content": [_part(text, self._logprobs)]}
+        if self._item["type"] == "reasoning":
+            return {"content": [_thought_part(text)]}
         return {"status": status, "arguments": text}
 
     def _part_event(self, kind: str, **fields: Any) -> Event:
@@ -365,14 +404,16 @@ def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
 def _usage(usage: Usage) -> dict[str, Any]:
-    details = usage.prompt_tokens_details
-    cached = 0 if details is None else details.cached_tokens
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }
 

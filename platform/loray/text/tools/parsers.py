@@ -1,4 +1,4 @@
-"""Parsers of tool calls as Hermes, Llama and Mistral write them.
+"""Parsers of tool calls as Hermes, Llama, Mistral and Qwen3-Coder write them.
 
 A parser runs a generator that receives one character after the other, and None at the end. So the result cannot depend
 on how the text was cut.
@@ -6,6 +6,7 @@ on how the text was cut.
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -13,8 +14,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from loray.spec import ToolCallDelta, ToolParserName, ToolUse
+from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.text.tools.json_calls import ArgumentsObject, CallObject, CallState
+from loray.text.tools.python_calls import PythonArguments
+from loray.text.tools.schemas import as_json, properties_of, types_of
 
 Piece = str | ToolCallDelta
 Char = str | None  # None: the text has ended
@@ -47,6 +50,7 @@ class _Shortcut(NamedTuple):
 
 
 _IN_STRING = re.compile(r'[^"\\\x00-\x1f]+')
+_IN_PYTHON_STRING = re.compile(r"""[^'"\\\x00-\x1f]+""")
 
 
 @lru_cache
@@ -58,8 +62,9 @@ def _without(first: str) -> re.Pattern[str]:
 class CharacterParser:
     """A parser that runs `_read`, the family's generator, over the text."""
 
-    def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
-        self._names, self._new_id = names, new_id
+    def __init__(self, tools: Sequence[Tool], new_id: Callable[[], str] = new_call_id) -> None:
+        """`tools`: those that may be called."""
+        self._tools, self._names, self._new_id = tools, [tool.name for tool in tools], new_id
         self._num_calls = 0
         self._out: list[Piece] = []
         self._shortcut: _Shortcut | None = None
@@ -324,28 +329,185 @@ class MistralParser(CharacterParser):
         return bool(_NAME.fullmatch(name)) and (self.ARGUMENTS.startswith(rest) or self.CALL_ID.startswith(rest))
 
 
+class QwenCoderParser(CharacterParser):
+    """Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter>…</function></tool_call>`, repeated.
+
+    A value is a text as it stands, or JSON where the function's schema wants another type. One newline at each of its
+    ends is not a part of it. What stands between parameters is nothing.
+    """
+
+    BEGIN, END = HermesParser.BEGIN, HermesParser.END
+    FUNCTION, PARAMETER, END_FUNCTION, END_PARAMETER = "<function=", "<parameter=", "</function>", "</parameter>"
+
+    def _read(self) -> Reading:
+        c: Char = yield
+        called = False
+        while True:
+            raw = yield from self._until(self.BEGIN, c, after_call=called, end=self.END)
+            if raw is None:
+                return None
+            spaces, c = yield from self._spaces((yield))
+            raw, called = raw + spaces, False
+            head = ""
+            while c is not None and self._may_begin(head + c):
+                head += c
+                if c == ">":
+                    break
+                c = yield
+            if c != ">" or not head.endswith(">"):
+                self._text(raw + head)
+                continue
+            called = True
+            name = head[len(self.FUNCTION) : -1]
+            self._call(name)
+            c = yield from self._parameters(name)
+
+    def _may_begin(self, head: str) -> bool:
+        name = head[len(self.FUNCTION) :]
+        return self.FUNCTION.startswith(head) or (
+            head.startswith(self.FUNCTION) and _NAME.fullmatch(name.removesuffix(">")) is not None
+        )
+
+    def _parameters(self, function: str) -> Reading:
+        schema = next((tool.parameters for tool in self._tools if tool.name == function), {})
+        properties = properties_of(schema)
+        before, pending = "{", ""
+        while (c := (yield)) is not None:
+            pending += c
+            if pending.endswith((self.END_FUNCTION, self.END)):
+                self._arguments("{}" if before == "{" else "}")
+                return (yield)
+            if c != ">":
+                continue
+            _, found, key = pending[:-1].rpartition(self.PARAMETER)
+            pending = ""
+            if found:
+                self._arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+                before = ", "
+                if not (yield from self._value(types_of(properties.get(key, {}), schema))):
+                    return None
+        return None
+
+    def _value(self, types: frozenset[str]) -> Generator[None, Char, bool]:
+        """One value up to its end marker, where its function may go on. A text is passed on while it comes."""
+        is_text, last = types == {"string"}, f"\n{self.END_PARAMETER}"
+        if is_text:
+            self._arguments('"')
+        c = yield
+        pending = "" if c == "\n" or c is None else c
+        while c is not None:
+            if is_text and not pending:
+                self._shortcut = _Shortcut(_without("<"), self._quoted)
+            c = yield
+            self._shortcut = None
+            pending += c or ""
+            ends = pending.endswith(self.END_PARAMETER)
+            if ends:
+                pending = pending[: -len(self.END_PARAMETER)].removesuffix("\n")
+            if is_text:
+                keep = 0 if ends or c is None else max(overlap(pending, m) for m in (self.END_PARAMETER, last))
+                self._quoted(pending[: len(pending) - keep])
+                pending = pending[len(pending) - keep :]
+            if ends:
+                self._arguments('"' if is_text else as_json(pending, types))
+                return True
+        self._arguments(pending)
+        return False
+
+    def _quoted(self, text: str) -> None:
+        self._arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+class PythonicParser(CharacterParser):
+    """Llama 3.2 and 4 with the prompt of Meta's cards: the answer *is* `[f(a=1), g(b="x")]`, calls of given tools with
+    literals of Python, which become JSON as they come and are never evaluated. Llama 4 may put them between markers.
+    """
+
+    BEGIN, END = "<|python_start|>", "<|python_end|>"
+
+    def _read(self) -> Reading:
+        raw, c = yield from self._spaces((yield))
+        while True:
+            before = self._num_calls
+            if c == "[":
+                c = yield from self._calls(raw)
+            else:
+                self._text(raw)
+            found = yield from self._until(self.BEGIN, c, after_call=self._num_calls > before, end=self.END)
+            if found is None:
+                return None
+            spaces, c = yield from self._spaces((yield))
+            raw = found + spaces
+
+    def _calls(self, raw: str) -> Reading:
+        """Calls between brackets, of which the first one has been read."""
+        raw += "["
+        while True:
+            spaces, c = yield from self._spaces((yield))
+            name = ""
+            while c is not None and self._may_be_called(name + c):
+                name += c
+                c = yield
+            if c != "(" or name not in self._names:
+                if c is not None or raw != ",":  # else it is cut off between two calls
+                    self._text(raw + spaces + name)
+                return c
+            self._call(name)
+            writer, progress = PythonArguments(self._arguments), CallState.MORE
+            while progress is CallState.MORE:
+                if writer.in_string:
+                    self._shortcut = _Shortcut(_IN_PYTHON_STRING, writer.take_text)
+                c = yield
+                self._shortcut = None
+                if c is None:
+                    return None
+                progress = writer.feed(c)
+            if progress is CallState.MALFORMED:
+                return (yield from self._raw_arguments(c, ""))
+            _, c = yield from self._spaces((yield))
+            if c == "]":
+                return (yield)
+            if c != ",":
+                return c
+            raw = ","
+
+    def _may_be_called(self, name: str) -> bool:
+        return any(known.startswith(name) for known in self._names)
+
+
 _PARSERS: Mapping[ToolParserName, type[CharacterParser]] = {
     "hermes": HermesParser,
     "llama3_json": LlamaParser,
     "mistral": MistralParser,
+    "pythonic": PythonicParser,
+    "qwen3_coder": QwenCoderParser,
 }
 # What a parser looks for. Where it is a token of the tokenizer, that token must become text.
 MARKERS: Mapping[ToolParserName, Sequence[str]] = {
     "hermes": (HermesParser.BEGIN, HermesParser.END),
     "llama3_json": (LlamaParser.BEGIN,),
     "mistral": (MistralParser.BEGIN, MistralParser.ARGUMENTS, MistralParser.CALL_ID),
+    "pythonic": (PythonicParser.BEGIN, PythonicParser.END),
+    "qwen3_coder": (QwenCoderParser.BEGIN, QwenCoderParser.END),
 }
 
 
 def parser_for(name: ToolParserName, use: ToolUse) -> ToolParser:
     """A parser for one answer."""
-    return _PARSERS[name]([tool.name for tool in use.callable])
+    return _PARSERS[name](use.callable)
+
+
+_PYTHON_CALL = re.compile(r"\[\w+\(\w+=")  # in Meta's prompt: "[func_name1(params_name1=params_value1, …"
 
 
 def detect(added_tokens: Collection[str], template: str = "") -> ToolParserName:
     """The form in which a base writes calls, by its tokenizer's added tokens and the text of its chat template. A base
     that shows no sign of one gets loray's own prompt, which asks for that of Hermes.
     """
+    if QwenCoderParser.FUNCTION in template and QwenCoderParser.PARAMETER in template:
+        return "qwen3_coder"
+    if _PYTHON_CALL.search(template) and "tools" in template:
+        return "pythonic"
     for known in (added_tokens, template):
         if MistralParser.BEGIN in known:
             return "mistral"

@@ -44,6 +44,7 @@ class RowFormat(NamedTuple):
     texts         the same as prompts and completions without a template; None: these rows have no such form
     is_pair       a row has two conversations, with the chosen answer and with the rejected one
     is_desirable  whether a row's answer is, where rows say it of single ones
+    unwrapped     a row with the columns that the fields above read, where it has others
     """
 
     columns: tuple[str, ...]
@@ -52,11 +53,12 @@ class RowFormat(NamedTuple):
     texts: Callable[[Record], Sequence[tuple[str, str]]] | None = None
     is_pair: bool = False
     is_desirable: Callable[[Record], bool] | None = None
+    unwrapped: Callable[[Record], Record] = dict
 
 
 def chats(format: DataFormat, record: Record, system: str | None = None) -> list[Chat]:
     """Read the chats of a row: one, or two of a pair. `system`: the system prompt of a row without one."""
-    turns = FORMATS[format].turns
+    turns, record = FORMATS[format].turns, FORMATS[format].unwrapped(record)
     assert turns is not None, format
     tools, prompt = _tools(record.get("tools")), record.get("system") or system
     return [_chat(found, None if prompt is None else text_of(prompt, "system"), tools) for found in turns(record)]
@@ -170,6 +172,15 @@ def _pair_texts(record: Record) -> Sequence[tuple[str, str]]:
     return [(prompt, text_of(record.get(name), name)) for name in _ANSWERS]
 
 
+def _openai_pair(record: Record) -> Record:
+    """Read a row of OpenAI's fine-tuning by preferences: `input` has the messages and tools of both answers."""
+    given, answers = _from_json(record.get("input"), "input"), ("preferred_output", "non_preferred_output")
+    if not isinstance(given, dict):
+        raise ValueError("`input` must be an object with the `messages` of the prompt, and `tools` where there are any")
+    read = {name: messages_of(record.get(answer), answer) for name, answer in zip(_ANSWERS, answers, strict=True)}
+    return {"prompt": messages_of(given.get("messages"), "input.messages"), "tools": given.get("tools"), **read}
+
+
 def _single_turns(record: Record) -> Sequence[Turns]:
     (found,) = _prompt_turns(record)
     if [message["role"] for message in found.learned] != ["assistant"]:
@@ -195,6 +206,9 @@ FORMATS: Mapping[DataFormat, RowFormat] = {
     "alpaca": RowFormat(("instruction", "output"), ("input", *_CHAT), _alpaca_turns, _alpaca_texts),
     "text": RowFormat(("text",)),
     "preference": RowFormat(_ANSWERS, ("prompt", *_CHAT), _pair_turns, _pair_texts, is_pair=True),
+    "openai_preference": RowFormat(
+        ("input", "preferred_output", "non_preferred_output"), (), _pair_turns, is_pair=True, unwrapped=_openai_pair
+    ),
     "unpaired_preference": RowFormat(
         ("prompt", "completion", "label"), _CHAT, _single_turns, _prompt_texts, is_desirable=_label
     ),

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
 from loray.bases.config import FUSED
 from loray.bases.registry import BaseModel
+from loray.bases.weights import WeightSource
 from loray.errors import UnsupportedError
 from loray.files import file_sha256
 from loray.methods.alora_module import Activation
@@ -41,6 +42,7 @@ from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import BaseWeights, load_model, model_config, stand_ins, without_weights
+from loray_kernels import INPUTS, QuantizedWeight
 from loray_kernels.reference import quantize_activations, quantize_rows
 
 
@@ -120,24 +122,48 @@ def load(
     return Measured(model.requires_grad_(False), mesh).to(device).eval()
 
 
-def _round_activations(model: nn.Module, base: BaseModel, device: torch.device) -> None:
-    """Round the inputs of linear modules as engines do on such a device."""
-    quantization = base.config.quantization
-    if quantization is None or not quantization.is_kept(on_gpu=device.type == "cuda"):
+def _round_activations(model: Any, base: BaseModel, device: torch.device) -> None:
+    """Round the inputs of linear modules, experts and a tied output head as engines do on such a device."""
+    quantization, on_gpu = base.config.quantization, device.type == "cuda"
+    if quantization is None or not quantization.is_kept(on_gpu=on_gpu):
         return
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = quantize_activations
-    if device.type == "cuda":
-        quantize = partial(quantize_rows, dtype=torch.float8_e4m3fn if quantization.kind == "fp8" else torch.int8)
+    to_int8: _Quantize = quantize_rows if on_gpu else quantize_activations
+    kind = quantization.activations(on_gpu=on_gpu)
+    of_layers = partial(quantize_rows, dtype=torch.float8_e4m3fn) if kind == "fp8" else to_int8
+    weights = WeightSource(base.path, base.config)
 
-    def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        q_TI, scale_T1 = quantize(inputs[0].flatten(0, -2))
-        return ((q_TI.float() * scale_T1).to(inputs[0].dtype).view_as(inputs[0]),)
+    @cache
+    def is_kept(name: str) -> bool:
+        return name in weights and isinstance(weights.read(name), QuantizedWeight)
 
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in (*LINEAR_MODULES, *FUSED):
-            module.register_forward_pre_hook(rounded)
+    def rounded(x: Tensor, quantize: _Quantize = of_layers) -> Tensor:
+        q_TI, scale_T1 = quantize(x.flatten(0, -2))
+        return (q_TI.float() * scale_T1).to(x.dtype).view_as(x)
+
+    def of_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return rounded(inputs[0]), *inputs[1:]
+
+    for path, module in model.named_modules() if kind is not None else ():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, nn.Linear) and name in (*LINEAR_MODULES, *FUSED):
+            # What shares an input is one matrix in engines, which dequantise all of it where a part is not quantised.
+            modules = next((modules for modules in INPUTS if name in modules), (name,))
+            if all(is_kept(f"{parent}.{each}.weight") for each in modules):
+                module.register_forward_pre_hook(of_inputs)
+        elif name == "experts" and is_kept(f"{path}.0.gate_proj.weight"):
+            model.set_experts_implementation("grouped_mm")  # which calls `_apply_gate`
+            module.register_forward_pre_hook(of_inputs)
+            module._apply_gate = lambda x, gate=module._apply_gate: rounded(gate(x))
+    qkv = (f"model.layers.0.self_attn.{module}.weight" for module in INPUTS[0])
+    if base.config.tie_word_embeddings and quantization.kind in ("int8", "int4") and all(map(is_kept, qkv)):
+        model.base_model.norm.register_forward_hook(lambda module, inputs, x: rounded(x, to_int8))
+        head = model.get_output_embeddings()
+        if not head.weight.is_meta:  # else it is a shard's, of the embedding
+            weight = QuantizedWeight(*quantize_rows(head.weight.detach()))
+            head.weight = nn.Parameter(weight.dequantized(slice(None), head.weight.dtype), requires_grad=False)
 
 
+_Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 _MAX_LOSS = 700.0  # exp of it is still finite; the loss of a uniform guess is the logarithm of the vocabulary's size
 
 

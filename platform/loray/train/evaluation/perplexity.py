@@ -37,7 +37,7 @@ from loray.train.objectives import LabelledStates, labelled_states
 log = get_logger(__name__)
 
 _FOLDER = Path("cache") / "evaluations"
-_FORMAT = 2  # to be raised where the same pass means another figure than before
+_FORMAT = 3  # to be raised where the same pass means another figure than before
 _UNUSED_S = 30 * 24 * 3600.0
 
 Figures = Mapping[str, float]  # sums over the tokens of a pass, of which each rank of a sequence group has its part

@@ -88,7 +88,7 @@ def test_missing_resources(api: Api) -> None:
         body = problem(api.http.get(path), 404)
         assert detail in body["detail"]
         assert body["type"] == "urn:loray:problem:adapter-not-found"
-    assert "unknown URL" in problem(api.http.get("/nothing"), 404)["detail"]
+    assert "Invalid URL" in problem(api.http.get("/nothing"), 404)["detail"]
     assert problem(api.http.delete("/adapters"), 405)["detail"] == "DELETE is not allowed for /api/v1/adapters"
     for path in ("/adapters/a%00b", "/adapters/a%20b", f"/adapters/{'x' * 97}", "/adapters/tone/aliases/3"):
         assert problem(api.http.get(path), 422)["type"] == "urn:loray:problem:invalid"

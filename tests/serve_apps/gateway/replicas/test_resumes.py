@@ -167,8 +167,8 @@ async def test_a_reader_that_leaves_meanwhile_leaves_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base(max_position_embeddings=4096)
+def base(thinking_base: Callable[[str], BaseModel]) -> BaseModel:
+    return thinking_base("qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,9 @@ CHAT = [{"role": "user", "content": "1 + 2?"}]
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]}
 STRICT = {"type": "json_schema", "json_schema": {"name": "n", "schema": NUMBER, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": NUMBER, "strict": True}}
+BEGUN = {"role": "assistant", "content": "<think>\nso far"}
+THINKING: dict[str, Any] = {"messages": [*CHAT, BEGUN], "continue_final_message": True, "thinking_token_budget": 8}
+THINKING["seed"] = 6
 COMPLETION, CHATS = "/v1/completions", "/v1/chat/completions"
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": (COMPLETION, {"prompt": "abc", "max_tokens": 16, "temperature": 0, "logprobs": 2, "echo": True}),
@@ -208,6 +211,9 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "scored": (CHATS, {"messages": CHAT, "max_tokens": 14, "seed": 1, "logprobs": True, "top_logprobs": 2}),
     "json": (CHATS, {"messages": CHAT, "seed": 3, "max_tokens": 200, "response_format": STRICT}),
     "tools": (CHATS, {"messages": CHAT, "seed": 4, "max_tokens": 300, "tools": [TOOL], "tool_choice": "required"}),
+    "a thought": (CHATS, THINKING | {"max_tokens": 12, "n": 2, "logprobs": True}),
+    "a thought before a schema": (CHATS, THINKING | {"max_tokens": 200, "response_format": STRICT}),
+    "a thought before a call": (CHATS, THINKING | {"max_tokens": 300, "tools": [TOOL], "tool_choice": "required"}),
 }
 
 

@@ -14,7 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from loray.policy.prefixes import told_names
-from loray.spec import SamplingParams
+from loray.spec import PoolingParams, SamplingParams
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import (
     ROUTER_CLASS,
@@ -98,7 +98,9 @@ async def test_a_prompt_goes_where_its_prefix_is(pair: list[Replica]) -> None:
     assert tokens == {"one": 400 + (430 - 384) + (400 - 384), "two": (400 - 320) + 400}
 
 
-@pytest.mark.parametrize("whole", [{"pooling": "mean"}, {"params": SamplingParams(prompt_logprobs=0)}])
+@pytest.mark.parametrize(
+    "whole", [{"pooling": PoolingParams(kind="mean")}, {"params": SamplingParams(prompt_logprobs=0)}]
+)
 async def test_who_has_its_whole_prompt_computed_goes_where_the_adapter_is(
     pair: list[Replica], whole: dict[str, Any]
 ) -> None:

@@ -122,6 +122,7 @@ static inline Inputs<float> converted(const bf16* x, i64 x_stride, i64 width, i6
 template <class T>
 struct PlainProduct {
     using Operand = typename Step<T>::Operand;
+    static constexpr bool WHOLE_TILES = false;
     static constexpr i64 FETCHED = UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T));  // bytes between two prefetches
 
     const T* x;
@@ -145,7 +146,7 @@ struct PlainProduct {
 
     // The first NV vectors of a panel.
     template <int NT, int NV>
-    TILE void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
+    inline void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
                        Vec (&sums)[NT][NV]) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
@@ -200,7 +201,7 @@ struct Linear {
 
     // The first NV vectors of a panel; only the last panel may have fewer than all.
     template <int NT, int NV>
-    inline void tile(const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column, PanelFetch& fetch) const {
+    TILE void tile(const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column, PanelFetch& fetch) const {
         Vec sums[NT][NV];
         product.template multiply<NT, NV>(inputs, token, panel, fetch, sums);
         if (column + NV * W <= w.out)
@@ -228,7 +229,7 @@ struct Linear {
     }
 
     // Tokens [inputs.first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full
-    // one.
+    // one. Some products want whole ones.
     void panel(i64 p, const Inputs<Operand>& inputs, i64 last, const Prefetch& rows) const {
         const i64 size = product.panel_bytes(), num = last - inputs.first, tiles = ceil_div(num, TOKENS);
         const char* weights = (const char*)w.packed + p * size;
@@ -237,7 +238,7 @@ struct Linear {
                             min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
         for (i64 i = 0, t = inputs.first; i < tiles; i++) {
-            const i64 count = num / tiles + (i < num % tiles);
+            const i64 count = Product::WHOLE_TILES ? min_(TOKENS, last - t) : num / tiles + (i < num % tiles);
             if (p * COLUMNS + W < w.out)
                 tile_of<VECTORS>(count, inputs, t, weights, p * COLUMNS, fetch);
             else

@@ -1,6 +1,7 @@
 // Products with quantised weights, as `quantized_linear` of reference.py has them: inputs are quantised row by row, sums of
 // whole numbers are exact, and what comes after them is computed in the same order, so that the bits are the reference's.
-// Few inputs are larger than an operand: what they have beyond it is added in further steps, which a row has a list of.
+// Few inputs are larger than a byte. Such a one is high · 2⁷ + low: the products of the high parts are summed first and
+// shifted, those of the low ones follow with all others.
 //
 // A panel has its groups of inputs one after the other, each with the scales and the zeros of its COLUMNS outputs before
 // the weights. These are bytes, q + 128 of int8, or two steps of int4 in one: zeros are stored likewise.
@@ -19,20 +20,20 @@ static i64 group_bytes(i64 group) {
     return HEADER + ceil_div(group, UNIT) * UNIT * COLUMNS * BITS / 8;
 }
 
-constexpr i64 FEW_INPUTS = 1 << 15;  // below which one thread is faster
+constexpr i64 FEW_INPUTS = 1 << 12;  // below which one thread is faster
 
-// What an input has beyond ByteStep::MOST, in one more of its step in a group.
-struct Extra {
+// The high parts of a tile's inputs in one step.
+struct High {
     int32_t step;
-    ByteStep::Operand inputs[4 / sizeof(ByteStep::Operand)];
+    ByteStep::Operand inputs[TOKENS][4 / sizeof(ByteStep::Operand)];
 };
 
-// Inputs, `stride` apart, with zeros up to a whole vector behind them; the sum of each group, and the end of its extras
-// among those of the token; the scale of each token.
+// Inputs, `stride` apart, with zeros up to a whole vector behind them; the sum of each group and the scale of each token;
+// and the high parts of each tile, a group's ones up to its end.
 struct QuantizedInputs {
-    i64 stride, groups, most_extras;  // of a token
+    i64 stride, groups, most_high;  // of a tile
     ByteStep::Operand* at;
-    Extra* extras;
+    High* high;
     int32_t *sums, *ends;
     float* scales;
 };
@@ -44,13 +45,17 @@ static inline int64_t sum_of(F lane) {
     return sum;
 }
 
-// The row of token t, see `quantize_activations`.
-template <class T>
-static inline void quantize_row(const T* x, i64 width, i64 t, const QuantizedInputs& in) {
+// An input larger than a byte: its place in a step, of all groups' steps, and its high part.
+struct Outlier {
+    i64 token, step, lane;
+    int32_t high;
+};
+
+// The row of token t, see `quantize_activations`; `beyond(outlier)` is told of each outlier.
+template <class T, class Beyond>
+static inline void quantize_row(const T* x, i64 width, i64 t, const QuantizedInputs& in, Beyond beyond) {
     using S = ByteStep;
     typedef S::Operand Narrow __attribute__((vector_size(W * sizeof(S::Operand))));
-    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
-    const auto whole = [&](Vec v) { return (Ints)(v + magic) - (Ints)magic; };
     Ints most = {};  // of floats without their sign, which are in the order of their bits, and infinite and NaN above all
     vectors(width, [&](i64 i, auto n) {
         const Ints bits = (Ints)load_n(x + i, n) & 0x7fffffff;
@@ -63,62 +68,86 @@ static inline void quantize_row(const T* x, i64 width, i64 t, const QuantizedInp
     const bool is_finite = bits < 0x7f800000, is_some = is_finite && largest >= 1e-30f;
     const Vec fine = set1(is_some ? 32767.0f / largest : 0.0f);
     Ints all = {};
-    vectors(width, [&](i64 i, auto n) {
-        all += whole((Vec)((Ints)load_n(x + i, n) & 0x7fffffff) * fine) & (is_finite ? -1 : 0);
-    });
-    const float share = float(sum_of([&](int i) { return all[i]; })) / float(32767 * width);
-    const float beyond = largest * (share * 8.0f), limit = beyond < largest ? beyond : largest;
+    vectors(width, [&](i64 i, auto n) { all += S::whole((Vec)((Ints)load_n(x + i, n) & 0x7fffffff) * fine); });
+    const float share = is_finite ? float(sum_of([&](int i) { return all[i]; })) / float(32767 * width) : 0.0f;
+    const float wished = share * 8.0f, part = wished < 0.0078125f ? 0.0078125f : wished < 1.0f ? wished : 1.0f;
+    const float limit = largest * part;
     const Vec inverse = set1(is_some ? 127.0f / limit : 0.0f);
     in.scales[t] = is_finite ? limit / 127.0f : __builtin_nanf("");
 
     const i64 group = width / in.groups;
     S::Operand* to = in.at + t * in.stride;
-    Extra* const extras = in.extras + t * in.most_extras;
-    int32_t num = 0;
-    for (i64 g = 0; g < in.groups; g++, x += group, to += group) {
+    for (i64 g = 0; g < in.groups; g++) {
         Ints sum = {};
         vectors(group, [&](i64 i, auto n) {
-            Ints q = whole(load_n(x + i, n) * inverse);
-            if (!is_finite) q = Ints{};
-            Ints inside = q > S::MOST ? Ints{} + S::MOST : q;
-            inside = inside < -S::MOST ? Ints{} - S::MOST : inside;
-            const Narrow narrow = __builtin_convertvector(inside, Narrow);
-            memcpy(to + i, &narrow, sizeof narrow);
+            const i64 at = g * group + i;
+            const Ints q = is_finite ? S::whole(load_n(x + at, n) * inverse) : Ints{};
+            const Narrow narrow = __builtin_convertvector(q, Narrow);
+            memcpy(to + at, &narrow, sizeof narrow);
             sum += q;
-            if (!S::any(q - inside)) return;
-            for (i64 k = 0; k < W; k++)
-                for (int32_t left = q[k] - inside[k]; left;) {
-                    const int32_t now = int32_t(max_(-S::MOST, min_(S::MOST, left)));
-                    Extra& extra = extras[num++] = {int32_t((i + k) / S::STEP), {}};
-                    extra.inputs[(i + k) % S::STEP] = S::Operand(now);
-                    left -= now;
+            if constexpr (S::HAS_HIGH)
+                for (uint32_t lanes = S::beyond(q); lanes; lanes &= lanes - 1) {
+                    const int k = __builtin_ctz(lanes);
+                    const int32_t high = (q[k] + 64) >> 7;
+                    to[at + k] = S::Operand(q[k] - (high << 7));
+                    beyond(Outlier{t, g * ceil_div(group, S::STEP) + (i + k) / S::STEP, (i + k) % S::STEP, high});
                 }
         });
         in.sums[t * in.groups + g] = int32_t(sum_of([&](int i) { return sum[i]; }));
-        in.ends[t * in.groups + g] = num;
     }
 }
 
-// All tokens' rows, in memory that is valid in this thread until the next call.
+// The rows of a tile, of which token t is the first.
 template <class T>
-static QuantizedInputs quantized(const T* x, i64 x_stride, i64 num_tokens, i64 width, i64 group, int threads) {
+static inline void quantize_tile(const T* x, i64 x_stride, i64 num_tokens, i64 width, i64 t, const QuantizedInputs& in) {
+    using S = ByteStep;
+    static thread_local Scratch memory;
+    const i64 last = min_(num_tokens, t + TOKENS), steps = in.most_high, own_steps = steps / in.groups;
+    Outlier* const outliers = (Outlier*)memory.get(TOKENS * width * sizeof(Outlier) + steps * (8 + 1));
+    int64_t* const place = (int64_t*)(outliers + TOKENS * width);
+    uint8_t* const is_high = (uint8_t*)(place + steps);
+    i64 num = 0;
+    for (i64 token = t; token < last; token++)
+        quantize_row(x + token * x_stride, width, token, in, [&](Outlier outlier) { outliers[num++] = outlier; });
+    if constexpr (S::HAS_HIGH) {
+        High* const high = in.high + t / TOKENS * in.most_high;
+        int32_t* const ends = in.ends + t / TOKENS * in.groups;
+        i64 count = 0;
+        if (num) memset(is_high, 0, steps);
+        for (i64 i = 0; i < num; i++) is_high[outliers[i].step] = 1;
+        for (i64 g = 0; g < in.groups; g++) {
+            for (i64 s = 0; num && s < own_steps; s++)
+                if (const i64 k = g * own_steps + s; is_high[k]) high[place[k] = count++] = {int32_t(s), {}};
+            ends[g] = int32_t(count);
+        }
+        for (i64 i = 0; i < num; i++) {
+            const Outlier& o = outliers[i];
+            high[place[o.step]].inputs[o.token - t][o.lane] = S::Operand(o.high);
+        }
+    }
+}
+
+// Room for all tokens' rows, in memory that is valid in this thread until the next call.
+static QuantizedInputs room_for(i64 num_tokens, i64 width, i64 group) {
     static thread_local Scratch memory;
     QuantizedInputs in;
     in.stride = ceil_div(width, 16) * 16, in.groups = width / group;
-    in.most_extras = width / 4 + width / 4 * width / 65536 + 16;  // as the mean is rounded, too
-    const i64 sizes[] = {in.stride * i64(sizeof(ByteStep::Operand)), in.most_extras * i64(sizeof(Extra)), 4 * in.groups,
-                         4 * in.groups, 4};
-    void** const fields[] = {(void**)&in.at, (void**)&in.extras, (void**)&in.sums, (void**)&in.ends, (void**)&in.scales};
-    char* at = (char*)memory.get(max_(1, num_tokens) * (sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]));
-    for (int i = 0; i < 5; i++) *fields[i] = at, at += num_tokens * sizes[i];
-#pragma omp parallel for num_threads(threads) if (num_tokens * width > FEW_INPUTS)
-    for (i64 t = 0; t < num_tokens; t++) quantize_row(x + t * x_stride, width, t, in);
+    in.most_high = ByteStep::HAS_HIGH ? in.groups * ceil_div(group, ByteStep::STEP) : 0;
+    const i64 tiles = ceil_div(num_tokens, TOKENS);
+    const i64 sizes[] = {num_tokens * in.stride * i64(sizeof(ByteStep::Operand)), tiles * in.most_high * i64(sizeof(High)),
+                         num_tokens * in.groups * 4, tiles * in.groups * 4, num_tokens * 4};
+    void** const fields[] = {(void**)&in.at, (void**)&in.high, (void**)&in.sums, (void**)&in.ends, (void**)&in.scales};
+    i64 all = 0;
+    for (i64 size : sizes) all += size;
+    char* at = (char*)memory.get(max_(1, all));
+    for (int i = 0; i < 5; i++) *fields[i] = at, at += sizes[i];
     return in;
 }
 
 template <int BITS>
 struct QuantizedProduct {
     using Operand = ByteStep::Operand;
+    static constexpr bool WHOLE_TILES = true;  // as the inputs are prepared tile by tile
     static constexpr i64 UNITS = UNROLL / 2, FETCHED = UNITS * UNIT * COLUMNS * BITS / 8;
 
     QuantizedInputs rows;
@@ -128,8 +157,21 @@ struct QuantizedProduct {
     i64 fetches() const { return in / group * (group / UNIT / UNITS); }
     Inputs<Operand> inputs(i64 first, i64) const { return {rows.at + first * rows.stride, rows.stride, first}; }
 
+    static constexpr int32_t CENTRE = 128 - ByteStep::SUBTRACTED;
+
+    // Whether a group's zeros are those of weights without zeros, so that its sums can begin with them.
+    static bool are_centred(const uint8_t* zeros) {
+        uint32_t others = 0;
+        for (i64 c = 0; c < COLUMNS; c += 4) {
+            uint32_t four;
+            memcpy(&four, zeros + c, 4);
+            others |= four ^ 0x80808080u;
+        }
+        return others == 0;
+    }
+
     template <int NT, int NV>
-    TILE void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
+    inline void multiply(const Inputs<Operand>& inputs, i64 token, const char* at, PanelFetch& fetch,
                        Vec (&total)[NT][NV]) const {
         using S = ByteStep;
         typedef uint8_t Bytes __attribute__((vector_size(W)));
@@ -140,8 +182,37 @@ struct QuantizedProduct {
             const float* const scales = (const float*)at;
             const uint8_t* const zeros = (const uint8_t*)(scales + COLUMNS);
             const uint8_t* panel = (const uint8_t*)at + HEADER;
+            const bool centred = BITS == 8 && are_centred(zeros);
             Ints acc[NT][NV];
             each<NT * NV>([&](auto i) { acc[i / NV][i % NV] = Ints{}; });
+            if constexpr (S::HAS_HIGH) {
+                const High* const all = rows.high + token / TOKENS * rows.most_high;
+                const int32_t* const ends = rows.ends + token / TOKENS * groups;
+                for (const High* high = all + (g ? ends[g - 1] : 0); high < all + ends[g]; high++) {
+                    const i64 at_step = high->step;
+                    S::Weights weights[NV];
+                    each<NV>([&](auto v) {
+                        S::Weights other;
+                        const uint8_t* const own = panel + v * W * S::STEP;
+                        if constexpr (BITS == 8)
+                            weights[v] = S::weights(own + at_step * STEP);
+                        else if (at_step % 2)
+                            S::halves(own + at_step / 2 * STEP, other, weights[v]);
+                        else
+                            S::halves(own + at_step / 2 * STEP, weights[v], other);
+                    });
+                    each<NT>([&](auto t) {
+                        const auto value = S::input(high->inputs[t]);
+                        each<NV>([&](auto v) { acc[t][v] = S::mac(acc[t][v], weights[v], value); });
+                    });
+                }
+                each<NT * NV>([&](auto i) { acc[i / NV][i % NV] <<= 7; });
+            }
+            if (centred)
+                each<NT>([&](auto t) {
+                    const Ints start = Ints{} - CENTRE * rows.sums[(token + t) * groups + g];
+                    each<NV>([&](auto v) { acc[t][v] += start; });
+                });
             const auto unit = [&](i64 u) {
                 const auto step = [&](const S::Weights(&weights)[NV], i64 input) {
                     each<NT>([&](auto t) {
@@ -166,22 +237,6 @@ struct QuantizedProduct {
                 fetch.some();
             }
             for (; k < units; k++) unit(k);
-            each<NT>([&](auto t) {
-                const i64 own = (token + t) * groups + g;
-                const Extra* const extras = rows.extras + (token + t) * rows.most_extras;
-                for (i64 e = g ? rows.ends[own - 1] : 0; e < rows.ends[own]; e++) {
-                    const auto value = S::input(extras[e].inputs);
-                    const i64 at_step = extras[e].step;
-                    each<NV>([&](auto v) {
-                        S::Weights one[2];
-                        if constexpr (BITS == 4)
-                            S::halves(panel + at_step / 2 * STEP + v * W * S::STEP, one[0], one[1]);
-                        else
-                            one[0] = one[1] = S::weights(panel + at_step * STEP + v * W * S::STEP);
-                        acc[t][v] = S::mac(acc[t][v], at_step % 2 ? one[1] : one[0], value);
-                    });
-                }
-            });
             if (fetch.lines == ceil_div(FETCHED, 64)) fetch.panel(ceil_div(HEADER, 64));  // of one tile alone
             each<NV>([&](auto v) {
                 Bytes bytes;
@@ -189,7 +244,7 @@ struct QuantizedProduct {
                 const Ints zero = __builtin_convertvector(bytes, Ints) - (BITS == 8 ? S::SUBTRACTED : 0);
                 const Vec scale = load(scales + v * W);
                 each<NT>([&](auto t) {
-                    const Ints sums = acc[t][v] - zero * rows.sums[(token + t) * groups + g];
+                    const Ints sums = centred ? acc[t][v] : acc[t][v] - zero * rows.sums[(token + t) * groups + g];
                     const Vec own = to_floats(sums) * scale;
                     total[t][v] = g ? total[t][v] + own : own;
                 });
@@ -206,8 +261,20 @@ struct QuantizedProduct {
 template <int BITS, class T, class Put>
 static inline void linear_of_integers(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Put put, int threads,
                                       Meanwhile meanwhile) {
-    const QuantizedInputs rows = quantized(x, x_stride, num_tokens, w.in, w.group, threads);
-    linear_by<T>(QuantizedProduct<BITS>{rows, w.in, w.group}, w, put, meanwhile)(num_tokens, threads);
+    const QuantizedInputs rows = room_for(num_tokens, w.in, w.group);
+    const auto linear = linear_by<T>(QuantizedProduct<BITS>{rows, w.in, w.group}, w, put, meanwhile);
+    const bool few = num_tokens * w.in <= FEW_INPUTS;
+    const auto quantize = [&](i64 t) { quantize_tile(x, x_stride, num_tokens, w.in, t, rows); };
+    for (i64 t = 0; few && t < num_tokens; t += TOKENS) quantize(t);
+    Shares shares = linear.shares(num_tokens, threads);
+#pragma omp parallel num_threads(threads) if (linear.work(num_tokens) > FEW_PRODUCTS)
+    {
+        if (!few) {
+#pragma omp for
+            for (i64 t = 0; t < num_tokens; t += TOKENS) quantize(t);
+        }
+        linear.multiply(shares, num_tokens, threads);
+    }
 }
 
 }  // namespace LORAY_NAMESPACE

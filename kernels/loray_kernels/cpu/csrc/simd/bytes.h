@@ -104,18 +104,30 @@ struct ByteStep {
     }
 #endif
 
-    static constexpr int32_t MOST = sizeof(Operand) == 1 ? 127 : 32767;  // of an input
+    static constexpr bool HAS_HIGH = sizeof(Operand) == 1;  // whether inputs may be too large for it
 
-    // Whether a lane is not 0.
-    static inline bool any(Ints v) {
+    // The nearest whole numbers, even ones of two, of numbers below 2²².
+    static inline Ints whole(Vec v) {
 #if defined(__AVX512VNNI__)
-        return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+        return (Ints)_mm512_cvtps_epi32(v);
 #elif defined(__AVX2__)
-        return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+        return (Ints)_mm256_cvtps_epi32(v);
 #else
-        int32_t all = 0;
-        for (int i = 0; i < W; i++) all |= v[i];
-        return all;
+        const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds
+        return (Ints)(v + magic) - (Ints)magic;
+#endif
+    }
+
+    // A bit for each lane that does not fit seven bits and a sign.
+    static inline uint32_t beyond(Ints q) {
+#if defined(__AVX512VNNI__)
+        return _mm512_cmpgt_epi32_mask(_mm512_abs_epi32((__m512i)q), _mm512_set1_epi32(127));
+#elif defined(__AVX2__)
+        return uint32_t(_mm256_movemask_ps((__m256)(q > 127 | q < -127)));
+#else
+        uint32_t bits = 0;
+        for (int i = 0; i < W; i++) bits |= uint32_t(q[i] > 127 || q[i] < -127) << i;
+        return bits;
 #endif
     }
 

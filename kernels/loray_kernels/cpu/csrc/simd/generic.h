@@ -21,6 +21,12 @@ static inline Vec load(const bf16* p) {
     memcpy(&four, p, sizeof four);
     return widen_((Halves)Words{four, 0});
 }
+static inline Vec load(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(4)));
+    Bytes four;
+    memcpy(&four, p, sizeof four);
+    return __builtin_convertvector(four, Vec);
+}
 static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 // bf16 in the upper half of each lane; the lower half is left over.
 static inline Bits rounded_(Vec v) {
@@ -58,6 +64,11 @@ static inline Vec scale2(Vec p, Vec n) {
 }
 static inline Vec lower(Vec two) { return (Vec)((Bits)two << 16); }
 static inline Vec upper(Vec two) { return (Vec)((Bits)two & 0xffff0000); }
+template <int n>
+static inline Vec byte(Vec four) {
+    typedef int32_t Integers __attribute__((vector_size(16)));
+    return __builtin_convertvector((Integers)((Bits)four << (24 - 8 * n)) >> 24, Vec);
+}
 static inline Vec where(uint32_t bits, Vec x, Vec other) {
     return (Bits{bits, bits, bits, bits} & Bits{1, 2, 4, 8}) != 0 ? x : other;
 }

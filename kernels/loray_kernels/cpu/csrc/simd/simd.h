@@ -46,6 +46,7 @@ static inline void each(F f) {
 }
 
 static inline float to_float(float x) { return x; }
+static inline float to_float(int8_t x) { return x; }
 static inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float value;
@@ -74,6 +75,9 @@ static inline Vec set1(float x) { return _mm512_set1_ps(x); }
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline Vec widen_(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 static inline Vec load(const bf16* p) { return widen_(_mm256_loadu_si256((const __m256i*)p)); }
+static inline Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 static inline __mmask16 first_(i64 n) { return __mmask16((1u << n) - 1); }
 // The first n < W elements, zeros after them.
 static inline Vec load_n(const float* p, i64 n) { return _mm512_maskz_loadu_ps(first_(n), p); }
@@ -95,6 +99,11 @@ static inline Vec lower(Vec two) { return _mm512_castsi512_ps(_mm512_slli_epi32(
 static inline Vec upper(Vec two) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(two), _mm512_set1_epi32(int(0xffff0000))));
 }
+// The n-th int8 of each lane.
+template <int n>
+static inline Vec byte(Vec four) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_castps_si512(four), 24 - 8 * n), 24));
+}
 // x where a bit is set, in order from the lowest, and `other` elsewhere
 static inline Vec where(uint32_t bits, Vec x, Vec other) { return _mm512_mask_blend_ps(__mmask16(bits), other, x); }
 
@@ -107,6 +116,9 @@ static inline Vec set1(float x) { return _mm256_set1_ps(x); }
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline Vec load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 static inline void store(bf16* p, Vec v) {
@@ -137,6 +149,10 @@ static inline Vec scale2(Vec p, Vec n) {
 }
 static inline Vec lower(Vec two) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(two), 16)); }
 static inline Vec upper(Vec two) { return _mm256_and_ps(two, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000)))); }
+template <int n>
+static inline Vec byte(Vec four) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(_mm256_castps_si256(four), 24 - 8 * n), 24));
+}
 static inline Vec where(uint32_t bits, Vec x, Vec other) {
     const __m256i one = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i is_set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), one), one);

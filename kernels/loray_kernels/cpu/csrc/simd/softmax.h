@@ -49,10 +49,11 @@ struct KeyBlock {
 };
 
 // What attention has beside causal: row r does not see the first `behind + r / group` keys of the block; a score s, scaled,
-// is cap · tanh(s / cap), where there is a cap.
+// is cap · tanh(s / cap), where there is a cap; keys and values that are int8 have scales, KEYS of each.
 struct Beside {
     i64 behind = -(i64(1) << 40);
     float cap = 0.0f;
+    const float *key_scales = nullptr, *value_scales = nullptr;
 };
 
 // Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
@@ -75,6 +76,8 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
             const i64 r = first + q, visible = limit + r / group, behind = beside.behind + r / group;
             Vec s[NV];
             for (int v = 0; v < NV; v++) s[v] = load(w.scores + q * KEYS + v * W) * set1(scale);
+            if (beside.key_scales)
+                for (int v = 0; v < NV; v++) s[v] = s[v] * load(beside.key_scales + v * W);
             if (beside.cap > 0.0f)
                 for (int v = 0; v < NV; v++) s[v] = set1(beside.cap) * tanh(s[v] * set1(1.0f / beside.cap));
             if (behind > 0)
@@ -98,6 +101,8 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
                 sum = sum + s[v];
             }
             store(lanes + r * W, sum);
+            if (beside.value_scales)
+                for (int v = 0; v < NV; v++) s[v] = s[v] * load(beside.value_scales + v * W);
             P::pack_weights(w.weights + q * (KEYS / P::PER_UNIT), s);
         }
         add(w.weights, part.sums + first * d, num);

@@ -22,7 +22,7 @@ struct Fetch {
     struct Region {
         const char* at;
         i64 lines;
-    } regions[4 * KEYS];
+    } regions[8 * KEYS];
     i64 num = 0, lines = 0, region = 0, share = 0, due = 0;  // share and due: lines · 2¹⁶
 
     void clear() { num = lines = region = due = 0; }
@@ -67,6 +67,10 @@ struct Singles {
         const Vec two = load((const float*)b);
         return s ? upper(two) : lower(two);
     }
+    template <int s>
+    static inline Vec in_pool(const int8_t* b) {
+        return byte<s>(load((const float*)b));
+    }
     static inline Vec multiply(Vec acc, Vec a, Vec b) { return fma_here(a, b, acc); }
 
     template <class T>
@@ -89,12 +93,16 @@ struct Singles {
             for (int n = 0; n < W; n++) store(out + (i + n) * KEYS + j, r[n]);
         }
     }
-    // A vector of units of the pool: of one element, or of two, which go to neighbouring rows.
+    // A vector of units of the pool: of one element, or of two or four, which go to neighbouring rows.
     static inline void take(Unit* out, const float* from, const float*) { store(out, load(from)); }
     static inline void take(Unit* out, const float* from, const bf16*) {
         const Vec two = load(from);
         store(out, lower(two));
         store(out + KEYS, upper(two));
+    }
+    static inline void take(Unit* out, const float* from, const int8_t*) {
+        const Vec four = load(from);
+        each<4>([&](auto n) { store(out + n * KEYS, byte<n>(four)); });
     }
     template <class T>
     static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch&) {
@@ -129,6 +137,11 @@ struct Pairs {
     static inline Factor in_pool(const bf16* b) {
         return (__m512bh)_mm512_loadu_si512(b);
     }
+    template <int s>
+    static inline Factor in_pool(const int8_t* b) {
+        const Vec four = load((const float*)b);
+        return (__m512bh)both_(byte<2 * s>(four), byte<2 * s + 1>(four));
+    }
     static inline Vec multiply(Vec acc, Factor a, Factor b) { return _mm512_dpbf16_ps(acc, a, b); }
 
     static inline void pack_row(Unit* out, const bf16* x, i64 d) { memcpy(out, x, d * 2); }
@@ -151,6 +164,10 @@ struct Pairs {
     }
 
     static inline void take(Unit* out, const float* from, const bf16*) { store((float*)out, load(from)); }
+    static inline void take(Unit* out, const float* from, const int8_t*) {
+        _mm512_storeu_si512(out, (__m512i)in_pool<0>((const int8_t*)from));
+        _mm512_storeu_si512(out + KEYS, (__m512i)in_pool<1>((const int8_t*)from));
+    }
 
     static inline void pack_values(Unit* out, const bf16* const* v, i64 num, i64 d, Fetch& fetch) {
         alignas(64) static const uint16_t none[64] = {};
@@ -162,6 +179,16 @@ struct Pairs {
                 __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
                 __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
                 _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+            fetch.some();
+        }
+    }
+
+    static inline void pack_values(Unit* out, const int8_t* const* v, i64 num, i64 d, Fetch& fetch) {
+        for (i64 j = 0; j < padded(num); j += 2, out += d) {
+            for (i64 i = 0; i < d; i += 16) {
+                const Vec even = j < num ? load(v[j] + i) : zero(), odd = j + 1 < num ? load(v[j + 1] + i) : zero();
+                _mm512_storeu_si512(out + i, both_(even, odd));
             }
             fetch.some();
         }
@@ -181,6 +208,13 @@ struct Pairs {
     }
 
     static inline void place(Unit* out, i64 element, bf16 x) { memcpy((char*)out + 2 * element, &x, 2); }
+    static inline void place(Unit* out, i64 element, int8_t x) { place(out, element, round_bf16(x)); }
+
+  private:
+    // Units of numbers that are bf16.
+    static inline __m512i both_(Vec first, Vec second) {
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second));
+    }
 };
 
 #endif

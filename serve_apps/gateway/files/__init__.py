@@ -1,0 +1,1 @@
+"""Files and batches of tenants: `/v1/files`, `/v1/batches`."""
