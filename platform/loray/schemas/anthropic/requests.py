@@ -233,6 +233,7 @@ class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens. Further fields are those of a chat: `chat_template_kwargs` and others."""
 
     model_config = ConfigDict(extra="allow")
+    also_known = ChatCompletionRequest.known | _REFUSED.keys() | _NAMES_HERE.keys() | {*_NO_PLACE, *_HINTS, "thread"}
 
     model: ShortText = Field(min_length=1)
     messages: list[Any] = Field(description="turns of user and assistant, the last of which is continued if it is last")
@@ -270,8 +271,10 @@ class CountTokensRequest(Body):
     def _thinking(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         if self.thinking is None:
             return {}
+        budget = self.thinking.budget_tokens
         variables = self.thinking.template_variables | extra.get("chat_template_kwargs", {})
-        return {"chat_template_kwargs": variables} if variables else {}
+        fields = {"chat_template_kwargs": variables} if variables else {}
+        return fields if budget is None else fields | {"thinking_token_budget": budget}
 
     def _output(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
