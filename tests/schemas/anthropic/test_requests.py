@@ -139,7 +139,7 @@ def test_formats_and_thoughts() -> None:
     assert chat(output_config={"effort": "low"})["reasoning_effort"] == "low"
     enabled = {"type": "enabled", "budget_tokens": 1024}
     thinking = chat(thinking=enabled, max_tokens=2000)
-    assert thinking["chat_template_kwargs"] == {"enable_thinking": True}
+    assert (thinking["chat_template_kwargs"], thinking["thinking_token_budget"]) == ({"enable_thinking": True}, 1024)
     assert chat(thinking={"type": "disabled"})["chat_template_kwargs"] == {"enable_thinking": False}
     for kind in ("adaptive", "between_tools"):
         assert chat(thinking={"type": kind, "display": "omitted"}) == chat()

@@ -19,8 +19,6 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import DeadlineExceeded, EngineError, Overloaded
 from loray.spec import Limits
-from serve_apps.gateway.anthropic import status_of
-from serve_apps.gateway.errors import failure_of
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import CHAT, HELLO, ScriptedEngines, anthropic_of, delta, gateway_app, register
 from tests.fixtures.keys import access_of
@@ -243,6 +241,8 @@ async def test_keys(base: BaseModel, tmp_path: Path) -> None:
         good, reader = catalog.keys.create("good", scopes=["infer"]), catalog.keys.create("reader", scopes=["publish"])
         limits = Limits(rpm_limit=2, tpm_limit=100_000)
         limited = catalog.keys.create("limited", scopes=["infer"], limits=limits)
+        budget = Limits(max_budget=1, budget_duration="30d")
+        poor = catalog.keys.create("poor", scopes=["infer"], limits=budget)
     access = access_of(url, host="0.0.0.0")
     app = gateway_app(base, url, ScriptedEngines(HELLO), access=access)
 
@@ -260,6 +260,8 @@ async def test_keys(base: BaseModel, tmp_path: Path) -> None:
         assert (wrong.status_code, wrong.type) == (401, "authentication_error")
         may_not = await refusal(client.with_options(api_key=reader.secret))
         assert (may_not.status_code, may_not.type) == (403, "permission_error")
+        used_up = await refusal(client.with_options(api_key=poor.secret, max_retries=3))
+        assert (used_up.status_code, used_up.type) == (402, "billing_error")
         slow = client.with_options(api_key=limited.secret)
         answer = await slow.messages.with_raw_response.create(**ask(base))
         assert answer.headers["anthropic-ratelimit-requests-limit"] == "2"
@@ -339,11 +341,3 @@ def test_an_unexpected_error_of_a_route(client_of: Any, base: BaseModel) -> None
         client.app.state.gateway.model = AsyncMock(side_effect=RuntimeError("secret"))
         answer = client.post("/v1/messages/count_tokens", json={"model": base.name, "messages": CHAT})
         assert "secret" not in error_of(answer, 500, "api_error")
-
-
-def test_a_used_up_budget_is_402() -> None:
-    failure = failure_of(Overloaded("busy"))
-    assert status_of(429, failure.error, {}) == 529
-    used_up = failure.error.model_copy(update={"code": "rate_limit_exceeded"})
-    assert status_of(429, used_up, {"x-should-retry": "false"}) == 402
-    assert status_of(429, used_up, {}) == 429

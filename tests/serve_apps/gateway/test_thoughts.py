@@ -103,6 +103,34 @@ def test_streams_are_equal_to_whole_answers(client_of: ClientOf, size: int) -> N
     assert not any("reasoning" in json.dumps(event) for event in unseen)
 
 
+def test_a_message_has_a_block_of_it(client_of: ClientOf) -> None:
+    engines = ScriptedEngines(script())
+    with client_of(engines) as client:
+
+        def ask(**fields: Any) -> Any:
+            asked = {"model": client.base, "max_tokens": 2000, "messages": CHAT} | fields
+            return client.post("/v1/messages", json=asked | {"thinking": {"type": "enabled", "budget_tokens": 1024}})
+
+        whole = ask().json()
+        lines = ask(stream=True).text.removesuffix("\n\n").split("\n\n")
+        turn = {"role": "assistant", "content": whole["content"]}
+        counted = {"model": client.base, "messages": CHAT}
+        assert client.post("/v1/messages/count_tokens", json=counted).status_code == 200
+        ask(messages=[*CHAT, turn, *CHAT])
+        off = {"model": client.base, "max_tokens": 9, "messages": CHAT, "thinking": {"type": "disabled"}}
+        client.post("/v1/messages", json=off)
+    thought, text = whole["content"]
+    assert (thought["type"], thought["thinking"], text) == ("thinking", THOUGHT, {"type": "text", "text": CONTENT})
+    assert whole["usage"]["output_tokens_details"] == {"thinking_tokens": NUM_THOUGHT}
+    deltas = [e["delta"] for e in (json.loads(line.partition("data: ")[2]) for line in lines) if "delta" in e]
+    assert "".join(d.get("thinking", "") for d in deltas) == THOUGHT
+    assert "".join(d.get("text", "") for d in deltas) == CONTENT
+    assert [d["signature"] for d in deltas if "signature" in d] == [thought["signature"]]
+    budgets = [r.params.thinking and r.params.thinking.budget for r in engines.requests]
+    assert budgets[:3] == [1024] * 3
+    assert prompt_of(engines).endswith("<think>\n\n</think>\n\n")
+
+
 def test_each_of_several_choices_has_its_own(client_of: ClientOf) -> None:
     with client_of(ByChoice()) as client:
         body = client.chat(n=4).json()

@@ -271,8 +271,10 @@ class CountTokensRequest(Body):
     def _thinking(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         if self.thinking is None:
             return {}
+        budget = self.thinking.budget_tokens
         variables = self.thinking.template_variables | extra.get("chat_template_kwargs", {})
-        return {"chat_template_kwargs": variables} if variables else {}
+        fields = {"chat_template_kwargs": variables} if variables else {}
+        return fields if budget is None else fields | {"thinking_token_budget": budget}
 
     def _output(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
