@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,9 @@ class Bench:
         )
         self._models, self._num_streams = models, num_streams
         self._words, self._rng = range(_FIRST_TOKEN, vocab), random.Random(0)
+
+    def close(self) -> None:
+        self._http.close()
 
     def stream(self, seconds: float, batch_id: str | None) -> Figures:
         """Ask for so long, beside a batch."""
@@ -159,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             command = [sys.executable, "-m", "loray.cli.main", "serve", "--spec", str(home / "spec.json")]
             with running(command, folder / "serve.log", {**os.environ, **settings.to_env()}):
                 until(lambda: is_healthy(port), f"the server answers: {folder / 'serve.log'}")
-                bench = Bench(port, models, base.config.vocab_size, args.streams)
-                report = _measure(bench, args, machine)
+                with closing(Bench(port, models, base.config.vocab_size, args.streams)) as bench:
+                    report = _measure(bench, args, machine)
     report.write(args.json)
     return report
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from loray.engine.request import Request, RequestState
 from loray.engine.scheduling import fairness
 from loray.engine.scheduling.fairness import MAX_OVERTAKES, FairQueue, token_weight
-from loray.spec import GenerateRequest, SamplingParams
+from loray.errors import Overloaded
+from loray.spec import BATCH_PRIORITY, GenerateRequest, SamplingParams
 from tests.fixtures.scheduling import Bound, Simulation, adapter
 
 
@@ -391,6 +392,23 @@ def test_a_flood_of_long_answers_does_not_keep_all_places() -> None:
     sim.run()
     assert [len(r.output_ids) for r in (*loud, *others)] == [600] * 8 + [20] * 3
     assert set(sim.outcomes.values()) == {None}
+
+
+@pytest.mark.parametrize("tenant", ["batches", "other"])
+def test_lines_of_batches_give_place_to_people(tenant: str) -> None:
+    """Also to those of their own tenant, one a step; and their places in a full queue."""
+    sim = Simulation(max_num_seqs=3, max_queued=2)
+    lines = []
+    for _ in range(3):
+        lines.append(sim.add(4, 300, tenant="batches", priority=BATCH_PRIORITY))
+        sim.step()
+    waiting = [sim.add(4, 300, tenant="batches", priority=BATCH_PRIORITY) for _ in range(2)]
+    people = [sim.add(4, 10, tenant=tenant) for _ in range(2)]
+    sim.run(until=lambda: all(r in sim.first_token_at for r in people), max_steps=6)
+    assert sim.scheduler.num_preemptions == 2
+    assert all(isinstance(sim.outcomes[line], Overloaded) for line in waiting)
+    sim.run()
+    assert [len(r.output_ids) for r in lines] == [300] * 3
 
 
 @pytest.mark.parametrize(("tenant", "priority"), [("loud", 0), ("other", 1)])

@@ -23,6 +23,7 @@ from loray.spec import Principal
 from loray.store.objects import LocalStore
 from serve_apps.batches import BaseLoad, BatchRunner, LineAnswer
 from serve_apps.batches import runner as module
+from serve_apps.batches.validation import Line
 from tests.fixtures.catalogs import sqlite_catalog
 
 ENDPOINT = "/v1/completions"
@@ -32,10 +33,7 @@ IDLE = BaseLoad(0.0, 0.0, False)
 class Gateway:
     """Answers lines with what `script` makes of them; an answer of None never comes."""
 
-    def __init__(
-        self, script: Callable[[dict[str, Any]], LineAnswer | Exception | None] | None = None, seconds: float = 0.0
-    ) -> None:
-        self._seconds = seconds
+    def __init__(self, script: Callable[[dict[str, Any]], LineAnswer | Exception | None] | None = None) -> None:
         self.script = script or (lambda body: LineAnswer(200, json.dumps({"text": body["prompt"]}), "req-1"))
         self.asked: list[tuple[str, str]] = []  # tenant, prompt
         self.load = IDLE
@@ -48,7 +46,7 @@ class Gateway:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            await asyncio.sleep(self._seconds)
+            await asyncio.sleep(0)
             answer = self.script(given)
             if answer is None:
                 await asyncio.Event().wait()
@@ -304,16 +302,33 @@ async def test_a_budget_that_is_used_up_is_waited_for(site: Site) -> None:
     assert not batch.errors
 
 
+class Asking:
+    """Stands in for the lines of one batch, and notes whose turn it is."""
+
+    may_begin, num_waiting = True, 0
+
+    def __init__(self, site: Site, tenant: str, turns: list[str]) -> None:
+        self.batch = site.get(site.create(1, tenant), tenant)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.changed, self._turns = asyncio.Event(), turns
+
+    async def run(self, lines: module.BaseLines, line: Line) -> None:
+        self._turns.append(self.batch.tenant)
+
+
 async def test_two_tenants_share_equally(site: Site) -> None:
-    gateway = Gateway(seconds=0.005)
-    first, second = site.create(200), site.create(200, tenant="beta")
-    async with site.running(gateway):
-        await site.until(first, "completed")
-        await site.until(second, "completed", tenant="beta")
-    both = [tenant for tenant, _ in gateway.asked]
-    start = both.index("beta")
-    shared = Counter(both[start : start + 40])
-    assert abs(shared["acme"] - shared["beta"]) <= 4
+    turns: list[str] = []
+    lines = module.BaseLines()
+    lines.rate.limit = 0
+    for tenant, number in (("acme", 30), ("beta", 10)):
+        asking: Any = Asking(site, tenant, turns)
+        lines.push(asking, [Line(i, f"{i}", "m", b"{}") for i in range(number)])
+    lines.rate.limit = 2
+    lines.begin()
+    async with asyncio.timeout(30):
+        while lines.is_busy:
+            await asyncio.sleep(0)
+    assert turns == ["acme", "beta"] * 10 + ["acme"] * 20
 
 
 async def test_people_come_first(site: Site) -> None:

@@ -24,6 +24,7 @@ from loray.engine.memory.host_memory import P
 from loray.engine.request import Request
 from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 from loray.errors import Overloaded, StoreError
+from loray.spec import BATCH_PRIORITY
 
 _FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
 
@@ -167,11 +168,16 @@ class WaitingRequests(Generic[P, R]):
     def gives_place(self, running: Collection[Request]) -> Request | None:
         """Return which of a full batch is preempted for the request that the last step crowded out, so that no tenant
         keeps all places for as long as its answers are. It is the last one of the tenant that has most places, if that
-        has at least two more than the request's tenant; never a more urgent one.
+        has at least two more than the request's tenant; never a more urgent one. Lines of batches give place to all
+        others.
         """
         request, self._crowded_out = self._crowded_out, None
         if request is None or not self.is_ready(request):
             return None
+        if request.priority < BATCH_PRIORITY:
+            lines = (r for r in running if r.priority == BATCH_PRIORITY)
+            if (line := max(lines, key=rank_in_batch, default=None)) is not None:
+                return line
         num_running = self.fair.num_running
         most = num_running(request.tenant) + 1
         others = (r for r in running if r.priority >= request.priority and num_running(r.tenant) > most)
@@ -180,13 +186,14 @@ class WaitingRequests(Generic[P, R]):
     def gives_way(self, request: Request, others: Collection[Request]) -> Request | None:
         """Return which of a full queue is refused for a new request: the last one of the tenant that has most there, if
         that has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given
-        way already. O(queue).
+        way already. Lines of batches give way to all others. O(queue).
         """
         queued = [r for r in self._states if self.is_queued(r) and r not in others]
         number = Counter(r.tenant for r in queued)
         most = number[request.tenant] + 1
-        able = (r for r in queued if number[r.tenant] > most and r.priority >= request.priority)
-        able = (r for r in able if not r.is_continued and not r.num_generated)
+        able = [r for r in queued if not r.is_continued and not r.num_generated]
+        lines = [r for r in able if r.priority == BATCH_PRIORITY > request.priority]
+        able = lines or [r for r in able if number[r.tenant] > most and r.priority >= request.priority]
         return max(able, key=lambda r: (number[r.tenant], *rank_in_queue(r)), default=None)
 
     def is_ready(self, request: Request) -> bool:
