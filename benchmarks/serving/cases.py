@@ -119,7 +119,11 @@ def _bases() -> tuple[Case, ...]:
         return Case(name, BASE, workload, peers=peers, peer_passes=2, passes=2, in_process=False)
 
     eight = replace(_WAVE, num_requests=16, at_once=8)
-    return (case("one stream", replace(_ALONE, outputs=(128, 128))), case("8 at once", eight), case("32 at once", _WAVE))
+    return (
+        case("one stream", replace(_ALONE, outputs=(128, 128))),
+        case("8 at once", eight),
+        case("32 at once", _WAVE),
+    )
 
 
 def _mixed() -> tuple[Case, ...]:

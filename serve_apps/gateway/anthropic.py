@@ -12,6 +12,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loray.policy.quotas import LIMIT
 from loray.schemas.anthropic import ErrorAnswer, ErrorCode, ErrorDetail, error_type
 from loray.schemas.openai import Error
 from serve_apps.gateway import errors
@@ -20,7 +21,6 @@ from serve_apps.http import REQUEST_ID
 _VERSION = b"anthropic-version"
 _PATH = "/v1/messages"
 OVERLOADED, USED_UP = 529, 402
-_NO_RETRY = "x-should-retry"  # false: a limit is used up, and asking again in a moment helps nobody
 _SPAN = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s)?")  # as `loray.policy.quotas.span` writes it
 
 
@@ -34,7 +34,7 @@ def status_of(status: int, error: Error, headers: Mapping[str, str]) -> int:
     """The status that Anthropic has for an error of ours: 529 where it helps to ask again, 402 for a used-up budget."""
     if status == HTTPStatus.SERVICE_UNAVAILABLE or error.code == "overloaded":
         return OVERLOADED
-    return USED_UP if status == HTTPStatus.TOO_MANY_REQUESTS and headers.get(_NO_RETRY) == "false" else status
+    return USED_UP if status == HTTPStatus.TOO_MANY_REQUESTS and headers.get(LIMIT) == "budget" else status
 
 
 class AnthropicForm:

@@ -125,9 +125,7 @@ def test_from_a_file_to_a_model_on_the_cluster(served: Served) -> None:
 @pytest.mark.timeout(900)
 def test_from_a_file_to_a_model_with_smollm2(tmp_path: Path) -> None:
     port = free_port()
-    ours = {
-        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
-    }
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env = ours | {"LORAY_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "loray.cli.main"]
     subprocess.run([*command, "base", "add", "smollm2"], env=env, check=True, timeout=300)

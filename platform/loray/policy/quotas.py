@@ -476,7 +476,7 @@ class QuotaGate:
         for lease, _ in full:
             lease.refused()
         wait, lease, cost = max(((lease.turn_s(cost), lease, cost) for lease, cost in full), key=lambda one: one[0])
-        told: dict[str, str] = {} if cost > lease.rule.limit else {LIMIT: lease.rule.kind}
+        told: dict[str, str] = {LIMIT: lease.rule.kind}
         if any(lease.rule.kind == "budget" or cost > lease.rule.limit for lease, cost in full):
             told[SHOULD_RETRY] = "false"  # which clients obey: the same again is refused for long
         raise RateLimited(_message(lease, cost, wait), wait, told | headers_of([lease for lease, _ in costs]))
