@@ -60,7 +60,6 @@ def test_agents(run: Run, name: str) -> None:
     assert "\nanswer: " in lines
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the 'model_.*' attribute on the instance")  # LiteLLM on its own chunks
 def test_litellm(run: Run) -> None:
     assert re.search(r"^answer: .*^tokens: \d+$", run("litellm_client.py"), re.MULTILINE | re.DOTALL)
 
