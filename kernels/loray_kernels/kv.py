@@ -33,7 +33,7 @@ class KvLayout(NamedTuple):
 
     @property
     def layer_share(self) -> int:
-        """Elements of the pool that a block has for a layer."""
+        """Count the elements of the pool that a block has for a layer."""
         heads = 2 * self.block_tokens * self.num_kv_heads
         if not self.int8_per_element:
             return heads * self.head_dim
@@ -41,7 +41,7 @@ class KvLayout(NamedTuple):
 
     @property
     def block_stride(self) -> int:
-        """Elements from block to block, each as K and V are."""
+        """Count the elements from block to block, each as K and V are."""
         return self.num_layers * self.layer_share * (self.int8_per_element or 1)
 
 

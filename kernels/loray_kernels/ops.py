@@ -156,7 +156,7 @@ class QuantizedWeight:
 
     @property
     def kind(self) -> str:
-        """Its values and its scales, in words: int8 by rows, int4 in groups of 128."""
+        """Name its values and its scales in words: int8 by rows, int4 in groups of 128."""
         values = "int4" if self.is_int4 else str(self.q_OI.dtype).removeprefix("torch.")
         return f"{values} by rows" if self.scale_OG.shape[1] == 1 else f"{values} in groups of {self.group}"
 
@@ -295,7 +295,7 @@ class ExpertWeights(Preparable):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scoring:
-    """How attention scores a query and a key: s = scale · q · k.
+    """Attention scores a query and a key with s = scale · q · k.
 
     window    tokens that a token attends to, itself included; blocks behind all windows are not read
     soft_cap  c: a score s is c · tanh(s / c)

@@ -213,14 +213,14 @@ _MARKS: Mapping[Layout, str] = {  # of a module whose weight is quantised
 
 
 class StoredWeight(NamedTuple):
-    """The tensors that stand in place of a weight of shape (O, I), by their suffixes."""
+    """`parts` stand in place of a weight of shape (O, I), by their suffixes."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, TensorInfo]
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds by name: `plain` tensors are stored as they are, `quantized` weights in parts."""
+    """A checkpoint holds these, by name: `plain` tensors are stored as they are, `quantized` weights in parts."""
 
     plain: Mapping[str, TensorInfo]
     quantized: Mapping[str, StoredWeight]

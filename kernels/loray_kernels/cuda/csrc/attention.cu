@@ -147,8 +147,9 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const Q *pool, Cache ca
   merge(out + (token * num_heads + head) * d, partial, num, num_heads * (d + 2), heads, d);
 }
 
-// The splits of `num` sequences, by one block, without those behind the window, and zeros for `arrived`. A launch has the sequences whose first split is
-// in [launch · most, (launch + 1) · most); its splits begin at starts[launch], and end where those of the next begin.
+// The splits of `num` sequences, by one block, without those behind the window, and zeros for `arrived`. A launch has the
+// sequences whose first split is in [launch · most, (launch + 1) · most); its splits begin at starts[launch], and end where
+// those of the next begin.
 __device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, Scoring scoring, i64 most,
                             i64 num_launches, i64 *starts, i64 *splits, int *arrived, i64 num_arrived) {
   __shared__ int sum[THREADS];

@@ -61,7 +61,7 @@ class WaitingRequests(Generic[P, R]):
         return iter(self._states)
 
     def longest_wait_s(self, now: float) -> float:
-        """The seconds that the request waits which waits longest for its first step, and for nothing else."""
+        """Return how long the request has waited that waits longest for its first step, and for nothing else."""
         ready = (r.queued_at for r, state in self._states.items() if state is _State.READY)
         return max((now - at for at in ready if at is not None), default=0.0)
 
