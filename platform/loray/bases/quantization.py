@@ -74,10 +74,15 @@ class Quantization:
     def bits(self) -> int:
         return _BITS[self.kind]
 
+    @property
+    def has_integers(self) -> bool:
+        """Say whether its values are whole numbers; then engines round a tied output head to int8."""
+        return self.kind in ("int8", "int4")
+
     def is_kept(self, *, on_gpu: bool) -> bool:
         """Say whether engines there keep such weights; else they dequantise them."""
         if not on_gpu:
-            return self.kind in ("int8", "int4")
+            return self.has_integers
         if self.kind == "int4":
             return self.group_size in _GPU_INT4_GROUPS
         return self.kind in ("int8", "fp8") and self.group_size is None

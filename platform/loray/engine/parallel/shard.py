@@ -94,7 +94,7 @@ def local_tensors(
     checkpoint rounds its layers to integers, as by a single rank. SpecError if that cuts a group of columns that share
     a scale.
     """
-    has_integers = config.quantization is not None and config.quantization.kind in ("int8", "int4")
+    has_integers = config.quantization is not None and config.quantization.has_integers
     for name, tensor in unfused(tensors, config):
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]

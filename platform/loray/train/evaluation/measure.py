@@ -155,7 +155,7 @@ def _round_activations(model: Any, base: BaseModel, device: torch.device) -> Non
             module.register_forward_pre_hook(of_inputs)
             module._apply_gate = lambda x, gate=module._apply_gate: rounded(gate(x))
     qkv = (f"model.layers.0.self_attn.{module}.weight" for module in INPUTS[0])
-    if base.config.tie_word_embeddings and quantization.kind in ("int8", "int4") and all(map(is_kept, qkv)):
+    if base.config.tie_word_embeddings and quantization.has_integers and all(map(is_kept, qkv)):
         model.base_model.norm.register_forward_hook(lambda module, inputs, x: rounded(x, to_int8))
         head = model.get_output_embeddings()
         if not head.weight.is_meta:  # else it is a shard's, of the embedding
