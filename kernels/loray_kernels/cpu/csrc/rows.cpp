@@ -1,6 +1,7 @@
 // Ops on single tokens: norms, with weights of adapters; scales of outputs; rotary embedding; writing the KV cache.
 
 #include "kernels.h"
+#include "simd/bytes.h"
 
 namespace LORAY_NAMESPACE {
 
@@ -126,23 +127,15 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, i6
 // Rounds `width` elements as `quantize_rows` of reference.py does, and gives their scale. `width` is a multiple of 16.
 template <class T>
 static float quantize(const T* x, i64 width, int8_t* q) {
-    typedef int32_t Ints __attribute__((vector_size(4 * W)));
     typedef int8_t Bytes __attribute__((vector_size(W)));
-    Ints most = {};  // of floats without their sign, which are in the order of their bits, and infinite and NaN above all
-    for (i64 i = 0; i < width; i += W) {
-        const Ints bits = (Ints)load(x + i) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    int32_t bits = 0;
-    for (int i = 0; i < W; i++) bits = most[i] > bits ? most[i] : bits;
+    const int32_t bits = largest_bits(x, width);
     float largest;
     memcpy(&largest, &bits, 4);
-    const bool is_finite = bits < 0x7f800000;
+    const bool is_finite = bits < INFINITE;
     const Vec inverse = set1(is_finite && largest >= 1e-30f ? 127.0f / largest : 0.0f);
-    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
     for (i64 i = 0; i < width; i += W) {
-        const Ints whole = (Ints)(load(x + i) * inverse + magic) - (Ints)magic;
-        const Bytes bytes = __builtin_convertvector(is_finite ? whole : Ints{}, Bytes);
+        const Ints whole = is_finite ? ByteStep::whole(load(x + i) * inverse) : Ints{};
+        const Bytes bytes = __builtin_convertvector(whole, Bytes);
         memcpy(q + i, &bytes, W);
     }
     return is_finite ? largest / 127.0f : __builtin_nanf("");

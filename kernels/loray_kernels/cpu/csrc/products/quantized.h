@@ -56,16 +56,10 @@ template <class T, class Beyond>
 static inline void quantize_row(const T* x, i64 width, i64 t, const QuantizedInputs& in, Beyond beyond) {
     using S = ByteStep;
     typedef S::Operand Narrow __attribute__((vector_size(W * sizeof(S::Operand))));
-    Ints most = {};  // of floats without their sign, which are in the order of their bits, and infinite and NaN above all
-    vectors(width, [&](i64 i, auto n) {
-        const Ints bits = (Ints)load_n(x + i, n) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    });
-    int32_t bits = 0;
-    for (int i = 0; i < W; i++) bits = most[i] > bits ? most[i] : bits;
+    const int32_t bits = largest_bits(x, width);
     float largest;
     memcpy(&largest, &bits, 4);
-    const bool is_finite = bits < 0x7f800000, is_some = is_finite && largest >= 1e-30f;
+    const bool is_finite = bits < INFINITE, is_some = is_finite && largest >= 1e-30f;
     const Vec fine = set1(is_some ? 32767.0f / largest : 0.0f);
     Ints all = {};
     vectors(width, [&](i64 i, auto n) { all += S::whole((Vec)((Ints)load_n(x + i, n) & 0x7fffffff) * fine); });

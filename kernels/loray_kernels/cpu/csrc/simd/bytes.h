@@ -10,6 +10,21 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 
 static inline Vec to_floats(Ints v) { return __builtin_convertvector(v, Vec); }
 
+// The bits of the largest of `num` numbers without their sign. They are in the order of the numbers, with an infinite one and
+// then NaN above all.
+constexpr int32_t INFINITE = 0x7f800000;
+template <class T>
+static inline int32_t largest_bits(const T* x, i64 num) {
+    Ints most = {};
+    vectors(num, [&](i64 i, auto n) {
+        const Ints bits = (Ints)load_n(x + i, n) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    });
+    int32_t bits = 0;
+    for (int i = 0; i < W; i++) bits = most[i] > bits ? most[i] : bits;
+    return bits;
+}
+
 // The weights of a step are W · STEP bytes, output by output. `halves` takes two steps from as many bytes, which have
 // the first one's weights in their lower halves.
 //
