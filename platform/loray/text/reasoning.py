@@ -28,8 +28,8 @@ def detect(added_tokens: Collection[str], template: str) -> ReasoningParserName 
 
 
 def thinking_after(prompt_ids: Sequence[int], added_tokens: Mapping[str, int], budget: int | None) -> Thinking:
-    """What comes after a prompt, whose last marker behind any other added token (such as that of a turn) says whether a
-    thought is open or over. `budget` is Thinking's.
+    """Say whether a thought is open or over after a prompt. The last marker says it, unless another added token (such
+    as that of a turn) stands behind it. `budget` is Thinking's.
     """
     start, end = added_tokens[START], added_tokens[END]
     thinking = Thinking(start_id=start, end_id=end, budget=budget)
