@@ -388,10 +388,11 @@ class Grammars:
         is_left_alone = self._on_gpu or self._guessing is not None
         if answer is None or is_left_alone or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
             return ()
-        if answer.matcher is None or answer.content_from(request.output_ids) is None:
+        matcher = self._matcher(request)
+        if matcher is None:
             return ()
         answer.read(request.output_ids)
-        return answer.matcher.compute_ff_tokens()
+        return matcher.compute_ff_tokens()
 
     def _take_compiled(self) -> None:
         for request, compiled in self._compilations.take():
