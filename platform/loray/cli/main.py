@@ -105,9 +105,9 @@ class LazyGroup(click.Group):
         groups = {title: {name: text for name, (_, text) in rows.items()} for title, rows in _GROUPS.items()}
         others = {name: self.get_command(ctx, name) for name in names if name not in _COMMANDS}
         groups[_OTHERS] = {name: command.get_short_help_str() for name, command in others.items() if command}
-        width = max(map(len, names)) + 2
+        width = max(map(len, names))
         for title, texts in groups.items():
-            if rows := [(name.ljust(width - 2), text) for name, text in texts.items() if name in names]:
+            if rows := [(name.ljust(width), text) for name, text in texts.items() if name in names]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
 

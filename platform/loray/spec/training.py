@@ -18,12 +18,12 @@ EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]
-# Why an alias is set although the gate refuses it. The catalog records the reason.
 # Strings that who submits a job keeps with it; the values of OpenAI's fine-tuning may be JSON.
 JobMetadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=16384)]],
     Field(max_length=16),
 ]
+# Why an alias is set although the gate refuses it. The catalog records the reason.
 NoGateReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 
 

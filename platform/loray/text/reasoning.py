@@ -28,8 +28,8 @@ def detect(added_tokens: Collection[str], template: str) -> ReasoningParserName 
 
 
 def thinking_after(prompt_ids: Sequence[int], added_tokens: Mapping[str, int], budget: int | None) -> Thinking:
-    """What comes after a prompt, whose last marker behind any other added token (such as that of a turn) says whether a
-    thought is open or over. `budget` is Thinking's.
+    """Say whether a thought is open or over after a prompt. The last marker says it, unless another added token (such
+    as that of a turn) stands behind it. `budget` is Thinking's.
     """
     start, end = added_tokens[START], added_tokens[END]
     thinking = Thinking(start_id=start, end_id=end, budget=budget)
@@ -51,10 +51,10 @@ class ThoughtReader:
     num_tokens    those of the thought, without the tokens that open and close it
     """
 
-    __slots__ = ("_begin", "_thinking", "content_from", "num_read")
+    __slots__ = ("_begin", "content_from", "num_read", "thinking")
 
     def __init__(self, thinking: Thinking) -> None:
-        self._thinking = thinking
+        self.thinking = thinking
         self._begin = 0 if thinking.state == "open" else None
         self.content_from: int | None = None
         self.num_read = 0
@@ -73,12 +73,12 @@ class ThoughtReader:
         """Take in the answer's next tokens."""
         if self.content_from is None and token_ids:
             begin, at = self._begin, self.num_read
-            if begin is None and token_ids[0] == self._thinking.start_id:
+            if begin is None and token_ids[0] == self.thinking.start_id:
                 begin = self._begin = 1
             if begin is None:
                 self.content_from = 0
-            elif self._thinking.end_id in token_ids:
-                self.content_from = at + token_ids.index(self._thinking.end_id) + 1
+            elif self.thinking.end_id in token_ids:
+                self.content_from = at + token_ids.index(self.thinking.end_id) + 1
         self.num_read += len(token_ids)
 
 

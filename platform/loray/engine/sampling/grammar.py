@@ -61,18 +61,19 @@ class Masks(NamedTuple):
 class _Thought(ThoughtReader):
     """The thought of one answer. `is_cut`: its next token closes it, whatever it would be."""
 
-    __slots__ = ("is_cut", "thinking")
+    __slots__ = ("is_cut",)
 
     def __init__(self, thinking: Thinking) -> None:
         super().__init__(thinking)
-        self.thinking, self.is_cut = thinking, False
+        self.is_cut = False
 
     @property
     def num_left(self) -> int | None:
         """The tokens that it may still have; None: any number."""
-        if self.is_cut or self.thinking.budget is None:
-            return 0 if self.is_cut else None
-        return max(0, self.thinking.budget - self.num_tokens)
+        if self.is_cut:
+            return 0
+        budget = self.thinking.budget
+        return None if budget is None else max(0, budget - self.num_tokens)
 
 
 class _Answer:
@@ -330,14 +331,13 @@ class Grammars:
 
     def begin_guesses(self, sampled: Sequence[Chunk]) -> None:
         """Begin the masks after the guesses of a step, which is computed meanwhile; `masks` takes them."""
-        own = [c for c in sampled if c.guesses and self._matches(c.request)] if self._answers else []
-        starts = [*accumulate((1 + len(chunk.guesses) for chunk in own), initial=0)]
-        self._guessed = {chunk.request: range(*rows) for chunk, rows in zip(own, pairwise(starts), strict=True)}
+        guessing = [c for c in sampled if c.guesses] if self._answers else []
+        own = [(c, m) for c in guessing if (m := self._matcher(c.request)) is not None]
+        starts = [*accumulate((1 + len(chunk.guesses) for chunk, _ in own), initial=0)]
+        self._guessed = {chunk.request: range(*rows) for (chunk, _), rows in zip(own, pairwise(starts), strict=True)}
         if own:
             self._guessed_MW = np.zeros((starts[-1], self._num_words), dtype=np.int32)
-            matchers = [m for c in own if (m := self._answers[c.request].matcher) is not None]
-            starts = [self._guessed[c.request].start for c in own]
-            rows = [*zip(matchers, starts, (c.guesses for c in own), strict=True)]
+            rows = [(matcher, self._guessed[c.request].start, c.guesses) for c, matcher in own]
             self._guessing = self._thread.begin_guesses(rows, self._guessed_MW)
 
     def masks(self, requests: Sequence[Request]) -> Masks | None:
@@ -388,10 +388,11 @@ class Grammars:
         is_left_alone = self._on_gpu or self._guessing is not None
         if answer is None or is_left_alone or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
             return ()
-        if answer.matcher is None or answer.content_from(request.output_ids) is None:
+        matcher = self._matcher(request)
+        if matcher is None:
             return ()
         answer.read(request.output_ids)
-        return answer.matcher.compute_ff_tokens()
+        return matcher.compute_ff_tokens()
 
     def _take_compiled(self) -> None:
         for request, compiled in self._compilations.take():
@@ -414,12 +415,12 @@ class Grammars:
         if thought.content_from is not None and self._answers[request].matcher is None:
             del self._answers[request]
 
-    def _matches(self, request: Request) -> bool:
-        """Say whether the request's next token must match a constraint."""
+    def _matcher(self, request: Request) -> LLMatcher | None:
+        """Give the matcher by which the request's next token is chosen; None without one, and before the content."""
         answer = self._answers.get(request)
-        if answer is None or answer.matcher is None:
-            return False
-        return answer.content_from(request.output_ids) is not None
+        if answer is None or answer.matcher is None or answer.content_from(request.output_ids) is None:
+            return None
+        return answer.matcher
 
     def _in_thought(self, request: Request, thought: _Thought, guesses: Sequence[int]) -> Sequence[int]:
         if not thought.is_open:

@@ -422,18 +422,17 @@ class Chunks:
             plain = self._plain[index] = self._template(index, _PLAIN)
             if (first := self._answer.opening(index)) is not None:
                 opening = f"{self._before}{first.to_json()}{self._after}"
-        if delta.reasoning:
-            if delta.text or delta.tool_calls or not (delta.finish_reason or delta.logprobs or self._has_extras):
-                thought = self._thoughts.get(index)
-                if thought is None:
-                    thought = self._thoughts[index] = self._template(index, _THOUGHT)
-                opening += encode_basestring(delta.reasoning).join(thought)
-                delta = delta._replace(reasoning="")
-            else:
-                return f"{opening}{self._before}{self._answer.chunk(index, delta).to_json()}{self._after}"
-        if not (delta.text or delta.finish_reason or delta.logprobs or delta.tool_calls or self._has_extras):
+        has_more = delta.finish_reason or delta.logprobs or self._has_extras
+        if delta.reasoning and (delta.text or delta.tool_calls or not has_more):
+            thought = self._thoughts.get(index)
+            if thought is None:
+                thought = self._thoughts[index] = self._template(index, _THOUGHT)
+            opening += encode_basestring(delta.reasoning).join(thought)
+            delta = delta._replace(reasoning="")
+        if not (delta.text or delta.tool_calls or has_more):
             return opening
-        if delta.logprobs is not None or delta.tool_calls or self._has_extras or delta.stop_reason is not None:
+        is_plain = not (delta.reasoning or delta.tool_calls or self._has_extras)
+        if not is_plain or delta.logprobs is not None or delta.stop_reason is not None:
             return f"{opening}{self._before}{self._answer.chunk(index, delta).to_json()}{self._after}"
         if delta.finish_reason is not None:
             plain = self._template(index, _Kind(delta.finish_reason, bool(delta.text)))

@@ -483,7 +483,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template of a reasoning model is given: an effort may turn the thought off."""
+        """The chat template is given these variables. An effort may turn the thought of a reasoning model off."""
         is_off = self.reasoning_effort in _NO_THOUGHT
         return ({ENABLE_THINKING: False} if is_off else {}) | self.chat_template_kwargs
 

@@ -184,7 +184,7 @@ class ResponsesRequest(Hints):
 
     @property
     def effort(self) -> Any:
-        """What `reasoning` says of the effort, or the field by which chats say it."""
+        """The effort is that of `reasoning`, or else of the field by which chats say it."""
         return (self.reasoning or {}).get("effort") or self.reasoning_effort
 
     def _tools(self) -> dict[str, Any]:

@@ -125,8 +125,11 @@ class CharacterParser:
             c = yield
         return spaces, c
 
-    def _until(self, begin: str, c: Char, *, after_call: bool, end: str = "") -> Generator[None, Char, str | None]:
-        """Emit text until the marker `begin`. Returns it with the whitespace before it; None where the text ends.
+    def _until(
+        self, begin: str, c: Char, *, after_call: bool, end: str = ""
+    ) -> Generator[None, Char, tuple[str, Char] | None]:
+        """Emit text until the marker `begin`. Returns it with the whitespace around it, and the character after that;
+        None where the text ends before it.
 
         Directly after a call, whitespace and the call's marker `end` are not text.
         """
@@ -134,8 +137,10 @@ class CharacterParser:
         while c is not None:
             pending = (pending + c).lstrip() if after_call else pending + c
             if pending.endswith(begin):
-                self._text(pending[: -len(begin)].rstrip())
-                return pending[len(pending[: -len(begin)].rstrip()) :]
+                certain = pending[: -len(begin)].rstrip()
+                self._text(certain)
+                spaces, c = yield from self._spaces((yield))
+                return pending[len(certain) :] + spaces, c
             if after_call and pending == end:
                 pending = ""
             else:
@@ -214,12 +219,12 @@ class HermesParser(CharacterParser):
         c: Char = yield
         called = False
         while True:
-            raw = yield from self._until(self.BEGIN, c, after_call=called, end=self.END)
-            if raw is None:
+            found = yield from self._until(self.BEGIN, c, after_call=called, end=self.END)
+            if found is None:
                 return None
-            spaces, c = yield from self._spaces((yield))
+            raw, c = found
             before = self._num_calls
-            c = yield from self._object(CallObject(), raw + spaces, c, end=self.END)
+            c = yield from self._object(CallObject(), raw, c, end=self.END)
             called = self._num_calls > before
 
 
@@ -248,8 +253,7 @@ class LlamaParser(CharacterParser):
             found = yield from self._until(self.BEGIN, c, after_call=called)
             if found is None:
                 return None
-            spaces, c = yield from self._spaces((yield))
-            raw = found + spaces
+            raw, c = found
 
     def _separator(self, c: Char) -> Generator[None, Char, tuple[str, Char]]:
         """The text between two calls, and the character after it; whitespace after a call counts as nothing."""
@@ -271,17 +275,17 @@ class MistralParser(CharacterParser):
         c: Char = yield
         called = False
         while True:
-            raw = yield from self._until(self.BEGIN, c, after_call=called)
-            if raw is None:
+            found = yield from self._until(self.BEGIN, c, after_call=called)
+            if found is None:
                 return None
-            spaces, c = yield from self._spaces((yield))
+            raw, c = found
             before = self._num_calls
             if c == "[":
-                c = yield from self._array(raw + spaces)
+                c = yield from self._array(raw)
             elif c == "{":
-                c = yield from self._object(CallObject(), raw + spaces, c)
+                c = yield from self._object(CallObject(), raw, c)
             else:
-                c = yield from self._named(raw + spaces, c)
+                c = yield from self._named(raw, c)
             called = self._num_calls > before
 
     def _array(self, raw: str) -> Reading:
@@ -343,21 +347,20 @@ class QwenCoderParser(CharacterParser):
         c: Char = yield
         called = False
         while True:
-            raw = yield from self._until(self.BEGIN, c, after_call=called, end=self.END)
-            if raw is None:
+            found = yield from self._until(self.BEGIN, c, after_call=called, end=self.END)
+            if found is None:
                 return None
-            spaces, c = yield from self._spaces((yield))
-            raw, called = raw + spaces, False
+            raw, c = found
             head = ""
             while c is not None and self._may_begin(head + c):
                 head += c
                 if c == ">":
                     break
                 c = yield
-            if c != ">" or not head.endswith(">"):
+            called = head.endswith(">")
+            if not called:
                 self._text(raw + head)
                 continue
-            called = True
             name = head[len(self.FUNCTION) : -1]
             self._call(name)
             c = yield from self._parameters(name)
@@ -436,8 +439,7 @@ class PythonicParser(CharacterParser):
             found = yield from self._until(self.BEGIN, c, after_call=self._num_calls > before, end=self.END)
             if found is None:
                 return None
-            spaces, c = yield from self._spaces((yield))
-            raw = found + spaces
+            raw, c = found
 
     def _calls(self, raw: str) -> Reading:
         """Calls between brackets, of which the first one has been read."""

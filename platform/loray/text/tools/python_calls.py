@@ -188,7 +188,7 @@ class PythonArguments:
             self._quote = ""
 
     def _escape(self) -> _Writing:
-        """What follows a backslash; nothing is returned where all that was read belongs to it."""
+        """Write what the characters after a backslash mean. Returns nothing where all that was read belongs to them."""
         c = yield
         if c in _NUM_DIGITS:
             code = yield from self._digits(_NUM_DIGITS[c])
