@@ -107,6 +107,12 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
     return given if 0 < len(given) <= _MAX_ID and all("!" <= char <= "~" for char in given) else None
 
 
+def path_of(scope: Scope) -> str:
+    """Return the path of a request in its application, whatever it is mounted at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def new_request_id() -> str:
     return f"req-{secrets.token_hex(8)}"
 
