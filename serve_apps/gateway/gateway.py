@@ -60,30 +60,6 @@ class _Asked(NamedTuple, Generic[Q]):
     target: ServedModel
     meter: CanaryMeter | None
 
-    def of_engine(
-        self,
-        name: str,
-        prompt: tuple[int, ...],
-        params: SamplingParams,
-        salt: str | None = None,
-        **others: Any,
-    ) -> GenerateRequest:
-        """Make one of the engines' requests, whose id is `name` after the client's. `salt`: the client's; `others`:
-        fields that not all kinds of requests have.
-        """
-        headers, principal = self.headers, self.headers.principal
-        return GenerateRequest(
-            request_id=name if headers.request_id is None else f"{headers.request_id}-{name}",
-            prompt_ids=prompt,
-            params=params,
-            adapter=self.target.adapter,
-            tenant=share_of(principal, self.request.user),
-            priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, self.request.priority),
-            cache_salt=cache_salt(principal.tenant, salt),
-            traceparent=None if headers.trace is None else headers.trace.traceparent,
-            **others,
-        )
-
 
 class Gateway:
     """Checks and tokenises requests, resolves their models, and builds OpenAI's responses from the engines' deltas."""
@@ -204,7 +180,7 @@ class Gateway:
             _check_inputs(prompts, limit, base.base.config.vocab_size)
         answer_id = _new_id("embd")
         requests = [
-            asked.of_engine(f"{answer_id}-{i}", prompt, _NOTHING_MORE, pooling=pooling)
+            _engine_request(asked, f"{answer_id}-{i}", prompt, _NOTHING_MORE, pooling=pooling)
             for i, prompt in enumerate(prompts)
         ]
         texts = [EmbeddingText(r, request.encoding_format) for r in requests]
@@ -266,7 +242,8 @@ class Gateway:
             ignored = () if given is None else await target.base.grammars.check(given.constraint, given.param)
             bad_words = await target.base.prompts.bad_words(request.bad_words, principal.tenant)
             requests = [
-                asked.of_engine(
+                _engine_request(
+                    asked,
                     f"{answer_id}-{i * request.n + choice}",
                     prompt,
                     request.sampling(
@@ -408,6 +385,32 @@ def _check_inputs(prompts: Sequence[tuple[int, ...]], limit: int, vocab_size: in
         raise RequestError(
             f"the inputs have {total:,} tokens; at most {MAX_INPUT_TOKENS:,} are embedded in one request", "input"
         )
+
+
+def _engine_request(
+    asked: _Asked[Any],
+    name: str,
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    salt: str | None = None,
+    **others: Any,
+) -> GenerateRequest:
+    """Make one of the engines' requests, whose id is `name` after the client's. `salt`: the client's; `others`: fields
+    that not all kinds of requests have.
+    """
+    request, headers, target, _ = asked
+    principal = headers.principal
+    return GenerateRequest(
+        request_id=name if headers.request_id is None else f"{headers.request_id}-{name}",
+        prompt_ids=prompt,
+        params=params,
+        adapter=target.adapter,
+        tenant=share_of(principal, request.user),
+        priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority),
+        cache_salt=cache_salt(principal.tenant, salt),
+        traceparent=None if headers.trace is None else headers.trace.traceparent,
+        **others,
+    )
 
 
 def _about(asked: _Asked[GenerationRequest], prompts: Sequence[tuple[int, ...]]) -> tuple[int, str, str, bool, Extras]:
