@@ -29,6 +29,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.errors import LorayError
+from serve_apps.auth import AS_BATCH
 
 T = TypeVar("T")
 
@@ -107,6 +108,12 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
     return given if 0 < len(given) <= _MAX_ID and all("!" <= char <= "~" for char in given) else None
 
 
+def path_of(scope: Scope) -> str:
+    """Return the path of a request in its application, whatever it is mounted at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def new_request_id() -> str:
     return f"req-{secrets.token_hex(8)}"
 
@@ -139,7 +146,9 @@ class EchoRequestId:
 
 
 class WithoutRequestId:
-    """ASGI middleware: the response has no id. Ray Serve gives each request one, and adds it to the response itself."""
+    """ASGI middleware: the response has no id. Ray Serve gives each request one, and adds it to the response itself.
+    Lines of batches do not come through it, and keep theirs.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -150,7 +159,8 @@ class WithoutRequestId:
                 del MutableHeaders(scope=message)[REQUEST_ID]
             await send(message)
 
-        await self._app(scope, receive, without if scope["type"] == "http" else send)
+        is_of_serve = scope["type"] == "http" and AS_BATCH not in scope.get("state", {})
+        await self._app(scope, receive, without if is_of_serve else send)
 
 
 def schema_reference(name: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from loray.spec import BATCH_PRIORITY, Delta, GenerateRequest, Principal, UsageE
 from loray.store import open_store
 from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
+from serve_apps.http import path_of
 
 _START_S = 2.0  # that a start waits to hear what was used before
 NOTED_TOKENS = 1024  # of a choice, after which what the request has used is noted again
@@ -348,7 +349,7 @@ class AdmitRequests:
         self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        path = path_of(scope) if scope["type"] == "http" else None
         if path not in self._paths or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

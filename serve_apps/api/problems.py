@@ -17,7 +17,7 @@ from loray.errors import BaseMismatch, LorayError, Overloaded, RevisionConflict,
 from loray.publishing.uploads import MAX_FILE_BYTES
 from loray.schemas.resources import FieldError, Problem, problem_type
 from loray.telemetry import get_logger
-from serve_apps.http import BodyLimit, install_error_handlers, schema_reference
+from serve_apps.http import BodyLimit, install_error_handlers, path_of, schema_reference
 
 _log = get_logger(__name__)
 
@@ -93,8 +93,7 @@ def status_of(error: type[LorayError]) -> int:
 
 def _max_body_bytes(scope: Scope) -> int:
     """Limit a body. A file's is not held in memory: its route counts it."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    is_file = scope["method"] == "PUT" and _FILE_ROUTES.fullmatch(path) is not None
+    is_file = scope["method"] == "PUT" and _FILE_ROUTES.fullmatch(path_of(scope)) is not None
     return MAX_FILE_BYTES if is_file else MAX_BODY_BYTES
 
 

@@ -27,6 +27,7 @@ from serve_apps.auth import (
 )
 from serve_apps.console.backend import COOKIE, ConsoleDep, Sessions
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, page_router, read_form, root_of
+from serve_apps.http import path_of
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOGIN = f"{PREFIX}/login"
@@ -59,7 +60,7 @@ class CheckConsole(Authenticate):
         self._sessions, self._renderer = sessions, renderer
 
     async def _admit(self, scope: Scope, action: Action) -> Principal | None:
-        path = _path(scope)
+        path = path_of(scope)
         if not _is_page(path):
             return await super()._admit(scope, action)
         request, headers = Request(scope), self._headers(scope)
@@ -86,14 +87,9 @@ class CheckConsole(Authenticate):
         scope["state"]["principal"] = await self._admit(scope, action)
 
     def _refusal(self, scope: Scope, error: Exception) -> Response:
-        if not _is_page(_path(scope)):
+        if not _is_page(path_of(scope)):
             return super()._refusal(scope, error)
         return self._renderer.refusal(Request(scope), error)
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _is_page(path: str) -> bool:

@@ -16,7 +16,7 @@ from loray.policy.quotas import LIMIT
 from loray.schemas.anthropic import ErrorAnswer, ErrorCode, ErrorDetail, error_type
 from loray.schemas.openai import Error
 from serve_apps.gateway import errors
-from serve_apps.http import REQUEST_ID
+from serve_apps.http import REQUEST_ID, path_of
 
 _VERSION = b"anthropic-version"
 _PATH = "/v1/messages"
@@ -26,7 +26,7 @@ _SPAN = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s)?")  # as `loray.policy.
 
 def is_spoken(scope: Scope) -> bool:
     """Tell whether a request is of Anthropic's API: by its path, or by the header that its clients always send."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = path_of(scope)
     return path == _PATH or path.startswith(f"{_PATH}/") or any(name == _VERSION for name, _ in scope["headers"])
 
 

@@ -35,7 +35,7 @@ from serve_apps.gateway.fine_tuning.routes import fine_tuning_routes
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import create_routes, describe
-from serve_apps.http import BodyLimit, EchoRequestId
+from serve_apps.http import BodyLimit, EchoRequestId, path_of
 from serve_apps.tracing import TraceRequests, Tracing
 
 CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
@@ -90,8 +90,7 @@ def create_app(
         return errors.response_of(errors.failure_of(error))
 
     def max_bytes(scope: Scope) -> int:
-        is_file = scope["path"].removeprefix(scope.get("root_path", "")) == "/v1/files"
-        return MAX_FORM_BYTES if is_file else gateway.max_body_bytes()
+        return MAX_FORM_BYTES if path_of(scope) == "/v1/files" else gateway.max_body_bytes()
 
     app.add_middleware(BodyLimit, max_bytes=max_bytes, advice=_ADVICE)
     paths = permissions.paths("infer")  # which generate or tokenise

@@ -153,9 +153,16 @@ class Gateway:
         unused = request.thinking_fields if thinking is None else []
         requests, told = await self._requests(asked, [prompt], answer.id, "messages", given, thinking, unused)
         writer = writer or writer_of(answer, len(requests), request)
-        options = {"thinking": thinking, "include_reasoning": request.include_reasoning is not False}
-        options["tokens_as_ids"] = request.return_tokens_as_token_ids
-        texts = [dialect.text_of(r, use, **options) for r in requests]
+        texts = [
+            dialect.text_of(
+                r,
+                use,
+                thinking=thinking,
+                include_reasoning=request.include_reasoning is not False,
+                tokens_as_ids=request.return_tokens_as_token_ids,
+            )
+            for r in requests
+        ]
         return self._answer(asked, requests, texts, writer, answer.id, told)
 
     async def embeddings(self, request: EmbeddingRequest, headers: RequestHeaders) -> Response:
@@ -171,21 +178,9 @@ class Gateway:
         prompts = await base.prompts.inputs(request.input, limit, principal.tenant, special=special, keep=keep)
         with self.accounts.charged_if_refused(principal, sum(map(len, prompts))):
             _check_inputs(prompts, limit, base.base.config.vocab_size)
-            priority = BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority)
         answer_id = _new_id("embd")
-        prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
         requests = [
-            GenerateRequest(
-                request_id=f"{prefix}-{i}",
-                prompt_ids=prompt,
-                params=_NOTHING_MORE,
-                adapter=asked.target.adapter,
-                tenant=share_of(principal, request.user),
-                priority=priority,
-                cache_salt=cache_salt(principal.tenant, None),
-                traceparent=None if headers.trace is None else headers.trace.traceparent,
-                pooling=pooling,
-            )
+            _engine_request(asked, f"{answer_id}-{i}", prompt, _NOTHING_MORE, pooling=pooling)
             for i, prompt in enumerate(prompts)
         ]
         texts = [EmbeddingText(r, request.encoding_format) for r in requests]
@@ -246,24 +241,20 @@ class Gateway:
         with self.accounts.charged_if_refused(principal, sum(map(len, prompts))):
             ignored = () if given is None else await target.base.grammars.check(given.constraint, given.param)
             bad_words = await target.base.prompts.bad_words(request.bad_words, principal.tenant)
-            prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
             requests = [
-                GenerateRequest(
-                    request_id=f"{prefix}-{i * request.n + choice}",
-                    prompt_ids=prompt,
-                    params=request.sampling(
+                _engine_request(
+                    asked,
+                    f"{answer_id}-{i * request.n + choice}",
+                    prompt,
+                    request.sampling(
                         max_tokens=_max_tokens(request, len(prompt), target.limit, param),
                         choice=choice,
                         bad_words=bad_words,
                         structured=None if given is None else given.constraint,
                         thinking=thinking,
                     ),
-                    adapter=target.adapter,
-                    tenant=share_of(principal, request.user),
-                    priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority),
+                    request.cache_salt,
                     ttft_slo_s=request.ttft_slo_s,
-                    cache_salt=cache_salt(principal.tenant, request.cache_salt),
-                    traceparent=None if headers.trace is None else headers.trace.traceparent,
                 )
                 for i, prompt in enumerate(prompts)
                 for choice in range(request.n)
@@ -394,6 +385,32 @@ def _check_inputs(prompts: Sequence[tuple[int, ...]], limit: int, vocab_size: in
         raise RequestError(
             f"the inputs have {total:,} tokens; at most {MAX_INPUT_TOKENS:,} are embedded in one request", "input"
         )
+
+
+def _engine_request(
+    asked: _Asked[Any],
+    name: str,
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    salt: str | None = None,
+    **others: Any,
+) -> GenerateRequest:
+    """Make one of the engines' requests, whose id is `name` after the client's. `salt`: the client's; `others`: fields
+    that not all kinds of requests have.
+    """
+    request, headers, target, _ = asked
+    principal = headers.principal
+    return GenerateRequest(
+        request_id=name if headers.request_id is None else f"{headers.request_id}-{name}",
+        prompt_ids=prompt,
+        params=params,
+        adapter=target.adapter,
+        tenant=share_of(principal, request.user),
+        priority=BATCH_PRIORITY if headers.is_batch else allowed_priority(principal, request.priority),
+        cache_salt=cache_salt(principal.tenant, salt),
+        traceparent=None if headers.trace is None else headers.trace.traceparent,
+        **others,
+    )
 
 
 def _about(asked: _Asked[GenerationRequest], prompts: Sequence[tuple[int, ...]]) -> tuple[int, str, str, bool, Extras]:

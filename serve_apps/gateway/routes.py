@@ -202,8 +202,9 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
 
         form, model = await _converted_body(request, form_and_model)
         if form == "input" and isinstance(model, str):
-            pools = (await gateway.model(model, principal_of(request))).base.pooling is not None
-            return await (embeddings if pools else responses)(request)
+            target = await gateway.model(model, principal_of(request))
+            if target.base.pooling is not None:
+                return await embeddings(request)
         return await forms[form](request)
 
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:

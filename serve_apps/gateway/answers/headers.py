@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from fastapi import Request
 from starlette.datastructures import MutableHeaders
 
 from loray.errors import RequestError, shown
+from loray.schemas.openai.fields import NAME
 from loray.spec import Principal
 from serve_apps.auth import AS_BATCH, principal_of
 from serve_apps.http import request_id_of
@@ -24,7 +24,6 @@ STRICT = "X-Loray-Strict"  # true: unknown fields of the body are refused
 IGNORED = "X-Loray-Ignored-Fields"  # of the response: unknown fields, and keywords of a schema that answers may violate
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_IGNORED = 10  # names
-_NAME = re.compile(r"[A-Za-z0-9_.$]+")
 
 
 class RequestHeaders(NamedTuple):
@@ -55,7 +54,7 @@ class RequestHeaders(NamedTuple):
 
 def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:
     """The header that names fields, and keywords of the client's schema, as far as they may stand in one."""
-    named = [word for word in keywords if _NAME.fullmatch(word)]
+    named = [word for word in keywords if NAME.fullmatch(word)]
     return {IGNORED: ", ".join(named[:_MAX_IGNORED])} if named else {}
 
 

@@ -61,7 +61,7 @@ def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dic
 # -- unknown fields ---------------------------------------------------------------------------------------------------
 
 _MAX_UNKNOWN = 64  # names of one body
-_NAME = re.compile(r"[A-Za-z0-9_.$-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_.$-]{1,64}")  # of a field that headers and metrics may name
 OTHER = "other"  # stands for names that no header can have
 _SHORT_NAME = 5  # characters, below which one edit makes another word
 
@@ -101,14 +101,14 @@ class UnknownFields:
         if (near := _nearest(name, known)) is not None:
             self.near[name] = near
         elif not self._refuse:
-            self.ignored[name if _NAME.fullmatch(name) else OTHER] = None
+            self.ignored[name if NAME.fullmatch(name) else OTHER] = None
         return self._refuse or near is not None
 
 
 @lru_cache(maxsize=1024)
 def _nearest(name: str, known: frozenset[str]) -> str | None:
     """Find the known name within two edits, within one of a short name. The first one of several."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         return None
     most = 1 if len(name) < _SHORT_NAME else 2
     return min((word for word in known if _is_within(name, word, most)), default=None)

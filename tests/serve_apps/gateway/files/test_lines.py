@@ -17,6 +17,7 @@ from loray.schemas.access import KeyChange
 from loray.spec import BATCH_PRIORITY, Limits
 from serve_apps.batches import LineAnswer
 from serve_apps.gateway.files.lines import BatchLines
+from serve_apps.http import WithoutRequestId
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import HELLO, REPLICA, ScriptedEngines, gateway_app, register
 from tests.fixtures.keys import access_of
@@ -59,6 +60,15 @@ async def test_a_line_is_a_request_behind_all_others(base: BaseModel, opened: Op
         answer = await lines.run_line(None, "acme", "/v1/chat/completions", chat)
         assert json.loads(answer.body)["object"] == "chat.completion"
     assert [(request.priority, request.tenant) for request in engines.requests] == [(BATCH_PRIORITY, "acme")] * 2
+
+
+async def test_a_line_has_its_id_where_ray_serve_gives_requests_theirs(base: BaseModel, tmp_path: Path) -> None:
+    url = sqlite_catalog(tmp_path)
+    app = gateway_app(base, url, ScriptedEngines(HELLO), access=access_of(url))
+    app.add_middleware(WithoutRequestId)
+    async with app.router.lifespan_context(app):
+        answer = await app.state.lines.run_line(None, "acme", COMPLETIONS, body(base))
+    assert answer.request_id == json.loads(answer.body)["id"]
 
 
 async def test_wrong_lines_have_their_answers(base: BaseModel, opened: Opened) -> None:
