@@ -73,6 +73,9 @@ class LorayError(Exception):
     param: str | None = None
     retry_after_s: float | None = None
 
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # the message; further arguments are of the error itself
+
 
 class SpecError(LorayError, ValueError):
     status = 422
@@ -180,9 +183,6 @@ class StoreError(LorayError):
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class ClusterError(LorayError):
     status = 503
@@ -211,9 +211,6 @@ class RequestError(LorayError, ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)  # every argument in `args`: these errors cross process boundaries
         self.param = param
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class ContextLengthExceeded(RequestError):
@@ -252,9 +249,6 @@ class _RetryLater(LorayError):
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class Overloaded(_RetryLater):
     status = 429
@@ -271,9 +265,6 @@ class RateLimited(LorayError):
         super().__init__(message, retry_after_s, headers)
         self.retry_after_s: float = retry_after_s
         self.headers: Mapping[str, str] = headers or {}
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class EvaluationError(LorayError):
@@ -297,9 +288,6 @@ class EngineStopped(EngineError):
         super().__init__(message, tuple(adapters))
         self.adapters = tuple(adapters)
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class BaseStarting(_RetryLater, EngineError):
     """The base had no replica, and the one that was started is not ready yet."""
@@ -314,9 +302,6 @@ class ReplicaUnavailable(EngineError):
     def __init__(self, message: str, replica: str | None = None) -> None:
         super().__init__(message, replica)
         self.replica = replica
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class ReplicaLost(ReplicaUnavailable):

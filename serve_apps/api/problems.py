@@ -40,9 +40,6 @@ class InvalidFields(SpecError):
         super().__init__(message, errors)
         self.errors = errors
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 # Here a model is what is sent, and not what is asked; and who is to come back later has not asked too often.
 _STATUSES: dict[type[LorayError], int] = {UnsupportedError: 422, BaseMismatch: 422, Overloaded: 503}

@@ -33,8 +33,8 @@ class BatchRate:
             self.limit, self._changed_at = self.limit + 1, now
 
     def yield_to_others(self, now: float) -> None:
-        """A request waits too long, or a line was refused: half as many lines, none for a time where there is one."""
-        if now - self._changed_at < _SETTLE_S and self._changed_at != float("-inf"):
+        """Halve the lines, since a request waits too long or a line was refused; of one, none is left for a time."""
+        if now - self._changed_at < _SETTLE_S:
             return
         self.limit //= 2
         self._changed_at = now
@@ -42,5 +42,5 @@ class BatchRate:
             self._paused_until = now + PAUSE_S
 
     def begin(self, now: float) -> None:
-        """The base has just woken up: what its requests waited meanwhile says nothing."""
+        """Begin anew with a base that has just woken up: what its requests waited meanwhile says nothing."""
         self.limit, self._changed_at = max(1, self.limit), now

@@ -92,7 +92,7 @@ def _rules(owner: Owner, subject: str, limits: Limits) -> tuple[Rule, ...]:
 
 
 def allowed_priority(principal: Principal, priority: int) -> int:
-    """The priority of a request for `priority`: within the range, and no more urgent than key and tenant may ask.
+    """Return the priority of a request for `priority`: within the range, no more urgent than key and tenant may ask.
 
     Either of them that does not say may ask 0, an administrator's anything: priority comes before fairness.
     """

@@ -93,7 +93,7 @@ def test_a_thought_a_text_and_calls() -> None:
     assert kinds(hidden)[:5] == ["message_start", "start", "ping", "signature_delta", "stop"]
 
 
-@pytest.mark.parametrize("arguments", ['{"a": oops}', "[1]", '{"a":'])
+@pytest.mark.parametrize("arguments", ['{"a": oops}', "[1]", '{"a":', '{"a": NaN}', r'{"a": "\ud800"}'])
 def test_arguments_that_are_no_object(arguments: str) -> None:
     """They are streamed when they are complete, so that a client can parse what it gets."""
     deltas = [

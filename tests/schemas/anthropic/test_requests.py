@@ -199,6 +199,8 @@ def test_hints_change_nothing() -> None:
         ({"logprobs": True}, "logprobs"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"min_p": 2}, "min_p"),
+        ({"thinking": {"type": "disabled"}, "chat_template_kwargs": "a"}, "chat_template_kwargs"),
+        ({"thinking": {"type": "adaptive"}, "chat_template_kwargs": ["a"]}, "chat_template_kwargs"),
     ],
 )
 def test_what_is_refused_is_named(fields: dict[str, Any], param: str) -> None:

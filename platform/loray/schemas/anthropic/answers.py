@@ -146,6 +146,7 @@ def _input(written: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(written or "{}")
+        to_json(found).encode()  # not NaN, nor half of a surrogate pair: Python reads them, and clients cannot
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {"arguments": written}
@@ -164,7 +165,7 @@ def _usage(delta: Delta) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 # -- others -----------------------------------------------------------------------------------------------------------

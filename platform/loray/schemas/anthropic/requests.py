@@ -272,8 +272,9 @@ class CountTokensRequest(Body):
         if self.thinking is None:
             return {}
         budget = self.thinking.budget_tokens
-        variables = self.thinking.template_variables | extra.get("chat_template_kwargs", {})
-        fields = {"chat_template_kwargs": variables} if variables else {}
+        variables, given = self.thinking.template_variables, extra.get("chat_template_kwargs", {})
+        # What is no object stays as it is, and the chat refuses it.
+        fields = {"chat_template_kwargs": variables | given} if variables and isinstance(given, dict) else {}
         return fields if budget is None else fields | {"thinking_token_budget": budget}
 
     def _output(self) -> dict[str, Any]:
