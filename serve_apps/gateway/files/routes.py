@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
-from loray.catalog.files import Purpose, UserFile, purposes_of
+from loray.catalog.files import MAX_BYTES, Purpose, UserFile, purposes_of
 from loray.publishing.user_files import read_file
-from loray.schemas.openai.files import FileDeleted, FileList, FileObject
+from loray.schemas.openai.files import LONGEST_EXPIRY_S, SHORTEST_EXPIRY_S, FileDeleted, FileList, FileObject
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import receive
@@ -32,10 +32,14 @@ _FORM = {
                     "type": "object",
                     "required": ["purpose", "file"],
                     "properties": {
-                        "purpose": {"enum": ["batch", "fine-tune"]},
+                        "purpose": {"enum": list(MAX_BYTES)},
                         "file": {"type": "string", "format": "binary"},
                         "expires_after[anchor]": {"const": "created_at"},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": SHORTEST_EXPIRY_S,
+                            "maximum": LONGEST_EXPIRY_S,
+                        },
                     },
                 }
             }
