@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.concurrency import run_in_threadpool
@@ -263,6 +264,28 @@ async def _write(request: Request, f: BinaryIO, limit: int) -> None:
             await run_in_threadpool(f.write, bytes(pending))
             pending.clear()
     await run_in_threadpool(f.write, bytes(pending))
+
+
+class HeldResponse(StreamingResponse):
+    """A body in pieces. `held` is closed at the end, also where the client leaves."""
+
+    def __init__(
+        self,
+        pieces: AsyncIterable[str | bytes] | Iterable[str | bytes],
+        held: AsyncExitStack,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        media_type: str,
+    ) -> None:
+        super().__init__(pieces, status, headers, media_type)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._held.aclose()
 
 
 def parse_json(raw: str | bytes) -> Any:

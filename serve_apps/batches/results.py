@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from loray.catalog import Catalog
 from loray.catalog.batches import Batch
-from loray.catalog.files import OutputFile, UserFile
+from loray.catalog.files import UserFile
 from loray.catalog.leases import Lease
 from loray.publishing.user_files import FILES, FileWriter
 from loray.spec import Principal
@@ -62,15 +62,9 @@ def read_answered(store: ObjectStore, batch: Batch) -> Answered:
     return Answered(numbers, num_failed)
 
 
-def write_files(
-    catalog: Catalog,
-    store: ObjectStore,
-    batch: Batch,
-    file: UserFile,
-    lease: Lease,
-    state: Literal["completed", "expired", "cancelled"],
-) -> None:
+def write_files(catalog: Catalog, store: ObjectStore, batch: Batch, file: UserFile, lease: Lease) -> None:
     """Write the output and error files, and end the batch with them. Raises ConflictError where the lease has ended."""
+    state: Literal["completed", "expired", "cancelled"] = "completed"
     principal = Principal(tenant=batch.tenant, actor="batches")
     counts, numbers = {False: 0, True: 0}, set[int]()
     with ExitStack() as held:
@@ -86,7 +80,10 @@ def write_files(
         for result in _results(store, batch):
             numbers.add(result.number)
             write(result.has_failed, result.row)
-        if state == "expired":
+        if batch.state == "cancelling":
+            state = "cancelled"
+        elif len(numbers) < batch.total:
+            state = "expired"
             error = {"code": "batch_expired", "message": "this request was not answered in the batch's 24 hours"}
             for line in lines_of(store, file):
                 if line.number not in numbers:
@@ -99,9 +96,8 @@ def write_files(
             )
             for has_failed, writer in writers.items()
         }
-        outputs: dict[bool, OutputFile | None] = {False: made.get(False), True: made.get(True)}
         catalog.batches.end(
-            lease, batch.id, state, counts[False], counts[True], output=outputs[False], errors=outputs[True]
+            lease, batch.id, state, counts[False], counts[True], output=made.get(False), errors=made.get(True)
         )
     remove_chunks(store, batch)
 

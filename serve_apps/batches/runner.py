@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from loray.catalog import Catalog
 from loray.catalog.batches import Batch, BatchError
@@ -199,9 +199,9 @@ class BatchRunner:
     async def _answer(self, batch: Batch) -> None:
         file = await self.ask(lambda catalog: catalog.files.stored(batch.input_file_id))
         answered = await self.in_thread(lambda: results.read_answered(self.store, batch))
-        answering = _Answering(self, batch, answered)
-        left = (line for line in lines_of(self.store, file) if line.number not in answering.before)
-        async with answering:
+        lines = await self.in_thread(lambda: lines_of(self.store, file))
+        left = (line for line in lines if line.number not in answered.numbers)
+        async with _Answering(self, batch, answered) as answering:
             while part := await self.in_thread(lambda: _part(left)):
                 await answering.add(part)
             await answering.end()
@@ -213,14 +213,7 @@ class BatchRunner:
             await self.ask(lambda catalog: catalog.batches.finalize(self.lease, batch.id))
             return
         file = await self.ask(lambda catalog: catalog.files.stored(batch.input_file_id))
-        answered = await self.in_thread(lambda: results.read_answered(self.store, batch))
-        state: Literal["completed", "expired", "cancelled"] = "completed"
-        if batch.state == "cancelling":
-            state = "cancelled"
-        elif len(answered.numbers) < batch.total:
-            state = "expired"
-        write = partial(results.write_files, self.opened, self.store, batch, file, self.lease, state)
-        await self.in_thread(write)
+        await self.in_thread(lambda: results.write_files(self.opened, self.store, batch, file, self.lease))
 
 
 @dataclass
@@ -326,14 +319,13 @@ class BaseLines:
 class _Answering:
     """The lines of one batch that are answered now. Its block ends when all are, and keeps what has come in any case.
 
-    before       numbers of the lines that had an answer at the beginning
     num_waiting  lines in the queues of bases
     tasks        the lines that run
     changed      is set whenever a line has ended, or waits no more
     """
 
     def __init__(self, runner: BatchRunner, batch: Batch, answered: results.Answered) -> None:
-        self.batch, self.before = batch, frozenset(answered.numbers)
+        self.batch = batch
         self.num_waiting = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()
@@ -387,7 +379,7 @@ class _Answering:
         await self._until(lambda: not (self.num_waiting or self.tasks or self._num_delayed))
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
-        if self._kept:
+        if self._kept:  # stored in the block: whoever cancels this leaves it to the block's end
             await self._store()
 
     async def run(self, lines: BaseLines, line: Line) -> None:

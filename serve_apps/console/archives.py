@@ -7,40 +7,29 @@ from functools import partial
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from loray.catalog import AdapterVersion
 from loray.publishing.uploads import Archive, adapter_as_tar, check_file_name
 from loray.schemas.resources import DownloadForm, FileResource
 from loray.spec import Principal
 from serve_apps.console.backend import Backend
-from serve_apps.http import length_of, receive_file
+from serve_apps.http import HeldResponse, length_of, receive_file
 
 TAR, FILE = "application/x-tar", "application/octet-stream"
 
 
-class ArchiveResponse(StreamingResponse):
-    """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
-
-    def __init__(self, archive: Archive, held: AsyncExitStack, found: AdapterVersion, form: DownloadForm) -> None:
-        suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
-        headers = {
-            "Content-Disposition": f'attachment; filename="{label_of(found)}{suffix}"',
-            "Content-Length": str(archive.num_bytes),
-            "ETag": f'"{found.digest}"' if form == "peft" else f'"{found.digest}-{form}"',
-        }
-        super().__init__(archive.chunks, headers=headers, media_type=FILE if form == "gguf" else TAR)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._held.aclose()
+def archive_response(archive: Archive, held: AsyncExitStack, found: AdapterVersion, form: DownloadForm) -> HeldResponse:
+    """Answer with the bytes of an archive."""
+    suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
+    headers = {
+        "Content-Disposition": f'attachment; filename="{label_of(found)}{suffix}"',
+        "Content-Length": str(archive.num_bytes),
+        "ETag": f'"{found.digest}"' if form == "peft" else f'"{found.digest}-{form}"',
+    }
+    return HeldResponse(archive.chunks, held, headers=headers, media_type=FILE if form == "gguf" else TAR)
 
 
-async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersion) -> ArchiveResponse:
+async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersion) -> HeldResponse:
     """Send the version's folder, read from the store meanwhile, in one of the tenant's places.
 
     Raises Overloaded where none is free, and as `adapter_as_tar`. A file that is damaged in the store ends the
@@ -49,7 +38,7 @@ async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersio
     async with AsyncExitStack() as held:
         await held.enter_async_context(backend.downloads.one(asking.tenant))
         archive = await run_in_threadpool(adapter_as_tar, backend.store, found.digest, found.manifest, label_of(found))
-        return ArchiveResponse(archive, held.pop_all(), found, "peft")
+        return archive_response(archive, held.pop_all(), found, "peft")
 
 
 def label_of(version: AdapterVersion) -> str:

@@ -19,7 +19,7 @@ from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
 from loray.catalog.files import ENDED, OutputFile, finish_file, get_file, new_id
 from loray.catalog.leases import Lease, check_lease
-from loray.catalog.queries import now
+from loray.catalog.queries import beyond, now
 from loray.catalog.schema import batches
 from loray.errors import BatchNotFound, ConflictError, RateLimited, RequestError, shown
 
@@ -138,11 +138,9 @@ class Batches:
         query = sa.select(batches).where(mine)
         with self.db.reading() as c:
             if after is not None:
-                known = sa.select(batches.c.created_at, batches.c.id).where(mine, batches.c.id == after)
-                if (last := c.execute(known).first()) is None:
+                if (older := beyond(c, batches, mine, after)) is None:
                     raise RequestError(f"{shown(after)} is no batch; take `last_id` of the page before", "after")
-                bound = sa.tuple_(sa.literal(last.created_at, batches.c.created_at.type), last.id)
-                query = query.where(sa.tuple_(batches.c.created_at, batches.c.id) < bound)
+                query = query.where(older)
             rows = c.execute(query.order_by(batches.c.created_at.desc(), batches.c.id.desc()).limit(limit + 1)).all()
         return BatchPage(tuple(map(_batch, rows[:limit])), len(rows) > limit)
 

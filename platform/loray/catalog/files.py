@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from loray.catalog.allowances import refuse_more_bytes
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
-from loray.catalog.queries import now
+from loray.catalog.queries import beyond, now
 from loray.catalog.schema import batches, files, jobs
 from loray.errors import LimitExceeded, RequestError, UserFileNotFound, shown
 from loray.spec import Principal, Scope
@@ -139,15 +139,14 @@ class Files:
         self, *, purposes: Collection[str], limit: int, after: str | None = None, is_ascending: bool = False
     ) -> FilePage:
         """At most `limit` files by age, newest first or `is_ascending`, after the file `after`. Raises RequestError."""
-        by_age = sa.tuple_(files.c.created_at, files.c.id)
         query = sa.select(files).where(_exists(self.db.principal), files.c.purpose.in_(sorted(purposes)))
         with self.db.reading() as c:
             if after is not None:
-                last = c.execute(sa.select(files.c.created_at, files.c.id).where(self._own(after))).first()
-                if last is None:
+                mine = files.c.tenant == self.db.principal.tenant
+                further = beyond(c, files, mine, after, is_ascending=is_ascending)
+                if further is None:
                     raise RequestError(f"{shown(after)} is no file; take `last_id` of the page before", "after")
-                bound = sa.tuple_(sa.literal(last.created_at, files.c.created_at.type), last.id)
-                query = query.where(by_age > bound if is_ascending else by_age < bound)
+                query = query.where(further)
             order = [column if is_ascending else column.desc() for column in (files.c.created_at, files.c.id)]
             rows = c.execute(query.order_by(*order).limit(limit + 1)).all()
         return FilePage(tuple(map(_file, rows[:limit])), len(rows) > limit)

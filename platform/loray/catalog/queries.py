@@ -310,6 +310,18 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def beyond(
+    c: sa.Connection, table: sa.Table, mine: sa.ColumnElement[bool], row_id: str, *, is_ascending: bool = False
+) -> sa.ColumnElement[bool] | None:
+    """The rows that are older than the caller's row of this id, or `is_ascending` newer. None: the caller has none."""
+    last = c.execute(sa.select(table.c.created_at, table.c.id).where(mine, table.c.id == row_id)).first()
+    if last is None:
+        return None
+    place = sa.tuple_(table.c.created_at, table.c.id)
+    bound = sa.tuple_(sa.literal(last.created_at, table.c.created_at.type), last.id)
+    return place > bound if is_ascending else place < bound
+
+
 def newest(
     c: sa.Connection,
     table: sa.Table,
@@ -326,10 +338,9 @@ def newest(
     """
     query = sa.select(table).where(mine, *(table.c[name] == v for name, v in wanted.items() if v is not None))
     if cursor is not None:
-        last = c.execute(sa.select(table.c.created_at, table.c.id).where(mine, table.c.id == cursor)).first()
-        if last is None:
+        if (older := beyond(c, table, mine, cursor)) is None:
             raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-        query = query.where(sa.tuple_(table.c.created_at, table.c.id) < sa.tuple_(last.created_at, last.id))
+        query = query.where(older)
     rows = c.execute(query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit + 1)).all()
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 

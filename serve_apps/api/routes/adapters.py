@@ -45,7 +45,7 @@ from serve_apps.api.routes import CREATED, Responses, router_of
 from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, linked
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console import Service
-from serve_apps.console.archives import FILE, TAR, ArchiveResponse, label_of, send_adapter
+from serve_apps.console.archives import FILE, TAR, archive_response, label_of, send_adapter
 from serve_apps.http import schema_reference
 
 EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
@@ -319,7 +319,7 @@ async def download(
         made = held.enter_context(services.scratch.folder(num_bytes)) / "made"
         await services.conversions.make(format, found.ref, made, client=request)
         archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label_of(found))
-        return ArchiveResponse(archive, held.pop_all(), found, format)
+        return archive_response(archive, held.pop_all(), found, format)
 
 
 def _placed(found: AdapterPlacement, version: int, *, with_use: bool) -> ReplicaAdapter:

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import Depends, Path, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse
 from pydantic import Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from loray.bases.presets import known_shape, shapes_in
 from loray.errors import SpecError
@@ -33,7 +32,7 @@ from serve_apps.api.routes import CREATED, router_of
 from serve_apps.api.services import Limit, ServicesDep, linked
 from serve_apps.auth import CurrentPrincipal, may, until_revoked
 from serve_apps.console import Jobs
-from serve_apps.http import parse_json, read, schema_reference
+from serve_apps.http import HeldResponse, parse_json, read, schema_reference
 
 JSON = "application/json"
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -149,15 +148,14 @@ async def get_logs(
     """
     if tail is not None and not follow:
         return PlainTextResponse(await run_in_threadpool(jobs.tail, id, tail))
-    held = AsyncExitStack()
-    await held.enter_async_context(services.followers.one(asking.tenant, asking.account))
-    try:
+    async with AsyncExitStack() as held:
+        await held.enter_async_context(services.followers.one(asking.tenant, asking.account))
+        pieces: AsyncIterator[str] | Iterator[str]
         if follow:
-            return _Log(_for_an_hour(until_revoked(request, await run_in_threadpool(jobs.follow, id))), held)
-        return _Log(await run_in_threadpool(jobs.logs, id), held)
-    except BaseException:
-        await held.aclose()
-        raise
+            pieces = _for_an_hour(until_revoked(request, await run_in_threadpool(jobs.follow, id)))
+        else:
+            pieces = await run_in_threadpool(jobs.logs, id)
+        return HeldResponse(pieces, held.pop_all(), media_type="text/plain")
 
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404))
@@ -165,20 +163,6 @@ async def get_logs(
 def stop_job(jobs: Jobs, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
     return jobs.stop(id)
-
-
-class _Log(StreamingResponse):
-    """A log in pieces. `held` is closed at the end, also where the client leaves."""
-
-    def __init__(self, pieces: AsyncIterator[str] | Iterator[str], held: AsyncExitStack) -> None:
-        super().__init__(pieces, media_type="text/plain")
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._held.aclose()
 
 
 async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:

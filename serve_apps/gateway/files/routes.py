@@ -9,18 +9,18 @@ from typing import Annotated, Literal, NamedTuple
 from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
-from starlette.types import Receive, Scope, Send
 
-from loray.catalog.files import Purpose, UserFile, purposes_of
+from loray.catalog.files import MAX_BYTES, Purpose, UserFile, purposes_of
 from loray.publishing.user_files import read_file
-from loray.schemas.openai.files import FileDeleted, FileList, FileObject
+from loray.schemas.openai.files import LONGEST_EXPIRY_S, SHORTEST_EXPIRY_S, FileDeleted, FileList, FileObject
 from serve_apps.auth import may, principal_of
 from serve_apps.gateway.files.storage import FileStorage
 from serve_apps.gateway.files.upload import receive
 from serve_apps.gateway.routes import ABOUT_OWN, BINARY, JSON, WITH_FORM, Answers, GatewayRoute
+from serve_apps.http import HeldResponse
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _FORM = {
@@ -32,10 +32,14 @@ _FORM = {
                     "type": "object",
                     "required": ["purpose", "file"],
                     "properties": {
-                        "purpose": {"enum": ["batch", "fine-tune"]},
+                        "purpose": {"enum": list(MAX_BYTES)},
                         "file": {"type": "string", "format": "binary"},
                         "expires_after[anchor]": {"const": "created_at"},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": SHORTEST_EXPIRY_S,
+                            "maximum": LONGEST_EXPIRY_S,
+                        },
                     },
                 }
             }
@@ -104,7 +108,7 @@ def file_routes(storage: FileStorage) -> list[BaseRoute]:
         await storage.ask(principal, lambda catalog: catalog.audit.record("read_file", file.id, tenant=file.tenant))
         async with AsyncExitStack() as held:
             await held.enter_async_context(storage.downloads.one(principal.tenant))
-            return _ContentResponse(request, storage, file, part, held.pop_all())
+            return _content(request, storage, file, part, held.pop_all())
 
     return router.routes
 
@@ -129,44 +133,28 @@ def _part(header: str | None, num_bytes: int) -> _Part:
     return _Part(start, stop, False)
 
 
-class _ContentResponse(StreamingResponse):
-    """The bytes of a file, until the key is revoked. `held` is closed at the end, also where the client leaves."""
+def _content(request: Request, storage: FileStorage, file: UserFile, part: _Part, held: AsyncExitStack) -> HeldResponse:
+    """Answer with the bytes of a file, until the key is revoked."""
+    start, stop, is_whole = part
 
-    def __init__(
-        self,
-        request: Request,
-        storage: FileStorage,
-        file: UserFile,
-        part: _Part,
-        held: AsyncExitStack,
-    ) -> None:
-        start, stop, is_whole = part
+    async def pieces() -> AsyncIterator[bytes]:
+        found = read_file(storage.store, file, start, stop)
+        while not request.state.revoked.done():
+            piece = await storage.run(lambda: next(found, None))
+            if piece is None:
+                return
+            yield piece
 
-        async def pieces() -> AsyncIterator[bytes]:
-            found = read_file(storage.store, file, start, stop)
-            while not request.state.revoked.done():
-                piece = await storage.run(lambda: next(found, None))
-                if piece is None:
-                    return
-                yield piece
-
-        headers = {
-            "Content-Length": str(stop - start),
-            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
-            "Accept-Ranges": "bytes",
-            "ETag": f'"{file.sha256}"',
-            "X-Content-Type-Options": "nosniff",
-        }
-        if not is_whole:
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.bytes}"
-        super().__init__(pieces(), 200 if is_whole else 206, headers, BINARY)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._held.aclose()
+    headers = {
+        "Content-Length": str(stop - start),
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+        "Accept-Ranges": "bytes",
+        "ETag": f'"{file.sha256}"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    if not is_whole:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.bytes}"
+    return HeldResponse(pieces(), held, status=200 if is_whole else 206, headers=headers, media_type=BINARY)
 
 
 def _object(file: UserFile) -> FileObject:

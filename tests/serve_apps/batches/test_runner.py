@@ -142,6 +142,9 @@ async def test_from_input_to_output(site: Site, monkeypatch: pytest.MonkeyPatch)
 
     async with site.running(Gateway(script)):
         batch = await site.until(site.create(100), "completed", "failed")
+        async with asyncio.timeout(30):
+            while list(site.store.list("files/acme/.batches/")):  # which are removed after the batch has ended
+                await asyncio.sleep(0.01)
     assert (batch.total, batch.completed, batch.failed) == (100, 90, 10)
     done, failed = site.rows(batch.output_file_id), site.rows(batch.error_file_id)
     assert ids(done + failed) == all_ids(100)

@@ -13,7 +13,7 @@ SHORTEST_EXPIRY_S, LONGEST_EXPIRY_S = 3600, 30 * 24 * 3600  # `expires_after.sec
 
 
 class Answer(ResponseBody):
-    """It is sent with all its fields."""
+    """An answer is sent with all its fields, also with those that are null."""
 
     def to_json(self) -> str:
         return self.model_dump_json()
