@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -18,12 +18,12 @@ EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]
-# Why an alias is set although the gate refuses it. The catalog records the reason.
 # Strings that who submits a job keeps with it; the values of OpenAI's fine-tuning may be JSON.
 JobMetadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=16384)]],
     Field(max_length=16),
 ]
+# Why an alias is set although the gate refuses it. The catalog records the reason.
 NoGateReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 
 
@@ -120,6 +120,17 @@ DataFormat = Literal[
     "openai_preference",
     "unpaired_preference",
 ]
+# Of each row of a format, which is known by them.
+FORMAT_COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
+    "unpaired_preference": ("prompt", "completion", "label"),
+}
 
 
 class ColumnNames(Frozen):
