@@ -10,8 +10,8 @@ from fastapi import Depends, HTTPException, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.files import MAX_BYTES, SCOPE_OF, Purpose, purposes_of
-from loray.errors import NotFoundError, PermissionDenied, RequestError
+from loray.catalog.files import MAX_BYTES, Purpose, check_purpose, purposes_of
+from loray.errors import NotFoundError, RequestError
 from loray.publishing.user_files import FileWriter, read_file
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import FILE
@@ -70,8 +70,7 @@ async def receive_file(
     """Keep the body as a file, as `POST /v1/files` does."""
     if purpose not in MAX_BYTES:
         raise RequestError("such files are made by batches", "purpose")
-    if purpose not in purposes_of(asking):
-        raise PermissionDenied(f"files with the purpose {purpose} need a key with the scope {SCOPE_OF[purpose]}")
+    check_purpose(asking, purpose)
     length_of(request, MAX_BYTES[purpose])
     backend = console.backend
     async with backend.sending.one(asking.tenant):

@@ -20,7 +20,7 @@ from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
 from loray.catalog.queries import beyond, now
 from loray.catalog.schema import batches, files, jobs
-from loray.errors import LimitExceeded, RequestError, UserFileNotFound, shown
+from loray.errors import LimitExceeded, PermissionDenied, RequestError, UserFileNotFound, shown
 from loray.spec import Principal, Scope
 
 Purpose = Literal["batch", "batch_output", "fine-tune"]
@@ -218,6 +218,12 @@ def _exists(principal: Principal) -> sa.ColumnElement[bool]:
 def purposes_of(principal: Principal) -> tuple[Purpose, ...]:
     """The purposes of the files that exist for this caller: a key that may not train sees no training data."""
     return tuple(p for p in PURPOSES if principal.is_admin or SCOPE_OF[p] in principal.scopes)
+
+
+def check_purpose(principal: Principal, purpose: Purpose) -> None:
+    """Raise PermissionDenied where no files with this purpose exist for the caller."""
+    if purpose not in purposes_of(principal):
+        raise PermissionDenied(f"files with the purpose {purpose} need a key with the scope {SCOPE_OF[purpose]}")
 
 
 def _unknown(file_id: str) -> UserFileNotFound:

@@ -144,6 +144,7 @@ from loray.spec.serving import (
 )
 from loray.spec.training import (
     EXACT_MATCH,
+    FORMAT_COLUMNS,
     LOG_LIKELIHOOD,
     LOSS,
     PERPLEXITY,
@@ -188,6 +189,7 @@ __all__ = [
     "DTYPE_BYTES",
     "EXACT_MATCH",
     "FIGURES",
+    "FORMAT_COLUMNS",
     "KEY_START",
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -120,6 +120,17 @@ DataFormat = Literal[
     "openai_preference",
     "unpaired_preference",
 ]
+# Of each row of a format, which is known by them.
+FORMAT_COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
+    "unpaired_preference": ("prompt", "completion", "label"),
+}
 
 
 class ColumnNames(Frozen):

@@ -13,8 +13,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
-from loray.catalog.files import DEFAULT_EXPIRY_S, MAX_BYTES, SCOPE_OF, Purpose, UserFile, purposes_of
-from loray.errors import KeyRevoked, PermissionDenied, RequestError, shown
+from loray.catalog.files import DEFAULT_EXPIRY_S, MAX_BYTES, Purpose, UserFile, check_purpose
+from loray.errors import KeyRevoked, RequestError, shown
 from loray.publishing.user_files import FileWriter
 from loray.schemas.openai.files import LONGEST_EXPIRY_S, SHORTEST_EXPIRY_S
 from loray.spec import Principal
@@ -130,8 +130,7 @@ class FileForm:
         if purpose is None:
             reason = "batches alone make such files" if given == "batch_output" else "no such files are kept here"
             raise RequestError(f"the purpose {shown(given)}: {reason}; send batch or fine-tune", "purpose")
-        if purpose not in purposes_of(self._principal):
-            raise PermissionDenied(f"files with the purpose {purpose} need a key with the scope {SCOPE_OF[purpose]}")
+        check_purpose(self._principal, purpose)
         return purpose
 
     def _expiry(self) -> int:

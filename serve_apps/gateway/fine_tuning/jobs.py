@@ -27,7 +27,7 @@ from loray.schemas.openai.fine_tuning import (
     FineTuningRequest,
 )
 from loray.settings import Settings
-from loray.spec import ColumnNames, DataFormat, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
+from loray.spec import FORMAT_COLUMNS, ColumnNames, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 from loray.store.objects import ObjectStore
 from serve_apps.gateway.fine_tuning.progress import JobProgress, Progress
 from serve_apps.gateway.fine_tuning.recipe import file_of, hyperparameters_of, recipe_of
@@ -47,17 +47,6 @@ _STATUS: Mapping[JobStatus, _Status] = {
     "succeeded": "succeeded",
     "failed": "failed",
     "stopped": "cancelled",
-}
-# Of rows, by which the run knows their format.
-_COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-    "preference": ("chosen", "rejected"),
-    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
-    "unpaired_preference": ("prompt", "completion", "label"),
 }
 
 
@@ -233,7 +222,7 @@ def _problem(line: bytes, recipe: TrainSpec) -> str | None:
     if not isinstance(row, dict):
         return f"a row must be an object, not {type(row).__name__}"
     others = recipe.data.columns or ColumnNames()
-    forms = [columns for name, columns in _COLUMNS.items() if name in recipe.objective.formats]
+    forms = [columns for name, columns in FORMAT_COLUMNS.items() if name in recipe.objective.formats]
     if not any(all(column in row or others.of(column) in row for column in columns) for columns in forms):
         known = " or ".join(" and ".join(f"`{column}`" for column in columns) for columns in forms)
         return f"a row has {known} for this method, and this one has {', '.join(map(shown, row)) or 'nothing'}"

@@ -110,9 +110,10 @@ def _further(given: str | None) -> dict[str, Any]:
         raise RequestError(f"{param} is not valid JSON: {e}", param) from e
     if not isinstance(fields, dict):
         raise RequestError(f"{param} must be an object with fields of a recipe", param)
-    data = fields.get("data")
-    flat = {*fields, *(f"data.{name}" for name in data if isinstance(data, dict))} if data is not None else {*fields}
-    for path in sorted(flat & _OF_REQUEST.keys()):
+    data = fields.get("data", {})
+    if not isinstance(data, dict):
+        raise RequestError(f"{param}: data must be an object, not {type(data).__name__}", param)
+    for path in sorted({*fields, *(f"data.{name}" for name in data)} & _OF_REQUEST.keys()):
         raise RequestError(f"{param} may not set {path}: the request has it as {_OF_REQUEST[path]}", param)
     return fields
 

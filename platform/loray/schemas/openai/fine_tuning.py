@@ -98,7 +98,7 @@ class FineTuningRequest(Body):
 
     @property
     def chosen(self) -> Hyperparameters:
-        """Those of the method, wherever the request has them."""
+        """Returns the hyperparameters of the method, wherever the request has them."""
         of_method: Supervised | Dpo | None = None
         if self.method is not None:
             of_method = self.method.dpo if self.method.type == "dpo" else self.method.supervised

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from loray.errors import DataError
-from loray.spec import OBJECTIVES, ColumnNames, DataFormat, DataSpec
+from loray.spec import FORMAT_COLUMNS, OBJECTIVES, ColumnNames, DataFormat, DataSpec
 
 Formats = frozenset[str]  # those that an objective learns from
 Message = dict[str, Any]
@@ -200,17 +200,17 @@ def _label(record: Record) -> bool:
 _ANSWERS = ("chosen", "rejected")
 # In the order in which `auto` looks for them: rows of Alpaca often have a `text` too.
 FORMATS: Mapping[DataFormat, RowFormat] = {
-    "chat": RowFormat(("messages",), _CHAT, _messages_turns),
-    "sharegpt": RowFormat(("conversations",), _CHAT, _sharegpt_turns),
-    "prompt_completion": RowFormat(("prompt", "completion"), _CHAT, _prompt_turns, _prompt_texts),
-    "alpaca": RowFormat(("instruction", "output"), ("input", *_CHAT), _alpaca_turns, _alpaca_texts),
-    "text": RowFormat(("text",)),
-    "preference": RowFormat(_ANSWERS, ("prompt", *_CHAT), _pair_turns, _pair_texts, is_pair=True),
+    "chat": RowFormat(FORMAT_COLUMNS["chat"], _CHAT, _messages_turns),
+    "sharegpt": RowFormat(FORMAT_COLUMNS["sharegpt"], _CHAT, _sharegpt_turns),
+    "prompt_completion": RowFormat(FORMAT_COLUMNS["prompt_completion"], _CHAT, _prompt_turns, _prompt_texts),
+    "alpaca": RowFormat(FORMAT_COLUMNS["alpaca"], ("input", *_CHAT), _alpaca_turns, _alpaca_texts),
+    "text": RowFormat(FORMAT_COLUMNS["text"]),
+    "preference": RowFormat(FORMAT_COLUMNS["preference"], ("prompt", *_CHAT), _pair_turns, _pair_texts, is_pair=True),
     "openai_preference": RowFormat(
-        ("input", "preferred_output", "non_preferred_output"), (), _pair_turns, is_pair=True, unwrapped=_openai_pair
+        FORMAT_COLUMNS["openai_preference"], (), _pair_turns, is_pair=True, unwrapped=_openai_pair
     ),
     "unpaired_preference": RowFormat(
-        ("prompt", "completion", "label"), _CHAT, _single_turns, _prompt_texts, is_desirable=_label
+        FORMAT_COLUMNS["unpaired_preference"], _CHAT, _single_turns, _prompt_texts, is_desirable=_label
     ),
 }
 
