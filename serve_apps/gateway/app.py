@@ -108,7 +108,7 @@ def create_app(
     return app
 
 
-def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None = None) -> list[BaseRoute]:
+def stored_routes(files: FileStorage, own: Sequence[BaseRoute], tuning: FineTuning | None) -> list[BaseRoute]:
     """Make the routes of what tenants keep here, and train from it. `own`: those of the gateway, which batches may
     ask.
     """
