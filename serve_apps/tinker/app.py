@@ -286,9 +286,7 @@ def _routes(front: Front) -> APIRouter:
     @may("train")
     async def set_checkpoint_ttl(request: Request, model_id: str, folder: str, name: str) -> Response:
         asked = await _body(request, requests.TtlRequest)
-        await checkpoints.set_ttl(
-            principal_of(request), CheckpointPath.of(model_id, folder, name), asked.ttl_seconds
-        )
+        await checkpoints.set_ttl(principal_of(request), CheckpointPath.of(model_id, folder, name), asked.ttl_seconds)
         return _answer({})
 
     for path, sentence in _NOT_DONE.items():

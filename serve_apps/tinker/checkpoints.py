@@ -100,7 +100,9 @@ class Checkpoints:
     async def _add(self, principal: Principal, row: TinkerCheckpoint, *, overwrite: bool) -> None:
         """Raises RequestError where another request has saved under the name."""
         try:
-            await self.training.records.ask(principal, lambda catalog: catalog.tinker.add_checkpoint(row, overwrite=overwrite))
+            await self.training.records.ask(
+                principal, lambda catalog: catalog.tinker.add_checkpoint(row, overwrite=overwrite)
+            )
         except ConflictError as e:
             raise RequestError(str(e), "path") from e
 
@@ -192,7 +194,9 @@ class Checkpoints:
 
     async def run(self, principal: Principal, model_id: str) -> dict[str, Any]:
         model = await self.training.records.model(principal, model_id)
-        rows, _ = await self.training.records.ask(principal, lambda catalog: catalog.tinker.checkpoints(model_id, limit=1000))
+        rows, _ = await self.training.records.ask(
+            principal, lambda catalog: catalog.tinker.checkpoints(model_id, limit=1000)
+        )
         return results.training_run(model, rows)
 
     async def page(self, principal: Principal, model_id: str | None, limit: int, offset: int) -> dict[str, Any]:
@@ -221,7 +225,9 @@ class Checkpoints:
 
     async def delete_expired(self) -> None:
         """Delete checkpoints whose time is over. One that cannot be deleted now is looked at again."""
-        expired: Sequence[TinkerCheckpoint] = await self.training.records.ask_all(lambda catalog: catalog.tinker.expired(now()))
+        expired: Sequence[TinkerCheckpoint] = await self.training.records.ask_all(
+            lambda catalog: catalog.tinker.expired(now())
+        )
         for row in expired:
             try:
                 await asyncio.to_thread(self._delete, Principal(tenant=row.tenant), row)
@@ -255,9 +261,7 @@ def _row(
     )
 
 
-def publish_files(
-    to: Destination, served: ServedName, files: Mapping[str, bytes]
-) -> tuple[str, str, int]:
+def publish_files(to: Destination, served: ServedName, files: Mapping[str, bytes]) -> tuple[str, str, int]:
     """Publish files that have a manifest already, whose digest stays. Raises as `import_folder`."""
     with scratch_folder() as folder:
         for name, content in files.items():

@@ -79,7 +79,9 @@ class Front:
         if session.end is not None:
             return
         await self.sessions.end(principal, session, end)
-        models, _ = await self.records.ask(principal, lambda catalog: catalog.tinker.models(limit=1000, session_id=session_id))
+        models, _ = await self.records.ask(
+            principal, lambda catalog: catalog.tinker.models(limit=1000, session_id=session_id)
+        )
         for model in models:
             if model.is_live:
                 await self._end_model(principal, model, saves=end != "success")
@@ -131,6 +133,7 @@ def open_front(fleet: FleetSpec, settings: Settings, application: str) -> Front:
     """Open the front of a deployment, with its trainers, the gateways of the Serve application and the catalog."""
     from jobs.sampling import Sampler
     from jobs.trainer import trainer_of
+
     bases = get_bases(settings.home, fleet.names)
     catalog = Catalog.of(settings, actor="tinker")
     store = AdapterStore(open_store(settings.store))

@@ -96,7 +96,9 @@ class Records:
 
     async def session(self, principal: Principal, session_id: str) -> TinkerSession:
         """Raises NotFoundError, also for a session of another tenant."""
-        return await self._row(principal, self._sessions, session_id, lambda catalog: catalog.tinker.session(session_id))
+        return await self._row(
+            principal, self._sessions, session_id, lambda catalog: catalog.tinker.session(session_id)
+        )
 
     async def open_session(self, principal: Principal, session_id: str) -> TinkerSession:
         """A session that goes on. Raises RequestError for one that has ended."""
@@ -109,7 +111,9 @@ class Records:
         return await self._row(principal, self._models, model_id, lambda catalog: catalog.tinker.model(model_id))
 
     async def sampler(self, principal: Principal, sampler_id: str) -> TinkerSampler:
-        return await self._row(principal, self._samplers, sampler_id, lambda catalog: catalog.tinker.sampler(sampler_id))
+        return await self._row(
+            principal, self._samplers, sampler_id, lambda catalog: catalog.tinker.sampler(sampler_id)
+        )
 
     def put(self, row: TinkerSession | TinkerModel | TinkerSampler) -> None:
         """Keep what the catalog has been told."""
@@ -130,9 +134,7 @@ class Records:
             for row in [row for row in rows.values() if row.session_id == session_id]:
                 del rows[row.id]
 
-    async def _row(
-        self, principal: Principal, known: dict[str, T], row_id: str, read: Callable[[Catalog], T]
-    ) -> T:
+    async def _row(self, principal: Principal, known: dict[str, T], row_id: str, read: Callable[[Catalog], T]) -> T:
         row = known.get(row_id)
         if row is None:
             row = known[row_id] = await self.ask(principal, read)

@@ -63,7 +63,8 @@ class Training:
 
     async def create_from(self, principal: Principal, asked: LoadWeightsRequest) -> dict[str, Any]:
         """Begin a model with the weights of a checkpoint, whose form it has."""
-        assert asked.session_id is not None and asked.model_seq_id is not None
+        assert asked.session_id is not None
+        assert asked.model_seq_id is not None
         path = CheckpointPath.parse(asked.path)
         source = await self.records.model(principal, path.model_id)
         checkpoint = await self.records.ask(
@@ -159,7 +160,9 @@ class Training:
         model = await self.records.model(principal, model_id)
         if model.is_live:
             return model
-        saved, _ = await self.records.ask(principal, lambda catalog: catalog.tinker.checkpoints(model_id, limit=1, kind="training"))
+        saved, _ = await self.records.ask(
+            principal, lambda catalog: catalog.tinker.checkpoints(model_id, limit=1, kind="training")
+        )
         last = f": go on from {CheckpointPath(model_id, 'training', saved[0].name)}" if saved else ""
         raise RequestError(f"model {model_id} has ended with its session{last}", "model_id")
 
@@ -187,7 +190,8 @@ class Training:
 
     async def load(self, principal: Principal, asked: LoadWeightsRequest) -> dict[str, Any]:
         """Load a checkpoint into a model that is there."""
-        assert asked.model_id is not None and asked.seq_id is not None
+        assert asked.model_id is not None
+        assert asked.seq_id is not None
         model = await self.live_model(principal, asked.model_id)
         path = CheckpointPath.parse(asked.path)
         if path.kind != "training":
@@ -208,14 +212,14 @@ class Training:
             return None
         if isinstance(result, LossOutput):
             return await asyncio.to_thread(pass_bytes, result)
-        if "folder" in result or "path" in result:
-            return {"type": "load_weights", "model_id": model.id, "path": result.get("path")}
+        if result.keys() == {"step"}:
+            return {"type": "load_weights", "model_id": model.id}
         return {"type": "optim_step", "metrics": {key: float(value) for key, value in result.items()}}
 
     async def info(self, principal: Principal, model_id: str) -> dict[str, Any]:
         model = await self.records.model(principal, model_id)
         served = self.names.find(model.base_model)
-        return model_info(model, served.tokenizer_id, served.base.config.model_type)
+        return model_info(model, served.tokenizer_id, served.base.config.architecture)
 
     async def end(self, model: TinkerModel) -> None:
         """Give back the slot of a model. What it has is lost, but for what was saved."""

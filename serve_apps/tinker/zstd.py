@@ -25,7 +25,9 @@ def decompress(raw: bytes, encoding: str) -> bytes:
 
     parts, num_bytes = [], 0
     try:
-        with zstandard.ZstdDecompressor(max_window_size=MAX_BYTES).stream_reader(raw, read_across_frames=True) as reader:
+        with zstandard.ZstdDecompressor(max_window_size=MAX_BYTES).stream_reader(
+            raw, read_across_frames=True
+        ) as reader:
             while part := reader.read(_CHUNK):
                 num_bytes += len(part)
                 if num_bytes > MAX_BYTES:

@@ -77,7 +77,7 @@ class Tinker:
     # -- models -------------------------------------------------------------------------------------------------------
 
     def add_model(self, model: TinkerModel, most: int) -> TinkerModel:
-        """Add a model, or return the one that has its id. Raises LimitExceeded where the tenant has `most` live ones."""
+        """Add a model, or return the one that has its id. Raises LimitExceeded for a tenant with `most` live ones."""
         table = tinker_models
         with self.db.changing() as c:
             known = _rows(c, TinkerModel, sa.select(table).where(table.c.id == model.id, self._mine(table)))
@@ -97,9 +97,7 @@ class Tinker:
         """Raises NotFoundError."""
         return self._one(TinkerModel, tinker_models.c.id == model_id, model_id)
 
-    def models(
-        self, *, limit: int, offset: int = 0, session_id: str | None = None
-    ) -> tuple[list[TinkerModel], int]:
+    def models(self, *, limit: int, offset: int = 0, session_id: str | None = None) -> tuple[list[TinkerModel], int]:
         """Those of the tenant, or of one of its sessions, the newest first, and how many there are."""
         table = tinker_models
         where = () if session_id is None else (table.c.session_id == session_id,)
@@ -144,9 +142,7 @@ class Tinker:
     def finish_sampler(self, sampler: TinkerSampler) -> None:
         """Its weights are known."""
         with self.db.writing() as c:
-            c.execute(
-                sa.update(tinker_samplers).where(tinker_samplers.c.id == sampler.id).values(_values(sampler))
-            )
+            c.execute(sa.update(tinker_samplers).where(tinker_samplers.c.id == sampler.id).values(_values(sampler)))
 
     def join_sampler(self, sampler_id: str) -> int:
         """Count another client of a sampling session, and return its number, from 1 on."""

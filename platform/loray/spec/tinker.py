@@ -1,4 +1,4 @@
-"""What the catalog keeps of Tinker's protocol: sessions, models that are trained, sampling sessions, and checkpoints."""
+"""What the catalog keeps of Tinker's protocol: sessions, trained models, sampling sessions, and checkpoints."""
 
 from __future__ import annotations
 
