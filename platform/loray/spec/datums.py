@@ -34,11 +34,12 @@ class Datum:
 
     token_ids            int32, the model's input
     target_ids           int64, the token whose log-probability a position has
-    weights              of cross-entropy, of any sign; None: 1
+    weights              factors of the loss, of any sign; 0: no answer's; None: 1
     logprobs             of the targets, by the model that sampled them
     advantages           of the targets
     mask                 which positions GSPO's mean over a sequence counts; None: those with an advantage
     clip_low, clip_high  bounds of the ratio for this position, in place of the loss's
+    values               log-probabilities to take as the model's own, whose gradient stays; None: the model's
 
     Raises RequestError where an array has another length, is no array of numbers, or there is no position.
     """
@@ -51,6 +52,7 @@ class Datum:
     mask: Array | None = None
     clip_low: Array | None = None
     clip_high: Array | None = None
+    values: Array | None = None
 
     def __post_init__(self) -> None:
         for name in FIELDS:
