@@ -13,8 +13,11 @@ from loray.spec.datums import (
     AdamParams,
     Datum,
     ForwardBackward,
+    LoadState,
     LossOutput,
     OptimStep,
+    Publish,
+    SaveState,
     TokenLoss,
     op_from_bytes,
     op_to_bytes,
@@ -92,7 +95,8 @@ def test_operations_come_back_from_their_bytes(rows: list[tuple[int, set[str]]],
 
 def test_steps_and_outputs_come_back_from_their_bytes() -> None:
     step = OptimStep("model", AdamParams(learning_rate=0.1, grad_clip_norm=1.0))
-    assert op_from_bytes(op_to_bytes(step)) == step
+    for op in (step, SaveState("m", "step-10"), LoadState("m", "/folder", True), Publish("m")):
+        assert op_from_bytes(op_to_bytes(op)) == op
     output = LossOutput((np.float32([-0.1, np.nan]), np.float32([-2.0])), 1 / 3, {"kl": 0.25})
     again = output_from_bytes(output_to_bytes(output))
     assert (again.loss, again.metrics) == (1 / 3, {"kl": 0.25})

@@ -11,7 +11,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
@@ -172,7 +172,31 @@ class OptimStep:
     adam: AdamParams = field(default_factory=AdamParams)
 
 
-Op = ForwardBackward | OptimStep
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Saves a model's weights and optimizer state under a name of its own."""
+
+    model: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Takes the weights in a folder that SaveState has made, and the optimizer's state where that is asked for."""
+
+    model: str
+    path: str
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Makes an ephemeral adapter of a model's weights."""
+
+    model: str
+
+
+Op = ForwardBackward | OptimStep | SaveState | LoadState | Publish
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,19 +218,28 @@ class LossOutput:
 _LENGTH = struct.Struct("<I")
 
 
+_PLAIN: Mapping[str, type[SaveState | LoadState | Publish]] = {
+    kind.__name__: kind for kind in (SaveState, LoadState, Publish)
+}
+
+
 def op_to_bytes(op: Op) -> bytes:
     """Write an operation. Equal ones have equal bytes."""
-    if isinstance(op, OptimStep):
-        return _pack({"model": op.model, "adam": op.adam.model_dump()}, {})
-    head = {"model": op.model, "loss": op.loss.model_dump(), "forward_only": op.forward_only}
-    return _pack(head, {name: [getattr(datum, name) for datum in op.datums] for name in FIELDS})
+    head: dict[str, Any] = {"kind": type(op).__name__, "model": op.model}
+    if isinstance(op, ForwardBackward):
+        head |= {"loss": op.loss.model_dump(), "forward_only": op.forward_only}
+        return _pack(head, {name: [getattr(datum, name) for datum in op.datums] for name in FIELDS})
+    return _pack(head | ({"adam": op.adam.model_dump()} if isinstance(op, OptimStep) else asdict(op)), {})
 
 
 def op_from_bytes(data: bytes) -> Op:
     """Read what `op_to_bytes` wrote. Raises IntegrityError."""
 
     def read(head: dict[str, Any], arrays: Mapping[str, list[Array | None]]) -> Op:
-        if "adam" in head:
+        kind = head.pop("kind")
+        if kind in _PLAIN:
+            return _PLAIN[kind](**head)
+        if kind == OptimStep.__name__:
             return OptimStep(head["model"], AdamParams(**head["adam"]))
         rows = zip(*(arrays[name] for name in FIELDS), strict=True)
         datums = tuple(Datum(*cast(Any, row)) for row in rows)
