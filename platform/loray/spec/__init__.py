@@ -133,6 +133,7 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
+from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
     AutoscalingSpec,
     EngineFigures,
@@ -210,6 +211,7 @@ __all__ = [
     "PERPLEXITY",
     "PREFIX_LENGTH",
     "REWARDS",
+    "ROLLOUT_PRIORITY",
     "SCOPES",
     "TENANT_SCOPES",
     "USAGE_GROUPS",
@@ -291,6 +293,9 @@ __all__ = [
     "RopeParameters",
     "RopeScaling",
     "RopeType",
+    "SampleCall",
+    "SampleResult",
+    "SampledSequence",
     "SamplingParams",
     "Scope",
     "ServeSpec",
@@ -312,6 +317,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolParserName",
     "ToolUse",
+    "TopLogprobs",
     "TrackerName",
     "TrainSpec",
     "TrainingGroup",
