@@ -7,7 +7,7 @@ from alembic import op
 from loray.catalog.schema import tinker_checkpoints, tinker_models, tinker_samplers, tinker_sessions
 
 revision = "0018"
-down_revision = "0016"
+down_revision = "0017"
 branch_labels = None
 depends_on = None
 
