@@ -180,6 +180,11 @@ class GatewayReplica:
         rollouts: Rollouts = self.app.state.rollouts
         await rollouts.retire(digests)
 
+    async def contexts(self) -> dict[str, int]:
+        """Return each base with the most tokens of a prompt and its answer."""
+        gateway: Gateway = self.app.state.gateway
+        return {name: base.limit_of(None) for name, base in gateway.bases.items()}
+
     @property
     def _lines(self) -> GatewayLines:
         lines: GatewayLines = self.app.state.lines

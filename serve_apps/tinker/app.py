@@ -25,10 +25,9 @@ from loray.schemas.tinker import requests, results
 from loray.schemas.tinker.paths import CheckpointPath, RequestId
 from loray.schemas.tinker.requests import TinkerRequest
 from loray.settings import Settings
-from loray.spec import FleetSpec
+from loray.spec import Frozen
 from loray.telemetry import get_logger
 from serve_apps.auth import Authenticate, Authenticator, Permissions, may, principal_of
-from serve_apps.deployment import APPLICATION
 from serve_apps.http import BodyLimit, EchoRequestId, WithoutRequestId, install_error_handlers, new_request_id, read
 from serve_apps.tinker.front import Front, open_front
 from serve_apps.tinker.sessions import refuse_old
@@ -36,7 +35,7 @@ from serve_apps.tinker.zstd import decompress, is_supported
 
 _log = get_logger(__name__)
 
-NAME = "tinker"
+FRONT = "front"
 MAX_BODY_BYTES, MAX_PASS_BYTES = 4 << 20, 16 << 20
 _PASS = "/api/v1/forward_backward"
 _ADVICE = "send fewer datums in one request"
@@ -93,7 +92,7 @@ def _routes(front: Front) -> APIRouter:
     async def capabilities() -> Response:
         models = [
             {"model_name": name.name, "max_context_length": name.context_length, "trainable": True, "sampleable": True}
-            for name in front.names
+            for name in await front.names.all()
         ]
         return _answer({"supported_models": models})
 
@@ -229,7 +228,7 @@ def _routes(front: Front) -> APIRouter:
         try:
             found = await front.result(principal_of(request), RequestId.parse(asked.request_id))
         except LorayError as e:
-            if status_of(e) in (404, 410, 503):
+            if status_of(e) in (403, 404, 410, 503):
                 raise
             return _answer(results.failed(e))
         if found is None:
@@ -341,21 +340,28 @@ def _max_body_bytes(scope: Scope) -> int:
     return MAX_PASS_BYTES if scope["path"].endswith(_PASS) else MAX_BODY_BYTES
 
 
+class TinkerSpec(Frozen):
+    """`host`: where Serve listens, as for the catalog's API."""
+
+    host: str = "127.0.0.1"
+
+
 def build(args: dict[str, Any]) -> Application:
-    """Build the application. `args` are FleetSpec's fields; the environment (LORAY_*) configures the rest.
+    """Build the application. `args` are TinkerSpec's fields; the environment (LORAY_*) configures the rest. Which bases
+    there are is asked of the gateways: a change of them leaves this application alone.
 
     Raises SpecError on a wrong field.
     """
-    fleet = FleetSpec.parse(args, source="args of serve_apps.tinker.app:build")
+    spec = TinkerSpec.parse(args, source="args of serve_apps.tinker.app:build")
     settings = Settings.from_env()
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
 
     def app() -> FastAPI:  # called in the front's process
-        return _app(fleet)
+        return _app(spec)
 
     front = serve.deployment(
         serve.ingress(app)(),
-        name=NAME,
+        name=FRONT,
         num_replicas=1,  # which alone knows the samples that are under way
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
@@ -364,7 +370,7 @@ def build(args: dict[str, Any]) -> Application:
     return front.bind()
 
 
-def _app(fleet: FleetSpec) -> FastAPI:
+def _app(spec: TinkerSpec) -> FastAPI:
     from loray.telemetry import configure_logging
     from serve_apps.accounting.access_log import log_access
     from serve_apps.auth import open_auth
@@ -372,7 +378,7 @@ def _app(fleet: FleetSpec) -> FastAPI:
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    access = open_auth(settings, reachable_host(fleet.host))
-    app = log_access(create_app(open_front(fleet, settings, APPLICATION), access), settings.access_log)
+    access = open_auth(settings, reachable_host(spec.host))
+    app = log_access(create_app(open_front(settings), access), settings.access_log)
     app.add_middleware(WithoutRequestId)
     return app

@@ -152,7 +152,7 @@ class Checkpoints:
         self, principal: Principal, model: TinkerModel, row: TinkerCheckpoint, ref: AdapterRef, holder: str
     ) -> Answer:
         files = await self.training.trainers.ask(model.base, "give", ref.digest)
-        served = self.training.names.find(model.base)
+        served = await self.training.names.find(model.base)
         version, digest, nbytes = await asyncio.to_thread(self.publish, principal, model.name, served, files)
         done = replace(row, version=version, digest=digest, nbytes=nbytes, is_ready=True)
         await self.training.records.ask(principal, lambda catalog: catalog.tinker.finish_checkpoint(done))
@@ -233,16 +233,28 @@ class Checkpoints:
                 await asyncio.to_thread(self._delete, Principal(tenant=row.tenant), row)
             except ConflictError as e:
                 _log.warning("checkpoint %s of %s is kept: %s", row.name, row.model_id, e)
+                await self.set_ttl(Principal(tenant=row.tenant), CheckpointPath(row.model_id, row.kind, row.name), None)
 
     def _delete(self, principal: Principal, row: TinkerCheckpoint) -> None:
         catalog = self.training.records.catalog.view(principal)
         if row.version is not None:
-            name, _, version = row.version.partition("@")
             with suppress(AdapterNotFound):  # it was deleted by its name
-                catalog.removal.delete_version(name, int(version))
+                _delete_version(catalog, row)
         catalog.tinker.delete_checkpoint(row.model_id, row.kind, row.name)
         if row.folder is not None:
             shutil.rmtree(Path(row.folder), ignore_errors=True)
+
+
+def _delete_version(catalog: Catalog, row: TinkerCheckpoint) -> None:
+    """Delete the version of sampler weights. The only one of a name goes with the name, unless its model may publish
+    more under that. Raises ConflictError where an alias has it.
+    """
+    name, _, version = (row.version or "").partition("@")
+    entry = catalog.adapters.get(name)
+    if len(entry.versions) > 1 or entry.aliases:
+        catalog.removal.delete_version(name, int(version))
+    elif not catalog.tinker.model(row.model_id).is_live:
+        catalog.removal.delete_adapter(name)
 
 
 def _row(

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from loray.bases.registry import get_bases
+from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.errors import LorayError, NotFoundError
 from loray.policy.auth import check
 from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
 from loray.settings import Settings
-from loray.spec import FleetSpec, Principal
+from loray.spec import Principal
 from loray.spec.tinker import TinkerModel, TinkerSession
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
@@ -129,14 +129,14 @@ def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
     catalog.tinker.note_progress(models)
 
 
-def open_front(fleet: FleetSpec, settings: Settings, application: str) -> Front:
-    """Open the front of a deployment, with its trainers, the gateways of the Serve application and the catalog."""
-    from jobs.sampling import Sampler
+def open_front(settings: Settings) -> Front:
+    """Open the front of the deployment in this Ray cluster, on its catalog and store."""
     from jobs.trainer import trainer_of
 
-    bases = get_bases(settings.home, fleet.names)
+    from jobs.sampling import Sampler
+
     catalog = Catalog.of(settings, actor="tinker")
-    store = AdapterStore(open_store(settings.store))
+    store, sampler = AdapterStore(open_store(settings.store)), Sampler()
 
     def publish(
         principal: Principal, name: str, served: ServedName, files: Mapping[str, bytes]
@@ -144,9 +144,9 @@ def open_front(fleet: FleetSpec, settings: Settings, application: str) -> Front:
         return publish_files(Destination(name, store, catalog.view(principal)), served, files)
 
     return Front(
-        ServedNames(list(zip(fleet.bases, bases, strict=True)), settings.tinker_names),
+        ServedNames(sampler.contexts, partial(get_base, settings.home), settings.tinker_names),
         Records(catalog),
         Trainers(trainer_of),
-        Sampler(application=application),
+        sampler,
         publish,
     )

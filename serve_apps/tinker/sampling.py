@@ -50,7 +50,7 @@ class Sampling:
         if asked.model_path is not None:
             sampler = await self._of_path(principal, asked.session_id, sampler_id, asked.model_path)
         else:
-            served = self.names.find(asked.base_model or "")
+            served = await self.names.find(asked.base_model or "")
             sampler = TinkerSampler(
                 id=sampler_id,
                 session_id=asked.session_id,
@@ -76,7 +76,7 @@ class Sampling:
             principal, lambda catalog: catalog.tinker.checkpoint(parsed.model_id, parsed.kind, parsed.name)
         )
         model = await self.records.model(principal, parsed.model_id)
-        adapter = await self.records.ask(principal, lambda catalog: catalog.adapters.resolve(checkpoint.version))
+        adapter = await self.records.ask(principal, lambda catalog: catalog.adapters.resolve(checkpoint.version or ""))
         return TinkerSampler(
             id=sampler_id,
             session_id=session_id,
@@ -103,7 +103,7 @@ class Sampling:
         session = await self.records.open_session(principal, sampler.session_id)
         if not sampler.is_ready:
             raise RequestError(f"the weights of {sampler.id} are not saved yet", "sampling_session_id")
-        served = self.names.find(sampler.base_model)
+        served = await self.names.find(sampler.base_model)
         prompt = asked.prompt.token_ids
         if max(prompt) >= served.base.config.vocab_size:
             raise RequestError(f"a token of the prompt is outside of the vocabulary of {served.name}", "prompt")
@@ -135,7 +135,7 @@ class Sampling:
     async def _newest(self, sampler: TinkerSampler) -> TinkerSampler:
         if not sampler.inflight:
             return sampler
-        newest = await self.records.ask_all(lambda catalog: catalog.tinker.inflight(sampler.model_id))
+        newest = await self.records.ask_all(lambda catalog: catalog.tinker.inflight(sampler.model_id or ""))
         return newest or sampler
 
     async def _asked(self, call: SampleCall) -> SampleResult:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.errors import NotFoundError, RequestError, shown
+from loray.errors import ClusterError, NotFoundError, RequestError, SpecError, shown
 from loray.policy.quotas import allowed_priority
 from loray.schemas.tinker.paths import new_session_id
 from loray.schemas.tinker.requests import CreateSessionRequest, as_texts
 from loray.schemas.tinker.results import HEAD_IS_FROZEN, NEWEST_SDK, OLDEST_SDK, sdk_version_of
-from loray.spec import ROLLOUT_PRIORITY, Principal, ServeSpec
+from loray.spec import ROLLOUT_PRIORITY, Principal
 from loray.spec.tinker import TinkerModel, TinkerSampler, TinkerSession
 
 SESSION_IDLE_S = 600.0
+_REFRESH_S = 10.0
+_HUB = "hf:"
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -45,28 +48,35 @@ class ServedName:
     def tokenizer_id(self) -> str:
         """What the client finds the tokenizer by: the hub's id where the base has one, else the name it used."""
         source = self.base.source
-        return source.removeprefix("hf:") if source.startswith("hf:") else self.name
+        return source.removeprefix(_HUB) if source.startswith(_HUB) else self.name
 
 
 class ServedNames:
     """The bases of a deployment by all their names: its own, the hub's, and those of LORAY_TINKER_NAMES."""
 
-    def __init__(self, bases: Sequence[tuple[ServeSpec, BaseModel]], others: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        contexts: Callable[[], Awaitable[Mapping[str, int]]],
+        base_of: Callable[[str], BaseModel],
+        others: Mapping[str, str],
+    ) -> None:
+        """`contexts` gives the bases that are served now, with their most tokens; `base_of`, which may block, one of
+        them.
+        """
+        self._contexts, self._base_of, self._others = contexts, base_of, others
         self._names: dict[str, ServedName] = {}
-        for spec, base in bases:
-            longest = base.config.max_position_embeddings
-            context = longest if spec.max_model_len is None else min(longest, spec.max_model_len)
-            names = [base.name, *(name for name, of in others.items() if of == base.name)]
-            if base.source.startswith("hf:"):
-                names.append(base.source.removeprefix("hf:"))
-            for name in names:
-                self._names.setdefault(name, ServedName(name, base, context))
+        self._read_at = float("-inf")
 
-    def __iter__(self) -> Any:
-        return iter(self._names.values())
+    async def all(self) -> list[ServedName]:
+        """Raises ClusterError where nothing is served."""
+        if time.monotonic() - self._read_at > _REFRESH_S:
+            await self._read()
+        return list(self._names.values())
 
-    def find(self, name: str) -> ServedName:
-        """Raises RequestError."""
+    async def find(self, name: str) -> ServedName:
+        """Raises RequestError, and as `all`."""
+        if name not in self._names:
+            await self._read()
         found = self._names.get(name)
         if found is None:
             raise RequestError(
@@ -75,6 +85,20 @@ class ServedNames:
                 "base_model",
             )
         return found
+
+    async def _read(self) -> None:
+        try:
+            contexts = await self._contexts()
+        except SpecError as e:
+            raise ClusterError(str(e)) from e
+        names: dict[str, ServedName] = {}
+        for base_name, context in contexts.items():
+            base = await asyncio.to_thread(self._base_of, base_name)
+            called = [base.name, *(name for name, of in self._others.items() if of == base.name)]
+            if base.source.startswith(_HUB):
+                called.append(base.source.removeprefix(_HUB))
+            names |= {name: ServedName(name, base, context) for name in called if name not in names}
+        self._names, self._read_at = names, time.monotonic()
 
 
 @dataclass

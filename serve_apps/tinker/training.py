@@ -23,7 +23,6 @@ from loray.schemas.tinker.requests import (
 from loray.schemas.tinker.results import model_info, pass_bytes
 from loray.spec import AdapterSpec, LoraSpec, Name, Principal, VeraSpec
 from loray.spec.datums import ForwardBackward, LoadState, LossOutput, OptimStep
-from loray.spec.fields import mistakes
 from loray.spec.tinker import TinkerModel
 from serve_apps.tinker.futures import POLL_S, Answer, Future, Futures
 from serve_apps.tinker.sessions import Records, ServedName, ServedNames, now
@@ -47,7 +46,7 @@ class Training:
 
     async def create(self, principal: Principal, asked: CreateModelRequest) -> dict[str, Any]:
         """Begin a model. Sent twice, it is the same one. Raises RequestError, and LimitExceeded for one too many."""
-        served = self.names.find(asked.base_model)
+        served = await self.names.find(asked.base_model)
         metadata = as_texts(asked.user_metadata)
         lora = asked.lora_config or LoraConfig(rank=32)
         return await self._begin(
@@ -72,7 +71,7 @@ class Training:
         )
         if asked.optimizer and checkpoint.kind != "training":
             raise RequestError(f"{path} has no optimizer state: load it with optimizer false", "path")
-        served = self.names.find(asked.base_model or source.base_model)
+        served = await self.names.find(asked.base_model or source.base_model)
         if served.base.name != source.base:
             raise RequestError(f"{path} is of the base {source.base}, not {served.base.name}", "base_model")
         return await self._begin(
@@ -142,12 +141,13 @@ class Training:
 
     async def _initial(self, principal: Principal, model: TinkerModel) -> tuple[str | None, str | None]:
         """Return what the trainer begins with, a folder or a digest, and the folder."""
-        if model.initial is None:
+        initial = model.initial
+        if initial is None:
             return None, None
-        if not model.initial.startswith(START):
-            ref = await self.records.ask(principal, lambda catalog: catalog.adapters.resolve(model.initial))
+        if not initial.startswith(START):
+            ref = await self.records.ask(principal, lambda catalog: catalog.adapters.resolve(initial))
             return ref.digest, None
-        path = CheckpointPath.parse(model.initial)
+        path = CheckpointPath.parse(initial)
         checkpoint = await self.records.ask(
             principal, lambda catalog: catalog.tinker.checkpoint(path.model_id, path.kind, path.name)
         )
@@ -178,7 +178,7 @@ class Training:
 
     async def forward_backward(self, principal: Principal, asked: ForwardBackwardBody) -> dict[str, Any]:
         model = await self.live_model(principal, asked.model_id)
-        served = self.names.find(model.base)
+        served = await self.names.find(model.base)
         asked.check(served.base.config.vocab_size, served.context_length)
         return await self.submit(
             model, asked.seq_id, ForwardBackward(model.id, asked.datums, asked.loss, asked.forward_only)
@@ -199,6 +199,7 @@ class Training:
         checkpoint = await self.records.ask(
             principal, lambda catalog: catalog.tinker.checkpoint(path.model_id, path.kind, path.name)
         )
+        assert checkpoint.folder is not None
         return await self.submit(model, asked.seq_id, LoadState(model.id, checkpoint.folder, asked.optimizer))
 
     async def result(self, principal: Principal, request_id: RequestId) -> Answer | None:
@@ -218,7 +219,7 @@ class Training:
 
     async def info(self, principal: Principal, model_id: str) -> dict[str, Any]:
         model = await self.records.model(principal, model_id)
-        served = self.names.find(model.base_model)
+        served = await self.names.find(model.base_model)
         return model_info(model, served.tokenizer_id, served.base.config.architecture)
 
     async def end(self, model: TinkerModel) -> None:
@@ -242,9 +243,9 @@ def _adapter(lora: LoraConfig, metadata: Mapping[str, str]) -> AdapterSpec:
     if method != "lora":
         raise UnsupportedParameter(f"user_metadata: loray.method {shown(method)}: lora or vera", "user_metadata")
     try:
-        return LoraSpec(alpha=metadata.get("loray.alpha", _ALPHA), **fields)
-    except ValidationError as e:
-        raise RequestError(f"user_metadata: loray.alpha: {mistakes(e)[0]['msg']}", "user_metadata") from e
+        return LoraSpec(alpha=float(metadata.get("loray.alpha", _ALPHA)), **fields)
+    except ValueError as e:  # pydantic's too
+        raise RequestError("user_metadata: loray.alpha must be a number above 0", "user_metadata") from e
 
 
 def _name(metadata: Mapping[str, str], session_id: str, seq: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,12 @@ import numpy.typing as npt
 from loray.errors import RequestError, UnsupportedParameter
 
 FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
-_DTYPES = {FLOAT32: np.dtype("<f4"), INT64: np.dtype("<i8"), INT32: np.dtype("<i4"), BFLOAT16: np.dtype("<u2")}
+_DTYPES: Mapping[int, np.dtype[Any]] = {
+    FLOAT32: np.dtype("<f4"),
+    INT64: np.dtype("<i8"),
+    INT32: np.dtype("<i4"),
+    BFLOAT16: np.dtype("<u2"),
+}
 _MOST_ELEMENTS = 1 << 22  # of a sparse tensor, once it is dense
 _EMPTY_TOKEN, _EMPTY_LOGPROB = 0, -99999.0  # of a place that has fewer than k
 
