@@ -100,7 +100,7 @@ class RunState(Frozen):
 
     def stepped(self, epoch: int, index: int, *, num_tokens: int, skipped: bool) -> RunState:
         """Add a step after which the data's cursor is (`epoch`, `index`)."""
-        update = {
+        update: dict[str, Any] = {
             "step": self.step + 1,
             "epoch": epoch,
             "index": index,
