@@ -408,7 +408,8 @@ class World:
         """The product's application of models, or with other fields of Serve's configuration; yields its port when it
         is healthy.
         """
-        from serve_apps.deployment import APPLICATION, ServeApi, serve_config
+        from loray.spec import APPLICATION
+        from serve_apps.deployment import ServeApi, serve_config
 
         config = serve_config(fleet, self.settings)
         config["applications"] = [a | application for a in config["applications"] if a["name"] == APPLICATION]

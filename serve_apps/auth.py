@@ -368,6 +368,12 @@ class Authenticator:
             self._accounts[key_id, tenant] = now + REFRESH_S, principal
         return principal
 
+    async def of_tenant(self, tenant: str) -> Principal:
+        """Return who asks inside of the cluster for a tenant. Raises as `KeyRing.of_tenant`."""
+        if not self.follower.is_running:
+            await self.refresh()
+        return self.ring.of_tenant(tenant)
+
     def _note(self, principal: Principal, now: float) -> None:
         key_id, period = principal.key_id, int(now) // _USE_S
         if key_id is not None and key_id not in STATIC_KEYS and self._minutes.get(key_id) != period:

@@ -12,10 +12,8 @@ from loray.errors import ClusterError
 from loray.local.serving import ServingAddress
 from loray.locations import http_url
 from loray.settings import Settings
-from loray.spec import FleetSpec
+from loray.spec import APPLICATION, FleetSpec
 
-APPLICATION = "loray"
-GATEWAY = "gateway"
 IMPORT_PATH = "serve_apps.app:build"
 CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"

@@ -18,14 +18,13 @@ from loray.errors import EngineError
 from loray.local.serving import ServingAddress
 from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
-from loray.spec import Frozen, is_engine
+from loray.spec import APPLICATION, GATEWAY, Frozen, is_engine
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.auth import open_auth
 from serve_apps.batches import BaseLoad, LineAnswer
 from serve_apps.console import GatewayClient
-from serve_apps.deployment import APPLICATION, GATEWAY
 from serve_apps.http import WithoutRequestId
 
 _TIMEOUT_S = 5.0

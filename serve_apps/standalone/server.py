@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -120,6 +120,9 @@ class LocalEngineClient:
         if not await self.healthy():
             return []
         return [replica_status(self._stream, REPLICA, self._started_at)]
+
+    async def retire(self, digests: Collection[str]) -> None:
+        await self._stream.retire(digests)
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None

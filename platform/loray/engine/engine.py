@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 
@@ -196,6 +196,7 @@ class Engine:
             tier = HostTier(self.adapter_manager.host, pool.copies, lambda: self.wake())
             self.scheduler.prefix_cache.host = tier
         self._requests: dict[str, Request] = {}
+        self._retired: set[str] = set()  # digests that requests still use
         self.counters = Counters()
         self._runner = ModelRunner(
             model,
@@ -255,6 +256,13 @@ class Engine:
             if not self.scheduler.has_work and not self._runner.num_in_flight:
                 self._runner.forget()
 
+    def retire(self, digests: Iterable[str]) -> None:
+        """Drop adapters and their prefixes for good: at once, or when the requests that use them have ended."""
+        self._retired.update(digests)
+        for digest in [digest for digest in self._retired if self.adapter_manager.retire(digest)]:
+            self._retired.remove(digest)
+            self.scheduler.kv_cache.forget(digest)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -289,6 +297,8 @@ class Engine:
             self._collect(0, outputs)
             runner.forget()
         self._grammars.end_step()
+        if self._retired:
+            self.retire(())
         self.idle = not (scheduled.chunks or outputs or scheduled.adapters_moved or self._grammars.has_due)
         return outputs
 

@@ -40,6 +40,7 @@ from loray.spec.access import (
     split_qualified,
 )
 from loray.spec.adapters import (
+    EPHEMERAL,
     MAX_DESCRIPTION_CHARACTERS,
     MAX_EVALUATIONS,
     MAX_MANIFEST_BYTES,
@@ -138,6 +139,9 @@ from loray.spec.objectives import (
 )
 from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
+    ACTOR_NAMESPACE,
+    APPLICATION,
+    GATEWAY,
     AutoscalingSpec,
     EngineFigures,
     FleetSpec,
@@ -183,6 +187,8 @@ from loray.spec.training import (
 )
 
 __all__ = [
+    "ACTOR_NAMESPACE",
+    "APPLICATION",
     "ATTENTION_MODULES",
     "BATCH_PRIORITY",
     "BATCH_TIER",
@@ -191,9 +197,11 @@ __all__ = [
     "DEFAULT_MAX_ADAPTERS",
     "DEFAULT_TENANT",
     "DTYPE_BYTES",
+    "EPHEMERAL",
     "EXACT_MATCH",
     "FIGURES",
     "FORMAT_COLUMNS",
+    "GATEWAY",
     "KEY_START",
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",

@@ -221,6 +221,10 @@ class ServeSpec(Frozen):
         return self
 
 
+APPLICATION, GATEWAY = "loray", "gateway"  # on Ray Serve: the application of gateways and engines, and its gateways
+ACTOR_NAMESPACE = "loray"  # of Ray's, for actors with names that other processes ask
+
+
 def engine_of(base: str) -> str:
     """The name of a base's deployment on Ray Serve, which has its replicas."""
     return f"{_ENGINE}{base}"

@@ -205,7 +205,7 @@ class BankTrainer:
                     output.metrics[name] = output.metrics.get(name, 0.0) + float(value)
             if with_gradients:
                 total.backward()  # type: ignore[no-untyped-call]
-        values_N = logprobs_N.detach().float().cpu().numpy()
+        values_N = logprobs_N.detach().cpu().numpy()
         ends = np.cumsum([row.length for row in rows])
         for row, end in zip(rows, ends, strict=True):
             outputs[row.op].logprobs[row.number] = values_N[end - row.length : end].copy()
