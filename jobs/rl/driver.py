@@ -217,7 +217,7 @@ async def _train(
     await _check_served(sampler, base, prepared.prompts.train[0], tenant)
     await _check_reward(environments, prepared)
     stages("starting the trainer")
-    trainer = _Calls(trainer_of(base.name))
+    trainer = _Calls(trainer_of(base.name, spec.dtype))
     model = f"{tenant}.{spec.name}.{run.name}"
     await trainer.create(model, spec.adapter.model_dump(mode="json"), spec.seed, prepared.initial)
     status: Mapping[str, Any] = await trainer.status()

@@ -130,7 +130,7 @@ class Asker:
                 reward = await self._scoring.reward(prompt.row, text)
                 return _Transcript(prompt.ids).answered(sequence).episode(reward, text)
             except EpisodeFailed as e:
-                log.warning("a reward failed: %s", e)
+                log.debug("a reward failed: %s", e)
                 self.last_failure = str(e)
         return None
 
@@ -142,7 +142,7 @@ class Asker:
             try:
                 return await self._played(f"{key}.{attempt}", prompt, version, seed, temperature)
             except (EpisodeFailed, ValueError) as e:
-                log.warning("an episode failed: %s", e)
+                log.debug("an episode failed: %s", e)
                 self.last_failure = str(e)
         return None
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jobs.events import Emit
 from jobs.rl.groups import Asker, Rollouts, Taken, Version
-from loray.errors import TrainingError
+from loray.errors import NotFoundError, TrainingError
 from loray.spec import AdapterRef, RlSpec, TrainSpec
 from loray.spec.datums import AdamParams, ForwardBackward, LossOutput, OptimStep, op_from_bytes, op_to_bytes
 from loray.telemetry import get_logger
@@ -148,6 +148,7 @@ class Steps:
         self._seq_id = 1  # the next one
         self._durations: list[float] = []
         self._best: float | None = None
+        self._failure = ""  # that was told last
 
     async def run(self) -> None:
         """Run all steps that are left. Afterwards the folder has the version to publish.
@@ -192,6 +193,9 @@ class Steps:
 
     async def _save(self, step: int, taken: Taken, version: Version, cursor: int) -> Saved:
         """Write down what the step learns from."""
+        if self._asker.last_failure != self._failure:
+            self._failure = self._asker.last_failure
+            self._emit({"event": "warning", "message": f"an answer got no reward: {self._failure}"})
         found = experience(self._model, taken.groups, self._rl)
         told = _figures(taken, found, version)
         fresh: list[int] = []
@@ -259,12 +263,13 @@ class Steps:
         found: dict[str, Any] = {"lr": rate, "loss": None, "grad_norm": None, "num_tokens": op.num_tokens}
         await self._trainer.submit(self._model, seq_id, op)
         try:
-            output: LossOutput = await self._result(seq_id)
+            output: LossOutput | None = await self._result(seq_id)
         except TrainingError as e:  # it is not finite
             self._skip(saved.step, e)
             return found
-        found |= {"loss": output.loss, "apart": self._compared(saved, op, output), "metrics": dict(output.metrics)}
-        self._guard(saved.step, found["apart"])
+        if output is not None:
+            found |= {"loss": output.loss, "apart": self._compared(saved, op, output), "metrics": dict(output.metrics)}
+            self._guard(saved.step, found["apart"])
         optimizer = self._spec.optimizer
         adam = AdamParams(
             learning_rate=rate,
@@ -277,12 +282,12 @@ class Steps:
         self._seq_id = seq_id + 2
         await self._trainer.submit(self._model, seq_id + 1, OptimStep(self._model, adam))
         try:
-            stepped: Mapping[str, float] = await self._result(seq_id + 1)
+            stepped: Mapping[str, float] | None = await self._result(seq_id + 1)
         except TrainingError as e:
             self._skip(saved.step, e)
             return found
         self._num_skipped = 0
-        return found | {"grad_norm": stepped.get("grad_norm"), "is_updated": True}
+        return found | {"grad_norm": (stepped or {}).get("grad_norm"), "is_updated": True}
 
     def _skip(self, step: int, error: TrainingError) -> None:
         self._num_skipped += 1
@@ -291,8 +296,12 @@ class Steps:
             raise TrainingError(f"{self._num_skipped} steps in a row were skipped: {error}; lower the learning rate")
 
     async def _result(self, seq_id: int) -> Any:
-        while (found := await self._trainer.result(self._model, seq_id, _RESULT_S)) is None:
-            pass
+        """Wait for a result; None where a driver before this one has had it."""
+        try:
+            while (found := await self._trainer.result(self._model, seq_id, _RESULT_S)) is None:
+                pass
+        except NotFoundError:
+            return None
         return found
 
     def _compared(self, saved: Saved, op: ForwardBackward, output: LossOutput) -> Mismatch | None:
