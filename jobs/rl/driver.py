@@ -46,6 +46,8 @@ from loray.train.data.rows import Cut
 from loray.train.rl.prompts import Prompt, Prompts, Speech, read_prompts
 from loray.train.rl.rewards import check_rows
 
+_TRAINED = "trained"  # a file of the run, once all steps are done: only publishing is left
+
 
 @click.command()
 @recipe_options
@@ -190,14 +192,15 @@ def _run(
                 write(event)
             emit(event)
 
-        stages("starting the environments")
-        environments = Environments(prepared.objective, [str(recipe.folder)])
-        try:
-            asyncio.run(_train(prepared, run, environments, tell, told, stages, tenant))
-        except KeyboardInterrupt:
-            job.stop()
-        finally:
-            environments.close()
+        if run.read(_TRAINED) is None:
+            stages("starting the environments")
+            environments = Environments(prepared.objective, [str(recipe.folder)])
+            try:
+                asyncio.run(_train(prepared, run, environments, tell, told, stages, tenant))
+            except KeyboardInterrupt:
+                job.stop()
+            finally:
+                environments.close()
         stages("publishing")
         event = publish_kept(run, recipe, prepared.base, settings, tenant)
     record_published(run, recipe.spec, event)
@@ -219,8 +222,9 @@ async def _train(
     stages("starting the trainer")
     trainer = _Calls(trainer_of(base.name, spec.dtype))
     model = f"{tenant}.{spec.name}.{run.name}"
-    await trainer.create(model, spec.adapter.model_dump(mode="json"), spec.seed, prepared.initial)
-    status: Mapping[str, Any] = await trainer.status()
+    made: Mapping[str, Any] = await trainer.create(
+        model, spec.adapter.model_dump(mode="json"), spec.seed, prepared.initial
+    )
     asker = Asker(
         base.name,
         prepared.objective,
@@ -232,7 +236,7 @@ async def _train(
         max_length=prepared.max_length,
         stop_ids=frozenset(base.config.eos_token_ids),
     )
-    tell(_start(prepared, told.step, str(status.get("dtype", "float32"))))
+    tell(_start(prepared, told.step, made["dtype"]))
     steps = Steps(
         spec,
         prepared.num_steps,
@@ -246,9 +250,10 @@ async def _train(
         folder=run,
         emit=tell,
         told=told,
-        dtype=str(status.get("dtype", "float32")),
+        dtype=made["dtype"],
     )
-    await steps.run()
+    await steps.run(made["next_seq"])
+    run.write(_TRAINED, b"")
     await trainer.remove(model)
 
 

@@ -150,12 +150,19 @@ class Steps:
         self._best: float | None = None
         self._failure = ""  # that was told last
 
-    async def run(self) -> None:
-        """Run all steps that are left. Afterwards the folder has the version to publish.
+    async def run(self, next_seq: int) -> None:
+        """Run all steps that are left. Afterwards the folder has the version to publish. `next_seq`: the number of the
+        trainer's next operation of the model.
 
-        Raises TrainingError where there is nothing to learn, or trainer and engine compute different models.
+        Raises TrainingError where there is nothing to learn, trainer and engine compute different models, or the
+        trainer does not have the model any more with which the run began.
         """
         saved = self._read()
+        if next_seq < saved.seq_id:
+            raise TrainingError(
+                f"the trainer has lost the model of this run: it is at operation {next_seq}, and the run at "
+                f"{saved.seq_id}; train without --resume"
+            )
         version = await self._publish()
         rollouts = Rollouts(self._asker, self._prompts, self._rl, seed=self._spec.seed, cursor=saved.cursor)
         try:

@@ -19,7 +19,7 @@ from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep, Jobs, Service
 from serve_apps.console.recipes import form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import MOST_SUGGESTED, led_to, page_router, read_form
-from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
+from serve_apps.console.runs import REWARDED, Seen, compare, curve_of, loss_rows, rank, spread
 
 _PAGE = 50
 _COMPARED = 4
@@ -141,6 +141,10 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
         "problem": seen.problem,
         "stage": seen.stage,
         "samples": seen.samples,
+        "rewards": curve_of(seen.rewards),
+        "mismatch": curve_of(seen.mismatch),
+        "rewarded": loss_rows({**seen.rewards, **seen.mismatch}, _ROWS, REWARDED),
+        "rollout": seen.rollout,
         "sweep": None if seen.trials is None else rank(seen.trials),
         "curve": seen.curve,
         "subjects": list(seen.lines),

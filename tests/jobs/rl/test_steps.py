@@ -79,7 +79,7 @@ class World:
             told=self._told(),
             clock=lambda: 0.0,
         )
-        asyncio.run(steps.run())
+        asyncio.run(steps.run(len(self.trainer.accepted) + 1))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == kind]
@@ -209,6 +209,15 @@ def test_results_that_a_killed_driver_had_are_not_needed_again() -> None:
     world.drive()
     assert [event["step"] for event in world.of("rollout")] == [1, 2, 3, 4]
     assert num_updates < world.trainer.num_updates <= 4
+
+
+def test_a_lost_model_is_an_error() -> None:
+    world = World(recipe(steps=4))
+    with pytest.raises(Killed):
+        world.drive(Deadly(world.trainer, "publish", 3, is_done=True))
+    world.trainer = ToyTrainer()
+    with pytest.raises(TrainingError, match="has lost the model of this run"):
+        world.drive()
 
 
 def test_the_same_reward_everywhere_is_an_error() -> None:
