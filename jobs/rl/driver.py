@@ -193,32 +193,41 @@ def _run(
             emit(event)
 
         if run.read(_TRAINED) is None:
-            stages("starting the environments")
-            environments = Environments(prepared.objective, [str(recipe.folder)])
             try:
-                asyncio.run(_train(prepared, run, environments, tell, told, stages, tenant))
+                asyncio.run(_sample_and_train(prepared, run, recipe.folder, tell, told, stages, tenant))
             except KeyboardInterrupt:
                 job.stop()
-            finally:
-                environments.close()
         stages("publishing")
         event = publish_kept(run, recipe, prepared.base, settings, tenant)
     record_published(run, recipe.spec, event)
     return event
 
 
+async def _sample_and_train(
+    prepared: Prepared, run: RunFolder, folder: Path, tell: Emit, told: Told, stages: Stages, tenant: str
+) -> None:
+    sampler = Sampler()
+    await _check_served(sampler, prepared.base, prepared.prompts.train[0], tenant)
+    stages("starting the environments")
+    environments = Environments(prepared.objective, [str(folder)])
+    try:
+        await _check_reward(environments, prepared)
+        await _train(prepared, run, sampler, environments, tell, told, stages, tenant)
+    finally:
+        environments.close()
+
+
 async def _train(
     prepared: Prepared,
     run: RunFolder,
+    sampler: Sampler,
     environments: Environments,
     tell: Emit,
     told: Told,
     stages: Stages,
     tenant: str,
 ) -> None:
-    spec, base, sampler = prepared.spec, prepared.base, Sampler()
-    await _check_served(sampler, base, prepared.prompts.train[0], tenant)
-    await _check_reward(environments, prepared)
+    spec, base = prepared.spec, prepared.base
     stages("starting the trainer")
     trainer = _Calls(trainer_of(base.name, spec.dtype))
     model = f"{tenant}.{spec.name}.{run.name}"
