@@ -35,7 +35,8 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, name: str, batch: TrainBatch, *, weight: float) -> Part:
         """Take a micro-batch that has been read."""
-        return cls(name, *batch.input_ids_BT.shape, lambda: batch, weight, batch.position_ids_BT is not None)
+        num_rows, length = batch.input_ids_BT.shape
+        return cls(name, num_rows, length, lambda: batch, weight, batch.position_ids_BT is not None)
 
 
 Order = Callable[[Iterable[str]], list[str]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from loray.adapters.peft_format import AdapterFiles
 from loray.errors import ContextLengthExceeded, LorayError, NotFoundError, RequestError, TrainingError
 from loray.methods.weights import AdapterWeights
-from loray.spec import AdapterSpec, OptimizerSpec
+from loray.spec import AdapterSpec, DType, OptimizerSpec
 from loray.spec.datums import Array, Datum, ForwardBackward, LossOutput, OptimStep
 from loray.telemetry import get_logger
 from loray.train.data.batches import IGNORED, TrainBatch
@@ -76,9 +76,9 @@ class BankTrainer:
         self.bank.remove(model)
         self._has_gradients.discard(model)
 
-    def files(self, model: str) -> AdapterFiles:
-        """Copy a model's weights in PEFT's format, in the dtype in which the base computes."""
-        return self.bank.files(model)
+    def files(self, model: str, dtype: DType) -> AdapterFiles:
+        """Copy a model's weights in PEFT's format."""
+        return self.bank.files(model, dtype)
 
     def state(self, model: str) -> tuple[OptimizerState, dict[str, Tensor]]:
         """Copy the optimizer's state of a model, and the gradients that no step has used, none where they are 0."""
