@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
@@ -87,24 +88,23 @@ class Environments:
     async def start(self, key: str, row: Row) -> tuple[_Place, Said]:
         """Begin an episode. Raises EpisodeFailed."""
         place = _Place(self._any(), key)
-        return place, await self._call(place.host, lambda: place.host.start.remote(key, row))
+        return place, await self._call(place.host, partial(place.host.start.remote, key, row))
 
     async def step(self, place: _Place, answer: str) -> Turn:
         """Take an answer of an episode. Raises EpisodeFailed, also where its process died: it begins anew."""
-        turn: Turn = await self._call(place.host, lambda: place.host.step.remote(place.key, answer))
+        turn: Turn = await self._call(place.host, partial(place.host.step.remote, place.key, answer))
         return turn
 
     async def reward(self, row: Row, answer: str) -> float:
         """Compute a reward; a process that dies is asked again. Raises EpisodeFailed."""
-        deaths = 0
-        while True:
+        for left in reversed(range(_MOST_DEATHS)):
             host = self._any()
             try:
-                return float(await self._call(host, lambda host=host: host.reward.remote(row, answer)))
+                return float(await self._call(host, partial(host.reward.remote, row, answer)))
             except _HostDied:
-                deaths += 1
-                if deaths == _MOST_DEATHS:
+                if not left:
                     raise
+        raise AssertionError
 
     def close(self) -> None:
         for host in self._hosts:

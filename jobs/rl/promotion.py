@@ -35,12 +35,10 @@ def given_files(base: str, digest: str) -> Mapping[str, bytes]:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    from jobs.trainer.start import actor_name
-
     if not ray.is_initialized():
         raise ClusterError("this server has no cluster, in which the version's trainer could be; `loray up` has one")
     try:
-        trainer = ray.get_actor(actor_name(base), namespace=ACTOR_NAMESPACE)
+        trainer = ray.get_actor(f"loray-trainer-{base}", namespace=ACTOR_NAMESPACE)  # see `jobs.trainer.trainer_of`
         files: Mapping[str, bytes] = ray.get(trainer.give.remote(digest), timeout=_GIVEN_S)
         return files
     except ValueError as e:

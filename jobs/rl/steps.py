@@ -408,7 +408,7 @@ class Steps:
                     name: round(value, _DIGITS) if isinstance(value, float) else value
                     for name, value in metrics.items()
                 },
-                "samples": list(saved.samples),
+                "samples": [dict(sample) for sample in saved.samples],
             }
         )
         if not trained:

@@ -145,7 +145,7 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
         "samples": seen.samples,
         "rewards": curve_of(seen.rewards),
         "mismatch": curve_of(seen.mismatch),
-        "rewarded": loss_rows({**seen.rewards, **seen.mismatch}, _ROWS, REWARDED),
+        "rewarded": loss_rows({**seen.rewards, **seen.mismatch}, _ROWS, REWARDED) if seen.rewards else (),
         "rollout": seen.rollout,
         "sweep": None if seen.trials is None else rank(seen.trials),
         "curve": seen.curve,

@@ -232,11 +232,12 @@ class Rewards:
 
     @property
     def rewards(self) -> dict[str, Line]:
-        return {"sampled answers": self._sampled.values(), REWARDED: self._held_out.values()}
+        lines = {"sampled answers": self._sampled.values(), REWARDED: self._held_out.values()}
+        return lines if any(lines.values()) else {}
 
     @property
     def mismatch(self) -> dict[str, Line]:
-        return {"mismatch": self._mismatch.values()}
+        return {"mismatch": line} if (line := self._mismatch.values()) else {}
 
 
 class Seen(NamedTuple):

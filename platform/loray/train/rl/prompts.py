@@ -42,8 +42,9 @@ class Speech:
 
     def prompt(self, said: Said | Sequence[Message]) -> tuple[int, ...]:
         """Tokenise what an answer follows: a text or messages; tokens stay as they are. Raises ValueError."""
-        if not isinstance(said, str) and said and not isinstance(said[0], Mapping):
-            return tuple(int(i) for i in said)  # type: ignore[call-overload]
+        ids = () if isinstance(said, str) else tuple(i for i in said if isinstance(i, int))
+        if ids:
+            return ids
         if self._is_raw:
             if not isinstance(said, str):
                 raise ValueError("messages need a chat template, which the base does not have: give `prompt` as a text")

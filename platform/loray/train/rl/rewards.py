@@ -85,9 +85,9 @@ def reward_of(spec: RewardSpec) -> Reward:
 
 def check_rows(spec: RlSpec, rows: Sequence[Row]) -> None:
     """Raise SpecError where a built-in reward reads a field that rows have not."""
-    field = spec.reward and spec.reward.field
-    for i, row in enumerate(rows if field is not None else ()):
-        if row.get(field) is None:
+    field = None if spec.reward is None else spec.reward.field
+    for i, row in enumerate(rows):
+        if field is not None and row.get(field) is None:
             raise SpecError(
                 f"objective.reward.field is {field!r}, which row {i + 1} has not: it has {', '.join(row)}; give every "
                 "row the right answer, or name another field"
@@ -181,7 +181,7 @@ def _json_schema(spec: RewardSpec) -> Reward:
     fixed = None if spec.json_schema is None else checker(spec.json_schema)
 
     def reward(row: Row, answer: str) -> float:
-        validator = checker(row[spec.field]) if fixed is None else fixed
+        validator = checker(row[spec.field or ""]) if fixed is None else fixed
         try:
             return float(validator.is_valid(json.loads(answer)))
         except (ValueError, RecursionError):
