@@ -179,6 +179,27 @@ class RunFolder:
     def write_model(self, name: str, model: Frozen) -> None:
         self.write(name, model.model_dump_json(indent=2).encode() + b"\n")
 
+    def names(self) -> list[str]:
+        """Lists the files of the folder, without folders in it."""
+        with _translate_errors(self):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file)
+
+    def folders(self) -> list[str]:
+        """Lists the folders in the folder."""
+        with _translate_errors(self):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def remove(self, name: str) -> None:
+        with _translate_errors(self):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def remove_all(self) -> None:
+        """Removes the folder with all that is in it."""
+        with _translate_errors(self):
+            self.filesystem.delete_dir(self.path)
+
     def repair(self) -> None:
         """Lists the run's checkpoints that are whole anew for Ray Train, where it could not read the list or would miss
         one that it names. Nothing changes where the list is sound, or there is no checkpoint.
@@ -334,10 +355,7 @@ class Runs:
     def _newest_first(self, name: str) -> Iterator[RunFolder]:
         """Yields at least one run. SpecError if there is none."""
         at = folder_of(name)
-        folder = pafs.FileSelector(f"{self.root}/{at}", allow_not_found=True)
-        with _translate_errors(self.make(at)):
-            found = self.filesystem.get_file_info(folder)
-        times = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+        times = self.make(at).folders()
         if not times:
             raise SpecError(
                 f"there is no run of {name!r} in {self.make(at)} to go on with; train it without --resume"
@@ -352,7 +370,7 @@ class Runs:
         return hint if found else ""
 
 
-def open_runs(settings: Settings, kind: Literal["runs", "sweeps"] = "runs") -> Runs:
+def open_runs(settings: Settings, kind: Literal["runs", "sweeps", "trainers", "states"] = "runs") -> Runs:
     """Raises SettingsError if the store's URL is wrong. Reads and writes nothing yet."""
     here = settings.home / kind
     location = parse_location(settings.store)

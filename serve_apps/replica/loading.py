@@ -95,7 +95,7 @@ class AdapterLoader:
     """The engine's `load`, which its loader threads call."""
 
     def __init__(self, base: BaseModel, settings: Settings, counts: LoadCounts | None = None) -> None:
-        self.base, self.counts = base, counts or LoadCounts()
+        self.base, self.counts, self.home = base, counts or LoadCounts(), settings.home
         self.store = AdapterStore(open_store(settings.store))
         self.cache = AdapterCache(self.store, settings.home / "cache", NODE_CACHE_BYTES)
         self.cache_writer = CacheWriter()

@@ -26,8 +26,9 @@ from loray.train import checkpoint, loop
 from loray.train import objectives as loss_module
 from loray.train.checkpoint import ADAPTER, FolderReporter, Metrics, save_adapter
 from loray.train.data.rows import RowSource, load_data
-from loray.train.loop import HeldOut, TimeLeft, train
+from loray.train.loop import train
 from loray.train.objectives import batch_loss
+from loray.train.progress import HeldOut, TimeLeft
 from tests.fixtures.adapters import ADAPTERS, in_peft, trained
 from tests.fixtures.adapters import recipe as adapter_recipe
 from tests.fixtures.tiny import byte_tokenizer

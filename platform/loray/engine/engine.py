@@ -32,6 +32,7 @@ from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
+from loray.priority import ForegroundTime
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
 from loray.telemetry import get_logger
 from loray_kernels import CaptureLimits, CaptureState
@@ -187,6 +188,7 @@ class Engine:
             token_weight=self._token_weight,
             itl_slo_s=spec.itl_slo_s,
             ttft_slo_s=spec.ttft_slo_s,
+            background_slack=spec.background_slack,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
             window=base.config.window,
@@ -208,6 +210,7 @@ class Engine:
             observe=self.scheduler.step_time.observe,
         )
         self.idle = True  # the last step had nothing to compute
+        self.foreground: ForegroundTime | None = None  # is told of steps with requests in the foreground
 
     def warm_up(self) -> CaptureState | None:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
@@ -285,6 +288,8 @@ class Engine:
         scheduled = self.scheduler.next()
         outputs += [self._fail(*failed) for failed in scheduled.failed]
         chunks, runner = scheduled.chunks, self._runner
+        if self.foreground is not None and any(not chunk.request.is_background for chunk in chunks):
+            self.foreground.begin_step(self.scheduler.step_time.predict(scheduled.work))
         try:
             if chunks and not runner.launch(chunks, scheduled.work):  # it needs tokens that are in flight
                 self._collect(0, outputs)

@@ -162,11 +162,13 @@ class Vera(Method):
         return drawn
 
     def stored_beside(self, spec: VeraSpec, model: Any) -> dict[str, Tensor]:
-        from loray.methods.vera_module import VeraLinear
+        from loray.methods.vera_module import draw_pair
 
         if not spec.save_projection:
             return {}
-        pair = next(m.shared.pair for m in model.modules() if isinstance(m, VeraLinear))
+        adapted = (m.base_layer for p, m in model.named_modules() if p.rpartition(".")[2] in spec.target_modules)
+        widths, outs = zip(*((linear.in_features, linear.out_features) for linear in adapted), strict=True)
+        pair = draw_pair(spec.projection_prng_key, spec.rank, max(widths), max(outs))
         return dict(zip(PAIR_NAMES, (pair.a_RI, pair.b_OR), strict=True))
 
     def differences(self, spec: VeraSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:

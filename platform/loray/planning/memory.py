@@ -7,7 +7,7 @@ gradients and optimizer states are replicated or sharded (Rajbhandari et al., *Z
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,7 +81,12 @@ class MemoryPlan:
 def plan_memory(run: RunShape, device: Device) -> MemoryPlan:
     """Plan the memory of one worker's device in a step."""
     items = [*_weights(run), *_optimizer(run, device), *_communication(run)]
-    items += [*_activations(run, device), *_loss(run, device)]
+    return with_overheads([*items, *passing_items(run, device)], device)
+
+
+def with_overheads(items: Iterable[Item], device: Device) -> MemoryPlan:
+    """Add what the device's allocator keeps and loses, and its libraries."""
+    items = tuple(items)
     passing = MemoryPlan(tuple(item for item in items if item.moments != MOMENTS))
     # An item counts at every moment where the allocator keeps its freed blocks.
     kept = [replace(i, moments=MOMENTS) if 0 < i.block < device.keeps_freed_below else i for i in items if i.nbytes]
@@ -143,9 +148,17 @@ def _communication(run: RunShape) -> Iterator[Item]:
             yield Item("gradient bucket", GRADIENT_BUCKET_BYTES)
 
 
-def _activations(run: RunShape, device: Device) -> Iterator[Item]:
+def passing_items(run: RunShape, device: Device, adapter: SavedTensors | None = None) -> Iterator[Item]:
+    """Plan what a micro-batch takes in its passes. `adapter` is what autograd keeps of a layer for adapters; None: what
+    it keeps for the run's.
+    """
+    yield from _activations(run, device, adapter)
+    yield from _loss(run, device)
+
+
+def _activations(run: RunShape, device: Device, adapter: SavedTensors | None) -> Iterator[Item]:
     tokens, layers = run.tokens_per_worker, run.model.num_layers
-    kept = saved_by_layer(run, on_gpu=not device.is_host)
+    kept = saved_by_layer(run, on_gpu=not device.is_host, adapter=adapter)
     rope = 2 * run.element_bytes * run.model.head_dim
     alive: tuple[str, ...] = ("loss", "backward")
     if run.checkpointing:
@@ -237,14 +250,16 @@ def _share(nbytes: int, shards: int) -> int:
 # length, but for attention with a soft cap, and a mask where layers have a window.
 
 
-def saved_by_layer(run: RunShape, *, on_gpu: bool = False) -> tuple[SavedTensors, ...]:
-    """List what autograd keeps of a layer for its backward pass.
+def saved_by_layer(
+    run: RunShape, *, on_gpu: bool = False, adapter: SavedTensors | None = None
+) -> tuple[SavedTensors, ...]:
+    """List what autograd keeps of a layer for its backward pass; `adapter` None: for the run's adapter.
 
     A GPU's kernel keeps its output. Where the two halves of the heads are joined, or padding is set to 0, the next
     module keeps another tensor of that size.
     """
     model, e, is_shared = run.model, run.element_bytes, run.sequence > 1
-    adapter = method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
+    adapter = adapter or method_of(run.adapter).saved(run.adapter, model, element_bytes=e, is_shared=is_shared)
     # x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight.
     widths = [(1, model.hidden_size)] * model.layers[0].num_norms
     widths += [(model.num_heads + model.num_kv_heads, model.head_dim)] if model.layers[0].qk_norm else []

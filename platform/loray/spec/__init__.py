@@ -4,6 +4,7 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    BACKGROUND_PRIORITY,
     BATCH_PRIORITY,
     BATCH_TIER,
     DEFAULT_KEEP_DELETED_S,
@@ -187,6 +188,7 @@ __all__ = [
     "ACTOR_NAMESPACE",
     "APPLICATION",
     "ATTENTION_MODULES",
+    "BACKGROUND_PRIORITY",
     "BATCH_PRIORITY",
     "BATCH_TIER",
     "DEFAULT_ALIAS",

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER = "adapter"
-_OPTIMIZER = "optimizer.pt"
+OPTIMIZER = "optimizer.pt"
 _RESUMABLE = (  # must be equal in a resumed run
     *("base", "objective", "quantization", "adapter", "attention", "rope_scaling", "init_adapter"),
     *("data", "batch", "dtype", "seed"),
@@ -98,6 +98,35 @@ class RunState(Frozen):
         early = self.recipe.early_stopping
         return early is not None and self.num_stale >= early.patience
 
+    def stepped(self, epoch: int, index: int, *, num_tokens: int, skipped: bool) -> RunState:
+        """Add a step after which the data's cursor is (`epoch`, `index`)."""
+        update: dict[str, Any] = {
+            "step": self.step + 1,
+            "epoch": epoch,
+            "index": index,
+            "skipped_steps": self.skipped_steps + skipped,
+            "num_tokens": self.num_tokens + num_tokens,
+            "eval_loss": None,
+            "eval_metrics": {},
+        }
+        return self.model_copy(update=update)
+
+    def gave_up(self, num_skipped: int) -> str:
+        """Say why a run ends that has skipped so many steps in this process."""
+        return (
+            f"stopped at step {self.step}: {num_skipped} steps had a loss or gradient that is not finite "
+            f"(max_nonfinite_steps is {self.recipe.max_nonfinite_steps}); lower the learning rate or look at the data, "
+            "then go on from the last good checkpoint with --resume"
+        )
+
+    def check_end(self, evaluated: bool) -> None:
+        """Raise TrainingError where all steps were skipped, or neither the last nor the best loss is finite."""
+        if self.skipped_steps == self.step:
+            raise TrainingError("every step had a loss or gradient that is not finite; look at the data and the base")
+        best_is_kept = self.recipe.evaluation.keep_best and self.best_eval_loss is not None
+        if evaluated and self.eval_loss is None and not best_is_kept:
+            raise TrainingError("the held-out loss after the last step is not finite; lower the learning rate")
+
     def early_stop(self, num_steps: int) -> dict[str, Any]:
         """Make the event of a run that ends before its `num_steps`."""
         metrics = {"step": self.step, "num_steps": num_steps, "best_eval_loss": self.best_eval_loss}
@@ -129,6 +158,16 @@ def evaluation(value: float, subject: Subject, row_length: int, metric: str = LO
     return Evaluation(metric=metric, value=value, dataset="held-out", subject=subject, context_length=row_length)
 
 
+def baseline(loss: float, subject: Subject, state: RunState) -> Evaluation:
+    """Make the Evaluation of the model before any training. Raises TrainingError for a loss that is not finite."""
+    if not isfinite(loss):
+        raise TrainingError(
+            f"the held-out loss of {subject} is {loss} before any training; "
+            f"check the base model and the data, or train in float32 (dtype is {state.recipe.dtype})"
+        )
+    return evaluation(loss, subject, state.row_length)
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -154,14 +193,20 @@ def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DTyp
 def write(folder: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint; the state comes last."""
     write_folder(folder / ADAPTER, *snapshot.adapter)
-    torch.save(snapshot.optimizer._asdict(), folder / _OPTIMIZER)
-    saved = snapshot.state.model_copy(update={"saved_at": datetime.now(UTC)})
+    write_states(folder, snapshot.optimizer, snapshot.state)
+
+
+def write_states(folder: Path, optimizer: OptimizerState | None, state: RunState) -> None:
+    """Write what a checkpoint has beside its adapter; nothing goes on from one without an optimizer's state."""
+    if optimizer is not None:
+        torch.save(optimizer._asdict(), folder / OPTIMIZER)
+    saved = state.model_copy(update={"saved_at": datetime.now(UTC)})
     (folder / RunState.FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_optimizer(folder: Path) -> OptimizerState:
     """Map the optimizer's state into memory, so that a rank reads its shards alone. Raises IntegrityError."""
-    path = folder / _OPTIMIZER
+    path = folder / OPTIMIZER
     try:
         return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
@@ -418,14 +463,14 @@ class Checkpoints:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def begin(self, snapshot: Snapshot | None, *, step: int, eval_loss: float | None) -> None:
-        """Start to write `snapshot`, which only rank 0 has. The checkpoint before must be finished."""
+    def begin(self, write: Callable[[Path], None] | None, *, step: int, eval_loss: float | None) -> None:
+        """Start to `write` a folder, which only rank 0 does. The checkpoint before must be finished."""
         assert self._pending is None, "the checkpoint before is finished"
         self._begun_at = self._clock()
         if not self._world.rank:
             self._left |= self._leaving()
         metrics: dict[str, Any] = {"event": "checkpoint", "step": step, "eval_loss": eval_loss}
-        written = None if snapshot is None else self._thread.submit(self._write, snapshot, step)
+        written = None if write is None else self._thread.submit(self._write, write, step)
         self._pending = _Pending(metrics, written)
 
     def finish(self) -> None:
@@ -447,11 +492,11 @@ class Checkpoints:
             return _UNDER_WAY
         return _WRITTEN if written.exception() is None else _FAILED
 
-    def _write(self, snapshot: Snapshot, step: int) -> Path:
+    def _write(self, write: Callable[[Path], None], step: int) -> Path:
         """A folder gets its name when it is whole: a worker that replaces a lost one may use it."""
         partial = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._workdir))
         try:
-            write(partial, snapshot)
+            write(partial)
             return partial.rename(self._workdir / f"{WRITTEN}{step:06d}")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

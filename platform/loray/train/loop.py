@@ -7,15 +7,12 @@ ranks. All ranks make the same reporter calls.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +29,7 @@ from loray.recipes.resolve import resolve
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import Checkpoints, Clock, Leaving, Reporter, RunState, evaluation
+from loray.train.checkpoint import Checkpoints, Clock, Leaving, Reporter, RunState, baseline
 from loray.train.data.batches import (
     Cursor,
     TokenizedRows,
@@ -45,9 +42,10 @@ from loray.train.data.batches import (
 from loray.train.data.lessons import Lessons, lessons_of, teach
 from loray.train.data.rows import Dataset
 from loray.train.mesh import Mesh
-from loray.train.model import BaseWeights, build_model, count_parameters, dense
+from loray.train.model import BaseWeights, build_model, count_parameters, dense, unscaled
 from loray.train.objectives import Objective, Score, objective_of
 from loray.train.optimizer import StepResult, learning_rate
+from loray.train.progress import HeldOut, TimeLeft, eval_event, is_due, start_event, step_event
 from loray.train.reference import Reference
 from loray.train.strategies import prepare
 from loray.train.teacher import BaseTeacher
@@ -287,7 +285,7 @@ class _Run:
                 self._report(self.state.early_stop(self.num_steps))
                 self.num_steps = step
             if step == self.num_steps:
-                self._check_end(evaluated)
+                self.state.check_end(evaluated)
             if self._is_checkpoint_due(evaluated, improved, overdue=done.is_overdue):
                 self._save()
         self.checkpoints.finish()
@@ -320,17 +318,7 @@ class _Run:
             self.skipped_here += 1
         else:
             self.good_steps_unsaved += 1
-        self.state = self.state.model_copy(
-            update={
-                "step": step,
-                "epoch": self.stream.cursor.epoch,
-                "index": self.stream.cursor.done,
-                "skipped_steps": self.state.skipped_steps + result.skipped,
-                "num_tokens": self.state.num_tokens + num_tokens,
-                "eval_loss": None,
-                "eval_metrics": {},
-            }
-        )
+        self.state = self.state.stepped(*self.stream.cursor, num_tokens=num_tokens, skipped=result.skipped)
         return _Step(loss, lr, result, num_tokens, overdue > 0, metrics)
 
     def _stop(self) -> None:
@@ -342,23 +330,10 @@ class _Run:
             if self.state.eval_loss is not None:
                 self._save()
         self.checkpoints.finish()
-        raise TrainingError(
-            f"stopped at step {self.state.step}: {self.skipped_here} steps had a loss or gradient that is not finite "
-            f"(max_nonfinite_steps is {self.spec.max_nonfinite_steps}); lower the learning rate or look at the data, "
-            "then go on from the last good checkpoint with --resume"
-        )
-
-    def _check_end(self, evaluated: bool) -> None:
-        """Raise TrainingError where all steps were skipped, or neither the last nor the best loss is finite."""
-        if self.state.skipped_steps == self.state.step:
-            raise TrainingError("every step had a loss or gradient that is not finite; look at the data and the base")
-        best_is_kept = self.spec.evaluation.keep_best and self.state.best_eval_loss is not None
-        if evaluated and self.state.eval_loss is None and not best_is_kept:
-            raise TrainingError("the held-out loss after the last step is not finite; lower the learning rate")
+        raise TrainingError(self.state.gave_up(self.skipped_here))
 
     def _is_due(self, interval: int | None) -> bool:
-        step = self.state.step
-        return step == self.num_steps or (interval is not None and step % interval == 0)
+        return is_due(self.state.step, self.num_steps, interval)
 
     def _is_checkpoint_due(self, evaluated: bool, improved: bool, *, overdue: bool) -> bool:
         if evaluated and self.state.eval_loss is None:
@@ -392,12 +367,7 @@ class _Run:
         """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
         baselines = []
         for subject, measured in self._measure_baselines():
-            if not isfinite(measured.loss):
-                raise TrainingError(
-                    f"the held-out loss of {subject} is {measured.loss} before any training; "
-                    f"check the base model and the data, or train in float32 (dtype is {self.spec.dtype})"
-                )
-            baselines.append(evaluation(measured.loss, subject, self.data.max_length))
+            baselines.append(baseline(measured.loss, subject, self.state))
             self._report_eval(subject, measured)
         self.state = self.state.model_copy(update={"baselines": tuple(baselines)})
 
@@ -428,96 +398,39 @@ class _Run:
         self.reporter.report(metrics, None)
 
     def _report_start(self) -> None:
-        count = self.num_parameters
-        self._report(
-            {
-                "event": "start",
-                "num_parameters": count.total,
-                "num_trainable": count.trainable,
-                "trainable_share": count.trainable / count.total,
-                "num_threads": torch.get_num_threads(),
-                "pid": os.getpid(),
-                "data": asdict(self.data.report),
-                "step": self.state.step,
-                "num_steps": self.num_steps,
-                "num_workers": self.world.size,
-                "device": str(self.device),
-                "dtype": self.state.recipe.chosen_dtype,
-            }
-        )
+        told = start_event(self.state, self.num_steps, self.num_parameters, self.data, self.world.size, self.device)
+        self._report(told)
 
     def _report_eval(self, subject: Subject, measured: HeldOut) -> None:
-        figures = {"eval_loss": measured.loss, **measured.metrics}
-        self._report({"event": "eval", "step": self.state.step, "subject": subject, **figures})
+        self._report(eval_event(self.state.step, subject, measured))
 
     def _report_step(self, step: _Step, *, seconds: float, eta_s: float) -> None:
         self._report(
-            {
-                "event": "step",
-                **self.state.progress,
-                "num_steps": self.num_steps,
-                "loss": step.loss,
-                **step.metrics,
-                "lr": step.lr,
-                "grad_norm": step.result.grad_norm,
-                "tokens_per_s": step.num_tokens / seconds,
-                "eta_s": eta_s,
-            }
+            step_event(
+                self.state,
+                self.num_steps,
+                loss=step.loss,
+                metrics=step.metrics,
+                lr=step.lr,
+                grad_norm=step.result.grad_norm,
+                tokens_per_s=step.num_tokens / seconds,
+                eta_s=eta_s,
+            )
         )
 
     def _save(self) -> None:
         """Begin a checkpoint of the current state. Only rank 0 writes it."""
         self.checkpoints.finish()  # before this one's copy is made, so that there is one at a time
         state = self.strategy.state()
-        taken = None if state is None else checkpoint.snapshot(self.model, state, self.state, self.published_dtype)
-        self.checkpoints.begin(taken, step=self.state.step, eval_loss=self.state.eval_loss)
+        write = None
+        if state is not None:
+            taken = checkpoint.snapshot(self.model, state, self.state, self.published_dtype)
+            write = partial(checkpoint.write, snapshot=taken)
+        self.checkpoints.begin(write, step=self.state.step, eval_loss=self.state.eval_loss)
         self.good_steps_unsaved = 0
 
 
 _TOLD_S = 1.0  # of an evaluation, until it is told how far it is, and from then to the next time
-
-
-class TimeLeft:
-    """Estimates the seconds until a run has ended, by what its steps and evaluations took so far.
-
-    num_steps        of the run
-    interval         steps from one evaluation to the next; None: nothing is evaluated
-    eval_tokens      of an evaluation
-    measured_tokens  that go through models after the last step
-    """
-
-    def __init__(self, num_steps: int, interval: int | None, eval_tokens: int, measured_tokens: int) -> None:
-        self.num_steps, self.interval = num_steps, interval
-        self.eval_tokens, self.measured_tokens = eval_tokens, measured_tokens
-        self._steps_s = self._evals_s = self._since_step_s = 0.0
-        self._num_steps = self._num_tokens = self._num_evals = 0
-
-    def stepped(self, seconds: float, num_tokens: int) -> None:
-        """A step has ended `seconds` after the one before, which the evaluations between them took too."""
-        self._steps_s += max(0.0, seconds - self._since_step_s)
-        self._num_steps, self._num_tokens = self._num_steps + 1, self._num_tokens + num_tokens
-        self._since_step_s = 0.0
-
-    def evaluated(self, seconds: float) -> None:
-        self._evals_s, self._num_evals = self._evals_s + seconds, self._num_evals + 1
-        if self._num_steps:  # what is measured before the first step is no part of its time
-            self._since_step_s += seconds
-
-    def after(self, step: int) -> float:
-        """The time that is left after a step, before what is evaluated then."""
-        step_s = self._steps_s / self._num_steps
-        if not self._num_evals:  # a pass forward is a third of a step
-            return (self.num_steps - step) * step_s + self.measured_tokens * self._steps_s / self._num_tokens / 3
-        eval_s = self._evals_s / self._num_evals
-        measuring_s = self.measured_tokens * eval_s / self.eval_tokens
-        return (self.num_steps - step) * step_s + self._num_evaluations(step) * eval_s + measuring_s
-
-    def _num_evaluations(self, step: int) -> int:
-        """Those due after this step and later ones; the last step is evaluated whatever the interval."""
-        if self.interval is None:
-            return 0
-        by_interval = self.num_steps // self.interval - (step - 1) // self.interval
-        return by_interval + (self.num_steps % self.interval > 0)
 
 
 def _totals(counts: Iterable[Mapping[str, float]], mesh: Mesh, device: torch.device) -> dict[str, float]:
@@ -574,13 +487,6 @@ def deterministic(enabled: bool) -> Iterator[None]:
 # -- held-out loss ----------------------------------------------------------------------------------------------------
 
 
-class HeldOut(NamedTuple):
-    """`loss` is the mean, nan where a logit is not finite; `metrics` are the objective's further figures."""
-
-    loss: float
-    metrics: dict[str, float]
-
-
 @torch.no_grad()
 def held_out_loss(
     objective: Objective,
@@ -627,17 +533,3 @@ def held_out_loss(
     compute.train()
     loss, *means = mesh.world.sum(*figures, device=device)
     return HeldOut(loss, dict(zip(objective.metrics, means, strict=True)))
-
-
-@contextmanager
-def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
-    """Give the model the base's RoPE inside the block: an untrained model then computes as the base does."""
-    inner = model.base_model
-    scaled = inner.rotary_emb
-    config = copy.deepcopy(model.config)
-    config.rope_parameters = base.config.hf_rope()
-    inner.rotary_emb = type(scaled)(config).to(next(scaled.buffers()).device)
-    try:
-        yield
-    finally:
-        inner.rotary_emb = scaled

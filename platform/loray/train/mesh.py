@@ -21,10 +21,11 @@ from loray.train.sequence import SequenceGroup, sequence_parallel, shard
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All ranks that train together. Every method is a collective call."""
+    """All ranks that train together, those of `process_group`. Every method is a collective call."""
 
     rank: int = 0
     size: int = 1
+    process_group: dist.ProcessGroup | None = None  # None: all ranks of torch.distributed
 
     @classmethod
     def current(cls) -> World:
@@ -37,7 +38,7 @@ class World:
         if self.size == 1:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(packed)
+        dist.all_reduce(packed, group=self.process_group)
         found: list[float] = packed.tolist()
         return found
 
@@ -51,7 +52,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[str | None] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.process_group)
         return values
 
 
@@ -73,6 +74,11 @@ class Mesh:
         shape = (world.size // sequence_size, sequence_size)
         device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
         return cls(world, SequenceGroup.of(device_mesh.get_group("sequence")))
+
+    @classmethod
+    def of_group(cls, group: SequenceGroup) -> Mesh:
+        """Take one sequence group as the whole world: other groups train something else."""
+        return cls(World(group.rank, group.size, group.process_group), group)
 
     @property
     def data_rank(self) -> int:

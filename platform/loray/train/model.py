@@ -7,6 +7,7 @@ every rank, as in any model: the same seed gives the same weights.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,22 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and
     `strategies.prepare` reads them. Raises UnsupportedError where the base's RoPE cannot be scaled so.
     """
+    model = trained_base(base, spec)
+    if spec.parallel.strategy in SHARDS_WEIGHTS:
+        with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
+            attach(model, spec.adapter, seed=spec.seed)
+    else:
+        attach(model, spec.adapter, seed=spec.seed)
+    if spec.gradient_checkpointing:
+        # After `attach`, which may replace the embedding that gets the hook for input gradients.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def trained_base(base: BaseModel, spec: TrainSpec) -> Any:
+    """Make the model of `build_model` before it has an adapter and without checkpointing of activations: on meta where
+    the strategy shards the base.
+    """
     resolved = resolve(spec, base.config)
     fields: dict[str, Any] = {}
     if resolved.rope is not None:
@@ -52,21 +69,13 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
             resolved.usual_group,
         )
     attention = DENSE if resolved.group_size is None else ATTENTION
-    if spec.parallel.strategy in SHARDS_WEIGHTS:
+    if spec.parallel.strategy in SHARDS_WEIGHTS or spec.quantization is not None:
         model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
-        with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
-            attach(model, spec.adapter, seed=spec.seed)
-    elif spec.quantization is not None:
-        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
-        read_quantized(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
-        attach(model, spec.adapter, seed=spec.seed)
+        if spec.quantization is not None:
+            read_quantized(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
     else:
         model = load_model(base, dtype=spec.chosen_dtype, rope=resolved.rope, attention=attention, config_fields=fields)
-        attach(model, spec.adapter, seed=spec.seed)
     model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
-    if spec.gradient_checkpointing:
-        # After `attach`, which may replace the embedding that gets the hook for input gradients.
-        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -147,6 +156,20 @@ def evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
+    """Give the model the base's RoPE inside the block: an untrained model then computes as the base does."""
+    inner = model.base_model
+    scaled = inner.rotary_emb
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = base.config.hf_rope()
+    inner.rotary_emb = type(scaled)(config).to(next(scaled.buffers()).device)
+    try:
+        yield
+    finally:
+        inner.rotary_emb = scaled
 
 
 class ParameterCount(NamedTuple):

@@ -65,7 +65,7 @@ def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.Ada
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
         decay = spec.weight_decay if is_decayed(name) else 0.0
-        scale = _lr_scale(name, spec)
+        scale = lr_scale(name, spec)
         groups.setdefault((decay, scale), []).append(tensor)
     return torch.optim.AdamW(
         [{"params": g, "weight_decay": decay, "lr_scale": scale} for (decay, scale), g in groups.items()],
@@ -75,7 +75,7 @@ def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.Ada
     )
 
 
-def _lr_scale(name: str, spec: OptimizerSpec) -> float:
+def lr_scale(name: str, spec: OptimizerSpec) -> float:
     if ".lora_B." in name:
         return spec.loraplus_lr_ratio or 1.0
     return (spec.vera_d_lr_ratio or 1.0) if name.endswith(".vera_lambda_d") else 1.0
