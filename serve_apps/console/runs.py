@@ -232,7 +232,7 @@ class Rewards:
 
     @property
     def rewards(self) -> dict[str, Line]:
-        lines = {"sampled answers": self._sampled.values(), REWARDED: self._held_out.values()}
+        lines: dict[str, Line] = {"sampled answers": self._sampled.values(), REWARDED: self._held_out.values()}
         return lines if any(lines.values()) else {}
 
     @property
