@@ -24,7 +24,7 @@ from loray.recipes.load import STDIN, Recipe
 from loray.recipes.many import ManyPlan
 from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
+from loray.spec import DEFAULT_TENANT, DataSpec, RlSpec, TrainSpec, qualified_name
 
 _OF_SERVICES = ("MLFLOW_", "WANDB_", "TEACHER_API_KEY")
 _INPUT = "loray-input.json"
@@ -55,7 +55,8 @@ class Work(NamedTuple):
         spec = recipe.spec
         metadata = {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
         # With what is null: left out, it would be given its default.
-        return cls("jobs.train", tuple(arguments), metadata, (recipe,), spec.model_dump_json())
+        module = "jobs.rl.driver" if isinstance(spec.objective, RlSpec) else "jobs.train"
+        return cls(module, tuple(arguments), metadata, (recipe,), spec.model_dump_json())
 
     @classmethod
     def many(

@@ -179,6 +179,7 @@ API: dict[str, Route] = _DOCUMENTS | {
     "POST /console/jobs": Route(TRAIN, {"name": "new"}),
     "GET /console/jobs/{id}/live": Route(FOLLOW),
     "POST /console/jobs/{id}/stop": Route(TRAIN),
+    "POST /console/jobs/{id}/publish": Route(PUBLISH, query={"digest": "{digest}"}),
     "GET /console/serving": Route(NOBODY),
     "GET /console/serving/live": Route(NOBODY),
     "GET /console/serving/replicas/{name}": Route(NOBODY),
