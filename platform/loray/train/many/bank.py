@@ -28,23 +28,13 @@ from loray.methods.vera_module import ProjectionBuffer, draw_pair
 from loray.methods.weights import AdapterWeights
 from loray.spec import MLP_MODULES, AdapterSpec, DType, LoraSpec
 from loray.train.checkpoint import adapter_files
+from loray.train.many.cohort import check_adapter
 from loray.train.many.lora import add_lora
 from loray.train.many.rows import Member, Rows, lay_out
 from loray.train.many.stacks import Bucket, BucketKey
 from loray.train.many.vera import add_vera
 from loray.train.optimizer import OptimizerState
 from loray.train.sequence import SequenceGroup
-
-
-def check_adapter(name: str, spec: AdapterSpec) -> None:
-    """Raise UnsupportedError where the adapter `name` cannot be trained beside others."""
-    if spec.method not in ("lora", "longlora", "vera"):
-        raise UnsupportedError(f"train {name} alone: adapters of one process are LoRA or VeRA, not {spec.method}")
-    for option in ("train_embeddings", "train_norms"):
-        if getattr(spec, option):
-            raise UnsupportedError(f"train {name} alone: adapter.{option} changes what other adapters share")
-    if getattr(spec, "init", None) is not None:
-        raise UnsupportedError(f"train {name} alone: adapter.init takes a part out of the base, which others share")
 
 
 class _Shared:

@@ -68,7 +68,7 @@ def check_adapter(name: str, spec: AdapterSpec) -> None:
 
 def _unshared(spec: AdapterSpec) -> Iterator[str]:
     if spec.method not in METHODS:
-        yield f"adapters of {', '.join(METHODS)} are trained together, and its adapter.method is {spec.method}"
+        yield f"adapters that are trained together are {', '.join(METHODS)}, not {spec.method}"
     for option in ("train_embeddings", "train_norms"):
         if getattr(spec, option):
             yield f"adapter.{option} changes what adapters that are trained together share"
