@@ -1,3 +1,5 @@
+"""The routes of Tinker's protocol: who may ask, and what no body can do."""
+
 from __future__ import annotations
 
 import asyncio
