@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving import tinker_client
 from benchmarks.world import describe_machine
 from loray.local.cluster import current_cluster
 from loray.settings import Settings
 from loray.spec import LoraSpec
 from loray.spec.datums import Datum, ForwardBackward
 
-_CLIENT = Path(tinker_client.__file__)
+_CLIENT = Path(__file__).with_name("tinker_client.py")
 _PASSES = 50
 _MODEL = "benchmark-of-the-protocol"
 
@@ -45,7 +44,8 @@ def main() -> None:
     command = [args.python, "-W", "ignore", str(_CLIENT), args.url, args.base, str(args.steps)]
     printed = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     told = json.loads(printed.splitlines()[-1])
-    sys.stdout.write(json.dumps(describe_machine() | summary(told, passes_beside(args.base)), indent=2) + "\n")
+    direct_s = passes_beside(args.base, told["ranks"][2], told["num_tokens"])
+    sys.stdout.write(json.dumps(describe_machine() | summary(told, direct_s), indent=2) + "\n")
 
 
 def summary(told: dict[str, Any], direct_s: list[float]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {name: float(np.quantile(seconds, q)) for name, q in (("p50", 0.5), ("p99", 0.99))}
 
 
-def passes_beside(base: str) -> list[float]:
+def passes_beside(base: str, rank: int, num_tokens: int) -> list[float]:
     """Seconds of the client's pass, sent to the trainer's actor from this process."""
     cluster = current_cluster(Settings.from_env().home)
     if cluster is None:
@@ -83,11 +83,11 @@ def passes_beside(base: str) -> list[float]:
 
     ray.init(address=cluster.gcs_address, log_to_driver=False, logging_level="ERROR")
     trainer = trainer_of(base)
-    tokens = np.arange(100, 100 + tinker_client.NUM_TOKENS + 1)
+    tokens = np.arange(100, 100 + num_tokens + 1)
     row = Datum(tokens[:-1], tokens[1:])
 
     async def measure() -> list[float]:
-        spec = LoraSpec(rank=tinker_client.RANKS[2]).model_dump(mode="json")
+        spec = LoraSpec(rank=rank).model_dump(mode="json")
         await trainer.create.remote(_MODEL, spec, 0, None)
         found = []
         for seq in range(1, _PASSES + 1):
