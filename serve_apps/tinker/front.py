@@ -15,7 +15,7 @@ from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
 from loray.settings import Settings
 from loray.spec import Principal
-from loray.spec.tinker import TinkerModel, TinkerSession
+from loray.spec.tinker import TinkerSession
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.tinker.checkpoints import Checkpoints, Publisher, publish_files
@@ -79,24 +79,21 @@ class Front:
         if session.end is not None:
             return
         await self.sessions.end(principal, session, end)
-        models, _ = await self.records.ask(
-            principal, lambda catalog: catalog.tinker.models(limit=1000, session_id=session_id)
-        )
-        for model in models:
-            if model.is_live:
-                await self._end_model(principal, model, saves=end != "success")
-        await self.sampling.retire(session_id)
+        await self._end_left_models()
+        await self.sampling.retire(principal, session_id)
         self.records.forget(session_id)
 
-    async def _end_model(self, principal: Principal, model: TinkerModel, *, saves: bool) -> None:
-        try:
-            if saves:
-                await self.checkpoints.autosave(principal, model)
-            await self.training.end(model)
-        except NotFoundError:  # the trainer had no model of this id any more
-            await self.records.ask_all(lambda catalog: catalog.tinker.end_model(model.id))
-        except LorayError as e:
-            _log.warning("model %s keeps its slot for now: %s", model.id, e)
+    async def _end_left_models(self) -> None:
+        """Give back the slots of models whose sessions have ended. One that cannot be ended now is looked at again."""
+        for model, end in await self.records.ask_all(lambda catalog: catalog.tinker.left_models()):
+            try:
+                if end != "success":
+                    await self.checkpoints.autosave(Principal(tenant=model.tenant), model)
+                await self.training.end(model)
+            except NotFoundError:  # the trainer had no model of this id any more
+                await self.records.ask_all(partial(_end, model.id))
+            except LorayError as e:
+                _log.warning("model %s keeps its slot for now: %s", model.id, e)
 
     # -- by itself ----------------------------------------------------------------------------------------------------
 
@@ -119,10 +116,15 @@ class Front:
         idle: list[TinkerSession] = list(await self.sessions.flush())
         for session in idle:
             await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
+        await self._end_left_models()
         await self.checkpoints.delete_expired()
 
     def close(self) -> None:
         self.futures.close()
+
+
+def _end(model_id: str, catalog: Catalog) -> None:
+    catalog.tinker.end_model(model_id)
 
 
 def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
@@ -131,9 +133,8 @@ def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
 
 def open_front(settings: Settings) -> Front:
     """Open the front of the deployment in this Ray cluster, on its catalog and store."""
-    from jobs.trainer import trainer_of
-
     from jobs.sampling import Sampler
+    from jobs.trainer import trainer_of
 
     catalog = Catalog.of(settings, actor="tinker")
     store, sampler = AdapterStore(open_store(settings.store)), Sampler()
@@ -143,10 +144,5 @@ def open_front(settings: Settings) -> Front:
     ) -> tuple[str, str, int]:
         return publish_files(Destination(name, store, catalog.view(principal)), served, files)
 
-    return Front(
-        ServedNames(sampler.contexts, partial(get_base, settings.home), settings.tinker_names),
-        Records(catalog),
-        Trainers(trainer_of),
-        sampler,
-        publish,
-    )
+    names = ServedNames(sampler.bases, partial(get_base, settings.home), settings.tinker_names)
+    return Front(names, Records(catalog), Trainers(names, trainer_of), sampler, publish)

@@ -1,3 +1,5 @@
+"""What the catalog keeps of Tinker's protocol."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -149,6 +151,24 @@ def test_a_name_is_one_requests(acme: Catalog) -> None:
     tinker.add_checkpoint(checkpoint("a", 2), overwrite=True)
     assert tinker.checkpoint(MODEL.id, "training", "a").folder == "/x"
     assert tinker.checkpoints(MODEL.id, limit=9, kind="sampler") == ([], 0)
+
+
+def test_a_name_is_free_after_a_failure(acme: Catalog) -> None:
+    acme.tinker.add_checkpoint(checkpoint("a", 1), overwrite=False)
+    acme.tinker.forget_save(MODEL.id, 1)
+    done = checkpoint("a", 2, folder="/x", is_ready=True)
+    acme.tinker.add_checkpoint(done, overwrite=False)
+    acme.tinker.add_checkpoint(checkpoint("a", 3), overwrite=True)
+    acme.tinker.forget_save(MODEL.id, 3)
+    assert acme.tinker.checkpoint(MODEL.id, "training", "a").folder == "/x"
+
+
+def test_models_that_their_session_has_left(catalog: Catalog, acme: Catalog) -> None:
+    assert catalog.tinker.left_models() == []
+    acme.tinker.end_session(SESSION.id, "errored")
+    assert catalog.tinker.left_models() == [(MODEL, "errored")]
+    acme.tinker.end_model(MODEL.id)
+    assert catalog.tinker.left_models() == []
 
 
 def test_expired_checkpoints_are_found_whoever_has_them(catalog: Catalog, acme: Catalog) -> None:
