@@ -92,10 +92,10 @@ class Trainer:
         self._store = AdapterStore(open_store(settings.store))
         self._cache = AdapterCache(self._store, settings.home / "cache", NODE_CACHE_BYTES)
         self._versions = Versions(self._base, self._cache, name)
+        self._clock = SnapshotClock()
         self._models: dict[str, TrainedModel] = {}
         for folder in runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
-        self._clock = SnapshotClock()
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
         self._wake = asyncio.Event()
@@ -212,7 +212,8 @@ class Trainer:
             }
             for m in self._models.values()
         }
-        return {"base": self._base.name, "dtype": self._dtype, "models": models, "unreadable": list(self._failed)}
+        about = {"base": self._base.name, "dtype": self._dtype, "pid": os.getpid()}
+        return about | {"models": models, "unreadable": list(self._failed)}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -339,7 +340,8 @@ class Trainer:
                 run.remove_all()
                 return
             model = TrainedModel(record, run)
-            model.read()
+            if nbytes := model.read():
+                self._clock.accepted(nbytes)
             self._models[record.model] = model
         except LorayError as e:
             log.error("the model in %s cannot go on: %s", run, e)
