@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ log = get_logger(__name__)
 
 _MOST_DEATHS = 5  # of an actor's process, while it does one thing
 _START_S = 120.0  # of an actor's process, which imports
+_LOOK_S = 0.1
 
 
 class EnvironmentHost:
@@ -74,6 +76,7 @@ class Environments:
             actor.remote(spec.model_dump(mode="json"), list(paths)) for _ in range(spec.num_env_actors)
         ]
         self._next = 0
+        self._restarts: dict[ActorHandle, asyncio.Future[None]] = {}  # of those that are not up again
         try:
             ray.get([host.ready.remote() for host in self._hosts], timeout=_START_S)
         except RayTaskError as e:
@@ -115,16 +118,35 @@ class Environments:
         return self._hosts[self._next % len(self._hosts)]
 
     async def _call(self, host: ActorHandle, send: Callable[[], Awaitable[Any]]) -> Any:
+        if (restart := self._restarts.get(host)) is not None:  # no part of what its code takes
+            await asyncio.shield(restart)
         try:
             return await asyncio.wait_for(_answer(send()), self._timeout_s)
         except TimeoutError:
             ray.kill(host, no_restart=False)  # what hangs there would hold up all that come after it
+            self._restart(host)
             raise EpisodeFailed(f"it took more than objective.timeout_s ({self._timeout_s:g} s)") from None
         except RayActorError as e:
+            self._restart(host)
             raise _HostDied(f"its process died: {first_line(e)}") from None
         except RayTaskError as e:
             cause = e.cause
             raise EpisodeFailed(str(cause) if isinstance(cause, LorayError) else first_line(e)) from None
+
+    def _restart(self, host: ActorHandle) -> None:
+        if host not in self._restarts:
+            self._restarts[host] = asyncio.ensure_future(self._up(host))
+
+    async def _up(self, host: ActorHandle) -> None:
+        """Wait until an actor answers again; who calls it afterwards learns whether it does."""
+        until = time.monotonic() + _START_S
+        while time.monotonic() < until:
+            try:
+                await asyncio.wait_for(_answer(host.ready.remote()), _START_S)
+                break
+            except (TimeoutError, RayActorError):
+                await asyncio.sleep(_LOOK_S)
+        del self._restarts[host]
 
 
 class _HostDied(EpisodeFailed):

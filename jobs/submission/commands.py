@@ -170,6 +170,18 @@ class Place(NamedTuple):
                 target = self.stage / below / file.relative_to(recipe.folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+        self._provide_code(recipe)
+
+    def _provide_code(self, recipe: Recipe) -> None:
+        """Copies the module of a recipe's own rewards, if it lies beside the recipe; else it is installed there."""
+        objective = recipe.spec.objective
+        if self.address is None or not isinstance(objective, RlSpec) or objective.runs_code is None:
+            return
+        module = objective.runs_code.partition(":")[0].partition(".")[0]
+        if (file := recipe.folder / f"{module}.py").is_file():
+            shutil.copyfile(file, self.stage / file.name)
+        elif (package := recipe.folder / module).is_dir():
+            shutil.copytree(package, self.stage / module, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 class Submission(NamedTuple):

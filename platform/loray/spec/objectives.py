@@ -413,7 +413,7 @@ class RlSpec(_ObjectiveSpec):
     @property
     def runs_code(self) -> str | None:
         """What the recipe has imported, where that is no part of loray."""
-        return self.environment or (self.reward and self.reward.function)
+        return self.environment if self.reward is None else self.reward.function
 
 
 class GrpoSpec(RlSpec):
