@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.trainer.models import ModelRecord, Published, Result, Snapshot, TrainedModel
 from jobs.trainer.publishing import Versions
-from jobs.trainer.states import SavedState, load_state, save_state
+from jobs.trainer.states import SavedState, delete_state, load_state, save_state
 from jobs.workers.worker import preset_threads
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import read_adapter
@@ -185,6 +185,10 @@ class Trainer:
             result = await self._compute(self._load, found, path, with_optimizer)
             await self._snapshot([found])
             return result
+
+    async def delete(self, path: str) -> None:
+        """Delete a saved state by the folder that a save has returned. No error where there is none."""
+        await asyncio.to_thread(delete_state, self._states, path)
 
     async def remove(self, model: str) -> None:
         """End a model, and delete what is kept of it, but for states that were saved. No error where there is none."""

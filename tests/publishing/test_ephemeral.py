@@ -73,11 +73,11 @@ def test_what_cannot_be_served_is_refused(
     base: BaseModel, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
 ) -> None:
     files = files_of(peft_folder(base))
-    wide = tiny_base(hidden_size=64)
+    wide = tiny_base(hidden_size=128)
     with pytest.raises(BaseMismatch):
         ephemeral(files, wide, run="a", step=0, created_at=BEGAN)
+    torn = {**files, "adapter_model.safetensors": files["adapter_model.safetensors"][:-1]}
     with pytest.raises(IntegrityError):
-        torn = {**files, "adapter_model.safetensors": files["adapter_model.safetensors"][:-1]}
         ephemeral(torn, base, run="a", step=0, created_at=BEGAN)
     with pytest.raises(UnsupportedError):
         ephemeral({**files, "adapter_config.json": b'{"peft_type": "X"}'}, base, run="a", step=0, created_at=BEGAN)
@@ -87,9 +87,9 @@ def test_files_that_are_given_are_those_of_the_digest(base: BaseModel, peft_fold
     ref, files = ephemeral(files_of(peft_folder(base)), base, run="a", step=0, created_at=BEGAN)
     with pytest.raises(IntegrityError, match="another adapter"):
         verify_files(files, "0" * 64)
+    weights = bytearray(files["adapter_model.safetensors"])
+    weights[-1] ^= 1
     with pytest.raises(IntegrityError, match="adapter_model"):
-        weights = bytearray(files["adapter_model.safetensors"])
-        weights[-1] ^= 1
         verify_files({**files, "adapter_model.safetensors": bytes(weights)}, ref.digest)
     for name in files:
         with pytest.raises(IntegrityError, match="incomplete"):
