@@ -265,17 +265,17 @@ class Trainer:
                     model.num_tokens += 0 if op.forward_only else op.num_tokens
                     model.loss = output.loss
                 model.done(output)
-        steps = [(model, op) for model in ready if isinstance(op := model.head(), OptimStep)]
+        steps = [(model, head) for model in ready if isinstance(head := model.head(), OptimStep)]
         if steps:
-            results = await self._compute(self._trainer.optim_step, [op for _, op in steps])
+            results = await self._compute(self._trainer.optim_step, [step for _, step in steps])
             for (model, _), metrics in zip(steps, results, strict=True):
                 model.num_steps += not isinstance(metrics, LorayError)
                 model.done(metrics)
         for model in ready:
-            op = model.head()
-            if isinstance(op, SaveState | LoadState | Publish):
-                model.done(await self._compute(self._other, model, op))
-                if isinstance(op, LoadState):  # the state that it has read may be gone at a replay
+            other = model.head()
+            if isinstance(other, SaveState | LoadState | Publish):
+                model.done(await self._compute(self._other, model, other))
+                if isinstance(other, LoadState):  # the state that it has read may be gone at a replay
                     await self._snapshot([model])
         self._clock.computed(time.monotonic() - began)
         await self._snapshot_where_due()

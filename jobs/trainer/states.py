@@ -88,12 +88,10 @@ def load_state(states: Runs, path: str) -> tuple[SavedState, OptimizerState]:
     except ValueError as e:
         raise IntegrityError(f"{SavedState.FILE} in {path} is damaged: {e}") from e
     with _local(folder) as local:
-        return state, OptimizerState(*(_copied(part) for part in read_optimizer(local)))
-
-
-def _copied(part: object) -> object:
-    """Take tensors out of a mapped file, which may be gone when they are used."""
-    return {n: t.clone() for n, t in part.items()} if isinstance(part, dict) else part
+        read = read_optimizer(local)
+        # Out of a mapped file, which may be gone when they are used.
+        masters, exp_avg, exp_avg_sq = ({n: t.clone() for n, t in part.items()} for part in read[:3])
+    return state, OptimizerState(masters, exp_avg, exp_avg_sq, read.num_updates)
 
 
 @contextmanager
