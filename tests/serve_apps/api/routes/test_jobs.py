@@ -499,7 +499,8 @@ def test_several_adapters_are_one_job_with_a_part_for_each(api: Api) -> None:
         ("acme", None, "running"), ("acme", whole, "running"), ("globex", whole, "running"),
     }  # fmt: skip
 
-    api.jobs.logs = lambda job_id: iter(('{"event": "step", "adapter": "acme"}\n{"event": "st', 'ep", "adapter": "globex"}\n'))  # type: ignore[method-assign]
+    pieces = ('{"event": "step", "adapter": "acme"}\n{"event": "st', 'ep", "adapter": "globex"}\n')
+    api.jobs.logs = lambda job_id: iter(pieces)  # type: ignore[method-assign]
     assert api.http.get(f"/jobs/{whole}.2/logs").text == '{"event": "step", "adapter": "globex"}\n'
     assert api.http.get(f"/jobs/{whole}.1/logs", params={"tail": 9}).text == '{"event": "step", "adapter": "acme"}\n'
     page = api.site.get(f"/api/v1/console/jobs/{whole}") if hasattr(api, "site") else None
