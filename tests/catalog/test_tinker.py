@@ -164,11 +164,11 @@ def test_a_name_is_free_after_a_failure(acme: Catalog) -> None:
 
 
 def test_models_that_their_session_has_left(catalog: Catalog, acme: Catalog) -> None:
-    assert catalog.tinker.left_models() == []
+    assert (catalog.tinker.left_models(), catalog.tinker.live_bases()) == ([], {"smollm2"})
     acme.tinker.end_session(SESSION.id, "errored")
     assert catalog.tinker.left_models() == [(MODEL, "errored")]
     acme.tinker.end_model(MODEL.id)
-    assert catalog.tinker.left_models() == []
+    assert (catalog.tinker.left_models(), catalog.tinker.live_bases()) == ([], set())
 
 
 def test_expired_checkpoints_are_found_whoever_has_them(catalog: Catalog, acme: Catalog) -> None:

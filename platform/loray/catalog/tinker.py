@@ -113,6 +113,11 @@ class Tinker:
                 is_new = sa.and_(table.c.id == model_id, table.c.num_steps != step)
                 c.execute(sa.update(table).where(is_new).values(values | {"used_at": now()}))
 
+    def live_bases(self) -> set[str]:
+        """The bases of all tenants' live models."""
+        with self.db.reading() as c:
+            return set(c.scalars(sa.select(tinker_models.c.base).where(tinker_models.c.is_live).distinct()))
+
     def left_models(self) -> list[tuple[TinkerModel, str]]:
         """The live models of all tenants whose sessions have ended, and how these have."""
         table, ends = tinker_models, tinker_sessions
@@ -234,6 +239,14 @@ class Tinker:
         if kind is not None:
             where.append(table.c.kind == kind)
         return self._page(TinkerCheckpoint, where, (table.c.created_at, table.c.name), limit, offset)
+
+    def stored_bytes(self) -> int:
+        """Sum the bytes of the tenant's training checkpoints, which are no adapters."""
+        c_ = tinker_checkpoints.c
+        query = sa.select(sa.func.coalesce(sa.func.sum(c_.nbytes), 0))
+        query = query.where(self._mine(tinker_checkpoints), c_.kind == "training")
+        with self.db.reading() as c:
+            return int(c.execute(query).scalar_one())
 
     def set_expiry(self, model_id: str, kind: CheckpointKind, name: str, until: datetime | None) -> None:
         """Raises NotFoundError."""
