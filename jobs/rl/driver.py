@@ -29,6 +29,7 @@ from jobs.runs.folders import RunFolder, open_runs
 from jobs.sampling import Sampler
 from jobs.trackers import TrackedRun, check_installed, tensorboard, tracked
 from jobs.trainer import trainer_of
+from jobs.workers.reporting import TrainingGauges
 from loray.adapters.manifest import check_recipe
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
@@ -186,8 +187,14 @@ def _run(
     with run.history() as (events, board), tensorboard(board) as write:
         told, append, stages = _told(events), appending(events), Stages(emit)
 
+        gauges = TrainingGauges(recipe.spec.name, run.name, 0)
+
         def tell(event: Event) -> None:
             append(event)
+            if event["event"] == "step":
+                gauges.set_step(event)
+            elif event["event"] == "eval":
+                gauges.set_figures(event, "eval_")
             if has_board:
                 write(event)
             emit(event)

@@ -207,8 +207,8 @@ class Steps:
         told = _figures(taken, found, version)
         fresh: list[int] = []
         scored: dict[str, list[float]] = {}
+        self._num_without_spread = 0 if told["groups_kept"] else self._num_without_spread + 1
         if found is not None:
-            self._num_without_spread = 0
             fresh = [i for i, number in enumerate(found.versions) if number == version.number]
             older = [i for i in range(len(found.episodes)) if i not in set(fresh)]
             if self._rl.values == "trainer" and fresh:
@@ -222,8 +222,6 @@ class Steps:
                 found = with_values(
                     found, [by_number.get(i, episode.logprobs) for i, episode in enumerate(found.episodes)]
                 )
-        else:
-            self._num_without_spread += 1
         saved = Saved(
             step,
             self._seq_id,

@@ -360,6 +360,7 @@ class RlSpec(_ObjectiveSpec):
         "objective.mask_truncated": Default("an answer that is cut is learned from as it stands"),
         "data.train": Default("rows with `messages` or `prompt`, and whatever the reward reads"),
         "data.eval": Default("rows whose greedy answers are rewarded; without it, a part of `train` is held out"),
+        "batch.rows": Default("of a pass in the plan; the trainer joins as many as its memory holds", 4),
         "evaluation.keep_best": Default("the version with the highest held-out reward, where it is measured"),
         "evaluation.interval_steps": Default("before and after training; the engine answers held-out rows greedily"),
         "optimizer.schedule": Default("no end is known in advance", "constant"),

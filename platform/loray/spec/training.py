@@ -490,6 +490,8 @@ class TrainSpec(Frozen):
             yield f"{of_this} has one learning rate for all matrices: leave loraplus_lr_ratio and vera_d_lr_ratio out"
         if evaluation.perplexity is not None or evaluation.retrieval:
             yield f"{of_this} evaluates by rewards: measure the published version with `loray eval` instead"
+        if self.publish.description or self.publish.licence is not None or self.publish.dtype is not None:
+            yield f"{of_this} publishes what was sampled, bit for bit: leave publish.description, licence and dtype out"
 
     def _mistakes_of_rows(self) -> Iterator[str]:
         objective, given = self.objective, self.data.format
