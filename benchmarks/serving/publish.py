@@ -10,11 +10,12 @@ Prompts have 64 tokens that no prefix cache holds, and are sampled by calls of t
     publish        the trainer's call: weights in 16 bits, hashed, written into the node's cache
     published      from the beginning of that call to the first token under the new version, after a step of training
     between        two tokens of a stream over HTTP, alone and beside a run: groups of rollouts, steps of training,
-                   publishes. A run's rollouts have the priority of rollouts
+                   publishes
     rollouts       tokens/s of rollouts without anything beside them, and of the same requests on an engine in a process
 
 `mismatch` compares the log-probabilities of sampled tokens with those that the trainer computes of them under the same
 weights: the mean and the largest difference. `rescored` counts the tokens whose bits the engine's own scoring changes.
+No tokens are guessed, so that each has a time of its own.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     adapter = LoraConfig(r=args.rank, target_modules=list(_MODULES))
     with started_cluster(1, 4, adapter, base="smollm2", source="smollm2") as world:
         port = free_ports(1)[0]
-        spec = ServeSpec(base="smollm2", port=port, dtype=args.dtype, max_num_seqs=_GROUP * _GROUPS)
+        most = _GROUP * _GROUPS + 1  # and the stream
+        spec = ServeSpec(base="smollm2", port=port, dtype=args.dtype, max_num_seqs=most, speculation="off")
         alone = {"home": str(world.settings.home), "spec": spec.model_dump(mode="json"), "seconds": args.seconds}
         (engine,) = run_modules([["benchmarks.serving.publish", _ALONE, json.dumps(alone)]])
         with world.deployed(FleetSpec.of(spec)):
