@@ -58,7 +58,9 @@ def test_many_are_registered_in_one_transaction_and_a_refusal_concerns_one(catal
     publish(catalog, "tone", 1)
     catalog.adapters.register("gone", digest(7), manifest(7))
     catalog.removal.delete_adapter("gone")
-    scaled = manifest(3).model_copy(update={"rope_parameters": RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)})
+    scaled = manifest(3).model_copy(
+        update={"rope_parameters": RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)}
+    )
     before = catalog.change_counter()
     found = catalog.adapters.register_many(
         [
