@@ -1,4 +1,4 @@
-"""Several adapters as one job on a real cluster: from the command to their versions; killed, it goes on where it was."""
+"""Several adapters as one job on a cluster: from the command to their versions; killed, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def test_one_recipe_is_trained_on_each_file_and_published(
     ray_cluster: RayCluster, cluster_base: BaseModel, customers: Path
 ) -> None:
     path = recipe(customers, cluster_base, name="many", max_steps=6, publish={"aliases": ["prod"]})
-    done = CliRunner().invoke(
-        train, [path, "--each", f"{customers}/customers/*.jsonl", "--address", ray_cluster.address]
-    )
+    each = f"{customers}/customers/*.jsonl"
+    done = CliRunner().invoke(train, [path, "--each", each, "--address", ray_cluster.address])
     assert done.exit_code == 0, done.output
     (job_id,) = re.findall(r"training 3 adapters as job (\S+)", done.output)
     assert "plan: 3 adapters together" in done.output
