@@ -8,17 +8,14 @@ adapter beside this one: who ends it there stops the adapter. `jobs.many.resume`
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
 import click
 import ray
@@ -45,16 +42,15 @@ from jobs.events import (
 )
 from jobs.many.publication import Outcome, Publisher, Ready
 from jobs.many.resume import PLAN, begun, read_shares, write_shares
+from jobs.many.shares import Dealt, below_root, deal_shares, make_share
 from jobs.many.team import Team, start_sink
-from jobs.runs.folders import BATCH, PART_OF, RunFolder, Runs, open_runs
+from jobs.runs.folders import BATCH, PART_OF, RunFolder, open_runs
 from jobs.trackers import TrackedRun, replay
 from jobs.workers.many import ENDED, EndedRun, Places, Share
 from loray.bases.rounding import form_trained_on
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.planning.devices import ASSUMED_GPU, PRESETS, Device, device_on
-from loray.planning.many import ManyPlan as Planned
-from loray.planning.many import plan_many
 from loray.recipes.load import Recipe
 from loray.recipes.many import ManyPlan, on_one_worker
 from loray.settings import Settings
@@ -62,7 +58,7 @@ from loray.spec import DEFAULT_TENANT, EndStatus, TrainSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging, get_logger
 from loray.train.data.rows import Dataset
-from loray.train.many.cohort import cohorts, load_of
+from loray.train.many.cohort import cohorts
 
 log = get_logger(__name__)
 
@@ -70,13 +66,6 @@ _STOPS_S = 2.0  # between two looks whether somebody has stopped an adapter
 _NUM_NAMED = 5
 _NUM_THREADS = 4  # that tell trackers
 _UNLIMITED = 1 << 60  # bytes, where a plan is not to refuse
-
-
-class Dealt(NamedTuple):
-    """The adapters of a share, and the most tokens of a pass."""
-
-    names: tuple[str, ...]
-    tokens_per_pass: int
 
 
 @click.command()
@@ -206,91 +195,6 @@ def prepare_all(
             e.args = (f"adapter {recipe.spec.name}: {e}", *e.args[1:])
             raise
     return found
-
-
-def deal_shares(
-    prepared: Mapping[str, Prepared],
-    saved: Mapping[str, Sequence[str]],
-    device: Device,
-    num_workers: int,
-    emit: Emit = lambda event: None,
-    *,
-    most: int | None = None,
-    splits: bool = False,
-) -> dict[str, Dealt]:
-    """Deals adapters to workers, cohort by cohort: their names by shares.
-
-    Those of a share that is `saved` keep it, since its snapshot has their states. `most`: of a share. With `splits`
-    those that do not fit together are trained one after the other. Raises SpecError and UnsupportedError for what
-    cannot be trained in one job, and what does not fit.
-    """
-    if not prepared:
-        return {}
-    config = next(iter(prepared.values())).base.config
-    specs = {name: each.spec.model_copy(update={"name": name}) for name, each in prepared.items()}
-    loads = {name: load_of(specs[name], each.data, config) for name, each in prepared.items()}
-
-    def planned(names: Sequence[str]) -> Iterator[Planned]:
-        try:
-            yield plan_many({name: loads[name] for name in names}, device, num_workers)
-        except SpecError:
-            if not splits or len(names) == 1:
-                raise
-            yield from planned(names[: len(names) // 2])
-            yield from planned(names[len(names) // 2 :])
-
-    found: dict[str, Dealt] = {}
-    share_of = {name: share for share, of in saved.items() for name in of}
-    kept: dict[str, list[str]] = {}
-    new = []
-    for cohort in cohorts(list(specs.values()), config):
-        names = [spec.name for spec in cohort if spec.name not in share_of]
-        at_once = len(names) if most is None else most * num_workers
-        new += [names[first : first + at_once] for first in range(0, len(names), max(at_once, 1))]
-    for name in specs:
-        if name in share_of:
-            kept.setdefault(share_of[name], []).append(name)
-    for share, names in kept.items():
-        plan = plan_many({name: loads[name] for name in names}, device)
-        found[share] = Dealt(tuple(names), plan.tokens_per_pass)
-    for plan in (plan for names in new for plan in planned(names)):
-        emit({"event": "plan", "lines": [plan.memory_line()]})
-        for dealt in filter(None, plan.shares):
-            found[f"share_{secrets.token_hex(4)}"] = Dealt(dealt, plan.tokens_per_pass)
-    return found
-
-
-def make_share(
-    prepared: Mapping[str, Prepared],
-    dealt: Dealt,
-    settings: Settings,
-    *,
-    runs: Places,
-    snapshots: Places,
-    num_workers: int,
-    sink: ActorHandle,
-) -> Share:
-    """Puts into the object store what a worker needs; of data that several have, once."""
-    data = {key: ray.put(each) for key, each in {id(p.data): p.data for p in prepared.values()}.items()}
-    first = next(iter(prepared.values()))
-    return Share(
-        specs=tuple(each.spec.model_copy(update={"name": name}) for name, each in prepared.items()),
-        runs=runs,
-        snapshots=snapshots,
-        data={name: data[id(each.data)] for name, each in prepared.items()},
-        initial={name: ray.put(each.initial) for name, each in prepared.items() if each.initial is not None},
-        base_fingerprint=first.base.fingerprint,
-        dtype_reason=first.dtype_reason,
-        tokens_per_pass=dealt.tokens_per_pass,
-        per_node=min(num_workers * first.spec.parallel.sequence, os.cpu_count() or 1),
-        settings=replace(settings, catalog="", api_key=None),  # a worker needs no catalog, and no key
-        sink=sink,
-    )
-
-
-def below_root(folder: RunFolder, runs: Runs) -> str:
-    """Returns where a folder is among those of its kind."""
-    return folder.path.removeprefix(f"{runs.root}/")
 
 
 def _whole(runs: Mapping[str, RunFolder], plan: ManyPlan) -> Set[str]:

@@ -27,9 +27,8 @@ def test_each_adapter_is_published_by_itself(tmp_path: Path, settings: Settings)
     long = {"rope_scaling": {"type": "linear", "factor": 2, "original_context": 64}}
     ready = {}
     for name, fields in {"acme": {}, "long": long, "base": {}, "gone": {}}.items():
-        recipe = write(tmp_path / name, name=name, publish={"aliases": ["prod"]}, **fields)
-        run, _ = trained(recipe, settings, tmp_path)
-        ready[name] = Ready(name, run, recipe)
+        run, _ = trained(write(tmp_path / name, name=name, **fields), settings, tmp_path)
+        ready[name] = Ready(name, run, write(tmp_path / name, name=name, publish={"aliases": ["prod"]}, **fields))
         if name != "gone":
             ended(run)
     Catalog(settings.catalog).bases.add("base", "0" * 64)  # a name that no adapter can have any more
