@@ -1,7 +1,7 @@
 """Memory of many adapters in one process, beside the plan that is printed before they start.
 
     python -m benchmarks.training.many_memory                     1,000 VeRA adapters on SmolLM2: some minutes
-    python -m benchmarks.training.many_memory --adapters 100 --rounds 4
+    python -m benchmarks.training.many_memory --adapters 100 --checkpointing
 
 Adapters on q, k, v and o, bf16, micro-batches of one row of 16 tokens. A process of its own trains them with the loop
 of `loray train`; after two rounds the held-out rows are measured, so that the best weights are kept, and a snapshot of
@@ -41,8 +41,9 @@ _TOKENS, _ROWS, _HELD_OUT = 16, 8, 1
 _BASE = "smollm2"
 
 
-def recipes(num_adapters: int, rank: int, num_rounds: int) -> list[TrainSpec]:
-    one = recipe_of(VeraSpec(rank=rank, target_modules=ATTENTION_MODULES), _TOKENS)
+def recipes(num_adapters: int, rank: int, num_rounds: int, checkpointing: bool) -> list[TrainSpec]:
+    adapter = VeraSpec(rank=rank, target_modules=ATTENTION_MODULES)
+    one = recipe_of(adapter, _TOKENS, checkpointing=checkpointing)
     changes: dict[str, Any] = {
         "base": _BASE,
         "dtype": "bfloat16",
@@ -81,11 +82,11 @@ class _Peaks:
             self._began = time.perf_counter()
 
 
-def measure(home: str, num_adapters: int, rank: int, num_rounds: int) -> dict[str, Any]:
+def measure(home: str, num_adapters: int, rank: int, num_rounds: int, checkpointing: int) -> dict[str, Any]:
     """Train, and compare with the plan."""
     from loray.train.many.loop import train_many
 
-    base, specs = get_base(Path(home), _BASE), recipes(num_adapters, rank, num_rounds)
+    base, specs = get_base(Path(home), _BASE), recipes(num_adapters, rank, num_rounds, bool(checkpointing))
     assert len(cohorts(specs, base.config)) == 1
     datas = {spec.name: rows_of(spec.seed, base.config.vocab_size) for spec in specs}
     loads = {spec.name: load_of(spec, datas[spec.name], base.config) for spec in specs}
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again, in less memory")
     parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
@@ -128,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add_base(_BASE, home=home)
     click.echo(machine_line(describe_machine(), load=f"{load_average():.1f}"))
     command = ["benchmarks.training.many_memory", "--measure", str(home)]
-    (found,) = run_modules([[*command, str(args.adapters), str(args.rank), str(args.rounds)]])
+    numbers = (args.adapters, args.rank, args.rounds, int(args.checkpointing))
+    (found,) = run_modules([[*command, *map(str, numbers)]])
     click.echo(f"plan: {found['plan']}")
     click.echo(
         f"{found['num_succeeded']:,} of {args.adapters:,} VeRA adapters of rank {args.rank}: "

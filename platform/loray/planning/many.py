@@ -156,8 +156,6 @@ def _resident(loads: list[Load], device: Device) -> Iterator[Item]:
     elements = [load.shape.trained.adapter for load in loads]
     each = 4 * _FP32 + (0 if e == _FP32 else e)
     yield Item(_ADAPTERS, each * sum(elements))
-    largest = sum(load.shape.trained.largest for load in loads)
-    yield Item("AdamW temporaries", 2 * _FP32 * largest, ("update",), _FP32 * largest)
     if device.is_host:
         yield Item(_BEST, _FP32 * sum(elements))
 
