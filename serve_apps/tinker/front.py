@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -76,15 +77,18 @@ class Front:
     async def end_session(self, principal: Principal, session_id: str, end: str) -> None:
         """End a session: its models give back their slots, and are saved before unless the client is content."""
         session = await self.records.session(principal, session_id)
-        if session.end is not None:
-            return
-        await self.sessions.end(principal, session, end)
+        if session.end is None:
+            await self.sessions.end(principal, session, end)
+            await self._release(principal, replace(session, end=end))
+
+    async def _release(self, principal: Principal, session: TinkerSession) -> None:
+        session_id = session.id
         models, _ = await self.records.ask(
             principal, lambda catalog: catalog.tinker.models(limit=1000, session_id=session_id)
         )
         for model in models:
             if model.is_live:
-                await self._end_model(principal, model, saves=end != "success")
+                await self._end_model(principal, model, saves=session.end != "success")
         await self.sampling.retire(session_id)
         self.records.forget(session_id)
 
@@ -119,6 +123,9 @@ class Front:
         idle: list[TinkerSession] = list(await self.sessions.flush())
         for session in idle:
             await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
+        open_ids = self.records.open_sessions()
+        for session in await self.records.ask_all(lambda catalog: catalog.tinker.left_sessions(open_ids)):
+            await self._release(Principal(tenant=session.tenant), session)
         await self.checkpoints.delete_expired()
 
     def close(self) -> None:
@@ -131,9 +138,8 @@ def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
 
 def open_front(settings: Settings) -> Front:
     """Open the front of the deployment in this Ray cluster, on its catalog and store."""
-    from jobs.trainer import trainer_of
-
     from jobs.sampling import Sampler
+    from jobs.trainer import trainer_of
 
     catalog = Catalog.of(settings, actor="tinker")
     store, sampler = AdapterStore(open_store(settings.store)), Sampler()

@@ -148,6 +148,10 @@ class Records:
         else:
             self._samplers[row.id] = row
 
+    def open_sessions(self) -> Sequence[str]:
+        """The ids of those that go on, as far as is known here."""
+        return [session.id for session in self._sessions.values() if session.end is None]
+
     def of_session(self, session_id: str) -> Sequence[TinkerSampler]:
         return [sampler for sampler in self._samplers.values() if sampler.session_id == session_id]
 
