@@ -12,7 +12,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from loray.errors import LorayError, SpecError
-from loray.spec import APPLICATION, GATEWAY, SampleCall, SampleResult
+from loray.spec import APPLICATION, GATEWAY, SampleCall, SampledBase, SampleResult
 
 
 class Sampler:
@@ -35,9 +35,9 @@ class Sampler:
         """Have all replicas drop ephemeral adapters that nobody samples any more. Raises as `sample`."""
         await self._ask("retire", tuple(digests))
 
-    async def contexts(self) -> Mapping[str, int]:
-        """Return each served base with the most tokens of a prompt and its answer. Raises as `sample`."""
-        found: Mapping[str, int] = await self._ask("contexts")
+    async def bases(self) -> Mapping[str, SampledBase]:
+        """Return the bases that are served, by name. Raises as `sample`."""
+        found: Mapping[str, SampledBase] = await self._ask("bases")
         return found
 
     async def _ask(self, method: str, *arguments: object) -> Any:

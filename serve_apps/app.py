@@ -23,7 +23,7 @@ from loray import __version__
 from loray.bases.registry import get_bases
 from loray.encryption import uses_tls
 from loray.settings import Settings
-from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampleResult, ServeSpec, engine_of
+from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampledBase, SampleResult, ServeSpec, engine_of
 from serve_apps.deployment import DRAIN_S, front_nodes
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
@@ -180,10 +180,10 @@ class GatewayReplica:
         rollouts: Rollouts = self.app.state.rollouts
         await rollouts.retire(digests)
 
-    async def contexts(self) -> dict[str, int]:
-        """Return each base with the most tokens of a prompt and its answer."""
+    async def bases(self) -> dict[str, SampledBase]:
+        """Say of each base what callers of `sample` need to know."""
         gateway: Gateway = self.app.state.gateway
-        return {name: base.limit_of(None) for name, base in gateway.bases.items()}
+        return {name: SampledBase(base.limit_of(None), base.spec.dtype) for name, base in gateway.bases.items()}
 
     @property
     def _lines(self) -> GatewayLines:

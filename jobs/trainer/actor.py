@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.trainer.models import ModelRecord, Published, Result, Snapshot, TrainedModel
 from jobs.trainer.publishing import Versions
-from jobs.trainer.states import SavedState, load_state, save_state
+from jobs.trainer.states import SavedState, delete_state, load_state, save_state
 from jobs.workers.worker import preset_threads
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import read_adapter
@@ -92,10 +92,10 @@ class Trainer:
         self._store = AdapterStore(open_store(settings.store))
         self._cache = AdapterCache(self._store, settings.home / "cache", NODE_CACHE_BYTES)
         self._versions = Versions(self._base, self._cache, name)
+        self._clock = SnapshotClock()
         self._models: dict[str, TrainedModel] = {}
         for folder in runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
-        self._clock = SnapshotClock()
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
         self._wake = asyncio.Event()
@@ -186,6 +186,10 @@ class Trainer:
             await self._snapshot([found])
             return result
 
+    async def delete(self, path: str) -> None:
+        """Delete a saved state by the folder that a save has returned. No error where there is none."""
+        await asyncio.to_thread(delete_state, self._states, path)
+
     async def remove(self, model: str) -> None:
         """End a model, and delete what is kept of it, but for states that were saved. No error where there is none."""
         async with self._changing:
@@ -212,7 +216,8 @@ class Trainer:
             }
             for m in self._models.values()
         }
-        return {"base": self._base.name, "dtype": self._dtype, "models": models, "unreadable": list(self._failed)}
+        about = {"base": self._base.name, "dtype": self._dtype, "pid": os.getpid()}
+        return about | {"models": models, "unreadable": list(self._failed)}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -339,7 +344,8 @@ class Trainer:
                 run.remove_all()
                 return
             model = TrainedModel(record, run)
-            model.read()
+            if nbytes := model.read():
+                self._clock.accepted(nbytes)
             self._models[record.model] = model
         except LorayError as e:
             log.error("the model in %s cannot go on: %s", run, e)

@@ -241,9 +241,9 @@ class TrainedModel:
         async with self._writing:
             await asyncio.to_thread(self.journal.cut, lambda entry: entry.number < done)
 
-    def read(self) -> None:
-        """Go on where another process has ended: from its last snapshot, with the operations that came after it. Raises
-        IntegrityError where they cannot be read.
+    def read(self) -> int:
+        """Go on where another process has ended: from its last snapshot, with the operations that came after it, whose
+        bytes are returned. Raises IntegrityError where they cannot be read.
         """
         found = self.folder.read(_STATE)
         if found is not None:
@@ -258,6 +258,7 @@ class TrainedModel:
             if entry.number >= self.next_seq:
                 self._known[entry.number] = hashlib.sha256(entry.payload).hexdigest()
                 self._queue(entry.number, op_from_bytes(entry.payload), len(entry.payload))
+        return self._num_waiting_bytes
 
     def weights(self) -> tuple[OptimizerState, dict[str, Tensor]]:
         """Read the snapshot's weights and gradients. Raises IntegrityError."""

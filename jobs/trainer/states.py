@@ -61,14 +61,25 @@ def save_state(
     return str(folder), nbytes
 
 
+def delete_state(states: Runs, path: str) -> None:
+    """Delete a state by the folder that `save_state` has returned. Raises SpecError for another folder."""
+    folder = _found(states, path)
+    if folder.read(SavedState.FILE) is not None:
+        folder.remove_all()
+
+
+def _found(states: Runs, path: str) -> RunFolder:
+    root = str(states.make("x")).removesuffix("x")
+    if not path.startswith(root) or ".." in path:
+        raise SpecError(f"{path!r} is no saved state of a model; name the folder that a save has returned")
+    return states.make(path.removeprefix(root))
+
+
 def load_state(states: Runs, path: str) -> tuple[SavedState, OptimizerState]:
     """Read a state by the folder that `save_state` has returned. Raises SpecError where there is none, and
     IntegrityError where it is damaged.
     """
-    root = str(states.make("x")).removesuffix("x")
-    if not path.startswith(root) or ".." in path:
-        raise SpecError(f"{path!r} is no saved state of a model; name the folder that a save has returned")
-    folder = states.make(path.removeprefix(root))
+    folder = _found(states, path)
     content = folder.read(SavedState.FILE)
     if content is None:
         raise SpecError(f"there is no saved state in {path}; it was deleted, or never written to its end")

@@ -46,7 +46,7 @@ _USERS = frozenset({409, 412, 422, 500, 501, 507})  # statuses of LorayErrors th
 _NOT_DONE = {
     "retrieve_futures": "results are asked for one by one, with retrieve_future",
     "copy_weights": "weights are not copied: a path is read by all keys of its tenant",
-    "save_weights_external": "`loray adapters export` writes a published version as a folder",
+    "save_weights_external": "`loray adapters download` gets a published version",
     "create_custom_loss": "custom losses run in the client, with forward_backward_custom",
     "sessions/search": "GET sessions lists them",
     "auth/token": "API keys are sent as they are",

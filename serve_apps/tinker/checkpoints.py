@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Protocol
 
 from loray.catalog import Catalog
-from loray.errors import AdapterNotFound, ConflictError, RequestError
+from loray.errors import AdapterNotFound, ConflictError, LorayError, RequestError
 from loray.files import scratch_folder
 from loray.publishing.publish import Destination, import_folder
 from loray.schemas.tinker import results
@@ -24,6 +22,7 @@ from loray.spec.tinker import CheckpointKind, TinkerCheckpoint, TinkerModel, Tin
 from loray.telemetry import get_logger
 from serve_apps.tinker.futures import POLL_S, Answer, Future
 from serve_apps.tinker.sessions import ServedName, now
+from serve_apps.tinker.trainers import TrainerAway
 from serve_apps.tinker.training import Training
 
 _log = get_logger(__name__)
@@ -133,7 +132,15 @@ class Checkpoints:
         """
 
         async def work(future: Future) -> Answer:
-            found = await self.training.trainers.result(future, model.base, model.id, request_id.seq)
+            try:
+                found = await self.training.trainers.result(future, model.base, model.id, request_id.seq)
+            except TrainerAway:
+                raise
+            except LorayError:  # nothing was saved: the name is free again
+                await self.training.records.ask(
+                    principal, lambda catalog: catalog.tinker.forget_save(model.id, request_id.seq)
+                )
+                raise
             if isinstance(what, TinkerSampler):
                 return await self._sampler_saved(principal, what, *found)
             if what.kind == "training":
@@ -219,7 +226,7 @@ class Checkpoints:
             principal, lambda catalog: catalog.tinker.checkpoint(path.model_id, path.kind, path.name)
         )
         try:
-            await asyncio.to_thread(self._delete, principal, row)
+            await self._delete(principal, row)
         except ConflictError as e:
             raise RequestError(str(e), "path") from e
 
@@ -230,19 +237,24 @@ class Checkpoints:
         )
         for row in expired:
             try:
-                await asyncio.to_thread(self._delete, Principal(tenant=row.tenant), row)
+                await self._delete(Principal(tenant=row.tenant), row)
             except ConflictError as e:
                 _log.warning("checkpoint %s of %s is kept: %s", row.name, row.model_id, e)
                 await self.set_ttl(Principal(tenant=row.tenant), CheckpointPath(row.model_id, row.kind, row.name), None)
 
-    def _delete(self, principal: Principal, row: TinkerCheckpoint) -> None:
-        catalog = self.training.records.catalog.view(principal)
-        if row.version is not None:
-            with suppress(AdapterNotFound):  # it was deleted by its name
-                _delete_version(catalog, row)
-        catalog.tinker.delete_checkpoint(row.model_id, row.kind, row.name)
+    async def _delete(self, principal: Principal, row: TinkerCheckpoint) -> None:
+        """Raises ConflictError where an alias has the version."""
+
+        def delete(catalog: Catalog) -> None:
+            if row.version is not None:
+                with suppress(AdapterNotFound):  # it was deleted by its name
+                    _delete_version(catalog, row)
+            catalog.tinker.delete_checkpoint(row.model_id, row.kind, row.name)
+
         if row.folder is not None:
-            shutil.rmtree(Path(row.folder), ignore_errors=True)
+            model = await self.training.records.model(principal, row.model_id)
+            await self.training.trainers.ask(model.base, "delete", row.folder)
+        await self.training.records.ask(principal, delete)
 
 
 def _delete_version(catalog: Catalog, row: TinkerCheckpoint) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
 from loray.settings import Settings
 from loray.spec import Principal
-from loray.spec.tinker import TinkerModel, TinkerSession
+from loray.spec.tinker import TinkerSession
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.tinker.checkpoints import Checkpoints, Publisher, publish_files
@@ -77,30 +76,27 @@ class Front:
     async def end_session(self, principal: Principal, session_id: str, end: str) -> None:
         """End a session: its models give back their slots, and are saved before unless the client is content."""
         session = await self.records.session(principal, session_id)
-        if session.end is None:
-            await self.sessions.end(principal, session, end)
-            await self._release(principal, replace(session, end=end))
+        if session.end is not None:
+            return
+        await self.sessions.end(principal, session, end)
+        await self._end_left_models()
+        await self._forget(principal, session_id)
 
-    async def _release(self, principal: Principal, session: TinkerSession) -> None:
-        session_id = session.id
-        models, _ = await self.records.ask(
-            principal, lambda catalog: catalog.tinker.models(limit=1000, session_id=session_id)
-        )
-        for model in models:
-            if model.is_live:
-                await self._end_model(principal, model, saves=session.end != "success")
-        await self.sampling.retire(session_id)
+    async def _forget(self, principal: Principal, session_id: str) -> None:
+        await self.sampling.retire(principal, session_id)
         self.records.forget(session_id)
 
-    async def _end_model(self, principal: Principal, model: TinkerModel, *, saves: bool) -> None:
-        try:
-            if saves:
-                await self.checkpoints.autosave(principal, model)
-            await self.training.end(model)
-        except NotFoundError:  # the trainer had no model of this id any more
-            await self.records.ask_all(lambda catalog: catalog.tinker.end_model(model.id))
-        except LorayError as e:
-            _log.warning("model %s keeps its slot for now: %s", model.id, e)
+    async def _end_left_models(self) -> None:
+        """Give back the slots of models whose sessions have ended. One that cannot be ended now is looked at again."""
+        for model, end in await self.records.ask_all(lambda catalog: catalog.tinker.left_models()):
+            try:
+                if end != "success":
+                    await self.checkpoints.autosave(Principal(tenant=model.tenant), model)
+                await self.training.end(model)
+            except NotFoundError:  # the trainer had no model of this id any more
+                await self.records.ask_all(partial(_end, model.id))
+            except LorayError as e:
+                _log.warning("model %s keeps its slot for now: %s", model.id, e)
 
     # -- by itself ----------------------------------------------------------------------------------------------------
 
@@ -123,13 +119,18 @@ class Front:
         idle: list[TinkerSession] = list(await self.sessions.flush())
         for session in idle:
             await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
+        await self._end_left_models()
         open_ids = self.records.open_sessions()
-        for session in await self.records.ask_all(lambda catalog: catalog.tinker.left_sessions(open_ids)):
-            await self._release(Principal(tenant=session.tenant), session)
+        for session in await self.records.ask_all(lambda catalog: catalog.tinker.ended_sessions(open_ids)):
+            await self._forget(Principal(tenant=session.tenant), session.id)
         await self.checkpoints.delete_expired()
 
     def close(self) -> None:
         self.futures.close()
+
+
+def _end(model_id: str, catalog: Catalog) -> None:
+    catalog.tinker.end_model(model_id)
 
 
 def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
@@ -149,10 +150,5 @@ def open_front(settings: Settings) -> Front:
     ) -> tuple[str, str, int]:
         return publish_files(Destination(name, store, catalog.view(principal)), served, files)
 
-    return Front(
-        ServedNames(sampler.contexts, partial(get_base, settings.home), settings.tinker_names),
-        Records(catalog),
-        Trainers(trainer_of),
-        sampler,
-        publish,
-    )
+    names = ServedNames(sampler.bases, partial(get_base, settings.home), settings.tinker_names)
+    return Front(names, Records(catalog), Trainers(names, trainer_of), sampler, publish)

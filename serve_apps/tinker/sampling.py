@@ -157,9 +157,9 @@ class Sampling:
         await self.records.sampler(principal, request_id.of)
         raise SampleGone(f"the sample {request_id} is not here any more; send it again")
 
-    async def retire(self, session_id: str) -> None:
+    async def retire(self, principal: Principal, session_id: str) -> None:
         """Forget the weights of a session's sampling sessions that have no path."""
-        samplers = self.records.of_session(session_id)
+        samplers = await self.records.ask(principal, lambda catalog: catalog.tinker.samplers(session_id))
         digests = [s.adapter.digest for s in samplers if s.adapter is not None and s.path is None]
         if digests:
             await self.gateways.retire(digests)

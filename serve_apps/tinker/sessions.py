@@ -16,7 +16,7 @@ from loray.policy.quotas import allowed_priority
 from loray.schemas.tinker.paths import new_session_id
 from loray.schemas.tinker.requests import CreateSessionRequest, as_texts
 from loray.schemas.tinker.results import HEAD_IS_FROZEN, NEWEST_SDK, OLDEST_SDK, sdk_version_of
-from loray.spec import ROLLOUT_PRIORITY, Principal
+from loray.spec import ROLLOUT_PRIORITY, AnyDType, Principal, SampledBase
 from loray.spec.tinker import TinkerModel, TinkerSampler, TinkerSession
 
 SESSION_IDLE_S = 600.0
@@ -38,11 +38,16 @@ class SessionGone(NotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class ServedName:
-    """A base as a client may name it. `context_length`: tokens of a row or of a sample."""
+    """A base as a client may name it.
+
+    context_length  the most tokens of a row, or of a sample with its prompt
+    dtype           of the engine, and so of the trainer
+    """
 
     name: str
     base: BaseModel
     context_length: int
+    dtype: AnyDType
 
     @property
     def tokenizer_id(self) -> str:
@@ -56,14 +61,12 @@ class ServedNames:
 
     def __init__(
         self,
-        contexts: Callable[[], Awaitable[Mapping[str, int]]],
+        served: Callable[[], Awaitable[Mapping[str, SampledBase]]],
         base_of: Callable[[str], BaseModel],
         others: Mapping[str, str],
     ) -> None:
-        """`contexts` gives the bases that are served now, with their most tokens; `base_of`, which may block, one of
-        them.
-        """
-        self._contexts, self._base_of, self._others = contexts, base_of, others
+        """`served` gives the bases that are served now; `base_of`, which may block, one of them."""
+        self._served, self._base_of, self._others = served, base_of, others
         self._names: dict[str, ServedName] = {}
         self._read_at = float("-inf")
 
@@ -88,16 +91,16 @@ class ServedNames:
 
     async def _read(self) -> None:
         try:
-            contexts = await self._contexts()
+            found = await self._served()
         except SpecError as e:
             raise ClusterError(str(e)) from e
         names: dict[str, ServedName] = {}
-        for base_name, context in contexts.items():
+        for base_name, (context, dtype) in found.items():
             base = await asyncio.to_thread(self._base_of, base_name)
             called = [base.name, *(name for name, of in self._others.items() if of == base.name)]
             if base.source.startswith(_HUB):
                 called.append(base.source.removeprefix(_HUB))
-            names |= {name: ServedName(name, base, context) for name in called if name not in names}
+            names |= {name: ServedName(name, base, context, dtype) for name in called if name not in names}
         self._names, self._read_at = names, time.monotonic()
 
 
@@ -151,9 +154,6 @@ class Records:
     def open_sessions(self) -> Sequence[str]:
         """The ids of those that go on, as far as is known here."""
         return [session.id for session in self._sessions.values() if session.end is None]
-
-    def of_session(self, session_id: str) -> Sequence[TinkerSampler]:
-        return [sampler for sampler in self._samplers.values() if sampler.session_id == session_id]
 
     def forget(self, session_id: str) -> None:
         """Ask the catalog again for what belongs to the session."""

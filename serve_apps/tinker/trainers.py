@@ -9,7 +9,9 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 
 from loray.errors import ClusterError, LorayError, Overloaded
+from loray.spec import AnyDType
 from serve_apps.tinker.futures import POLL_S, Future
+from serve_apps.tinker.sessions import ServedNames
 
 _RETRY_S = 1.0
 _AWAY_S = 300.0  # that a trainer may need to come back
@@ -22,9 +24,11 @@ class TrainerAway(ClusterError):
 class Trainers:
     """Asks the trainer of a base, and passes on the LorayErrors that it raises."""
 
-    def __init__(self, find: Callable[[str], Any]) -> None:
-        """`find` returns the actor of a base, by its name, and starts it where there is none. It may block."""
-        self._find = find
+    def __init__(self, names: ServedNames, find: Callable[[str, AnyDType], Any]) -> None:
+        """`find` returns the actor of a base by its name, and starts it where there is none, with the engine's dtype.
+        It may block.
+        """
+        self._names, self._find = names, find
         self._actors: dict[str, Any] = {}
 
     @property
@@ -37,7 +41,8 @@ class Trainers:
         try:
             actor = self._actors.get(base)
             if actor is None:
-                actor = self._actors[base] = await asyncio.to_thread(self._find, base)
+                dtype = (await self._names.find(base)).dtype
+                actor = self._actors[base] = await asyncio.to_thread(self._find, base, dtype)
             return await getattr(actor, method).remote(*arguments)
         except RayTaskError as e:
             cause = e.cause if isinstance(getattr(e, "cause", None), LorayError) else None

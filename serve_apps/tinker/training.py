@@ -6,11 +6,13 @@ import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from loray.errors import ConflictError, RequestError, UnsupportedParameter, shown
+from loray.catalog import Catalog
+from loray.errors import ConflictError, LimitExceeded, RequestError, UnsupportedParameter, shown
 from loray.schemas.tinker.paths import START, CheckpointPath, RequestId, model_id_of
 from loray.schemas.tinker.requests import (
     CreateModelRequest,
@@ -21,7 +23,17 @@ from loray.schemas.tinker.requests import (
     as_texts,
 )
 from loray.schemas.tinker.results import model_info, pass_bytes
-from loray.spec import AdapterSpec, LoraSpec, Name, Principal, VeraSpec
+from loray.spec import (
+    ROLLOUT_PRIORITY,
+    AdapterSpec,
+    LoraSpec,
+    Name,
+    Principal,
+    UsageEvent,
+    VeraSpec,
+    duration_s,
+    service_tier,
+)
 from loray.spec.datums import ForwardBackward, LoadState, LossOutput, OptimStep
 from loray.spec.tinker import TinkerModel
 from serve_apps.tinker.futures import POLL_S, Answer, Future, Futures
@@ -180,9 +192,13 @@ class Training:
         model = await self.live_model(principal, asked.model_id)
         served = await self.names.find(model.base)
         asked.check(served.base.config.vocab_size, served.context_length)
-        return await self.submit(
-            model, asked.seq_id, ForwardBackward(model.id, asked.datums, asked.loss, asked.forward_only)
-        )
+        if any(limits.max_budget is not None for limits in (principal.limits, principal.tenant_limits)):
+            await self.records.ask(principal, lambda catalog: _check_budget(catalog, principal))
+        operation = ForwardBackward(model.id, asked.datums, asked.loss, asked.forward_only)
+        told = await self.submit(model, asked.seq_id, operation)
+        used = _used(principal, model, told["request_id"], operation.num_tokens)
+        await self.records.ask(principal, lambda catalog: catalog.usage.record([used]))
+        return told
 
     async def optim_step(self, principal: Principal, asked: OptimStepRequest) -> dict[str, Any]:
         model = await self.live_model(principal, asked.model_id)
@@ -227,6 +243,37 @@ class Training:
         await self.trainers.ask(model.base, "remove", model.id)
         await self.records.ask_all(lambda catalog: catalog.tinker.end_model(model.id))
         self.records.put(replace(model, is_live=False))
+
+
+def _check_budget(catalog: Catalog, principal: Principal) -> None:
+    """Raises LimitExceeded where the key or the tenant has used what it may in its `budget_duration`."""
+    for limits, whose in ((principal.limits, "key"), (principal.tenant_limits, "tenant")):
+        if limits.max_budget is None:
+            continue
+        since = now() - timedelta(seconds=duration_s(limits.budget_duration))
+        of = {"key_id": principal.account} if whose == "key" else {"tenant": principal.tenant}
+        if catalog.usage.tokens(since=since, **of) >= limits.max_budget:
+            raise LimitExceeded(
+                f"the {whose}'s budget of {limits.max_budget:,.0f} tokens in {limits.budget_duration} is used up"
+            )
+
+
+def _used(principal: Principal, model: TinkerModel, request_id: str, num_tokens: int) -> UsageEvent:
+    """What a pass uses: its tokens, once, however often it is sent."""
+    return UsageEvent(
+        request_id=request_id,
+        tenant=principal.tenant,
+        key_id=principal.account,
+        model=model.base,
+        digest=None,
+        num_prompt_tokens=num_tokens,
+        num_cached_tokens=0,
+        num_output_tokens=0,
+        tier=service_tier(ROLLOUT_PRIORITY),
+        seconds=0.0,
+        outcome="ok",
+        created_at=now(),
+    )
 
 
 def _asked(model: TinkerModel) -> object:

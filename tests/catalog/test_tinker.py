@@ -1,3 +1,5 @@
+"""What the catalog keeps of Tinker's protocol."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -151,6 +153,24 @@ def test_a_name_is_one_requests(acme: Catalog) -> None:
     assert tinker.checkpoints(MODEL.id, limit=9, kind="sampler") == ([], 0)
 
 
+def test_a_name_is_free_after_a_failure(acme: Catalog) -> None:
+    acme.tinker.add_checkpoint(checkpoint("a", 1), overwrite=False)
+    acme.tinker.forget_save(MODEL.id, 1)
+    done = checkpoint("a", 2, folder="/x", is_ready=True)
+    acme.tinker.add_checkpoint(done, overwrite=False)
+    acme.tinker.add_checkpoint(checkpoint("a", 3), overwrite=True)
+    acme.tinker.forget_save(MODEL.id, 3)
+    assert acme.tinker.checkpoint(MODEL.id, "training", "a").folder == "/x"
+
+
+def test_models_that_their_session_has_left(catalog: Catalog, acme: Catalog) -> None:
+    assert catalog.tinker.left_models() == []
+    acme.tinker.end_session(SESSION.id, "errored")
+    assert catalog.tinker.left_models() == [(MODEL, "errored")]
+    acme.tinker.end_model(MODEL.id)
+    assert catalog.tinker.left_models() == []
+
+
 def test_expired_checkpoints_are_found_whoever_has_them(catalog: Catalog, acme: Catalog) -> None:
     acme.tinker.add_checkpoint(checkpoint("a", 1, is_ready=True), overwrite=False)
     assert catalog.tinker.expired(NOW + timedelta(days=1)) == []
@@ -183,9 +203,7 @@ def test_sessions_are_followed_by_their_tenant_and_administrators(catalog: Catal
 
 
 def test_the_front_is_told_which_sessions_were_ended_elsewhere(catalog: Catalog, acme: Catalog) -> None:
-    assert catalog.tinker.left_sessions([SESSION.id]) == []
+    assert catalog.tinker.ended_sessions([SESSION.id]) == []
     acme.tinker.stop_session(SESSION.id)
-    assert [found.id for found in catalog.tinker.left_sessions([])] == [SESSION.id]
-    acme.tinker.end_model(MODEL.id)
-    assert catalog.tinker.left_sessions([]) == []
-    assert [found.id for found in catalog.tinker.left_sessions([SESSION.id])] == [SESSION.id]
+    assert [found.id for found in catalog.tinker.ended_sessions([SESSION.id, "other"])] == [SESSION.id]
+    assert catalog.tinker.ended_sessions([]) == []

@@ -94,13 +94,11 @@ class Tinker:
         with self.db.reading() as c:
             return _rows(c, TinkerSession, sa.select(table).where(table.c.end.is_(None), table.c.seen_at < before))
 
-    def left_sessions(self, open_ids: Collection[str]) -> list[TinkerSession]:
-        """The sessions of all tenants that have ended, but that have live models or are among these."""
+    def ended_sessions(self, ids: Collection[str]) -> list[TinkerSession]:
+        """Those among these sessions, of any tenants, that have ended."""
         table = tinker_sessions
-        live = sa.select(tinker_models.c.session_id).where(tinker_models.c.is_live)
-        query = sa.select(table).where(table.c.end.is_not(None), sa.or_(table.c.id.in_(live), table.c.id.in_(open_ids)))
         with self.db.reading() as c:
-            return _rows(c, TinkerSession, query)
+            return _rows(c, TinkerSession, sa.select(table).where(table.c.end.is_not(None), table.c.id.in_(ids)))
 
     # -- following ----------------------------------------------------------------------------------------------------
 
@@ -183,6 +181,15 @@ class Tinker:
                 is_new = sa.and_(table.c.id == model_id, table.c.num_steps != step)
                 c.execute(sa.update(table).where(is_new).values(values | {"used_at": now()}))
 
+    def left_models(self) -> list[tuple[TinkerModel, str]]:
+        """The live models of all tenants whose sessions have ended, and how these have."""
+        table, ends = tinker_models, tinker_sessions
+        query = sa.select(table, ends.c.end).join(ends, ends.c.id == table.c.session_id)
+        with self.db.reading() as c:
+            found = c.execute(query.where(table.c.is_live, ends.c.end.is_not(None))).all()
+        names = [column.name for column in table.columns]
+        return [(_read(TinkerModel, {name: row._mapping[table.c[name]] for name in names}), row.end) for row in found]
+
     def end_model(self, model_id: str) -> None:
         """The model has no slot any more."""
         with self.db.writing() as c:
@@ -259,6 +266,13 @@ class Tinker:
         with self.db.changing() as c:
             c.execute(sa.update(tinker_checkpoints).where(named).values(_values(row)))
             log(c, self.db.actor, "save_model", row.model_id, tenant=row.tenant, kind=row.kind, name=row.name)
+
+    def forget_save(self, model_id: str, seq: int) -> None:
+        """The request has failed. What was there under its name before stays."""
+        c_ = tinker_checkpoints.c
+        failed = sa.and_(c_.model_id == model_id, c_.seq == seq, c_.is_ready.is_(False))
+        with self.db.writing() as c:
+            c.execute(sa.delete(tinker_checkpoints).where(failed, self._mine(tinker_checkpoints)))
 
     def checkpoint(self, model_id: str, kind: CheckpointKind, name: str) -> TinkerCheckpoint:
         """One that is written. Raises NotFoundError."""
@@ -369,11 +383,10 @@ def _values(row: TinkerSession | TinkerModel | TinkerSampler | TinkerCheckpoint)
 
 
 def _rows(c: sa.Connection, kind: type[R], query: sa.Select[Any]) -> list[R]:
-    return [_row(kind, row) for row in c.execute(query)]
+    return [_read(kind, row._asdict()) for row in c.execute(query)]
 
 
-def _row(kind: type[R], row: sa.Row[Any]) -> R:
-    values = row._asdict()
+def _read(kind: type[R], values: dict[str, Any]) -> R:
     if "metadata" in values:
         values["metadata"] = json.loads(values["metadata"])
     if kind is TinkerModel:

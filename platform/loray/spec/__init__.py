@@ -135,7 +135,7 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
-from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledSequence, SampleResult, TopLogprobs
+from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledBase, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
     ACTOR_NAMESPACE,
     APPLICATION,
@@ -305,6 +305,7 @@ __all__ = [
     "RopeType",
     "SampleCall",
     "SampleResult",
+    "SampledBase",
     "SampledSequence",
     "SamplingParams",
     "Scope",

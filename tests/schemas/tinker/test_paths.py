@@ -1,3 +1,5 @@
+"""Identifiers and paths of Tinker's protocol."""
+
 from __future__ import annotations
 
 import pytest

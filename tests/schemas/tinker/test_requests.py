@@ -1,3 +1,5 @@
+"""Requests of Tinker's protocol, those that are wrong too."""
+
 from __future__ import annotations
 
 import json

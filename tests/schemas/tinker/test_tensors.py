@@ -1,3 +1,5 @@
+"""Tensors of Tinker's messages, both ways."""
+
 from __future__ import annotations
 
 import numpy as np

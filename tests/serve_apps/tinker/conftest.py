@@ -1,3 +1,5 @@
+"""A front of Tinker's protocol without Ray."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,14 +1,22 @@
+"""The routes of Tinker's protocol: who may ask, and what no body can do."""
+
 from __future__ import annotations
 
 import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given
+from hypothesis import settings as given_with
 from hypothesis import strategies as st
 
+from loray.errors import SettingsError
+from loray.settings import Settings
 from loray.spec import Principal
+from serve_apps.standalone.server import Site
 from tests.fixtures.tinker import Unigram, pass_body
 from tests.serve_apps.tinker.asking import JSON, ROW, asking
 
@@ -164,8 +172,25 @@ async def test_scopes(front: Unigram, key: str) -> None:
         assert (of_training, of_sample) == ((403, 200) if key == "infer" else (200, 403))
 
 
+async def test_a_server_alone_says_that_it_does_not_train() -> None:
+    site = Site(FastAPI(), FastAPI(), lambda: None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://test") as client:
+        response = await client.post("/tinker/api/v1/create_session", json={})
+    assert (response.status_code, "`loray up`" in response.json()["detail"]) == (404, True)
+
+
+def test_names_for_clients_are_settings() -> None:
+    settings = Settings.from_env({"LORAY_TINKER_NAMES": '{"Qwen/Qwen3-8B": "smollm2"}'})
+    assert settings.tinker_names == {"Qwen/Qwen3-8B": "smollm2"}
+    assert Settings.from_env(settings.to_serving_env()).tinker_names == settings.tinker_names
+    assert "LORAY_TINKER_NAMES" not in Settings.from_env({}).to_serving_env()
+    for wrong in ("x", "[1]", '{"a": 1}'):
+        with pytest.raises(SettingsError, match="LORAY_TINKER_NAMES"):
+            Settings.from_env({"LORAY_TINKER_NAMES": wrong})
+
+
 @given(path=st.sampled_from(POSTS), body=st.binary(max_size=60) | VALUES)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_with(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_body_is_an_internal_error(front: Unigram, path: str, body: Any) -> None:
     async def status() -> int:
         async with asking(front) as client:

@@ -1,3 +1,5 @@
+"""What models save, and what is left when their clients have gone."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -5,6 +7,7 @@ from datetime import timedelta
 
 import numpy as np
 
+from loray.errors import ClusterError
 from loray.spec import Principal
 from serve_apps.tinker.sessions import SESSION_IDLE_S, now
 from tests.fixtures.tinker import Unigram
@@ -92,6 +95,7 @@ async def test_checkpoints_are_listed_given_an_end_and_deleted(front: Unigram) -
         ttl = await client.http.put(f"{url}/ttl", json={"ttl_seconds": None})
         assert ttl.status_code == 200
         assert (await client.http.delete(url)).status_code == 200
+        assert front.trainer.folders == {}
         assert (await client.http.delete(url)).status_code == 404
         assert (await client.http.delete(f"{of_run}/checkpoints/sampler_weights/two")).status_code == 200
         assert (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"] == []
@@ -127,6 +131,23 @@ async def test_an_idle_session_is_saved_and_gives_back_its_slots(front: Unigram)
             "prompt": {"chunks": [{"tokens": TOKENS}]},
         }
         assert (await client.post("asample", body)).status_code == 400
+
+
+async def test_a_slot_that_could_not_be_given_back_is_tried_again(front: Unigram) -> None:
+    async def away(_: str) -> None:
+        raise ClusterError("the trainer is away")
+
+    remove = front.trainer.remove
+    async with asking(front) as client:
+        await trained(client)
+        front.trainer.remove = away  # type: ignore[method-assign, assignment]
+        await client.post(f"sessions/{client.session}/finish", {"reason": {"type": "errored"}})
+        assert len(front.trainer.models) == 1
+        front.trainer.remove = remove  # type: ignore[method-assign]
+        await front.front.look()
+        assert front.trainer.models == {}
+        rows = front.catalog.view(Principal(tenant="acme")).tinker
+        assert [row.name for row in rows.checkpoints(limit=9)[0]] == ["autosave-1"]
 
 
 async def test_a_session_that_is_heard_of_goes_on(front: Unigram) -> None:

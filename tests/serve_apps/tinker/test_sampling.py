@@ -1,3 +1,5 @@
+"""Sampling sessions and samples."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Models, their operations and their futures."""
+
 from __future__ import annotations
 
 import asyncio
@@ -135,6 +137,19 @@ async def test_models_of_a_tenant_are_counted(front: Unigram) -> None:
         assert response.status_code == 403
         assert "max_jobs" in response.json()["detail"]
     assert MAX_MODELS == 8
+
+
+async def test_tokens_are_charged_once_and_a_budget_ends(front: Unigram) -> None:
+    own = Principal(tenant="acme", key_id="key-1", limits=Limits(max_budget=5))
+    async with asking(front, own) as client:
+        await client.begin()
+        for _ in range(2):
+            body = pass_body(client.model, 1, ROW)
+            response = await client.post("forward_backward", body)
+        assert response.status_code == 403  # and never 429, which would be tried again
+        assert "budget of 5 tokens in 30d" in response.json()["detail"]
+        (used,) = front.catalog.usage.sums(["key"], tenant="acme")
+        assert (used.key_id, used.num_prompt_tokens, used.num_requests) == ("key-1", 5, 1)
 
 
 async def test_what_the_protocol_lacks_is_in_user_metadata(front: Unigram) -> None:
