@@ -77,11 +77,13 @@ def test_the_ways_of_many_adapters_train_the_same(tiny_base: Callable[..., BaseM
 
 
 @pytest.mark.slow
-def test_the_table_of_many_adapters(tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_many_adapters(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny_base(std=0.1)
     cases = (many.Case("2 LoRA", "lora", "2x4", 1, 16, (1e9, 0.0)),)
     monkeypatch.setattr(many, "CASES", cases)
-    report = many.main(["--base", base.name, "--home", str(base.path.parent.parent), "--rounds", "1"])
+    report = many.main(["--base", str(base.path), "--home", str(tmp_path), "--rounds", "1"])
     ((name, _, _, _, target, _, _, peft, _, apart, _),) = report.rows
     assert (name, target, peft) == ("2 LoRA", "≥ 1e+09 MISSED", "≥ 0")
     assert isinstance(apart, float)
