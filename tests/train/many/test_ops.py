@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loray.methods.pairs import PairKey
-from loray.methods.vera_module import ProjectionBuffer, draw_pair
+from loray.methods.vera_module import draw_pair
 from loray.methods.weights import row_squares
 from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
@@ -105,8 +105,7 @@ def by_the_ops(kind: Any, own: list[Bucket], x_MI: Tensor) -> Tensor:
     for path, out in zip(PATHS, OUTS, strict=True):
         y_MO = MODULES[path].base_layer(x_MI) if kind == "dora" else x_MI.new_zeros(len(x_MI), out)
         if kind == "vera":
-            pairs = {bucket: ProjectionBuffer(draw_pair(*bucket.key.pair)) for bucket in own}  # type: ignore[misc]
-            found.append(add_vera(y_MO, x_MI, x_MI, rows, path, anchor, pairs))
+            found.append(add_vera(y_MO, x_MI, x_MI, rows, path, anchor))
         else:
             y_MO = add_lora(y_MO, x_MI, x_MI, rows, path, anchor)
             found.append(scale_outputs(y_MO, rows, path, MODULES[path], anchor))

@@ -25,7 +25,6 @@ from loray.methods.attach import on_model, peft_name
 from loray.methods.expert_lora import has_experts
 from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey
-from loray.methods.vera_module import ProjectionBuffer, draw_pair
 from loray.methods.weights import MAGNITUDE, AdapterWeights, row_squares
 from loray.spec import MLP_MODULES, AdapterSpec, DType
 from loray.train.checkpoint import adapter_files
@@ -41,11 +40,10 @@ from loray.train.sequence import SequenceGroup
 
 
 class _Shared:
-    """What all modules of a bank read: the rows of the pass, and the pairs of VeRA's buckets."""
+    """What all modules of a bank read: the rows of the pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.rows: Rows | None = None
-        self.pairs: dict[Bucket, ProjectionBuffer] = {}
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
 
@@ -73,7 +71,7 @@ class BankLinear(nn.Module):
         y_MO: Tensor = self.base_layer(x_MI)
         y_MO = add_lora(y_MO, x, x_MI, rows, path, shared.anchor)
         y_MO = scale_outputs(y_MO, rows, path, self, shared.anchor)
-        y_MO = add_vera(y_MO, x, x_MI, rows, path, shared.anchor, shared.pairs)
+        y_MO = add_vera(y_MO, x, x_MI, rows, path, shared.anchor)
         return y_MO.view(*x.shape[:-1], -1)
 
 
@@ -141,8 +139,6 @@ class AdapterBank:
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = Bucket(key, linears, self._dtype, self._device)
-            if key.pair is not None:
-                self._shared.pairs[bucket] = ProjectionBuffer(draw_pair(*key.pair))
         adapter = self._adapters[name] = _Adapter(spec, bucket, bucket.take(), seed)
         try:
             self._begin(name, adapter, seed)
@@ -160,7 +156,6 @@ class AdapterBank:
         bucket.give_back(adapter.slot)
         if bucket.is_empty:
             del self._buckets[bucket.key]
-            self._shared.pairs.pop(bucket, None)
 
     def _find(self, name: str) -> _Adapter:
         if (adapter := self._adapters.get(name)) is None:
