@@ -38,6 +38,7 @@ _log = get_logger(__name__)
 
 FRONT = "front"
 MAX_BODY_BYTES, MAX_PASS_BYTES = 4 << 20, 16 << 20
+KEY_START = "tml-"  # before a key: the SDK takes none without
 _PASS = "/api/v1/forward_backward"
 _ADVICE = "send fewer datums in one request"
 _MAX_ONGOING = 4096  # requests, most of which wait for a result
@@ -74,7 +75,7 @@ def create_app(front: Front, access: Authenticator) -> FastAPI:
     permissions = Permissions(app.routes)
     install_error_handlers(app, failed=failed, invalid=_invalid, refused=_refused)
     app.add_middleware(BodyLimit, max_bytes=_max_body_bytes, advice=_ADVICE)
-    app.add_middleware(Authenticate, access=access, permissions=permissions, refused=failed)
+    app.add_middleware(Authenticate, access=access, permissions=permissions, refused=failed, key_start=KEY_START)
     app.add_middleware(EchoRequestId, make=new_request_id)
     return app
 

@@ -82,6 +82,9 @@ class Front:
             return
         await self.sessions.end(principal, session, end)
         await self._end_left_models()
+        await self._forget(principal, session_id)
+
+    async def _forget(self, principal: Principal, session_id: str) -> None:
         await self.sampling.retire(principal, session_id)
         self.records.forget(session_id)
 
@@ -123,6 +126,9 @@ class Front:
         for session in idle:
             await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
         await self._end_left_models()
+        open_ids = self.records.open_sessions()
+        for session in await self.records.ask_all(lambda catalog: catalog.tinker.ended_sessions(open_ids)):
+            await self._forget(Principal(tenant=session.tenant), session.id)
         await self.checkpoints.delete_expired()
 
     def close(self) -> None:

@@ -181,3 +181,18 @@ async def test_a_session_that_its_client_finishes_ends(front: Unigram) -> None:
         rows = front.catalog.view(Principal(tenant="acme")).tinker
         assert (rows.session(client.session).end, rows.checkpoints(limit=9)) == ("success", ([], 0))
         assert replace(rows.model(client.model)).is_live is False
+
+
+async def test_a_session_that_was_stopped_in_the_console_is_saved_and_its_client_told(front: Unigram) -> None:
+    async with asking(front) as client:
+        await client.begin()
+        await client.forward_backward()
+        await client.step()
+        front.catalog.view(Principal(tenant="acme")).tinker.stop_session(client.session)
+        assert (await client.post("session_heartbeat", {"session_id": client.session})).status_code == 200
+        await front.front.look()
+        assert front.trainer.models == {}
+        assert (await client.post("session_heartbeat", {"session_id": client.session})).status_code == 410
+        saved = (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"]
+        assert [one["checkpoint_id"] for one in saved] == ["weights/autosave-1"]
+        await front.front.look()
