@@ -191,7 +191,7 @@ def replay(run: TrackedRun, events: Path, board: Path, published: Event | None, 
     found = [event for line in lines if (event := decode(line)) is not None]
     try:
         with tracked(run) as trackers, tensorboard(board) as write:
-            for event in (*found, *filter(None, [published])):
+            for event in found if published is None else [*found, published]:
                 if "tensorboard" in run.recipe.tracking:
                     write(event)
                 trackers.tell(event)

@@ -24,7 +24,8 @@ def ended(run: RunFolder) -> None:
 
 
 def test_each_adapter_is_published_by_itself(tmp_path: Path, settings: Settings) -> None:
-    long = {"rope_scaling": {"type": "linear", "factor": 2, "original_context": 64}}
+    scaling = {"type": "linear", "factor": 2, "original_context": 64}
+    long = {"rope_scaling": scaling, "batch": {"rows": 2, "order": "concat"}}
     ready = {}
     for name, fields in {"acme": {}, "long": long, "base": {}, "gone": {}}.items():
         run, _ = trained(write(tmp_path / name, name=name, **fields), settings, tmp_path)
