@@ -191,17 +191,33 @@ class RunFolder:
             shutil.move(folder, partial)
             partial.rename(into)
 
-    def names(self, prefix: str) -> list[str]:
-        """Returns the folders in the run whose names begin so, sorted."""
+    def names(self) -> list[str]:
+        """Lists the files of the folder, without folders in it."""
+        with _translate_errors(self):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file)
+
+    def folders(self, prefix: str = "") -> list[str]:
+        """Lists the folders in the folder whose names begin so."""
         with _translate_errors(self):
             found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
             kind = pafs.FileType.Directory
             return sorted(info.base_name for info in found if info.type == kind and info.base_name.startswith(prefix))
 
     def remove(self, name: str) -> None:
-        """Removes a folder of the run."""
+        """Removes a file of the folder."""
+        with _translate_errors(self):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        """Removes a folder in the folder."""
         with _translate_errors(self):
             self.filesystem.delete_dir(f"{self.path}/{name}")
+
+    def remove_all(self) -> None:
+        """Removes the folder with all that is in it."""
+        with _translate_errors(self):
+            self.filesystem.delete_dir(self.path)
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
@@ -377,7 +393,7 @@ class Runs:
     def newest_first(self, name: str) -> list[RunFolder]:
         """Returns all runs of this adapter."""
         at = folder_of(name)
-        return [self.make(f"{at}/{time}") for time in reversed(self.make(at).names(""))]
+        return [self.make(f"{at}/{time}") for time in reversed(self.make(at).folders())]
 
     def _newest_first(self, name: str) -> list[RunFolder]:
         """Returns at least one run. SpecError if there is none."""

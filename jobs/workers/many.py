@@ -199,12 +199,12 @@ class _Cohort:
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            before = self.folder.names(SNAPSHOT)
+            before = self.folder.folders(SNAPSHOT)
             made = f"{SNAPSHOT}{metrics['step']:08}"
             self.folder.keep(checkpoint, made)
             for old in before:
                 if old != made:
-                    self.folder.remove(old)
+                    self.folder.remove_folder(old)
         if metrics["event"] != "checkpoint":
             self.outbox.add(None, metrics)
 
@@ -282,7 +282,7 @@ def _last_snapshot(folder: RunFolder) -> str | None:
     """Finds the last one that is whole: one that was being written when its worker died is not."""
     from loray.train.many.state import read_cohort
 
-    for name in reversed(folder.names(SNAPSHOT)):
+    for name in reversed(folder.folders(SNAPSHOT)):
         with suppress(IntegrityError), folder.fetched(name) as path:
             read_cohort(path)
             return name

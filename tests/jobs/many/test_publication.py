@@ -18,7 +18,7 @@ from tests.fixtures.runs import trained
 
 def ended(run: RunFolder) -> None:
     """Writes what a worker does."""
-    (checkpoint,) = run.names("step_")
+    (checkpoint,) = run.folders("step_")
     state = read_state(Path(run.path, checkpoint))
     run.write_model(ENDED, EndedRun(recipe=state.recipe, status="succeeded", checkpoint=name_of(state.step)))
 
