@@ -56,5 +56,7 @@ def test_steps_have_the_bits_of_torchs_adamw(base: BaseModel, dtype: str) -> Non
             assert mine.keys() == own.keys()
             assert all(torch.equal(tensor, own[n]) for n, tensor in mine.items())
         bucket, slot = bank.place(name)
-        compute = dict(bucket.named(bucket.memory.compute, slot))
-        assert all(torch.equal(compute[n], m.to(compute[n].dtype)) for n, m in ours.masters.items())
+        for piece in bucket.placed:
+            master = bucket.memory.master[slot, piece.start : piece.start + math.prod(piece.shape)]
+            weights = bucket.weights(piece)[slot]
+            assert torch.equal(weights, master.view(piece.shape).to(weights.dtype))

@@ -184,7 +184,7 @@ class AdapterBank:
                     nn.Linear(bucket.key.rank, out, bias=False)
                     nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
                     masters[bucket.name(path, "a")].copy_(a.weight.to(self._dtype))
-        self._refresh(adapter)
+        adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))
 
     @torch.no_grad()
     def _load(self, name: str, adapter: _Adapter, weights: AdapterWeights) -> None:
@@ -202,13 +202,7 @@ class AdapterBank:
             raise UnsupportedError(f"train {name} alone: it goes on from norms or an embedding of its own")
         for n, master in masters.items():
             master.copy_(found[n].to(self._dtype))
-        self._refresh(adapter)
-
-    def _refresh(self, adapter: _Adapter) -> None:
-        """Round a slot's masters to the compute weights, where these are others."""
-        memory = adapter.bucket.memory
-        if memory.compute is not memory.master:
-            memory.compute[adapter.slot].copy_(memory.master[adapter.slot])
+        adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))
 
     # -- passes --
 
@@ -305,7 +299,7 @@ class AdapterBank:
                 tensor.copy_(theirs[n])
         adapter.num_updates, adapter.num_passes = state.num_updates, 0
         memory.gradient[adapter.slot].zero_()
-        self._refresh(adapter)
+        adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))
 
     # -- what an optimizer needs --
 
@@ -322,12 +316,10 @@ class AdapterBank:
         norms = [torch.linalg.vector_norm(gradient) for gradient in slots]
         return dict(zip(names, torch.stack(norms).tolist(), strict=True)) if norms else {}
 
-    def updated(self, names: Sequence[str]) -> None:
-        """Take in that an optimizer has changed the masters of these adapters."""
-        for name in names:
-            adapter = self._find(name)
-            adapter.num_updates, adapter.num_passes = adapter.num_updates + 1, 0
-            self._refresh(adapter)
+    def count_update(self, name: str) -> None:
+        """Take in that an optimizer has changed the masters of this adapter."""
+        adapter = self._find(name)
+        adapter.num_updates, adapter.num_passes = adapter.num_updates + 1, 0
 
     # -- files --
 
