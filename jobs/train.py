@@ -17,7 +17,7 @@ from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.tokenising import RayTasks
 from jobs.events import Emit, Event, PublishedEvent, Stages, describe, encode
-from jobs.runs.folders import RunFolder, open_runs
+from jobs.runs.folders import RunFolder, locked_with_its_job, open_runs
 from jobs.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.cli.recipes import RecipeSource, recipe_options
@@ -96,7 +96,8 @@ def train(
             connect(prepared.spec, settings, job.interrupts)
             run = run or runs.new(name, job.job_id)
             tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
-            with run.locked(job.job_id, job.interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
+            held = locked_with_its_job(run, settings, job.job_id, job.interrupts.raise_in_main_thread)
+            with held, tracked(tracked_run, emit) as trackers:
                 result = fit(share_workload(prepared), run, settings, trackers.emit, on_interrupt=job.stop)
                 if result.return_value is not None:
                     hint = f", or publish it with {_how_to_publish(recipe, tenant)}" if result.checkpoint else ""

@@ -301,7 +301,7 @@ class ManyView:
         lines = list(self._lines.items())
         most = max(4, self._console.height - 6)
         if len(lines) > most:  # those that have something to show
-            lines.sort(key=lambda item: _FIRST.index(item[1].state) if item[1].state in _FIRST else len(_FIRST))
+            lines.sort(key=lambda item: (item[1].state == "waiting", item[1].state != "training"))
         shown = [(name, *_figures(line)) for name, line in lines[:most]]
         made = table(("ADAPTER", "STEP", "LOSS", "TOKENS/S", "ETA", "STATE"), shown, right=_RIGHT)
         left = len(lines) - len(shown)
@@ -312,7 +312,6 @@ class ManyView:
         self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
 
 
-_FIRST = ("training", "failed", "publishing")
 _RIGHT = ("STEP", "LOSS", "TOKENS/S", "ETA")
 
 

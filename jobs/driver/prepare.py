@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -313,7 +313,7 @@ def _rows(
         with fetched(sources.paths, settings, sources.columns) as copies:
             known[key] = load_data(
                 sources,
-                AutoTokenizer.from_pretrained(base.path),
+                _tokenizer(base.path),
                 max_length=max_length,
                 max_eval_rows=max_eval_rows,
                 seed=spec.seed,
@@ -326,6 +326,12 @@ def _rows(
                 run=run,
             )
     return known[key]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Any:
+    """Reads it once for all recipes of a driver."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _is_joined(spec: TrainSpec) -> bool | None:

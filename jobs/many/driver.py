@@ -140,8 +140,10 @@ def train_adapters(
             try:
                 work.run(shares, before)
             except KeyboardInterrupt:
-                work.end_all("stopped", "its job was stopped; go on from the last snapshot with --resume")
-                job.stop()
+                try:
+                    job.stop()
+                finally:
+                    work.end_all("stopped", "its job was stopped; go on from the last snapshot with --resume")
             except BaseException as e:
                 work.end_all("failed", f"its job failed: {first_line(e)}")
                 raise
@@ -286,9 +288,10 @@ class _Job:
 
     def end_all(self, status: EndStatus, message: str) -> None:
         """Records the end of the adapters that have none."""
-        for name in self.parts:
-            if name not in self.ended:
-                self._note(name, status, message)
+        try:
+            self.catalog.jobs.end_parts(self.job_id, status, message)
+        except LorayError as e:
+            log.warning("the ends of the adapters of job %s (%s) are not recorded: %s", self.job_id, status, e)
 
     def _begin(self, name: str) -> RunFolder:
         run = self.all_runs.new(qualified_name(self.tenant, name), self.parts[name])

@@ -432,6 +432,18 @@ def open_runs(settings: Settings, kind: Literal["runs", "sweeps", "many", "train
 
 
 @contextmanager
+def locked_with_its_job(run: RunFolder, settings: Settings, job_id: str, lost: Callable[[str], None]) -> Iterator[None]:
+    """Locks a run, and the job of several adapters that began it, if one did. Raises ConflictError."""
+    part_of = run.read(PART_OF)
+    with run.locked(job_id, lost):
+        if part_of is None:
+            yield
+            return
+        with open_runs(settings, "many").make(part_of.decode()).locked(job_id, lost):
+            yield
+
+
+@contextmanager
 def _translate_errors(run: RunFolder) -> Iterator[None]:
     """Turns pyarrow's errors, which are OSErrors, into StoreError."""
     try:

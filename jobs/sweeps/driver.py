@@ -109,7 +109,8 @@ class TrialRecords:
 def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
     """Returns how many workers train trials: as many as the cluster has GPUs for, else one on each node."""
     if specs[0].use_gpu is not True:
-        return max(1, sum(node["Alive"] for node in ray.nodes()) // specs[0].parallel.sequence)
+        num_nodes: int = sum(node["Alive"] for node in ray.nodes())
+        return max(1, num_nodes // specs[0].parallel.sequence)
     have, fitting = ray.cluster_resources(), []
     for spec in specs:
         for resource, each in worker_resources(spec, settings.training_group).items():
@@ -324,7 +325,8 @@ class _Sweep:
 
     def _dealt(self, cohorts: Iterable[dict[str, Prepared]]) -> dict[str, Dealt]:
         """Deals trials to workers. Those that do not fit together are trained one after the other."""
-        saved, found = read_shares(self.folder), {}
+        saved = read_shares(self.folder)
+        found: dict[str, Dealt] = {}
         for prepared in cohorts:
             spec, workers = next(iter(prepared.values())).spec, self.workers()
             device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True) or PRESETS[ASSUMED_GPU]

@@ -115,5 +115,9 @@ def test_a_job_of_several_adapters_has_a_job_for_each(catalog: Catalog) -> None:
     assert catalog.jobs.ended_parts("whole") == {globex.id}
     assert [job.id for job in catalog.jobs.page(name="acme").items] == ["whole.0"]
     assert len(catalog.jobs.page().items) == 3
+    catalog.jobs.end_parts("whole", "failed", "its job failed")
+    assert [(part.status, part.message) for part in catalog.jobs.parts("whole")] == [
+        *(("failed", "its job failed"), ("stopped", "by hand")),
+    ]
     catalog.jobs.add("other", name="tone", recipe=RECIPE, max_jobs=2, max_workers=2)  # parts do not count
     refused(JobNotFound, "", catalog.jobs.add_parts, "nobody", recipes)

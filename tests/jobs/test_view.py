@@ -144,7 +144,7 @@ def test_a_job_of_several_adapters_is_a_table_with_a_line_for_each() -> None:
     for event in (START, step(7), EVAL):
         view.feed(of("a39", event))
     view.feed(of("a38", {"event": "end", "step": 3, "status": "failed", "message": "no finite loss"}))
-    rows = [line.split() for line in picture().splitlines() if line.startswith(("a38", "a39"))]
+    rows = [line.split() for line in picture().splitlines() if line.strip().startswith(("a38", "a39"))]
     assert [(row[0], row[-1]) for row in rows] == [("a39", "training"), ("a38", "failed")]  # before those that wait
     assert "7/20" in rows[0]
     assert "a38: failed, at step 3: no finite loss" in out.getvalue()

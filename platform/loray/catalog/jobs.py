@@ -105,6 +105,14 @@ class Jobs:
         with self.db.reading() as c:
             return tuple(map(_job, c.execute(sa.select(jobs).where(*mine).order_by(jobs.c.name))))
 
+    def end_parts(self, job_id: str, status: EndStatus, message: str) -> None:
+        """Record the end of all that have none, since the whole job has ended."""
+        mine = (_owned(self.db.principal), jobs.c.part_of == job_id, jobs.c.status.in_(_ACTIVE))
+        with self.db.changing() as c:
+            ended = {"status": status, "message": message, "ended_at": now()}
+            if c.execute(jobs.update().where(*mine).values(ended)).rowcount:
+                log(c, self.db.actor, "end_parts", job_id, tenant=self.db.principal.tenant, status=status)
+
     def ended_parts(self, job_id: str) -> frozenset[str]:
         """The ids of those that have ended, or were stopped."""
         ended = (jobs.c.part_of == job_id, jobs.c.status.not_in(_ACTIVE))

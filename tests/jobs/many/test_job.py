@@ -120,3 +120,20 @@ def test_a_killed_job_goes_on_and_a_failure_concerns_one(
             losses.setdefault(event["step"], set()).add(event["loss"])
     assert sorted(losses) == list(range(1, 201))
     assert all(max(same) - min(same) < 1e-4 for same in losses.values())  # of steps that were done again
+
+
+@pytest.mark.slow
+def test_a_sequence_group_trains_the_adapters_of_one_worker(
+    ray_cluster: RayCluster, cluster_base: BaseModel, customers: Path
+) -> None:
+    losses = []
+    for name, fields in (("one", {}), ("two", {"num_workers": 2, "parallel": {"sequence": 2}})):
+        path = recipe(customers, cluster_base, name=name, max_steps=3, **fields)
+        each = f"{customers}/customers/*.jsonl"
+        done = CliRunner().invoke(train, [path, "--each", each, "--json", "--address", ray_cluster.address])
+        assert done.exit_code == 0, done.output
+        ended = json.loads(done.stdout[done.stdout.index("{\n") :])["adapters"]
+        versions = [Catalog(ray_cluster.settings.catalog).adapters.version(o["name"], 1) for o in ended]
+        losses.append([version.manifest.evaluations[-1].value for version in versions])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert len(losses[0]) == 3

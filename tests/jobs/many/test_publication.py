@@ -18,22 +18,24 @@ from tests.fixtures.runs import trained
 
 def ended(run: RunFolder) -> None:
     """Writes what a worker does."""
-    (checkpoint,) = run.names("step_")
+    (checkpoint,) = run.folders("step_")
     state = read_state(Path(run.path, checkpoint))
     run.write_model(ENDED, EndedRun(recipe=state.recipe, status="succeeded", checkpoint=name_of(state.step)))
 
 
 def test_each_adapter_is_published_by_itself(tmp_path: Path, settings: Settings) -> None:
-    long = {"rope_scaling": {"type": "linear", "factor": 2, "original_context": 64}}
+    scaling = {"type": "linear", "factor": 2, "original_context": 64}
+    long = {"rope_scaling": scaling, "batch": {"rows": 2, "order": "concat"}}
     ready = {}
     for name, fields in {"acme": {}, "long": long, "base": {}, "gone": {}}.items():
         run, _ = trained(write(tmp_path / name, name=name, **fields), settings, tmp_path)
         ready[name] = Ready(name, run, write(tmp_path / name, name=name, publish={"aliases": ["prod"]}, **fields))
         if name != "gone":
             ended(run)
-    Catalog(settings.catalog).bases.add("base", "0" * 64)  # a name that no adapter can have any more
     outcomes: dict[str, Outcome] = {}
-    base = get_base(settings.home, "tiny")
+    base, catalog = get_base(settings.home, "tiny"), Catalog(settings.catalog)
+    catalog.bases.add(base.name, base.fingerprint)
+    catalog.bases.add("base", "0" * 64)  # a name that no adapter can have any more
     with Publisher(settings, "default", base, base, lambda each, outcome: outcomes.update({each.name: outcome})) as p:
         for each in ready.values():
             p.add(each)
@@ -46,5 +48,5 @@ def test_each_adapter_is_published_by_itself(tmp_path: Path, settings: Settings)
     assert "alias 'prod' is refused to long@1" in str(scaled["refusal"])
     assert "is a base model" in str(outcomes["base"])
     assert "ended without a checkpoint" in str(outcomes["gone"])
-    version = Catalog(settings.catalog).adapters.version("acme", 1)
+    version = catalog.adapters.version("acme", 1)
     assert (version.digest, version.manifest.job_id) == (acme["digest"], "first")

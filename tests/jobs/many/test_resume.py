@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from jobs.many.resume import begun, read_shares, write_shares
-from jobs.runs.folders import PART_OF, open_runs
+from jobs.runs.folders import PART_OF, locked_with_its_job, open_runs
 from jobs.runs.history import PUBLISHED
-from loray.errors import SpecError
+from loray.errors import ConflictError, SpecError
 from loray.settings import Settings
 
 
@@ -29,6 +29,16 @@ def test_the_last_job_of_the_adapters_goes_on(settings: Settings) -> None:
         begun(["fresh"], "default", runs)
     runs.new("globex", "alone").write(PUBLISHED, b"{}")  # trained alone since
     assert begun(["acme", "globex"], "default", runs) == ("tone/2", {"acme": acme})
+
+
+def test_a_run_is_not_trained_alone_while_its_job_trains_it(settings: Settings) -> None:
+    run, job = open_runs(settings).new("acme", "job.1"), open_runs(settings, "many").new("tone", "job")
+    run.write(PART_OF, job.path.removeprefix(f"{open_runs(settings, 'many').root}/").encode())
+    alone = locked_with_its_job(run, settings, "alone", pytest.fail)
+    with job.locked("job", pytest.fail), pytest.raises(ConflictError, match="another driver is at work"), alone:
+        pytest.fail("both train it")
+    with locked_with_its_job(run, settings, "alone", pytest.fail):
+        pass
 
 
 def test_adapters_keep_their_share(settings: Settings) -> None:

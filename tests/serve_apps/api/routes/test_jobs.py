@@ -491,7 +491,7 @@ def test_several_adapters_are_one_job_with_a_part_for_each(api: Api, monkeypatch
     assert "jobs.many.driver" in api.jobs.submitted[whole].entrypoint
     api.jobs.say(whole, "RUNNING")
     # What the driver does:
-    catalog = api.services.catalog()
+    catalog = api.services.catalog
     recipes = {f"{whole}.{n}": TrainSpec.model_validate(each["recipe"]) for n, each in enumerate(plan["members"], 1)}
     catalog.jobs.add_parts(whole, recipes)
     found = api.http.get("/jobs").json()["items"]
