@@ -143,7 +143,7 @@ class Steps:
         self._prompts, self._held_out, self._speech = prompts, held_out, speech
         self._folder, self._emit, self._told, self._dtype, self._clock = folder, emit, told, dtype, clock
         self._versions: dict[int, str] = {}  # digests that are kept, by the number of updates
-        self._num_updates = self._num_skipped = self._num_above = self._num_without_spread = 0
+        self._num_skipped = self._num_above = self._num_without_spread = 0
         self._seq_id = 1  # the next one
         self._durations: list[float] = []
         self._best: float | None = None
