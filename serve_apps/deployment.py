@@ -21,6 +21,8 @@ CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
 TINKER_APPLICATION = "tinker"
 TINKER_PREFIX = "/tinker"
 TINKER_IMPORT_PATH = "serve_apps.tinker.app:build"
+# Those that write to the store are on a node with no engine, so that its identity can be another one.
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
 DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)

@@ -100,7 +100,9 @@ def test_addresses_that_others_hold_stay() -> None:
         assert hasattr(importlib.import_module(module), name), address
 
 
-@pytest.mark.parametrize("module", ["serve_apps.gateway.app", "serve_apps.api.app", "serve_apps.app", "serve_apps.tinker.app"])
+@pytest.mark.parametrize(
+    "module", ["serve_apps.gateway.app", "serve_apps.api.app", "serve_apps.app", "serve_apps.tinker.app"]
+)
 def test_gateway_and_catalog_api_load_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -23,20 +23,22 @@ from starlette.types import Scope
 from loray.errors import LorayError, NotFoundError, RequestError
 from loray.schemas.tinker import requests, results
 from loray.schemas.tinker.paths import CheckpointPath, RequestId
+from loray.schemas.tinker.proto import reads_zstd
 from loray.schemas.tinker.requests import TinkerRequest
 from loray.settings import Settings
 from loray.spec import Frozen
 from loray.telemetry import get_logger
 from serve_apps.auth import Authenticate, Authenticator, Permissions, may, principal_of
+from serve_apps.deployment import ON_THE_HEAD
 from serve_apps.http import BodyLimit, EchoRequestId, WithoutRequestId, install_error_handlers, new_request_id, read
 from serve_apps.tinker.front import Front, open_front
 from serve_apps.tinker.sessions import refuse_old
-from serve_apps.tinker.zstd import decompress, is_supported
 
 _log = get_logger(__name__)
 
 FRONT = "front"
 MAX_BODY_BYTES, MAX_PASS_BYTES = 4 << 20, 16 << 20
+KEY_START = "tml-"  # before a key: the SDK takes none without
 _PASS = "/api/v1/forward_backward"
 _ADVICE = "send fewer datums in one request"
 _MAX_ONGOING = 4096  # requests, most of which wait for a result
@@ -73,7 +75,7 @@ def create_app(front: Front, access: Authenticator) -> FastAPI:
     permissions = Permissions(app.routes)
     install_error_handlers(app, failed=failed, invalid=_invalid, refused=_refused)
     app.add_middleware(BodyLimit, max_bytes=_max_body_bytes, advice=_ADVICE)
-    app.add_middleware(Authenticate, access=access, permissions=permissions, refused=failed)
+    app.add_middleware(Authenticate, access=access, permissions=permissions, refused=failed, key_start=KEY_START)
     app.add_middleware(EchoRequestId, make=new_request_id)
     return app
 
@@ -100,7 +102,7 @@ def _routes(front: Front) -> APIRouter:
     @may("session")
     async def client_config(request: Request) -> Response:
         refuse_old((await _body(request, requests.ClientConfigRequest)).sdk_version)
-        return _answer(results.client_config(compressed=is_supported()))
+        return _answer(results.client_config(compressed=reads_zstd()))
 
     @router.post("/client/dynamic_config")
     @may("session")
@@ -172,7 +174,7 @@ def _routes(front: Front) -> APIRouter:
     @may("train")
     async def forward_backward(request: Request) -> Response:
         encoding = request.headers.get("content-encoding", "identity")
-        asked = await read(request, lambda raw: requests.read_forward_backward(decompress(raw, encoding)))
+        asked = await read(request, lambda raw: requests.read_forward_backward(raw, encoding))
         return _answer(await training.forward_backward(principal_of(request), asked))
 
     @router.post("/optim_step")
@@ -364,7 +366,7 @@ def build(args: dict[str, Any]) -> Application:
         name=FRONT,
         num_replicas=1,  # which alone knows the samples that are under way
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 0, "resources": ON_THE_HEAD, "runtime_env": environment},
         health_check_period_s=5.0,
     )
     return front.bind()

@@ -46,11 +46,16 @@ class Checkpoints:
     publish: Publisher
 
     async def save(self, principal: Principal, asked: SaveWeightsRequest) -> dict[str, Any]:
-        """Save a model's weights and optimizer state under a name. Raises RequestError for one that is taken."""
+        """Save a model's weights and optimizer state under a name. Raises RequestError for one that is taken, and
+        LimitExceeded where the tenant stores as much as it may.
+        """
         model = await self.training.live_model(principal, asked.model_id)
         row = _row(model, "training", asked.name, asked.seq_id, asked.ttl_seconds, asked.user_metadata)
         if not asked.overwrite:
             await self._check_name(principal, row)
+        await self.training.records.ask(
+            principal, lambda catalog: catalog.adapters.check_stored_bytes(catalog.tinker.stored_bytes)
+        )
         told = await self.training.submit(model, asked.seq_id, SaveState(model.id, asked.name))
         await self._add(principal, row, overwrite=asked.overwrite)
         self._start(principal, model, RequestId(model.id, True, asked.seq_id), row)

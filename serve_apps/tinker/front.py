@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
-from loray.errors import LorayError, NotFoundError
+from loray.errors import LorayError, NotFoundError, RequestError
 from loray.policy.auth import check
 from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
@@ -22,7 +23,7 @@ from serve_apps.tinker.checkpoints import Checkpoints, Publisher, publish_files
 from serve_apps.tinker.futures import POLL_S, Answer, Futures
 from serve_apps.tinker.sampling import Gateways, Sampling
 from serve_apps.tinker.sessions import Records, ServedName, ServedNames, Sessions
-from serve_apps.tinker.trainers import Trainers
+from serve_apps.tinker.trainers import TrainerAway, Trainers
 from serve_apps.tinker.training import Training
 
 _log = get_logger(__name__)
@@ -42,6 +43,7 @@ class Front:
         self.training = Training(names, records, self.futures, trainers)
         self.sampling = Sampling(names, records, self.futures, gateways)
         self.checkpoints = Checkpoints(self.training, publish)
+        self._has_looked = False
 
     async def result(self, principal: Principal, request_id: RequestId) -> Answer | None:
         """Wait for the result of a request; None: it has not come yet. Raises LorayError."""
@@ -80,6 +82,9 @@ class Front:
             return
         await self.sessions.end(principal, session, end)
         await self._end_left_models()
+        await self._forget(principal, session_id)
+
+    async def _forget(self, principal: Principal, session_id: str) -> None:
         await self.sampling.retire(principal, session_id)
         self.records.forget(session_id)
 
@@ -109,14 +114,21 @@ class Front:
                 _log.exception("sessions of Tinker's protocol are not looked after")
 
     async def look(self) -> None:
-        for base in self.trainers.bases:
-            status: Mapping[str, Any] = await self.trainers.ask(base, "status")
-            models = status.get("models", {})
-            await self.records.ask_all(partial(_note, models))
+        bases = set(self.trainers.bases)
+        if not self._has_looked:  # another process of this kind may have begun them
+            bases |= await self.records.ask_all(lambda catalog: catalog.tinker.live_bases())
+            self._has_looked = True
+        for base in bases:
+            with suppress(TrainerAway, RequestError):  # RequestError: it is not served any more
+                status: Mapping[str, Any] = await self.trainers.ask(base, "status")
+                await self.records.ask_all(partial(_note, status["models"]))
         idle: list[TinkerSession] = list(await self.sessions.flush())
         for session in idle:
             await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
         await self._end_left_models()
+        open_ids = self.records.open_sessions()
+        for session in await self.records.ask_all(lambda catalog: catalog.tinker.ended_sessions(open_ids)):
+            await self._forget(Principal(tenant=session.tenant), session.id)
         await self.checkpoints.delete_expired()
 
     def close(self) -> None:

@@ -151,6 +151,10 @@ class Records:
         else:
             self._samplers[row.id] = row
 
+    def open_sessions(self) -> Sequence[str]:
+        """The ids of those that go on, as far as is known here."""
+        return [session.id for session in self._sessions.values() if session.end is None]
+
     def forget(self, session_id: str) -> None:
         """Ask the catalog again for what belongs to the session."""
         self._sessions.pop(session_id, None)

@@ -164,11 +164,11 @@ def test_a_name_is_free_after_a_failure(acme: Catalog) -> None:
 
 
 def test_models_that_their_session_has_left(catalog: Catalog, acme: Catalog) -> None:
-    assert catalog.tinker.left_models() == []
+    assert (catalog.tinker.left_models(), catalog.tinker.live_bases()) == ([], {"smollm2"})
     acme.tinker.end_session(SESSION.id, "errored")
     assert catalog.tinker.left_models() == [(MODEL, "errored")]
     acme.tinker.end_model(MODEL.id)
-    assert catalog.tinker.left_models() == []
+    assert (catalog.tinker.left_models(), catalog.tinker.live_bases()) == ([], set())
 
 
 def test_expired_checkpoints_are_found_whoever_has_them(catalog: Catalog, acme: Catalog) -> None:
@@ -178,3 +178,32 @@ def test_expired_checkpoints_are_found_whoever_has_them(catalog: Catalog, acme: 
     assert [row.name for row in catalog.tinker.expired(NOW)] == ["a"]
     acme.tinker.delete_checkpoint(MODEL.id, "training", "a")
     assert catalog.tinker.expired(NOW) == []
+
+
+def test_sessions_are_followed_by_their_tenant_and_administrators(catalog: Catalog, acme: Catalog) -> None:
+    admin = catalog.view(Principal(scopes=frozenset({"admin"})))
+    other = replace(SESSION, id="session-2", tenant="default", created_at=NOW + timedelta(hours=1))
+    catalog.tinker.add_session(other)
+    acme.tinker.note_progress({MODEL.id: {"step": 7, "tokens": 300, "loss": 2.5}})
+    acme.tinker.add_checkpoint(checkpoint("a", 1, is_ready=True), overwrite=False)
+    acme.tinker.add_checkpoint(checkpoint("b", 2), overwrite=False)
+    keyed = catalog.view(Principal(tenant="acme", scopes=frozenset({"train"})))
+    (own,) = keyed.tinker.followed(limit=5)
+    assert (own.session, own.num_steps, own.num_tokens, own.num_live) == (SESSION, 7, 300, 1)
+    assert [saved.name for saved in own.checkpoints] == ["a"]
+    assert [found.session.id for found in admin.tinker.followed(limit=5)] == ["session-2", SESSION.id]
+    assert [found.session.id for found in admin.tinker.followed(limit=1, offset=1)] == [SESSION.id]
+    stranger = catalog.view(Principal(tenant="globex", scopes=frozenset({"train"})))
+    for ask in (stranger.tinker.follow, stranger.tinker.stop_session):
+        with pytest.raises(NotFoundError):
+            ask(SESSION.id)
+    keyed.tinker.stop_session("session-1")
+    admin.tinker.stop_session("session-1")
+    assert acme.tinker.follow("session-1").session.end == "stopped"
+
+
+def test_the_front_is_told_which_sessions_were_ended_elsewhere(catalog: Catalog, acme: Catalog) -> None:
+    assert catalog.tinker.ended_sessions([SESSION.id]) == []
+    acme.tinker.stop_session(SESSION.id)
+    assert [found.id for found in catalog.tinker.ended_sessions([SESSION.id, "other"])] == [SESSION.id]
+    assert catalog.tinker.ended_sessions([]) == []

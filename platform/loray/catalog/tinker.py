@@ -6,10 +6,10 @@ Each exists for its own tenant alone. They do not count as changes, since servin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
@@ -32,6 +32,26 @@ _TABLES = {
     TinkerSampler: tinker_samplers,
     TinkerCheckpoint: tinker_checkpoints,
 }
+
+
+class Followed(NamedTuple):
+    """A session, its models, and what they have saved, the newest first."""
+
+    session: TinkerSession
+    models: Sequence[TinkerModel]
+    checkpoints: Sequence[TinkerCheckpoint]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(model.num_steps for model in self.models)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(model.num_tokens for model in self.models)
+
+    @property
+    def num_live(self) -> int:
+        return sum(model.is_live for model in self.models)
 
 
 @dataclass
@@ -74,6 +94,54 @@ class Tinker:
         with self.db.reading() as c:
             return _rows(c, TinkerSession, sa.select(table).where(table.c.end.is_(None), table.c.seen_at < before))
 
+    def ended_sessions(self, ids: Collection[str]) -> list[TinkerSession]:
+        """Those among these sessions, of any tenants, that have ended."""
+        table = tinker_sessions
+        with self.db.reading() as c:
+            return _rows(c, TinkerSession, sa.select(table).where(table.c.end.is_not(None), table.c.id.in_(ids)))
+
+    # -- following ----------------------------------------------------------------------------------------------------
+
+    def follow(self, session_id: str) -> Followed:
+        """Return a session of the tenant, for an administrator of any. Raises NotFoundError."""
+        with self.db.reading() as c:
+            found = self._followed(c, tinker_sessions.c.id == session_id, limit=1, offset=0)
+        if not found:
+            raise NotFoundError(f"there is no training session {shown(session_id)}")
+        return found[0]
+
+    def followed(self, *, limit: int, offset: int = 0) -> list[Followed]:
+        """Return the sessions of the tenant, for an administrator of all, the newest first."""
+        with self.db.reading() as c:
+            return self._followed(c, sa.true(), limit=limit, offset=offset)
+
+    def stop_session(self, session_id: str) -> None:
+        """End one of those that `follow` gives: the front frees its models, and saves them before. Raises
+        NotFoundError.
+        """
+        session, table = self.follow(session_id).session, tinker_sessions
+        with self.db.changing() as c:
+            goes_on = sa.and_(table.c.id == session_id, table.c.end.is_(None))
+            if c.execute(sa.update(table).where(goes_on).values(end="stopped")).rowcount:
+                log(c, self.db.actor, "end_session", session_id, tenant=session.tenant, end="stopped")
+
+    def _followed(self, c: sa.Connection, which: sa.ColumnElement[bool], *, limit: int, offset: int) -> list[Followed]:
+        table = tinker_sessions
+        mine = sa.true() if self.db.principal.is_admin else self._mine(table)
+        newest_first = sa.select(table).where(which, mine).order_by(table.c.created_at.desc(), table.c.id.desc())
+        sessions = _rows(c, TinkerSession, newest_first.limit(limit).offset(offset))
+        of = tinker_models.c.session_id.in_([session.id for session in sessions])
+        models = _rows(c, TinkerModel, sa.select(tinker_models).where(of).order_by(tinker_models.c.id))
+        owned = tinker_checkpoints.c.model_id.in_(sa.select(tinker_models.c.id).where(of))
+        written = sa.select(tinker_checkpoints).where(owned, tinker_checkpoints.c.is_ready)
+        checkpoints = _rows(c, TinkerCheckpoint, written.order_by(tinker_checkpoints.c.created_at.desc()))
+        found = []
+        for session in sessions:
+            own = [model for model in models if model.session_id == session.id]
+            ids = {model.id for model in own}
+            found.append(Followed(session, own, [saved for saved in checkpoints if saved.model_id in ids]))
+        return found
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def add_model(self, model: TinkerModel, most: int) -> TinkerModel:
@@ -112,6 +180,11 @@ class Tinker:
                 values = {"num_steps": step, "num_tokens": int(told.get("tokens", 0)), "loss": told.get("loss")}
                 is_new = sa.and_(table.c.id == model_id, table.c.num_steps != step)
                 c.execute(sa.update(table).where(is_new).values(values | {"used_at": now()}))
+
+    def live_bases(self) -> set[str]:
+        """The bases of all tenants' live models."""
+        with self.db.reading() as c:
+            return set(c.scalars(sa.select(tinker_models.c.base).where(tinker_models.c.is_live).distinct()))
 
     def left_models(self) -> list[tuple[TinkerModel, str]]:
         """The live models of all tenants whose sessions have ended, and how these have."""
@@ -234,6 +307,14 @@ class Tinker:
         if kind is not None:
             where.append(table.c.kind == kind)
         return self._page(TinkerCheckpoint, where, (table.c.created_at, table.c.name), limit, offset)
+
+    def stored_bytes(self) -> int:
+        """Sum the bytes of the tenant's training checkpoints, which are no adapters."""
+        c_ = tinker_checkpoints.c
+        query = sa.select(sa.func.coalesce(sa.func.sum(c_.nbytes), 0))
+        query = query.where(self._mine(tinker_checkpoints), c_.kind == "training")
+        with self.db.reading() as c:
+            return int(c.execute(query).scalar_one())
 
     def set_expiry(self, model_id: str, kind: CheckpointKind, name: str, until: datetime | None) -> None:
         """Raises NotFoundError."""

@@ -26,10 +26,14 @@ def python_with(*packages: str) -> Path:
     return folder / "bin" / "python"
 
 
-def run_client(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a client's script, which sees nothing of this process's packages."""
+def client_environment() -> dict[str, str]:
+    """Of a client's script, which sees nothing of this process's packages."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONWARNINGS")}
-    env |= {"TINKER_API_KEY": "tml-of-the-test", "HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+    return env | {"TINKER_API_KEY": "tml-of-the-test", "HF_HUB_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+
+
+def run_client(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [python, "-W", "ignore", *arguments]
     return subprocess.run(
-        [python, "-W", "ignore", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=500
+        command, cwd=folder, env=client_environment(), capture_output=True, text=True, timeout=500, check=False
     )

@@ -8,7 +8,7 @@ from datetime import timedelta
 import numpy as np
 
 from loray.errors import ClusterError
-from loray.spec import Principal
+from loray.spec import Limits, Principal
 from serve_apps.tinker.sessions import SESSION_IDLE_S, now
 from tests.fixtures.tinker import Unigram
 from tests.serve_apps.tinker.asking import TOKENS, Client, asking
@@ -101,6 +101,16 @@ async def test_checkpoints_are_listed_given_an_end_and_deleted(front: Unigram) -
         assert (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"] == []
 
 
+async def test_checkpoints_count_as_stored_bytes(front: Unigram) -> None:
+    scopes = frozenset({"train"})
+    own = Principal(tenant="acme", key_id="key-1", scopes=scopes, limits=Limits(max_stored_bytes=2000))
+    async with asking(front, own) as client:
+        await trained(client)
+        await client.done("save_weights", client.next(path="one"))
+        response = await client.post("save_weights", client.next(path="two"))
+        assert response.status_code == 403
+
+
 async def test_what_is_over_is_deleted(front: Unigram) -> None:
     async with asking(front) as client:
         await trained(client)
@@ -157,6 +167,7 @@ async def test_a_session_that_is_heard_of_goes_on(front: Unigram) -> None:
         front.front.sessions.clock = lambda: ahead
         assert (await client.post("session_heartbeat", {"session_id": client.session})).status_code == 200
         await front.front.look()
+        await front.restarted().front.look()
         assert list(front.trainer.models) == [client.model]
         assert front.catalog.view(Principal(tenant="acme")).tinker.model(client.model).num_steps == 1
 
@@ -170,3 +181,18 @@ async def test_a_session_that_its_client_finishes_ends(front: Unigram) -> None:
         rows = front.catalog.view(Principal(tenant="acme")).tinker
         assert (rows.session(client.session).end, rows.checkpoints(limit=9)) == ("success", ([], 0))
         assert replace(rows.model(client.model)).is_live is False
+
+
+async def test_a_session_that_was_stopped_in_the_console_is_saved_and_its_client_told(front: Unigram) -> None:
+    async with asking(front) as client:
+        await client.begin()
+        await client.forward_backward()
+        await client.step()
+        front.catalog.view(Principal(tenant="acme")).tinker.stop_session(client.session)
+        assert (await client.post("session_heartbeat", {"session_id": client.session})).status_code == 200
+        await front.front.look()
+        assert front.trainer.models == {}
+        assert (await client.post("session_heartbeat", {"session_id": client.session})).status_code == 410
+        saved = (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"]
+        assert [one["checkpoint_id"] for one in saved] == ["weights/autosave-1"]
+        await front.front.look()

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, StrictBool, StringConstraints, Validatio
 
 from loray.errors import RequestError, UnsupportedParameter, shown
 from loray.schemas.tinker.paths import check_checkpoint_name
-from loray.schemas.tinker.proto import ForwardBackwardRequest, parse
+from loray.schemas.tinker.proto import ForwardBackwardRequest, decompress, parse
 from loray.schemas.tinker.tensors import read_tensor, read_tokens
 from loray.spec.datums import AdamParams, Datum, TokenLoss
 from loray.spec.fields import Frozen, mistakes
@@ -335,9 +335,9 @@ class ForwardBackwardBody(NamedTuple):
                     raise RequestError(f"data.{i}.{name}: a token is outside of the {vocab_size:,} known", f"data.{i}")
 
 
-def read_forward_backward(raw: bytes) -> ForwardBackwardBody:
-    """Raises RequestError, which names the datum and its input."""
-    message = parse(ForwardBackwardRequest, raw)
+def read_forward_backward(raw: bytes, encoding: str = "identity") -> ForwardBackwardBody:
+    """Raises RequestError, which names the datum and its input. `encoding`: the header Content-Encoding."""
+    message = parse(ForwardBackwardRequest, decompress(raw, encoding))
     if not message.model_id or message.seq_id < 1:
         raise RequestError("model_id and seq_id (from 1 on) are needed", "seq_id")
     if not 0 < len(message.data) <= MAX_DATUMS:

@@ -6,7 +6,6 @@ Clients check answers strictly, so no field that they need is left out, and none
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from loray.schemas.tinker.proto import ForwardBackwardOutput, SampleResponse
 from loray.schemas.tinker.tensors import write_batch, write_top
 from loray.spec.datums import LossOutput
 from loray.spec.methods import ATTENTION_MODULES, MLP_MODULES
-from loray.spec.rollouts import SampledSequence, SampleResult
+from loray.spec.rollouts import SampleResult
 from loray.spec.tinker import TinkerCheckpoint, TinkerModel
 
 PROTOBUF = "application/x-protobuf"
@@ -89,13 +88,9 @@ def sample_bytes(result: SampleResult, num_prompt: int, last: int | None, top_pr
             if last is not None:
                 places[: num_prompt - last] = [()] * (num_prompt - last)
             write_top(message.topk_prompt_logprobs, places, top_prompt)
-    message.prompt_cache_hit_tokens = min(map(_cached, result.sequences), default=0)
+    message.prompt_cache_hit_tokens = min((s.num_cached_tokens for s in result.sequences), default=0)
     raw: bytes = message.SerializeToString()
     return raw
-
-
-def _cached(sequence: SampledSequence) -> int:
-    return sequence.num_cached_tokens
 
 
 def failed(error: Exception) -> dict[str, str]:
@@ -146,12 +141,12 @@ def checkpoint(row: TinkerCheckpoint) -> dict[str, Any]:
     return {
         "checkpoint_id": path.checkpoint_id,
         "checkpoint_type": row.kind,
-        "time": _time(row.created_at),
+        "time": row.created_at.isoformat(),
         "tinker_path": str(path),
         "size_bytes": row.nbytes,
         "public": False,
         "user_metadata": dict(row.metadata),
-        "expires_at": None if row.expires_at is None else _time(row.expires_at),
+        "expires_at": None if row.expires_at is None else row.expires_at.isoformat(),
     }
 
 
@@ -165,7 +160,7 @@ def training_run(model: TinkerModel, checkpoints: Sequence[TinkerCheckpoint]) ->
         "is_lora": True,
         "corrupted": False,
         "lora_rank": rank_of(model),
-        "last_request_time": _time(model.used_at),
+        "last_request_time": model.used_at.isoformat(),
         "last_checkpoint": checkpoint(newest["training"]) if "training" in newest else None,
         "last_sampler_checkpoint": checkpoint(newest["sampler"]) if "sampler" in newest else None,
         "user_metadata": dict(model.metadata),
@@ -174,7 +169,3 @@ def training_run(model: TinkerModel, checkpoints: Sequence[TinkerCheckpoint]) ->
 
 def cursor(offset: int, limit: int, total: int) -> dict[str, int]:
     return {"offset": offset, "limit": limit, "total_count": total}
-
-
-def _time(at: datetime) -> str:
-    return at.isoformat()
