@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray import serve
@@ -12,7 +12,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from loray.errors import LorayError, SpecError
-from loray.spec import APPLICATION, GATEWAY, SampleCall, SampleResult
+from loray.spec import APPLICATION, GATEWAY, SampleCall, SampledBase, SampleResult
 
 
 class Sampler:
@@ -35,11 +35,16 @@ class Sampler:
         """Have all replicas drop ephemeral adapters that nobody samples any more. Raises as `sample`."""
         await self._ask("retire", tuple(digests))
 
-    async def _ask(self, method: str, argument: object) -> Any:
+    async def bases(self) -> Mapping[str, SampledBase]:
+        """Return the bases that are served, by name. Raises as `sample`."""
+        found: Mapping[str, SampledBase] = await self._ask("bases")
+        return found
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, GATEWAY, self._application)
-            response = getattr(self._handle, method).remote(argument)
+            response = getattr(self._handle, method).remote(*arguments)
         except (RayServeException, KeyError) as e:  # KeyError: there is no such application
             raise SpecError(f"nothing is served in this Ray cluster ({e}); `loray up BASE` there first") from e
         try:

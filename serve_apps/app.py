@@ -23,7 +23,7 @@ from loray import __version__
 from loray.bases.registry import get_bases
 from loray.encryption import uses_tls
 from loray.settings import Settings
-from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampleResult, ServeSpec, engine_of
+from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampledBase, SampleResult, ServeSpec, engine_of
 from serve_apps.deployment import DRAIN_S, front_nodes
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
@@ -179,6 +179,11 @@ class GatewayReplica:
     async def retire(self, digests: Collection[str]) -> None:
         rollouts: Rollouts = self.app.state.rollouts
         await rollouts.retire(digests)
+
+    async def bases(self) -> dict[str, SampledBase]:
+        """Say of each base what callers of `sample` need to know."""
+        gateway: Gateway = self.app.state.gateway
+        return {name: SampledBase(base.limit_of(None), base.spec.dtype) for name, base in gateway.bases.items()}
 
     @property
     def _lines(self) -> GatewayLines:

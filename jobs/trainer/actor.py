@@ -7,6 +7,7 @@ the last snapshots and then the journals give what was there before, so that wha
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.trainer.models import ModelRecord, Published, Result, Snapshot, TrainedModel
 from jobs.trainer.publishing import Versions
-from jobs.trainer.states import SavedState, load_state, save_state
+from jobs.trainer.states import SavedState, as_folder, delete_state, load_state, save_state
 from jobs.workers.worker import preset_threads
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import read_adapter
@@ -69,11 +70,10 @@ class Trainer:
         """Load the base, and go on with the models that are in its folder. `name`: of the actor."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
-        self._name, self._settings = name, settings
-        runs = open_runs(settings, "trainers")
-        self._runs, self._states = runs, open_runs(settings, "states")
+        self._name = name
+        self._runs, self._states = open_runs(settings, "trainers"), open_runs(settings, "states")
         self._held = ExitStack()
-        self._lock(runs.open(base, name))
+        self._lock(self._runs.open(base, name))
         self._base = ensure_base(settings.home, base)
         on_gpu = torch.cuda.is_available()
         self._dtype = training_dtype(hardware(), use_gpu=on_gpu).dtype if dtype == "auto" else dtype
@@ -89,18 +89,18 @@ class Trainer:
         most = _TOKENS_PER_PASS_ON_GPU if on_gpu else TOKENS_PER_PASS_ON_CPU
         self._tokens_per_pass = max(_LEAST_TOKENS, min(most, int(_SHARE_OF_PASS * left) // self._bytes_per_token()))
         self._trainer = BankTrainer(AdapterBank(model, self._base, self._dtype), self._tokens_per_pass)
-        self._store = AdapterStore(open_store(settings.store))
-        self._cache = AdapterCache(self._store, settings.home / "cache", NODE_CACHE_BYTES)
+        store = AdapterStore(open_store(settings.store))
+        self._cache = AdapterCache(store, settings.home / "cache", NODE_CACHE_BYTES)
         self._versions = Versions(self._base, self._cache, name)
         self._clock = SnapshotClock()
         self._models: dict[str, TrainedModel] = {}
-        for folder in runs.make(f"{base}/{_MODELS}").folders():
+        self._failed: list[str] = []  # models that could not be read
+        for folder in self._runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
         self._wake = asyncio.Event()
         self._wake.set()
-        self._failed: list[str] = []
         self._task: asyncio.Task[None] | None = None
         self._used_at = time.monotonic()
 
@@ -186,6 +186,10 @@ class Trainer:
             await self._snapshot([found])
             return result
 
+    async def delete(self, path: str) -> None:
+        """Delete a saved state by the folder that a save has returned. No error where there is none."""
+        await asyncio.to_thread(delete_state, self._states, path)
+
     async def remove(self, model: str) -> None:
         """End a model, and delete what is kept of it, but for states that were saved. No error where there is none."""
         async with self._changing:
@@ -261,17 +265,17 @@ class Trainer:
                     model.num_tokens += 0 if op.forward_only else op.num_tokens
                     model.loss = output.loss
                 model.done(output)
-        steps = [(model, op) for model in ready if isinstance(op := model.head(), OptimStep)]
+        steps = [(model, head) for model in ready if isinstance(head := model.head(), OptimStep)]
         if steps:
-            results = await self._compute(self._trainer.optim_step, [op for _, op in steps])
+            results = await self._compute(self._trainer.optim_step, [step for _, step in steps])
             for (model, _), metrics in zip(steps, results, strict=True):
                 model.num_steps += not isinstance(metrics, LorayError)
                 model.done(metrics)
         for model in ready:
-            op = model.head()
-            if isinstance(op, SaveState | LoadState | Publish):
-                model.done(await self._compute(self._other, model, op))
-                if isinstance(op, LoadState):  # the state that it has read may be gone at a replay
+            other = model.head()
+            if isinstance(other, SaveState | LoadState | Publish):
+                model.done(await self._compute(self._other, model, other))
+                if isinstance(other, LoadState):  # the state that it has read may be gone at a replay
                     await self._snapshot([model])
         self._clock.computed(time.monotonic() - began)
         await self._snapshot_where_due()
@@ -335,15 +339,16 @@ class Trainer:
         """Go on with the model in a folder of this base's. One that cannot be read is left there, and told."""
         run = self._runs.open(f"{self._base.name}/{_MODELS}/{folder}", unquote(folder))
         try:
-            record = run.read_model(ModelRecord, ModelRecord.FILE)
-            if record is None:  # it was being created
+            content = run.read(ModelRecord.FILE)
+            if content is None:  # it was being created
                 run.remove_all()
                 return
+            record = ModelRecord.parse(json.loads(content), source=f"{ModelRecord.FILE} of {run}")
             model = TrainedModel(record, run)
             if nbytes := model.read():
                 self._clock.accepted(nbytes)
             self._models[record.model] = model
-        except LorayError as e:
+        except (LorayError, ValueError) as e:
             log.error("the model in %s cannot go on: %s", run, e)
             self._failed.append(f"{unquote(folder)}: {e}")
 
@@ -426,7 +431,7 @@ class Trainer:
         try:
             if state is not None:
                 self._restore(record.model, state)
-            place = f"{self._base.name}/{_MODELS}/{quote(record.model, safe='')}"
+            place = f"{self._base.name}/{_MODELS}/{as_folder(record.model)}"
             model = TrainedModel(record, self._runs.open(place, record.model))
             if record.initial is not None:  # which may be gone when it is read again
                 self._write(model, model.begin_snapshot())

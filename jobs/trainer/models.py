@@ -288,7 +288,7 @@ def _result_from_bytes(data: bytes) -> Result:
         error: LorayError = getattr(errors, read[0])(read[1])
         return error
     if kind == b"P":
-        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in read[0].items()}
-        return AdapterRef(**lists), read[1]
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in read[0].items()}
+        return AdapterRef(**fields), read[1]
     metrics: Mapping[str, Any] = read
     return metrics

@@ -39,13 +39,20 @@ class SavedState(Frozen):
     saved_at: datetime
 
 
+def as_folder(name: str) -> str:
+    """Write a name so that it is one folder's, whatever is in it. Raises SpecError for no name."""
+    if not name:
+        raise SpecError("a name is empty; give it one character at least")
+    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")
+
+
 def save_state(
     states: Runs, place: tuple[str, str, str], adapter: AdapterFiles, optimizer: OptimizerState, state: SavedState
 ) -> tuple[str, int]:
     """Write a state at `place`, base, model and name, where another one is replaced. Returns its folder, and its bytes.
     It appears whole. Raises StoreError.
     """
-    folder = states.make("/".join(quote(part, safe="") for part in place))
+    folder = states.make("/".join(map(as_folder, place)))
     with tempfile.TemporaryDirectory(prefix="loray-state-") as scratch:
         made = Path(scratch)
         write_folder(made / ADAPTER, *adapter)
@@ -61,14 +68,25 @@ def save_state(
     return str(folder), nbytes
 
 
+def delete_state(states: Runs, path: str) -> None:
+    """Delete a state by the folder that `save_state` has returned. Raises SpecError for another folder."""
+    folder = _found(states, path)
+    if folder.read(SavedState.FILE) is not None:
+        folder.remove_all()
+
+
+def _found(states: Runs, path: str) -> RunFolder:
+    root = str(states.make("x")).removesuffix("x")
+    if not path.startswith(root) or ".." in path.split("/"):
+        raise SpecError(f"{path!r} is no saved state of a model; name the folder that a save has returned")
+    return states.make(path.removeprefix(root))
+
+
 def load_state(states: Runs, path: str) -> tuple[SavedState, OptimizerState]:
     """Read a state by the folder that `save_state` has returned. Raises SpecError where there is none, and
     IntegrityError where it is damaged.
     """
-    root = str(states.make("x")).removesuffix("x")
-    if not path.startswith(root) or ".." in path:
-        raise SpecError(f"{path!r} is no saved state of a model; name the folder that a save has returned")
-    folder = states.make(path.removeprefix(root))
+    folder = _found(states, path)
     content = folder.read(SavedState.FILE)
     if content is None:
         raise SpecError(f"there is no saved state in {path}; it was deleted, or never written to its end")
@@ -77,12 +95,10 @@ def load_state(states: Runs, path: str) -> tuple[SavedState, OptimizerState]:
     except ValueError as e:
         raise IntegrityError(f"{SavedState.FILE} in {path} is damaged: {e}") from e
     with _local(folder) as local:
-        return state, OptimizerState(*(_copied(part) for part in read_optimizer(local)))
-
-
-def _copied(part: object) -> object:
-    """Take tensors out of a mapped file, which may be gone when they are used."""
-    return {n: t.clone() for n, t in part.items()} if isinstance(part, dict) else part
+        read = read_optimizer(local)
+        # Out of a mapped file, which may be gone when they are used.
+        masters, exp_avg, exp_avg_sq = ({n: t.clone() for n, t in part.items()} for part in read[:3])
+    return state, OptimizerState(masters, exp_avg, exp_avg_sq, read.num_updates)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ Action = Literal[
     "infer",
     "batch",
     "files",
+    "session",
     "read",
     "download",
     "publish",
@@ -53,6 +54,7 @@ SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "infer": frozenset({"infer"}),
     "batch": frozenset({"infer"}),  # what generates later
     "files": frozenset({"infer", "train"}),  # each file by its purpose
+    "session": frozenset({"infer", "train"}),  # of Tinker's protocol
     "read": frozenset({"infer", "publish", "promote", "train"}),
     "download": frozenset({"publish", "promote", "train"}),
     "publish": frozenset({"publish"}),

@@ -138,7 +138,7 @@ from loray.spec.objectives import (
     SimpoSpec,
     Teaching,
 )
-from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledSequence, SampleResult, TopLogprobs
+from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledBase, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
     ACTOR_NAMESPACE,
     APPLICATION,
@@ -311,6 +311,7 @@ __all__ = [
     "RopeType",
     "SampleCall",
     "SampleResult",
+    "SampledBase",
     "SampledSequence",
     "SamplingParams",
     "Scope",

@@ -7,10 +7,11 @@ no name of the catalog does. Its version is the step of the run whose weights it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loray.spec.access import DEFAULT_TENANT
 from loray.spec.adapters import AdapterRef
+from loray.spec.fields import AnyDType
 from loray.spec.generation import SamplingParams
 
 ROLLOUT_PRIORITY = 100  # behind the requests of people, before batches
@@ -41,6 +42,13 @@ class SampleCall:
     priority: int = ROLLOUT_PRIORITY
     salt: str = ""
     holders: tuple[str, ...] = ()
+
+
+class SampledBase(NamedTuple):
+    """A served base: the most tokens of a prompt and its answer, and the dtype of its engine."""
+
+    context_length: int
+    dtype: AnyDType
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from loray.spec.datums import (
     TokenLoss,
 )
 from loray.train.checkpoint import read_optimizer
+from tests.fixtures.s3 import S3Server
 from tests.jobs.trainer.conftest import SPECS, datum, running
 
 WAIT_S = 60.0
@@ -331,6 +332,14 @@ def test_states_are_saved_and_loaded(home: Path) -> None:
             with pytest.raises(SpecError, match="adapter of another form"):
                 await trainer.create("other", SPECS["two"], 0, saved["folder"])
             assert await trainer.save("one", "two/steps") == saved["folder"]
+            assert Path(await trainer.save("one", "..")).parent == folder.parent
+            with pytest.raises(SpecError, match="empty"):
+                await trainer.save("one", "")
+            for path in ("/etc", f"{folder}/../../..", str(folder.parent)):
+                with pytest.raises(SpecError, match="saved state"):
+                    await trainer.load("one", path, True)
+            await trainer.delete(str(folder.parent / "%2E%2E"))
+            assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
             await trainer.remove("one")
             await trainer.remove("one")
             assert folder.is_dir()
@@ -380,6 +389,53 @@ def test_versions_are_published_given_and_retired(home: Path) -> None:
             begun = await trainer.create("next", SPECS["one"], 0, refs[2].digest)
             assert begun["step"] == 0
             assert equal(masters(trainer, "next"), weights)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_all_of_it_in_a_bucket(home: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAY_STORE", s3_server.url(prefix="loray"))
+
+    async def run() -> None:
+        async with running() as trainer:
+            await trainer.create("whole:1", SPECS["one"], 3)
+            wanted = await steps(trainer, "whole:1", range(4))
+            await trainer.remove("whole:1")
+            await trainer.create("one:1", SPECS["one"], 3)
+            ours = await steps(trainer, "one:1", range(2))
+            saved = await trainer.save("one:1", "half")
+            assert saved.startswith("s3://")
+        async with running() as trainer:  # from the journal
+            assert sorted(trainer._models) == ["one:1"]
+            trainer._clock = Always(True)  # type: ignore[assignment]
+            ours += await steps(trainer, "one:1", range(2, 3), first_seq=5)
+            await trainer.load("one:1", saved, True)
+        async with running() as trainer:  # from the snapshot
+            assert await steps(trainer, "one:1", range(2, 4), first_seq=7) == wanted[2:]
+            assert ours == wanted[:3]
+            await trainer.create("next", SPECS["one"], 0, saved)
+            await trainer.delete(saved)
+            with pytest.raises(SpecError, match="no saved state"):
+                await trainer.load("next", saved, False)
+
+    asyncio.run(run())
+
+
+def test_a_model_whose_record_is_damaged_is_left_as_it_is(home: Path) -> None:
+    async def run() -> None:
+        async with running() as trainer:
+            for name in ("one", "two"):
+                await trainer.create(name, SPECS["one"], 0)
+        (record,) = (home / "trainers" / "tiny" / "models" / "one").glob("model.json")
+        record.write_text("{")
+        (home / "trainers" / "tiny" / "models" / "two" / "model.json").unlink()  # it was being created
+        async with running() as trainer:
+            status = await trainer.status()
+            assert status["models"] == {}
+            (why,) = status["unreadable"]
+            assert why.startswith("one: ")
+        assert [path.name for path in record.parent.parent.iterdir()] == ["one"]
 
     asyncio.run(run())
 

@@ -22,6 +22,8 @@ OPTIMIZERS = {
     "narrow": OptimizerSpec(learning_rate=1e-1, max_grad_norm=None),
     "other": OptimizerSpec(learning_rate=1e-2),
     "twin": OptimizerSpec(learning_rate=1e-2),
+    "dora": OptimizerSpec(learning_rate=1e-2, weight_decay=0.1),
+    "magnitudes": OptimizerSpec(learning_rate=1e-2, weight_decay=0.1),
 }
 
 
@@ -56,5 +58,7 @@ def test_steps_have_the_bits_of_torchs_adamw(base: BaseModel, dtype: str) -> Non
             assert mine.keys() == own.keys()
             assert all(torch.equal(tensor, own[n]) for n, tensor in mine.items())
         bucket, slot = bank.place(name)
-        compute = dict(bucket.named(bucket.memory.compute, slot))
-        assert all(torch.equal(compute[n], m.to(compute[n].dtype)) for n, m in ours.masters.items())
+        for piece in bucket.placed:
+            master = bucket.memory.master[slot, piece.start : piece.start + math.prod(piece.shape)]
+            weights = bucket.weights(piece)[slot]
+            assert torch.equal(weights, master.view(piece.shape).to(weights.dtype))

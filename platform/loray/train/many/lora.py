@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loray.train.many.rows import Part, Rows, accumulate, multiply
+from loray.train.many.rows import Part, Rows, accumulate, add_product, multiply, scale_rows
 from loray.train.many.stacks import Inputs
 
 
 def add_lora(y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor) -> Tensor:
     """Add s B A x of each adapter to the outputs of the module at `path`, in place. `x_MI` is its input `x`, flat."""
-    if not (parts := rows.of("lora", path)):
+    if not (parts := rows.of(path, "lora", "dora")):
         return y_MO
     inner = inner_products(x, x_MI, rows, parts, path, anchor)
     result: Tensor = Expand.apply(y_MO, anchor, path, parts, *inner)  # type: ignore[no-untyped-call]
@@ -55,8 +55,8 @@ class Shrink(torch.autograd.Function):
         for part, inputs in plan:
             assert inputs.a is not None
             h_NR = x_MI.new_empty(part.num_tokens, inputs.a.shape[0])
-            a_SRI = part.bucket.stack(inputs.a, "compute")
-            multiply(h_NR, _dropped(x_MI, part, inputs), a_SRI.mT, part, scaled=False, add=False)
+            a_SRI = part.bucket.weights(inputs.a)
+            multiply(h_NR, _dropped(x_MI, part, inputs), a_SRI.mT, part)
             found += torch.split(h_NR, part.bucket.key.rank, dim=1)
         return tuple(found)
 
@@ -71,10 +71,10 @@ class Shrink(torch.autograd.Function):
             own = grads[at : at + len(inputs.paths)]
             at += len(own)
             dh_NR = own[0].contiguous() if len(own) == 1 else torch.cat(own, dim=1)
-            accumulate(part.bucket.stack(inputs.a, "gradient"), dh_NR, _dropped(x_MI, part, inputs), part, scaled=False)
+            accumulate(part.bucket.gradients(inputs.a), dh_NR, _dropped(x_MI, part, inputs), part, scaled=False)
             if dx_MI is not None:
                 dx_NI = dx_MI[part.tokens]
-                multiply(dx_NI, dh_NR, part.bucket.stack(inputs.a, "compute"), part, scaled=False, add=False)
+                multiply(dx_NI, dh_NR, part.bucket.weights(inputs.a), part)
                 if part.seeds:
                     dx_NI.copy_(part.drop(dx_NI, inputs.paths[0]))
         return dx_MI, None, None
@@ -94,8 +94,8 @@ class Expand(torch.autograd.Function):
         ctx.save_for_backward(*inner)
         ctx.mark_dirty(y_MO)
         for part, h_NR in zip(parts, inner, strict=True):
-            b_SOR = part.bucket.stack(part.bucket.pieces[part.bucket.name(path, "b")], "compute")
-            multiply(y_MO[part.tokens], h_NR, b_SOR.mT, part, scaled=True, add=True)
+            b_SOR = part.bucket.weights(part.bucket.pieces[part.bucket.name(path, "b")])
+            add_product(y_MO[part.tokens], h_NR, b_SOR.mT, part)
         return y_MO
 
     @staticmethod
@@ -105,8 +105,9 @@ class Expand(torch.autograd.Function):
         for part, h_NR in zip(ctx.parts, ctx.saved_tensors, strict=True):
             bucket, grad_NO = part.bucket, grad_MO[part.tokens]
             piece = bucket.pieces[bucket.name(ctx.path, "b")]
-            accumulate(bucket.stack(piece, "gradient"), grad_NO, h_NR, part, scaled=True)
+            accumulate(bucket.gradients(piece), grad_NO, h_NR, part, scaled=True)
             dh_NR = torch.empty_like(h_NR, memory_format=torch.contiguous_format)
-            multiply(dh_NR, grad_NO, bucket.stack(piece, "compute"), part, scaled=True, add=False)
+            multiply(dh_NR, grad_NO, bucket.weights(piece), part)
+            scale_rows(dh_NR, part)
             found.append(dh_NR)
         return grad_MO, None, None, None, *found

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from loray.spec import OptimizerSpec
 from loray.train.many.bank import AdapterBank
 from loray.train.many.stacks import Bucket, Memory
 from loray.train.optimizer import StepResult, is_decayed, lr_scale
+
+T = TypeVar("T")
+_BLOCK = 1 << 17
 
 
 class Update(NamedTuple):
@@ -58,9 +60,13 @@ def update(bank: AdapterBank, updates: Sequence[Update]) -> dict[str, StepResult
         for parameters in bucket.parameters:
             scalars = {slot: _scalars(u, bank.num_updates(u.name) + 1, parameters.example) for slot, u in own.items()}
             for slots, alike in _runs(scalars):
-                _step(bucket.memory, slots, parameters.numbers, alike)
-    bank.updated([u.name for u in updates if not results[u.name].skipped])
-    bank.zero_gradients([u.name for u in updates])
+                for block in _blocks(slots, parameters.numbers):
+                    _step(bucket.memory, *block, alike)
+        for slots, _ in _runs(dict.fromkeys(own)):
+            bucket.refresh(slots)
+        for u in own.values():
+            bank.count_update(u.name)
+    bank.zero_gradients([name for name, result in results.items() if result.skipped])
     return results
 
 
@@ -72,27 +78,34 @@ def _scalars(u: Update, step: int, example: str) -> _Scalars:
     return _Scalars(1 - lr * decay, spec.beta1, spec.beta2, corrections[1] ** 0.5, spec.eps, lr / corrections[0])
 
 
-def _runs(scalars: dict[int, _Scalars]) -> Iterator[tuple[slice, _Scalars]]:
-    """Yield neighbouring slots with equal scalars."""
-    slots = sorted(scalars)
+def _runs(values: Mapping[int, T]) -> Iterator[tuple[slice, T]]:
+    """Yield neighbouring slots with equal values."""
+    slots = sorted(values)
     first = 0
     for i, slot in enumerate(slots):
         following = slots[i + 1] if i + 1 < len(slots) else None
-        if following != slot + 1 or scalars[following] != scalars[slot]:
-            yield slice(slots[first], slot + 1), scalars[slot]
+        if following != slot + 1 or values[following] != values[slot]:
+            yield slice(slots[first], slot + 1), values[slot]
             first = i + 1
 
 
+def _blocks(slots: slice, numbers: slice) -> Iterator[tuple[slice, slice]]:
+    """Cut into parts of at most `_BLOCK` numbers, which a CPU's cache holds."""
+    width = min(_BLOCK, numbers.stop - numbers.start)
+    height = _BLOCK // width
+    for row in range(slots.start, slots.stop, height):
+        for column in range(numbers.start, numbers.stop, width):
+            yield slice(row, min(row + height, slots.stop)), slice(column, min(column + width, numbers.stop))
+
+
 def _step(memory: Memory, slots: slice, numbers: slice, by: _Scalars) -> None:
-    """The operations of torch.optim.AdamW on one tensor, in its order, so that their bits are equal."""
-
-    def of(tensor: Tensor) -> Tensor:
-        return tensor[slots, numbers]
-
-    master, grad, exp_avg, exp_avg_sq = map(of, (memory.master, memory.gradient, memory.exp_avg, memory.exp_avg_sq))
+    """Do what torch.optim.AdamW does with one tensor, in its order, so that bits are equal; then zero the gradient."""
+    tensors = (memory.master, memory.gradient, memory.exp_avg, memory.exp_avg_sq)
+    master, grad, exp_avg, exp_avg_sq = (tensor[slots, numbers] for tensor in tensors)
     if by.decay != 1:
         master.mul_(by.decay)
     exp_avg.lerp_(grad, 1 - by.beta1)
     exp_avg_sq.mul_(by.beta2).addcmul_(grad, grad, value=1 - by.beta2)
-    denominator = (exp_avg_sq.sqrt() / by.root2).add_(by.eps)
+    denominator = exp_avg_sq.sqrt().div_(by.root2).add_(by.eps)
     master.addcdiv_(exp_avg, denominator, value=-by.step_size)
+    grad.zero_()

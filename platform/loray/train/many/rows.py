@@ -62,14 +62,14 @@ class Rows:
     parts: tuple[Part, ...]
     num_tokens: int
     shared: tuple[Tensor, dict[tuple[int, str], Tensor]] | None = None  # of the last input, see `lora.inner`
-    _of: dict[tuple[Kind, str], list[Part]] = field(default_factory=dict)
+    _of: dict[tuple[str, tuple[Kind, ...]], list[Part]] = field(default_factory=dict)
 
-    def of(self, kind: Kind, path: str) -> list[Part]:
-        """List the parts that adapt this module by a method of this kind."""
-        found = self._of.get((kind, path))
+    def of(self, path: str, *kinds: Kind) -> list[Part]:
+        """List the parts that adapt this module by a method of these kinds."""
+        found = self._of.get((path, kinds))
         if found is None:
-            found = [part for part in self.parts if part.bucket.key.kind == kind and path in part.bucket.inputs]
-            self._of[kind, path] = found
+            found = [part for part in self.parts if part.bucket.key.kind in kinds and path in part.bucket.inputs]
+            self._of[path, kinds] = found
         return found
 
 
@@ -127,16 +127,31 @@ def each(x_NK: Tensor, num: int) -> Tensor:
     return x_NK.view(num, -1, x_NK.shape[-1])
 
 
-def multiply(out_NP: Tensor, x_NK: Tensor, weights_SKP: Tensor, part: Part, *, scaled: bool, add: bool) -> None:
-    """Set each adapter's rows of `out` to those of `x` times its matrix, times its scale if `scaled`, or `add` them."""
-    for tokens, slots, num, scale in part.runs:
-        alpha = scale if scaled else 1.0
+def multiply(out_NP: Tensor, x_NK: Tensor, weights_SKP: Tensor, part: Part) -> None:
+    """Set each adapter's rows of `out` to those of `x` times its matrix."""
+    for tokens, slots, num, _ in part.runs:
         out, x = out_NP[tokens], x_NK[tokens]
         if num == 1:
-            torch.addmm(out, x, weights_SKP[slots.start], beta=int(add), alpha=alpha, out=out)
+            torch.mm(x, weights_SKP[slots.start], out=out)
         else:
-            out, x = each(out, num), each(x, num)
-            torch.baddbmm(out, x, weights_SKP[slots], beta=int(add), alpha=alpha, out=out)
+            torch.bmm(each(x, num), weights_SKP[slots], out=each(out, num))
+
+
+def add_product(out_NP: Tensor, x_NK: Tensor, weights_SKP: Tensor, part: Part) -> None:
+    """Add to each adapter's rows of `out` those of `x` times its matrix times its scale."""
+    for tokens, slots, num, scale in part.runs:
+        out, x = out_NP[tokens], x_NK[tokens]
+        if num == 1:
+            torch.addmm(out, x, weights_SKP[slots.start], alpha=scale, out=out)
+        else:
+            torch.baddbmm(each(out, num), each(x, num), weights_SKP[slots], alpha=scale, out=each(out, num))
+
+
+def scale_rows(x_NK: Tensor, part: Part) -> None:
+    """Multiply each adapter's rows by its scale, in place."""
+    for tokens, _, _, scale in part.runs:
+        if scale != 1:
+            x_NK[tokens] *= scale
 
 
 def accumulate(gradient_SKP: Tensor, x_NK: Tensor, y_NP: Tensor, part: Part, *, scaled: bool) -> None:
@@ -146,17 +161,12 @@ def accumulate(gradient_SKP: Tensor, x_NK: Tensor, y_NP: Tensor, part: Part, *, 
     """
     in_place = gradient_SKP.dtype == x_NK.dtype
     for tokens, slots, num, scale in part.runs:
-        alpha = scale if scaled else 1.0
-        x, y = x_NK[tokens], y_NP[tokens]
-        if num == 1:
-            gradient, xt = gradient_SKP[slots.start], x.t()
-            if in_place:
-                gradient.addmm_(xt, y, alpha=alpha)
-            else:
-                gradient.add_(xt @ y, alpha=alpha)
-            continue
-        gradient, xt, y = gradient_SKP[slots], each(x, num).mT, each(y, num)
-        if in_place:
-            gradient.baddbmm_(xt, y, alpha=alpha)
+        alpha, x, y = scale if scaled else 1.0, x_NK[tokens], y_NP[tokens]
+        if num == 1 and in_place:
+            gradient_SKP[slots.start].addmm_(x.t(), y, alpha=alpha)
+        elif num == 1:
+            gradient_SKP[slots.start].add_(x.t() @ y, alpha=alpha)
+        elif in_place:
+            gradient_SKP[slots].baddbmm_(each(x, num).mT, each(y, num), alpha=alpha)
         else:
-            gradient.add_(xt @ y, alpha=alpha)
+            gradient_SKP[slots].add_(each(x, num).mT @ each(y, num), alpha=alpha)

@@ -57,12 +57,8 @@ class Parameters(NamedTuple):
 
 @dataclass
 class Memory:
-    """Five tensors (S, P): the weights as the model's products read them, and what an optimizer holds of them.
+    """Tensors (S, P) in fp32: the weights and what an optimizer holds of them. Rows of free slots hold anything."""
 
-    An fp32 base has `compute` and `master` in one. Rows of free slots hold anything.
-    """
-
-    compute: Tensor
     master: Tensor
     gradient: Tensor
     exp_avg: Tensor
@@ -87,10 +83,15 @@ class Bucket:
         self.inputs: dict[str, Inputs] = {}
         self.pieces: dict[str, Piece] = {}  # by name of the parameter
         self.parameters: list[Parameters] = []
+        self.placed: list[Piece] = []  # each is one tensor of all slots for products
         self._size = 0
         self._lay_out(linears)
         self.memory = Memory(*(torch.empty(0, self._size) for _ in fields(Memory)))
-        self._views: dict[tuple[str, Piece], Tensor] = {}
+        # By piece: what products read and write. In 16 bits those that read are tensors of their own, in one piece: on
+        # a CPU products of a view with other strides copy it first.
+        self._compute: dict[Piece, Tensor] = {}
+        self._gradient: dict[Piece, Tensor] = {}
+        self.norms: dict[tuple[str, int], Tensor] = {}  # of DoRA, by path and slot, since the last refresh
 
     def _lay_out(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """Place one kind of parameter after the other, so that each is one range of numbers."""
@@ -120,7 +121,8 @@ class Bucket:
     def _place(self, shape: tuple[int, ...]) -> Piece:
         start = self._size
         self._size += -(-prod(shape) // _ALIGNMENT) * _ALIGNMENT
-        return Piece(start, shape)
+        self.placed.append(Piece(start, shape))
+        return self.placed[-1]
 
     def name(self, path: str, kind: str) -> str:
         """Name the parameter of this kind of a module: a, b, or DoRA's m, or VeRA's d."""
@@ -138,7 +140,7 @@ class Bucket:
             self._grow(max(1, 2 * self.num_slots))
         slot = self._free.pop(0)
         self.num_slots = max(self.num_slots, slot + 1)
-        for tensor in self.tensors():
+        for tensor in vars(self.memory).values():
             tensor[slot].zero_()
         return slot
 
@@ -149,42 +151,47 @@ class Bucket:
     def is_empty(self) -> bool:
         return len(self._free) == len(self.memory.master)
 
-    def tensors(self) -> list[Tensor]:
-        """List the tensors of `memory`, each once."""
-        return list({id(t): t for t in vars(self.memory).values()}.values())
-
     def _grow(self, num: int) -> None:
         """Memory that has not been written to costs none on a CPU, so a slot does when it is taken."""
-        before, self._views = self.memory, {}
         exact = torch.promote_types(self._dtype, torch.float32)
-        self._free += range(len(before.master), num)
+        self._free += range(len(self.memory.master), num)
 
         def grown(old: Tensor, dtype: torch.dtype) -> Tensor:
-            new = torch.empty(num, self._size, dtype=dtype, device=self._device)
+            new = torch.empty(num, *old.shape[1:], dtype=dtype, device=self._device)
             new[: self.num_slots].copy_(old[: self.num_slots])
             return new
 
-        master = grown(before.master, exact)
-        compute = master if exact == self._dtype else grown(before.compute, self._dtype)
-        rest = [grown(old, exact) for old in (before.gradient, before.exp_avg, before.exp_avg_sq)]
-        self.memory = Memory(compute, master, *rest)
+        self.memory = Memory(*(grown(old, exact) for old in vars(self.memory).values()))
+        self._gradient = dict(self._views(self.memory.gradient))
+        before, self._compute = self._compute, dict(self._views(self.memory.master))
+        if exact != self._dtype:
+            self._compute = {p: grown(before.get(p, view), self._dtype) for p, view in self._compute.items()}
 
     # -- views --
 
-    def stack(self, piece: Piece, of: Literal["compute", "gradient"]) -> Tensor:
-        """View a tensor of all slots: (S, *shape)."""
-        view = self._views.get((of, piece))
-        if view is None:
-            memory: Tensor = getattr(self.memory, of)
-            end = piece.start + prod(piece.shape)
-            view = memory[:, piece.start : end].view(-1, *piece.shape)
-            self._views[of, piece] = view
-        return view
+    def _views(self, of: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in self.placed:
+            yield piece, of[:, piece.start : piece.start + prod(piece.shape)].view(-1, *piece.shape)
+
+    def weights(self, piece: Piece) -> Tensor:
+        """Return a tensor of all slots, (S, *shape), in the compute dtype."""
+        return self._compute[piece]
+
+    def gradients(self, piece: Piece) -> Tensor:
+        """View the gradients of a tensor of all slots, (S, *shape)."""
+        return self._gradient[piece]
 
     def named(self, of: Tensor, slot: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of a slot by name, as views of `of`, one of the tensors of `memory`."""
         for name, (start, shape) in self.pieces.items():
             yield name, of[slot, start : start + prod(shape)].view(shape)
+
+    def refresh(self, slots: slice) -> None:
+        """Round the masters of these slots to the weights that products read."""
+        self.norms = {key: norm for key, norm in self.norms.items() if not slots.start <= key[1] < slots.stop}
+        for piece, view in self._views(self.memory.master):
+            if (weights := self._compute[piece]).dtype != view.dtype:
+                weights[slots].copy_(view[slots])
 
 
 def _by_input(paths: Sequence[str], *, apart: bool) -> list[tuple[str, ...]]:

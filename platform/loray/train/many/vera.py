@@ -16,14 +16,14 @@ from torch import Tensor
 
 from loray.methods.vera_module import ProjectionBuffer
 from loray.train.many.rows import Part, Rows, each
-from loray.train.many.stacks import Bucket
+from loray.train.many.stacks import Bucket, Piece
 
 
 def add_vera(
     y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor, pairs: dict[Bucket, ProjectionBuffer]
 ) -> Tensor:
     """Add b ⊙ B (d ⊙ A x) of each adapter to the outputs of the module at `path`, in place."""
-    if not (parts := rows.of("vera", path)):
+    if not (parts := rows.of(path, "vera")):
         return y_MO
     if rows.shared is None or rows.shared[0] is not x:
         rows.shared = (x, {})
@@ -62,7 +62,7 @@ class VeraOuter(torch.autograd.Function):
         ctx.save_for_backward(*inner)
         ctx.mark_dirty(y_MO)
         for part, b_OR, u_NR in zip(parts, outer, inner, strict=True):
-            d_SR, b_SO = (_vectors(part.bucket, path, kind, "compute") for kind in "db")
+            d_SR, b_SO = (part.bucket.weights(piece) for piece in _vectors(part.bucket, path))
             z_NO = F.linear(_times(u_NR, d_SR, part), b_OR)
             y_NO = y_MO[part.tokens]
             for tokens, slots, num, _ in part.runs:
@@ -74,8 +74,8 @@ class VeraOuter(torch.autograd.Function):
         grad_MO = grads[0].contiguous()
         found: list[Tensor | None] = []
         for i, (part, b_OR, u_NR) in enumerate(zip(ctx.parts, ctx.outer, ctx.saved_tensors, strict=True)):
-            d_SR, b_SO = (_vectors(part.bucket, ctx.path, kind, "compute") for kind in "db")
-            dd_SR, db_SO = (_vectors(part.bucket, ctx.path, kind, "gradient") for kind in "db")
+            d_SR, b_SO = (part.bucket.weights(piece) for piece in _vectors(part.bucket, ctx.path))
+            dd_SR, db_SO = (part.bucket.gradients(piece) for piece in _vectors(part.bucket, ctx.path))
             grad_NO = grad_MO[part.tokens]
             _add_products(db_SO, grad_NO, F.linear(_times(u_NR, d_SR, part), b_OR), part)
             dv_NR = _times(grad_NO, b_SO, part) @ b_OR
@@ -84,8 +84,9 @@ class VeraOuter(torch.autograd.Function):
         return grad_MO, None, None, None, None, *found
 
 
-def _vectors(bucket: Bucket, path: str, kind: str, of: Any) -> Tensor:
-    return bucket.stack(bucket.pieces[bucket.name(path, kind)], of)
+def _vectors(bucket: Bucket, path: str) -> tuple[Piece, Piece]:
+    """Find d and b of a module."""
+    return bucket.pieces[bucket.name(path, "d")], bucket.pieces[bucket.name(path, "b")]
 
 
 def _times(x_NR: Tensor, vectors_SR: Tensor, part: Part) -> Tensor:
