@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayTaskError
 from transformers import AutoTokenizer
 
-from jobs.driver.publication import already_published, driver_of, record_published
+from jobs.driver.publication import already_published, driver_of, keep_published
 from jobs.driver.record import JobRecord, recorded, reported
 from jobs.events import Emit, Event, PublishedEvent, Stages, appending, decode, describe, encode
 from jobs.rl.environments import Environments
@@ -206,7 +206,7 @@ def _run(
                 job.stop()
         stages("publishing")
         event = publish_kept(run, recipe, prepared.base, settings, tenant)
-    record_published(run, recipe.spec, event)
+    keep_published(run, recipe.spec, event)
     return event
 
 

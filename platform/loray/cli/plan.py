@@ -28,6 +28,7 @@ from loray.planning.memory import WHAT, MemoryPlan
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
+from loray.recipes.many import on_one_worker
 from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
 from loray.spec import RlSpec, TrainSpec, format_seconds, format_size
@@ -345,9 +346,8 @@ def _plan_cohorts(recipes: Sequence[Recipe], model: ModelConfig, device: Device)
 
     specs = [recipe.spec for recipe in recipes]
     num_workers = max(spec.num_workers // spec.parallel.sequence for spec in specs)
-    alone = [spec.model_copy(update={"num_workers": spec.parallel.sequence, "min_workers": None}) for spec in specs]
     found = []
-    for cohort in cohorts(alone, model):
+    for cohort in cohorts([on_one_worker(spec) for spec in specs], model):
         loads = {}
         for spec in cohort:
             run = make_plan(shape_of(spec, model, dtype=device.training_dtype), device).run
