@@ -70,11 +70,10 @@ class Trainer:
         """Load the base, and go on with the models that are in its folder. `name`: of the actor."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
-        self._name, self._settings = name, settings
-        runs = open_runs(settings, "trainers")
-        self._runs, self._states = runs, open_runs(settings, "states")
+        self._name = name
+        self._runs, self._states = open_runs(settings, "trainers"), open_runs(settings, "states")
         self._held = ExitStack()
-        self._lock(runs.open(base, name))
+        self._lock(self._runs.open(base, name))
         self._base = ensure_base(settings.home, base)
         on_gpu = torch.cuda.is_available()
         self._dtype = training_dtype(hardware(), use_gpu=on_gpu).dtype if dtype == "auto" else dtype
@@ -90,13 +89,13 @@ class Trainer:
         most = _TOKENS_PER_PASS_ON_GPU if on_gpu else TOKENS_PER_PASS_ON_CPU
         self._tokens_per_pass = max(_LEAST_TOKENS, min(most, int(_SHARE_OF_PASS * left) // self._bytes_per_token()))
         self._trainer = BankTrainer(AdapterBank(model, self._base, self._dtype), self._tokens_per_pass)
-        self._store = AdapterStore(open_store(settings.store))
-        self._cache = AdapterCache(self._store, settings.home / "cache", NODE_CACHE_BYTES)
+        store = AdapterStore(open_store(settings.store))
+        self._cache = AdapterCache(store, settings.home / "cache", NODE_CACHE_BYTES)
         self._versions = Versions(self._base, self._cache, name)
         self._clock = SnapshotClock()
         self._models: dict[str, TrainedModel] = {}
         self._failed: list[str] = []  # models that could not be read
-        for folder in runs.make(f"{base}/{_MODELS}").folders():
+        for folder in self._runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
