@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +275,10 @@ def test_the_best_weights_are_published_and_the_last_ones_where_the_recipe_says_
         assert parent.value == pytest.approx(found.eval_loss - found.step, rel=1e-4)
 
 
-def test_an_adapter_is_stopped_and_leaves_what_it_goes_on_from(base: BaseModel, tmp_path: Path) -> None:
-    specs = specs_of("wide", "vera", max_steps=6)
+def test_an_adapter_is_stopped_and_leaves_what_it_goes_on_from(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = specs_of("wide", "vera", max_steps=6, evaluation={"interval_steps": 2})
 
     def stopped() -> list[str]:
         return ["wide", "unknown"] if len(cohort.curve("wide")) == 2 else []
@@ -289,6 +294,10 @@ def test_an_adapter_is_stopped_and_leaves_what_it_goes_on_from(base: BaseModel, 
     assert_close(again.reporters["wide"], alone, since=2)
     state, _ = run(specs[0], base, tmp_path, name="resumed alone", resume_from=left.path)
     assert state.step == 6
+    worsen(monkeypatch)  # what it had left stays the best
+    worse = Cohort(specs[:1], base, tmp_path / "worse", checkpoints={"wide": left.path})
+    worse.train()
+    assert [c.step for c in worse.reporters["wide"].checkpoints] == [2]
 
 
 # -- snapshots
@@ -343,6 +352,39 @@ def test_a_cohort_that_was_interrupted_goes_on_from_its_last_snapshot(base: Base
         Cohort(specs, base, tmp_path / "damaged", resume_from=snapshot).train()
 
 
+class Killed(FolderReporter):
+    """Kills its process when the 7th round is reported."""
+
+    def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
+        if metrics["event"] == "round" and metrics["round"] == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().report(metrics, checkpoint)
+
+
+def be_killed(specs: list[TrainSpec], base: BaseModel, folder: Path) -> None:
+    Cohort(specs, base, folder, reporter=Killed(folder / "snapshots", keep=9)).train()
+
+
+@pytest.mark.slow
+def test_a_killed_cohort_goes_on_with_the_losses_of_an_unbroken_one(base: BaseModel, tmp_path: Path) -> None:
+    specs = specs_of("wide", "vera", "packed", max_steps=12, checkpoint={"interval_steps": 3})
+    specs += specs_of("thin", checkpoint={"interval_steps": None})
+    unbroken = Cohort(specs, base, tmp_path / "unbroken")
+    whole = unbroken.train()
+    process = multiprocessing.get_context("spawn").Process(target=be_killed, args=(specs, base, tmp_path / "killed"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    snapshots = sorted((tmp_path / "killed" / "snapshots").iterdir())
+    assert [path.name for path in snapshots] == ["step_000003", "step_000006"]
+    resumed = Cohort(specs, base, tmp_path / "resumed", resume_from=snapshots[-1])
+    ended = resumed.train()
+    for spec in specs:
+        assert_close(resumed.reporters[spec.name], unbroken.reporters[spec.name], since=6)
+        ours, theirs = ended[spec.name].state, whole[spec.name].state
+        assert (ours.epoch, ours.index) == (theirs.epoch, theirs.index)
+
+
 def test_the_best_weights_so_far_are_in_a_snapshot(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +408,7 @@ def tensors(folder: Path, base: BaseModel) -> list[torch.Tensor]:
     return [tensor for module in modules.values() for tensor in module.parts.values()]
 
 
-def test_a_snapshot_is_due_by_minutes_and_when_a_machine_will_be_taken_away(base: BaseModel, tmp_path: Path) -> None:
+def test_a_snapshot_is_due_by_the_least_of_the_minutes(base: BaseModel, tmp_path: Path) -> None:
     clock = [0.0]
 
     class Ticks(FolderReporter):
@@ -379,10 +421,6 @@ def test_a_snapshot_is_due_by_minutes_and_when_a_machine_will_be_taken_away(base
     reporter = Ticks(tmp_path / "ticks", keep=9)
     Cohort(specs, base, tmp_path / "many", reporter=reporter, clock=lambda: clock[0]).train()
     assert [c.step for c in reporter.checkpoints] == [5]
-    leaving = iter([frozenset[str]()] * 2 + [frozenset({"node"})] * 40)
-    cohort = Cohort(specs[1:], base, tmp_path / "leaving", leaving=lambda: next(leaving))
-    cohort.train()
-    assert [c.step for c in cohort.reporter.checkpoints] == [3]
 
 
 def test_an_adapter_goes_with_the_files_that_its_recipe_names(base: BaseModel, tmp_path: Path) -> None:
