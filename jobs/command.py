@@ -8,8 +8,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -19,9 +20,9 @@ from rich.console import Console
 from jobs.events import PublishedEvent, describe
 from jobs.submission.commands import Place, Submission, Work, for_server
 from jobs.submission.server import RayJob, RayJobServer, RayStatus
-from jobs.view import RunView
-from loray.cli.plan import check_plan, device_option
-from loray.cli.recipes import RecipeSource, explained, recipe_options
+from jobs.view import ManyView, RunView
+from loray.cli.plan import check_plan, check_plans, device_option
+from loray.cli.recipes import RecipeSources, explained, recipe_options, several_recipes
 from loray.client import CatalogClient
 from loray.errors import ClusterError, JobNotFound, LorayError
 from loray.local.serving import serving_urls
@@ -47,6 +48,10 @@ class ApiJobServer:
     def submit(self, spec: TrainSpec, *, resume: bool) -> str:
         return self._client.submit(spec, resume=resume).id
 
+    def submit_many(self, name: str, specs: Sequence[TrainSpec], *, resume: bool) -> str:
+        adapters = [spec.model_dump(mode="json") for spec in specs]
+        return self._client.submit({"name": name, "adapters": adapters}, resume=resume).id
+
     def find(self, job_id: str) -> RayJob | None:
         try:
             job = self._client.job(job_id)
@@ -62,6 +67,7 @@ class ApiJobServer:
 
 @click.command()
 @recipe_options
+@several_recipes
 @click.option(
     "--address",
     help="Ray's job server, http://HOST:8265; without it the server at LORAY_URL, or a local cluster that is started.",
@@ -79,7 +85,7 @@ class ApiJobServer:
 @click.option("--watch", "is_watched", is_flag=True, help="Open the run's page in the console of the server that runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the published adapter as JSON; progress goes to stderr.")
 def train(
-    source: RecipeSource,
+    sources: RecipeSources,
     address: str | None,
     device_name: str | None,
     no_plan: bool,
@@ -90,11 +96,21 @@ def train(
 ) -> None:
     """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
     the options on top of it, or that of the options alone. Fields that are left out have defaults for their method.
+
+    Several recipes, one that lists `adapters`, or one with --each are one job, whose adapters share the base.
     """
-    console = Console(stderr=as_json)
+    source, console = sources.source, Console(stderr=as_json)
     settings = Settings.from_env()
-    recipe = source.load(settings.home)
     address = address or settings.address
+    if not sources.is_one:
+        options = {"resume": resume, "no_plan": no_plan, "is_watched": is_watched, "as_json": as_json}
+        if explain:
+            for recipe in sources.load(settings.home)[1]:
+                click.echo(f"--- # {recipe.spec.name}\n{explained(recipe.spec, settings.home)}", nl=False)
+            return
+        train_several(sources, settings, address, device_name, console, **options)
+        return
+    recipe = source.load(settings.home)
     if explain:
         click.echo(explained(recipe.spec, settings.home), nl=False)
         return
@@ -123,6 +139,49 @@ def train(
         console.print(describe(published), style="green", highlight=False, soft_wrap=True)
         for line in what_next(published, _console_url(settings, address)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def train_several(
+    sources: RecipeSources,
+    settings: Settings,
+    address: str | None,
+    device_name: str | None,
+    console: Console,
+    *,
+    resume: bool,
+    no_plan: bool,
+    is_watched: bool,
+    as_json: bool,
+) -> None:
+    """Trains several adapters as one job, and shows each. Exits with 1 where one has failed."""
+    name, recipes = sources.load(settings.home)
+    where = address or settings.url
+    if not no_plan:
+        is_here = where is None or is_this_machine(where)
+        check_plans(recipes, settings.home, device_name=device_name, is_here=is_here, to=console)
+    with console.status("starting the job"):
+        if address is None and settings.url is not None:
+            api = ApiJobServer(settings.url)
+            server: _Jobs = api
+            job = api.submit_many(name, [for_server(recipe, where or "") for recipe in recipes], resume=resume)
+        else:
+            is_elsewhere = address is not None and not is_this_machine(address)
+            work = Work.many(name, recipes, is_elsewhere=is_elsewhere, resume=resume, no_plan=no_plan)
+            server, job = submit(work, settings, address)
+    console.print(f"training {len(recipes)} adapters as job {job}", highlight=False)
+    view = ManyView(console, partial(_open_page, _console_url(settings, address), job, console) if is_watched else None)
+    again = f"loray train {shlex.join(sources.arguments)} --resume"
+    show(view, server, job, console, what="training", resumed=again)
+    if as_json:
+        click.echo(json.dumps({"job_id": job, "adapters": view.outcomes}, indent=2))
+    elif view.outcomes:
+        console.print(view.table())
+    if view.error is None and view.outcomes:
+        return
+    _print_end(view, server, job, console)
+    if any(outcome["status"] == "failed" for outcome in view.outcomes):
+        console.print(f"  go on with those that failed  {again}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(1)
 
 
 def what_next(published: PublishedEvent, console_url: str | None) -> list[str]:
@@ -205,7 +264,16 @@ def _ways_back(server: _Jobs, job: str) -> tuple[str, str]:
 
 
 def watch(view: RunView, server: _Jobs, job: str, console: Console, *, what: str, resumed: str) -> PublishedEvent:
-    """Shows a job to its end, and returns what it published. Exits with 1 where that is nothing.
+    """Shows a job to its end, as `show`, and returns what it published. Exits with 1 where that is nothing."""
+    show(view, server, job, console, what=what, resumed=resumed)
+    if view.published is not None:
+        return view.published
+    _print_end(view, server, job, console)
+    sys.exit(1)
+
+
+def show(view: RunView | ManyView, server: _Jobs, job: str, console: Console, *, what: str, resumed: str) -> None:
+    """Shows a job to its end.
 
     Ctrl-C ends the command and not the job; `resumed` is the command with which one that was stopped goes on.
     """
@@ -223,8 +291,10 @@ def watch(view: RunView, server: _Jobs, job: str, console: Console, *, what: str
             soft_wrap=True,
         )
         sys.exit(130)
-    if view.published is not None:
-        return view.published
+
+
+def _print_end(view: RunView | ManyView, server: _Jobs, job: str, console: Console) -> None:
+    """Prints why a job has no result."""
     if view.error is not None:
         console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
     else:
@@ -233,7 +303,6 @@ def watch(view: RunView, server: _Jobs, job: str, console: Console, *, what: str
         known = server.find(job)
         ended = "and Ray has forgotten how" if known is None else f"as {known.status}"
         console.print(f"error: job {job} ended {ended} without a result", style="red")
-    sys.exit(1)
 
 
 async def follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:

@@ -6,15 +6,17 @@ import json
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
-from loray.spec import OBJECTIVES, PERPLEXITY, Subject
+from loray.spec import OBJECTIVES, PERPLEXITY, EndStatus, Subject
 
 _POLL_S = 0.2
 _FEW_ROWS = 20  # held out, below which one row more or less moves their loss visibly
+_ENDS: Mapping[EndStatus, str] = {"succeeded": "trained", "failed": "failed", "stopped": "was stopped"}
 _STAGE_S = 1.0  # from one event of a stage to the next
 
 
@@ -179,6 +181,62 @@ class SweepEvent(TypedDict):
     keep_best: bool
 
 
+class AdaptersEvent(TypedDict):
+    """A job trains these adapters, each as the job of this id, on so many workers. Events of one of them have its name
+    in a further field, `adapter`.
+    """
+
+    event: Literal["adapters"]
+    adapters: dict[str, str]
+    num_workers: int
+
+
+class PlanEvent(TypedDict):
+    """What a cohort of adapters takes of its workers."""
+
+    event: Literal["plan"]
+    lines: list[str]
+
+
+class RoundEvent(TypedDict):
+    """Each of the active adapters of a worker has done a step, in so many passes through the base."""
+
+    event: Literal["round"]
+    round: int
+    num_active: int
+    num_passes: int
+    num_tokens: int
+    tokens_per_s: float
+    eta_s: float
+
+
+class EndEvent(TypedDict):
+    """The training of one adapter among others has ended. `message`: why it failed, or None."""
+
+    event: Literal["end"]
+    step: int
+    status: EndStatus
+    message: str | None
+
+
+class AdapterOutcome(TypedDict):
+    """`label`: the version; empty where there is none. `message`: why; or the gate's refusal of the aliases."""
+
+    name: str
+    job_id: str
+    status: EndStatus
+    step: int
+    label: str
+    message: str
+
+
+class OutcomesEvent(TypedDict):
+    """All adapters of a job have ended."""
+
+    event: Literal["outcomes"]
+    adapters: list[AdapterOutcome]
+
+
 class ErrorEvent(TypedDict):
     """`kind`: the name of the error's class."""
 
@@ -198,6 +256,11 @@ Event = (
     | PublishedEvent
     | TrialEvent
     | SweepEvent
+    | AdaptersEvent
+    | PlanEvent
+    | RoundEvent
+    | EndEvent
+    | OutcomesEvent
     | ErrorEvent
 )
 Emit = Callable[[Event], None]
@@ -244,8 +307,19 @@ def decode(line: str) -> Event | None:
     return cast("Event", event) if isinstance(event, dict) else None
 
 
+def adapter_of(event: Event) -> str | None:
+    """Returns the adapter that the event is of, in a job of several."""
+    found: str | None = dict(event).get("adapter")  # type: ignore[assignment]
+    return found
+
+
 def describe(event: Event) -> str:
     """Writes the event as a line for people."""
+    line, adapter = _described(event), adapter_of(event)
+    return line if adapter is None else f"{adapter}: {line}"
+
+
+def _described(event: Event) -> str:
     match event["event"]:
         case "start":
             data = event["data"]
@@ -316,6 +390,22 @@ def describe(event: Event) -> str:
         case "sweep":
             chosen = "no trial was completed" if event["best"] is None else f"the best is trial {event['best']}"
             return f"sweep {event['sweep']}: {chosen}; records and {event['picture']} are in {event['folder']}"
+        case "adapters":
+            workers = f" on {event['num_workers']} workers" if event["num_workers"] > 1 else ""
+            return f"training {len(event['adapters'])} adapters in one job{workers}"
+        case "plan":
+            return "\n".join(f"plan: {line}" for line in event["lines"])
+        case "round":
+            return (
+                f"round {event['round']}  {event['num_active']} adapters in {event['num_passes']} passes  "
+                f"{event['tokens_per_s']:,.0f} tokens/s  ETA {duration(event['eta_s'])}"
+            )
+        case "end":
+            reason = f": {event['message']}" if event["message"] else ""
+            return f"{_ENDS[event['status']]}, at step {event['step']}{reason}"
+        case "outcomes":
+            counts = Counter(outcome["status"] for outcome in event["adapters"])
+            return ", ".join(f"{count} {status}" for status, count in counts.items())
         case "error":
             return f"error: {event['message']}"
         case other:
@@ -374,8 +464,9 @@ def portion(event: ProgressEvent) -> str:
 
 
 def speed(step: StepEvent) -> str:
-    """Writes the tokens per second of all workers, and model FLOPs utilisation (MFU)."""
-    return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
+    """Writes the tokens per second of all workers, and model FLOPs utilisation (MFU) where it is known."""
+    mfu = f"  MFU {step['mfu']:.1%}" if "mfu" in step else ""
+    return f"{step['tokens_per_s']:,.0f} tokens/s{mfu}"
 
 
 def duration(seconds: float) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from jobs.events import (
+    AdapterOutcome,
     ErrorEvent,
     Event,
     ProgressEvent,
     PublishedEvent,
     StepEvent,
+    adapter_of,
     decode,
     describe,
     duration,
@@ -26,6 +30,7 @@ from jobs.events import (
     shown,
     speed,
 )
+from loray.cli.output import table
 
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # that a run prints without a terminal
@@ -196,3 +201,126 @@ class RunView:
 
     def _print(self, event: Event) -> None:
         self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
+
+
+@dataclass
+class _Line:
+    """What the table shows of one adapter."""
+
+    state: str = "waiting"
+    step: StepEvent | None = None
+    num_steps: int | None = None
+    eval_loss: float | None = None
+
+
+class ManyView:
+    """Shows the log of a job that trains several adapters: a table with a line for each, of many those that train.
+    Keeps `outcomes`, the event `error`, and the last other lines in `log`. Calls `begun` at the first event.
+    """
+
+    def __init__(self, console: Console, begun: Callable[[], None] | None = None) -> None:
+        self._console, self._begun = console, begun
+        self._lines: dict[str, _Line] = {}
+        self._stage = "starting"
+        self._printed: tuple[str, float] = ("", 0.0)
+        self._live = Live(get_renderable=self._render, console=console, transient=True)
+        self.outcomes: list[AdapterOutcome] = []
+        self.error: ErrorEvent | None = None
+        self.log: deque[str] = deque(maxlen=_LOG_LINES)
+
+    def __enter__(self) -> ManyView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def feed(self, line: str) -> None:
+        event = decode(line)
+        if event is None:
+            if line.strip():
+                self.log.append(line)
+            return
+        if self._begun is not None:
+            self._begun()
+            self._begun = None
+        name = adapter_of(event)
+        if name is not None:
+            self._of_adapter(self._lines.setdefault(name, _Line()), event)
+            return
+        match event["event"]:
+            case "adapters":
+                self._lines = {name: _Line() for name in event["adapters"]}
+                self._print(event)
+            case "round":
+                self._stage = describe(event)
+            case "progress":
+                self._stage = describe(event)
+                printed, printed_at = self._printed
+                is_due = event["stage"] != printed or time.monotonic() - printed_at >= _STAGE_LINE_S
+                if not self._console.is_terminal and is_due:
+                    self._printed = event["stage"], time.monotonic()
+                    self._print(event)
+            case "plan" | "warning" | "worker_lost":
+                self._print(event)
+            case "outcomes":
+                self.outcomes = event["adapters"]
+            case "error":
+                self.error = event
+
+    def table(self) -> Table:
+        """Lists how each adapter has ended."""
+        rows = [(o["name"], o["status"], o["step"], o["label"], o["message"].partition("\n")[0]) for o in self.outcomes]
+        return table(("ADAPTER", "STATE", "STEP", "VERSION", "MESSAGE"), rows, right=("STEP",))
+
+    def _of_adapter(self, line: _Line, event: Event) -> None:
+        match event["event"]:
+            case "start":
+                line.state, line.num_steps = "training", event["num_steps"]
+            case "step":
+                line.state, line.step = "training", event
+            case "eval":
+                line.eval_loss = event["eval_loss"]
+            case "end":
+                line.state = "publishing" if event["status"] == "succeeded" else event["status"]
+                if event["status"] != "succeeded":
+                    self._print(event)
+            case "published":
+                line.state = f"published {event['label']}"
+                self._print(event)
+            case "early_stop" | "measure" | "warning":
+                self._print(event)
+
+    def _render(self) -> Group:
+        lines = list(self._lines.items())
+        most = max(4, self._console.height - 6)
+        if len(lines) > most:  # those that have something to show
+            lines.sort(key=lambda item: _FIRST.index(item[1].state) if item[1].state in _FIRST else len(_FIRST))
+        shown = [(name, *_figures(line)) for name, line in lines[:most]]
+        made = table(("ADAPTER", "STEP", "LOSS", "TOKENS/S", "ETA", "STATE"), shown, right=_RIGHT)
+        left = len(lines) - len(shown)
+        more = [Text(f"and {left} more")] if left else []
+        return Group(Text(self._stage, no_wrap=True), made, *more)
+
+    def _print(self, event: Event) -> None:
+        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
+
+
+_FIRST = ("training", "failed", "publishing")
+_RIGHT = ("STEP", "LOSS", "TOKENS/S", "ETA")
+
+
+def _figures(line: _Line) -> tuple[str, str, str, str, str]:
+    step = line.step
+    if step is None:
+        return "", "", "", "", line.state
+    held_out = "" if line.eval_loss is None else f" ({number(line.eval_loss)})"
+    return (
+        f"{step['step']}/{step['num_steps']}",
+        f"{number(step['loss'])}{held_out}",
+        f"{step['tokens_per_s']:,.0f}",
+        duration(step["eta_s"]),
+        line.state,
+    )

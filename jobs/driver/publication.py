@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,15 @@ from jobs.events import Emit, PublishedEvent, Stages, appending, following
 from jobs.runs.folders import RunFolder
 from jobs.runs.history import PUBLISHED
 from loray.adapters.manifest import ManifestDetails
-from loray.bases.registry import ensure_base
+from loray.bases.registry import BaseModel, ensure_base
 from loray.bases.rounding import form_trained_on
-from loray.catalog import Catalog
+from loray.catalog import AdapterVersion, Catalog
 from loray.errors import GateRefused, TrainingError
 from loray.publishing import Destination, publish
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, Frozen, Principal, TrainSpec
+from loray.spec import DEFAULT_TENANT, Evaluation, Frozen, Principal, TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 from loray.train.evaluation.documents import HeldOutPrompt
@@ -58,33 +59,32 @@ def publish_best(
     if result.checkpoint is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     checkpoint = best(result, by_loss=_state(result.checkpoint).recipe.evaluation.keep_best)
+    return publish_checkpoint(checkpoint, run, recipe, settings, emit, tenant=tenant, sweep=sweep, prompts=prompts)
+
+
+def publish_checkpoint(
+    checkpoint: Checkpoint,
+    run: RunFolder,
+    recipe: Recipe,
+    settings: Settings,
+    emit: Emit = lambda event: None,
+    *,
+    tenant: str = DEFAULT_TENANT,
+    sweep: str | None = None,
+    prompts: tuple[HeldOutPrompt, ...] = (),
+) -> PublishedEvent:
+    """Publishes this checkpoint of the run, as `publish_best` does."""
     state = _state(checkpoint)
     check_publishable(state)
-    spec = _to_publish(state.recipe, recipe.spec)
+    spec = to_publish(state.recipe, recipe.spec)
     base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
     form = form_trained_on(base, spec, settings.home)
     on_workers = recipe._replace(spec=_on_workers_of(spec, recipe.spec))
     with run.history() as (events, _), following(events, emit):
         measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, events, prompts)
         Stages(appending(events))("publishing")
-    resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "adapter"
-        shutil.copytree(Path(path) / ADAPTER, folder)  # publishing adds a manifest, which the run must not contain
-        details = ManifestDetails(
-            recipe=spec,
-            dtype_reason=state.dtype_reason,
-            job_id=run.job_id,
-            data_fingerprint=state.data_fingerprint,
-            parent=state.parent,
-            sweep=sweep,
-            evaluations=(*state.evaluations(), *measured.evaluations),
-            licence=spec.publish.licence,
-            description=spec.publish.description,
-            rope_parameters=resolved.rope,
-            context_length=resolved.context,
-            created_at=state.saved_at,
-        )
+        folder, details = staged(Path(path), Path(temporary), spec, run, base, measured.evaluations, sweep)
         whole = Catalog.of(settings)
         for each in (base, form):
             whole.bases.add(each.name, each.fingerprint, each.of)
@@ -97,6 +97,47 @@ def publish_best(
         except GateRefused as e:  # the version can be measured again later, and promoted
             aliases, refusal = (), str(e)
             version = publish(folder, form, plain, details)
+    return record_published(version, run, recipe, state.step, aliases, refusal, measured.problem)
+
+
+def staged(
+    checkpoint: Path,
+    into: Path,
+    spec: TrainSpec,
+    run: RunFolder,
+    base: BaseModel,
+    evaluations: Sequence[Evaluation] = (),
+    sweep: str | None = None,
+) -> tuple[Path, ManifestDetails]:
+    """Copies the adapter of a checkpoint to where it is published from, and says what its manifest has beside it."""
+    folder, state, resolved = into / "adapter", read_state(checkpoint), resolve(spec, base.config)
+    shutil.copytree(checkpoint / ADAPTER, folder)  # publishing adds a manifest, which the run must not contain
+    return folder, ManifestDetails(
+        recipe=spec,
+        dtype_reason=state.dtype_reason,
+        job_id=run.job_id,
+        data_fingerprint=state.data_fingerprint,
+        parent=state.parent,
+        sweep=sweep,
+        evaluations=(*state.evaluations(), *evaluations),
+        licence=spec.publish.licence,
+        description=spec.publish.description,
+        rope_parameters=resolved.rope,
+        context_length=resolved.context,
+        created_at=state.saved_at,
+    )
+
+
+def record_published(
+    version: AdapterVersion,
+    run: RunFolder,
+    recipe: Recipe,
+    step: int,
+    aliases: Sequence[str],
+    refusal: str | None = None,
+    unmeasured: str | None = None,
+) -> PublishedEvent:
+    """Keeps in the run what was published of it, and returns the event."""
     event: PublishedEvent = {
         "event": "published",
         "name": version.name,
@@ -106,8 +147,8 @@ def publish_best(
         "nbytes": version.manifest.nbytes,
         "aliases": list(aliases),
         "refusal": refusal,
-        "unmeasured": measured.problem,
-        "step": state.step,
+        "unmeasured": unmeasured,
+        "step": step,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
     run.write_model(PUBLISHED, _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event)))
@@ -145,14 +186,14 @@ def driver_of(tenant: str) -> Principal:
     return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
 
 
-def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """Returns the recipe that trained the checkpoint, with the measurements and `publish` of the given recipe. Its
+def to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
+    """Returns the recipe that trained the checkpoint, with name, measurements and `publish` of the given recipe. Its
     tensors were written in the dtype that the first one asks for.
     """
     measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
     evaluation = trained.evaluation.model_copy(update=measured)
     publish = at_hand.publish.model_copy(update={"dtype": trained.publish.dtype})
-    return trained.model_copy(update={"evaluation": evaluation, "publish": publish})
+    return trained.model_copy(update={"name": at_hand.name, "evaluation": evaluation, "publish": publish})
 
 
 def _on_workers_of(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +51,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the fi
 SCORE = "score"  # the metric by which Ray ranks checkpoints
 PREFIX = "step_"  # of their folders
 BATCH = "batch.json"  # the micro-batches of a run, where they were cut to fit
+PART_OF = "part_of"  # in the run of an adapter that a job trains among others: that job's folder, below `many`
 _EVENTS = "events.jsonl"
 _BOARD = "tensorboard"
 _JOB_ID = "job_id"
@@ -179,6 +182,48 @@ class RunFolder:
     def write_model(self, name: str, model: Frozen) -> None:
         self.write(name, model.model_dump_json(indent=2).encode() + b"\n")
 
+    def keep(self, folder: Path, name: str) -> None:
+        """Moves a folder of this machine into the run, where it appears whole, instead of one that has this name."""
+        with _translate_errors(self):
+            into, partial = Path(self.path, name), Path(self.path, f".{name}")
+            for old in (partial, into):
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.move(folder, partial)
+            partial.rename(into)
+
+    def names(self) -> list[str]:
+        """Lists the files of the folder, without folders in it."""
+        with _translate_errors(self):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file)
+
+    def folders(self, prefix: str = "") -> list[str]:
+        """Lists the folders in the folder whose names begin so."""
+        with _translate_errors(self):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+            kind = pafs.FileType.Directory
+            return sorted(info.base_name for info in found if info.type == kind and info.base_name.startswith(prefix))
+
+    def remove(self, name: str) -> None:
+        """Removes a file of the folder."""
+        with _translate_errors(self):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        """Removes a folder in the folder."""
+        with _translate_errors(self):
+            self.filesystem.delete_dir(f"{self.path}/{name}")
+
+    def remove_all(self) -> None:
+        """Removes the folder with all that is in it."""
+        with _translate_errors(self):
+            self.filesystem.delete_dir(self.path)
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """Yields a folder of the run as one of this machine."""
+        yield Path(self.path, name)
+
     def repair(self) -> None:
         """Lists the run's checkpoints that are whole anew for Ray Train, where it could not read the list or would miss
         one that it names. Nothing changes where the list is sound, or there is no checkpoint.
@@ -256,6 +301,20 @@ class SharedRunFolder(RunFolder):
         with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(data)
 
+    def keep(self, folder: Path, name: str) -> None:
+        """Copies a folder into the run, file by file; the last one is that without which it is not whole."""
+        with _translate_errors(self):
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in sorted(files, key=lambda path: path.suffix == ".json" and path.parent == folder):
+                at = f"{self.path}/{name}/{path.relative_to(folder)}"
+                pafs.copy_files(str(path), at, destination_filesystem=self.filesystem)
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="loray-run-") as here, _translate_errors(self):
+            pafs.copy_files(f"{self.path}/{name}", here, source_filesystem=self.filesystem)
+            yield Path(here)
+
     def repair(self) -> None:
         """Does nothing: a bucket has an object whole, or as it was before."""
 
@@ -316,7 +375,7 @@ class Runs:
 
     def latest(self, name: str) -> RunFolder:
         """Returns the last run of this adapter. SpecError if there is none."""
-        return next(self._newest_first(name))
+        return self._newest_first(name)[0]
 
     def resumable(self, name: str) -> RunFolder:
         """Finds the run of this adapter to go on with: of those since the last published one the last that has a
@@ -331,19 +390,20 @@ class Runs:
             found.append(run)
         return found[0]
 
-    def _newest_first(self, name: str) -> Iterator[RunFolder]:
-        """Yields at least one run. SpecError if there is none."""
+    def newest_first(self, name: str) -> list[RunFolder]:
+        """Returns all runs of this adapter."""
         at = folder_of(name)
-        folder = pafs.FileSelector(f"{self.root}/{at}", allow_not_found=True)
-        with _translate_errors(self.make(at)):
-            found = self.filesystem.get_file_info(folder)
-        times = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
-        if not times:
+        return [self.make(f"{at}/{time}") for time in reversed(self.make(at).folders())]
+
+    def _newest_first(self, name: str) -> list[RunFolder]:
+        """Returns at least one run. SpecError if there is none."""
+        found = self.newest_first(name)
+        if not found:
             raise SpecError(
-                f"there is no run of {name!r} in {self.make(at)} to go on with; train it without --resume"
+                f"there is no run of {name!r} in {self.make(folder_of(name))} to go on with; train it without --resume"
                 + self._of_the_folder_store(name)
             )
-        return (self.make(f"{at}/{time}") for time in reversed(times))
+        return found
 
     def _of_the_folder_store(self, name: str) -> str:
         folder = self.folder / folder_of(name)
@@ -352,8 +412,10 @@ class Runs:
         return hint if found else ""
 
 
-def open_runs(settings: Settings, kind: Literal["runs", "sweeps"] = "runs") -> Runs:
-    """Raises SettingsError if the store's URL is wrong. Reads and writes nothing yet."""
+def open_runs(settings: Settings, kind: Literal["runs", "sweeps", "many"] = "runs") -> Runs:
+    """Opens the runs, or the folders of sweeps or of jobs of several adapters. Raises SettingsError if the store's URL
+    is wrong. Reads and writes nothing yet.
+    """
     here = settings.home / kind
     location = parse_location(settings.store)
     if isinstance(location, FileLocation):

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.locations import is_this_machine
 from loray.recipes.load import STDIN, Recipe
+from loray.recipes.many import ManyPlan
 from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
@@ -34,13 +36,13 @@ class Work(NamedTuple):
     """A job's driver runs `python -m MODULE ARGUMENTS`, with `text` as its standard input.
 
     metadata  of the job, for people
-    recipe    whose data the driver reads; None: it needs nothing of this machine
+    recipes   whose data the driver reads; none: it needs nothing of this machine
     """
 
     module: str
     arguments: tuple[str, ...]
     metadata: dict[str, str]
-    recipe: Recipe | None = None
+    recipes: tuple[Recipe, ...] = ()
     text: str | None = None
 
     @classmethod
@@ -53,20 +55,46 @@ class Work(NamedTuple):
         spec = recipe.spec
         metadata = {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
         # With what is null: left out, it would be given its default.
-        return cls("jobs.train", tuple(arguments), metadata, recipe, spec.model_dump_json())
+        return cls("jobs.train", tuple(arguments), metadata, (recipe,), spec.model_dump_json())
+
+    @classmethod
+    def many(
+        cls,
+        name: str,
+        recipes: Sequence[Recipe],
+        *,
+        is_elsewhere: bool = False,
+        resume: bool = False,
+        no_plan: bool = False,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Work:
+        """Trains the adapters of these recipes as one job. `is_elsewhere`: where their folders are not."""
+        arguments = [STDIN, *_chosen({"--resume": resume, "--no-plan": no_plan})]
+        if tenant != DEFAULT_TENANT:
+            arguments += ["--tenant", tenant]
+        below = _folders(recipes) if is_elsewhere else {}
+        plan = ManyPlan.of(name, recipes, lambda recipe: below.get(recipe.folder, str(recipe.folder)))
+        metadata = {"loray_name": qualified_name(tenant, name), "loray_adapters": str(len(recipes))}
+        return cls("jobs.many.driver", tuple(arguments), metadata, tuple(recipes), plan.model_dump_json())
 
     @classmethod
     def sweep(cls, recipe: Recipe, plan: str, *, no_plan: bool = False) -> Work:
         """Runs the trials of `recipe` that are in `plan`, as JSON."""
         arguments = (STDIN, *_chosen({"--no-plan": no_plan}))
         metadata = {"loray_name": recipe.spec.name, "loray_method": recipe.spec.adapter.method}
-        return cls("jobs.sweeps.driver", arguments, metadata, recipe, plan)
+        return cls("jobs.sweeps.driver", arguments, metadata, (recipe,), plan)
 
     @classmethod
     def resumed_sweep(cls, name: str, *, no_plan: bool = False) -> Work:
         """Goes on with the latest sweep of the adapter `name`."""
         arguments = ("--resume", name, *_chosen({"--no-plan": no_plan}))
         return cls("jobs.sweeps.driver", arguments, {"loray_name": name})
+
+
+def _folders(recipes: Sequence[Recipe]) -> dict[Path, str]:
+    """Names the folders of recipes below the one that Ray uploads: of several each has one of its own there."""
+    found = dict.fromkeys(recipe.folder for recipe in recipes)
+    return {folder: str(number) if len(found) > 1 else "." for number, folder in enumerate(found)}
 
 
 def _chosen(flags: dict[str, bool]) -> list[str]:
@@ -108,7 +136,7 @@ class Place(NamedTuple):
         is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
         return cls(settings, stage, settings.to_env(secrets=is_private))
 
-    def provide(self, recipe: Recipe) -> None:
+    def provide(self, recipe: Recipe, below: str = ".") -> None:
         """Copies local data files to where Ray uploads them from, if the job runs on another cluster. Raises DataError
         for those that are missing, which a job would report only after it has started, and those that it could not
         open: outside the recipe's folder, or named by an absolute path of this machine. A server's job has no folder
@@ -138,7 +166,7 @@ class Place(NamedTuple):
                     f"relative to the recipe, as {Path(source).relative_to(recipe.folder)}"
                 )
             for file in files:
-                target = self.stage / file.relative_to(recipe.folder)
+                target = self.stage / below / file.relative_to(recipe.folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
 
@@ -158,10 +186,10 @@ class Submission(NamedTuple):
         # -P: a module in the recipe's folder must not shadow one of ours
         steps = [f"exec {shlex.join([python, '-P', '-m', work.module, *work.arguments, '--events'])}"]
         runtime_env: dict[str, Any] = {"env_vars": place.env}
-        if work.recipe is not None:
-            place.provide(work.recipe)
-            if place.is_here:
-                steps.insert(0, f"cd {shlex.quote(str(work.recipe.folder))}")
+        for recipe in work.recipes:
+            place.provide(recipe, _folders(work.recipes)[recipe.folder])
+        if work.recipes and place.is_here:
+            steps.insert(0, f"cd {shlex.quote(str(work.recipes[0].folder))}")
         if work.text is not None:
             (place.stage / _INPUT).write_text(work.text, encoding="utf-8")
             steps.insert(0, f"exec < {_INPUT}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from jobs.events import adapter_of, decode
 from jobs.submission.commands import Place, Submission, Work
 from jobs.submission.server import AGENT_S, RayJob, RayJobServer
 from loray.adapters.manifest import check_recipe
@@ -21,10 +22,11 @@ from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
 from loray.recipes.load import Recipe
+from loray.recipes.many import ManyPlan
 from loray.recipes.sources import UPLOADED
 from loray.schemas.resources import Page
 from loray.settings import Settings
-from loray.spec import JobStatus, Principal, TrainSpec
+from loray.spec import JobStatus, Principal, TrainSpec, split_qualified
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -32,6 +34,7 @@ log = get_logger(__name__)
 COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
 _ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
 _MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
+_TAIL_OF_PARTS = 10_000  # lines of a job's log in which those of one of its adapters are looked for
 _NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
 _SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
 
@@ -117,21 +120,34 @@ class JobTracker:
         than the caller may have, ConflictError if the name is taken, the tenant has a job of the chosen id, or the job
         is stopped before Ray has it, ClusterError without Ray.
         """
+        work = Work.training(Recipe(spec, None, Path("/")), resume=resume, tenant=self._open().own_tenant)
+        return self._submit_work(work, spec, chosen, (spec,))
+
+    def submit_many(self, name: str, specs: Sequence[TrainSpec], chosen: str | None, *, resume: bool) -> Job:
+        """Submits one job that trains several adapters, and is called `name`. Raises as `submit`."""
+        recipes = [Recipe(spec, None, Path("/")) for spec in specs]
+        work = Work.many(name, recipes, resume=resume, tenant=self._open().own_tenant)
+        whole = ManyPlan.of(name, recipes, lambda recipe: "/").recipe
+        return self._submit_work(work, whole, chosen, specs)
+
+    def _submit_work(self, work: Work, spec: TrainSpec, chosen: str | None, specs: Sequence[TrainSpec]) -> Job:
+        """Submits what trains `specs` as a job whose recipe is `spec`."""
         catalog = self._open()
-        check_allowed(spec, catalog.principal, self._settings)
-        _check_files(spec, catalog)
+        for each in specs:
+            check_allowed(each, catalog.principal, self._settings)
+            _check_files(each, catalog)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
             tenant = catalog.own_tenant
-            work = Work.training(Recipe(spec, None, Path("/")), resume=resume, tenant=tenant)
             submission = Submission.of(work, Place.of_server(self._settings, Path(stage)))
             job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(tenant, chosen)
             if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
                 raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
+            for each in specs:
+                catalog.adapters.check_name(each.name, each.publish.aliases)
+                check_recipe(each)
             return self._submit(catalog, job_id, spec, submission)
 
     def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
-        catalog.adapters.check_name(spec.name, spec.publish.aliases)
-        check_recipe(spec)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
             self.settle_active()
@@ -157,7 +173,7 @@ class JobTracker:
         """
         job = self._find(job_id)
         try:
-            return job if job.has_ended else self._settle(job, self._server.find(job.id))
+            return job if job.has_ended else self._settle(job, self._server.find(job.part_of or job.id))
         except ClusterError as e:
             log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
@@ -167,20 +183,38 @@ class JobTracker:
         no longer matches `status` is left out.
         """
         page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)
-        active = [job.id for job in page.items if not job.has_ended]
+        active = {job.part_of or job.id for job in page.items if not job.has_ended}
         try:
             known = self._server.find_all(active) if active else {}
-            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.items)
+            settled = tuple(
+                job if job.has_ended else self._settle(job, known.get(job.part_of or job.id)) for job in page.items
+            )
         except ClusterError as e:
             log.warning("jobs are shown as the catalog has them: %s", e)
             return page
         return page.model_copy(update={"items": tuple(job for job in settled if status in (None, job.status))})
 
+    def parts(self, job: Job) -> tuple[Job, ...]:
+        """Returns the jobs of the adapters that a job trains, updated as the job is; none of a job of one adapter."""
+        found = self._open().jobs.parts(job.id)
+        if all(part.has_ended for part in found):
+            return found
+        try:
+            ray = self._server.find(job.id)
+        except ClusterError as e:
+            log.warning("the parts of job %s are shown as the catalog has them: %s", job.id, e)
+            return found
+        return self._settled(found, {} if ray is None else {job.id: ray})
+
     def stop(self, job_id: str) -> Job:
-        """Stops a job that has not ended. Its status becomes stopped once its driver has ended. Raises JobNotFound."""
+        """Stops a job that has not ended. Its status becomes stopped once its driver has ended. A part of a job is
+        stopped here, which its driver sees; the others go on. Raises JobNotFound.
+        """
         job = self.get(job_id)
         if job.has_ended:
             return job
+        if job.part_of is not None:
+            return self._open().jobs.end(job.id, "stopped", message="stopped; the others of its job go on")
         if self._server.find(job.id) is None:
             message = "recorded as stopped: this cluster does not know the job, so there was nothing to stop"
             return self._open().jobs.end(job.id, "stopped", message=message)
@@ -191,15 +225,25 @@ class JobTracker:
         """Returns the job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job,
         before the first one.
         """
-        return self._server.logs(self._with_logs(job_id))
+        job = self._with_logs(job_id)
+        if job.part_of is None:
+            return self._server.logs(job.id)
+        return _lines_of(_name(job), self._server.logs(job.part_of))
 
     def tail(self, job_id: str, num_lines: int) -> str:
         """Returns the last lines of the job's log so far. Raises as `logs` does."""
-        return self._server.tail(self._with_logs(job_id), num_lines)
+        job = self._with_logs(job_id)
+        if job.part_of is None:
+            return self._server.tail(job.id, num_lines)
+        lines = "".join(_lines_of(_name(job), iter([self._server.tail(job.part_of, _TAIL_OF_PARTS)])))
+        return "".join(lines.splitlines(keepends=True)[-num_lines:])
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
         """Yields the job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
-        return self._server.follow(self._with_logs(job_id))
+        job = self._with_logs(job_id)
+        if job.part_of is None:
+            return self._server.follow(job.id)
+        return _follow_lines_of(_name(job), self._server.follow(job.part_of))
 
     def watch(self) -> None:
         """Notes that this cluster is there, and ends the jobs that are lost; called each half minute. Raises
@@ -213,15 +257,19 @@ class JobTracker:
         for status in _ACTIVE:
             self.page(_MOST_ACTIVE, None, status, None)
 
-    def _with_logs(self, job_id: str) -> str:
-        """Returns the id of a job whose log Ray has. Raises JobNotFound and LogsGone."""
+    def _with_logs(self, job_id: str) -> Job:
+        """Returns a job whose log Ray has, or that of the job that it is a part of. Raises JobNotFound and LogsGone."""
         job = self._find(job_id)
-        if self._server.find(job.id) is None:
+        if self._server.find(job.part_of or job.id) is None:
             raise LogsGone(
                 f"the log of job {job.id!r} ({job.status}) is gone: Ray keeps logs only while the cluster that the job "
                 "ran on lives, and this cluster does not know the job"
             )
-        return job.id
+        return job
+
+    def _settled(self, jobs: Sequence[Job], known: Mapping[str, RayJob]) -> tuple[Job, ...]:
+        """Updates jobs by what Ray says of them, or of those that they are parts of."""
+        return tuple(job if job.has_ended else self._settle(job, known.get(job.part_of or job.id)) for job in jobs)
 
     def _settle(self, job: Job, ray: RayJob | None) -> Job:
         """Updates a job that has not ended, as far as the catalog knows, from what Ray reports."""
@@ -268,6 +316,32 @@ class JobTracker:
             self._find(job_id)
             return True
         return False
+
+
+def _name(job: Job) -> str:
+    return split_qualified(job.name).name
+
+
+def _is_of(name: str, line: str) -> bool:
+    event = decode(line)
+    return event is not None and adapter_of(event) == name
+
+
+def _lines_of(name: str, pieces: Iterator[str]) -> Iterator[str]:
+    """Yields the lines of a job's log that are events of one of its adapters."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        if found := [f"{line}\n" for line in lines if _is_of(name, line)]:
+            yield "".join(found)
+
+
+async def _follow_lines_of(name: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    rest = ""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        if found := [f"{line}\n" for line in lines if _is_of(name, line)]:
+            yield "".join(found)
 
 
 def id_of(tenant: str, chosen: str) -> str:

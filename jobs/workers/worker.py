@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from loray.train.data.rows import Dataset
 
 
-def num_threads() -> int:
+def num_threads(per_node: int | None = None) -> int:
     """Returns OMP_NUM_THREADS of the node's environment if it is set, else this worker's part of the node's cores.
+    `per_node`: so many workers share the node; None: Ray Train's.
 
     If it is not set, Ray sets it later to the number of CPUs that a worker reserves. A worker reserves one CPU, so that
     training also starts on a node whose other CPUs a replica has reserved.
@@ -56,7 +57,7 @@ def num_threads() -> int:
         return preset
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
-    num_workers: int = ray.train.get_context().get_local_world_size()
+    num_workers: int = per_node or ray.train.get_context().get_local_world_size()
     return max(1, cores // num_workers)
 
 

@@ -136,6 +136,7 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
     }
     return {
         "job": job,
+        "parts": jobs.parts(job),
         "files": [path.removeprefix(UPLOADED) for path in job.recipe.data.paths if path.startswith(UPLOADED)],
         "log": seen.log,
         "problem": seen.problem,

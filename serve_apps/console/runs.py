@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from jobs.events import Event, decode, in_words
+from jobs.events import Event, adapter_of, decode, in_words
 from jobs.runs.history import RunEvents
 from jobs.sweeps.history import SweepTrials, Trials
 from jobs.sweeps.spec import TrialRecord, best, label, ranked
@@ -246,7 +246,7 @@ class JobHistory:
         with self._lock:
             lines = _described(log)[-LOG_LINES:] or list(self._lines)
             if not self._has_events:
-                self._take(log)
+                self._take(log if job.part_of else [line for line in log if not _is_of_part(line)])
             stages = self._stages
             stage = None if job.has_ended else stages.stage
             return Seen(
@@ -306,6 +306,11 @@ class Histories:
                     self._by_job.popitem(last=False)
             self._by_job[job.id] = found
             return found
+
+
+def _is_of_part(line: str) -> bool:
+    event = decode(line)
+    return event is not None and adapter_of(event) is not None
 
 
 def _described(lines: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Names, versions and aliases of adapters, and training jobs, in SQLite or PostgreSQL."""
 
+from loray.catalog.adapters import Registration
 from loray.catalog.catalog import Catalog
 from loray.catalog.entries import (
     AdapterEntry,
@@ -25,6 +26,7 @@ __all__ = [
     "Quarantined",
     "QuotaState",
     "QuotaUse",
+    "Registration",
     "VersionSummary",
     "split_model",
 ]

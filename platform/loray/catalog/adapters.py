@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -48,7 +49,15 @@ from loray.catalog.queries import (
 )
 from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_trained, restore_version
 from loray.catalog.schema import adapters, bases, evaluations, projections, shares, tags, uploads, versions
-from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, PermissionDenied, SpecError
+from loray.errors import (
+    AdapterNotFound,
+    ConflictError,
+    GateRefused,
+    LorayError,
+    NotFoundError,
+    PermissionDenied,
+    SpecError,
+)
 from loray.schemas.resources import Page
 from loray.spec import (
     DEFAULT_TENANT,
@@ -66,6 +75,18 @@ from loray.telemetry import get_logger
 _log = get_logger(__name__)
 
 _MAX_VERSION = 2**31 - 1  # what the column holds
+
+
+class Registration(NamedTuple):
+    """A version to be registered; the fields are the arguments of `Adapters.register`."""
+
+    name: str
+    digest: str
+    manifest: AdapterManifest
+    aliases: tuple[str, ...] = ()
+    version: int | None = None
+    no_gate: str | None = None
+    claim: str | None = None
 
 
 @dataclass
@@ -106,55 +127,76 @@ class Adapters:
         exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as
         `Aliases.move` does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
         """
+        asked = Registration(name, digest, manifest, tuple(aliases), version, no_gate, claim)
         self.check_name(name, aliases)
+        with self.db.changing() as c:
+            return self._register(c, asked)
+
+    def register_many(self, asked: Sequence[Registration]) -> list[AdapterVersion | LorayError]:
+        """Add a version of each name in one transaction, and return them in their order; of one that `register` would
+        refuse its error, which does not concern the others.
+        """
+        found: list[AdapterVersion | LorayError] = []
+        with self.db.changing() as c:
+            for each in asked:
+                try:
+                    with c.begin_nested():
+                        for alias in each.aliases:
+                            check_alias(alias)
+                        found.append(self._register(c, each))
+                except LorayError as e:
+                    found.append(e)
+        return found
+
+    def _register(self, c: sa.Connection, asked: Registration) -> AdapterVersion:
+        digest, manifest, aliases, version = asked.digest, asked.manifest, asked.aliases, asked.version
         if version is not None and not 0 < version <= _MAX_VERSION:
             raise SpecError(f"version {version} is not a version number; they count from 1")
-        with self.db.changing() as c:
-            revision = next_revision(c)
-            name, tenant = name_to_register(c, self.db.principal, name)
-            check_digest(c, self.db.principal, digest)
-            end_claim(c, claim)
-            refuse_deleted(c, name)
-            adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
-            if adapter_id is None:
-                refuse_more_names(c, self.db.principal, tenant)
-                adapter_id = new_id(c.execute(adapters.insert().values(name=name, tenant=tenant, created_at=now())))
-            mine = versions.c.adapter_id == adapter_id
-            known = c.execute(sa.select(versions.c.version).where(mine, versions.c.digest == digest)).scalar()
-            if known is None:
-                newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar() or 0
-                number = version or newest + 1
-                taken = c.execute(sa.select(versions.c.digest).where(mine, versions.c.version == number)).scalar()
-                if taken is not None:
-                    raise ConflictError(f"{name}@{number} exists already, with other content (digest {taken[:12]})")
-                refuse_more_versions(c, self.db.principal, tenant, adapter_id, digest, manifest)
-                refuse_more_memory(c, self.db.max_snapshot_bytes)
-                manifest = known_manifest(c, self.db.principal, digest, manifest)
-                kept = manifest_json(manifest)
-                check_size(manifest, kept)
-                ref = manifest.ref(digest, name, number)
-                row = {column: getattr(ref, column) for column in REF}
-                row |= {"adapter_id": adapter_id, "manifest": kept.decode(), "created_at": now()}
-                c.execute(versions.insert().values(row))
-                log(c, self.db.actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
-                if manifest.projection is not None:
-                    remark = record_projection(c, tenant, manifest.base_fingerprint, manifest.projection)
-                    if remark is not None:
-                        _log.warning("%s@%d: %s", name, number, remark)
-            elif version not in (None, known):
-                raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
-            else:
-                number = known
-            moved = restore_version(c, adapter_id, number)
-            for alias in aliases:
-                try:
-                    write = AliasWrite(self.db, c, adapter_id, tenant, name, alias, revision)
-                    moved |= write.move(number, no_gate)
-                except GateRefused as e:
-                    raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
-            if known is None or moved:
-                count_change(c, adapter_id)
-            return load_version(c, name, adapter_id, number)
+        revision = next_revision(c)
+        name, tenant = name_to_register(c, self.db.principal, asked.name)
+        check_digest(c, self.db.principal, digest)
+        end_claim(c, asked.claim)
+        refuse_deleted(c, name)
+        adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
+        if adapter_id is None:
+            refuse_more_names(c, self.db.principal, tenant)
+            adapter_id = new_id(c.execute(adapters.insert().values(name=name, tenant=tenant, created_at=now())))
+        mine = versions.c.adapter_id == adapter_id
+        known = c.execute(sa.select(versions.c.version).where(mine, versions.c.digest == digest)).scalar()
+        if known is None:
+            newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar() or 0
+            number = version or newest + 1
+            taken = c.execute(sa.select(versions.c.digest).where(mine, versions.c.version == number)).scalar()
+            if taken is not None:
+                raise ConflictError(f"{name}@{number} exists already, with other content (digest {taken[:12]})")
+            refuse_more_versions(c, self.db.principal, tenant, adapter_id, digest, manifest)
+            refuse_more_memory(c, self.db.max_snapshot_bytes)
+            manifest = known_manifest(c, self.db.principal, digest, manifest)
+            kept = manifest_json(manifest)
+            check_size(manifest, kept)
+            ref = manifest.ref(digest, name, number)
+            row = {column: getattr(ref, column) for column in REF}
+            row |= {"adapter_id": adapter_id, "manifest": kept.decode(), "created_at": now()}
+            c.execute(versions.insert().values(row))
+            log(c, self.db.actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
+            if manifest.projection is not None:
+                remark = record_projection(c, tenant, manifest.base_fingerprint, manifest.projection)
+                if remark is not None:
+                    _log.warning("%s@%d: %s", name, number, remark)
+        elif version not in (None, known):
+            raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
+        else:
+            number = known
+        moved = restore_version(c, adapter_id, number)
+        for alias in aliases:
+            try:
+                write = AliasWrite(self.db, c, adapter_id, tenant, name, alias, revision)
+                moved |= write.move(number, asked.no_gate)
+            except GateRefused as e:
+                raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
+        if known is None or moved:
+            count_change(c, adapter_id)
+        return load_version(c, name, adapter_id, number)
 
     def resolve(self, model: str) -> AdapterRef:
         """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""

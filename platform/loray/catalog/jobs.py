@@ -3,11 +3,15 @@
 The API server adds a job before it submits it, and the job's driver records its start and its end. A job that was not
 submitted through the API is added by its driver. So each method may be called twice, and in any order.
 
+A job that trains several adapters has a further one for each of them, `part_of` it: its driver adds them, and whoever
+stops one of them ends it here, where the driver looks.
+
 A job belongs to the tenant that added it, and exists for that tenant and administrators alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, get_args
@@ -24,6 +28,7 @@ from loray.schemas.resources import Page
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 
 _CLUSTER_IS_GONE = timedelta(minutes=2)
+_ACTIVE = ("pending", "running")
 _RETRY_S = 60.0  # after which a job may have ended
 
 
@@ -67,6 +72,44 @@ class Jobs:
             c.execute(jobs.insert().values(row | {"created_at": now()}))
             log(c, self.db.actor, "add_job", job_id, tenant=tenant, name=name)
             return _get(c, principal, job_id)
+
+    def add_parts(self, job_id: str, parts: Mapping[str, TrainSpec]) -> None:
+        """Add a running job for each adapter that the job trains, by its id; those that are there do not change. Raises
+        SpecError where an id is malformed, and JobNotFound.
+        """
+        for part, recipe in parts.items():
+            check_job_id(part)
+            check_name(recipe.name)
+        with self.db.changing() as c:
+            whole = _get(c, self.db.principal, job_id)
+            known = set(c.execute(sa.select(jobs.c.id).where(jobs.c.part_of == job_id)).scalars())
+            common: dict[str, Any] = {
+                "status": "running",
+                "message": "",
+                "actor": self.db.actor,
+                "tenant": whole.tenant,
+            }
+            common |= {"cluster": whole.cluster, "part_of": job_id, "created_at": now(), "started_at": now()}
+            rows = [
+                {"id": part, "name": recipe.name, "recipe": recipe.model_dump_json()} | common
+                for part, recipe in parts.items()
+                if part not in known
+            ]
+            if rows:
+                c.execute(jobs.insert(), rows)
+                log(c, self.db.actor, "add_parts", job_id, tenant=whole.tenant, num=len(rows))
+
+    def parts(self, job_id: str) -> tuple[Job, ...]:
+        """The jobs of the adapters that a job trains, in their order; none of a job of one adapter."""
+        mine = (_owned(self.db.principal), jobs.c.part_of == job_id)
+        with self.db.reading() as c:
+            return tuple(map(_job, c.execute(sa.select(jobs).where(*mine).order_by(jobs.c.name))))
+
+    def ended_parts(self, job_id: str) -> frozenset[str]:
+        """The ids of those that have ended, or were stopped."""
+        ended = (jobs.c.part_of == job_id, jobs.c.status.not_in(_ACTIVE))
+        with self.db.reading() as c:
+            return frozenset(c.execute(sa.select(jobs.c.id).where(_owned(self.db.principal), *ended)).scalars())
 
     def start(self, job_id: str) -> Job:
         """Change the status from pending to running; other jobs do not change. Raises JobNotFound."""
@@ -133,7 +176,8 @@ def _refuse_more(
 ) -> None:
     if max_jobs is None and max_workers is None:
         return
-    active = sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.status.in_(("pending", "running")))
+    is_whole = jobs.c.part_of.is_(None)  # parts run on its workers
+    active = sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.status.in_(_ACTIVE), is_whole)
     recipes = [_job(row).recipe for row in c.execute(active)]
     if max_jobs is not None and len(recipes) >= max_jobs:
         raise RateLimited(

@@ -27,7 +27,7 @@ audit_log        what was done, with its actor and the tenant of its subject, ap
                  entry and of the hash before it (`audit_chain`)
 logins           browsers that are logged in at the console, by the SHA-256 of their cookie, which alone opens `sealed`
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone; `cluster` is the one
-                 to which an API server submitted the job
+                 to which an API server submitted the job; `part_of` is the job that trains this adapter among others
 clusters         Ray clusters whose API servers use this catalog, and when one of them was last there
 quota_owners     who counts limits of keys and tenants in memory, and when it was last there (seconds since the epoch)
 quota_levels     what all of them have taken of a limit at the time `at`; rows with an earlier `ends_at` say nothing
@@ -334,6 +334,7 @@ jobs = Table(
     Column("started_at", UtcTime),
     Column("ended_at", UtcTime),
     Column("cluster", String(128)),
+    Column("part_of", String(128), index=True),
 )
 
 clusters = Table(

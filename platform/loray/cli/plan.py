@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from loray.bases.config import ModelConfig
 from loray.bases.presets import known_shape, shapes_in
 from loray.bases.registry import read_config
 from loray.cli.output import console, count, emit, json_option, pairs, table
-from loray.cli.recipes import RecipeSource, recipe_options
+from loray.cli.recipes import RecipeSources, recipe_options, several_recipes
 from loray.errors import LorayError, NotFoundError, SpecError
 from loray.machine import Machine, Rates, hardware
 from loray.planning.compute import ExchangeVolume
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
+from loray.planning.many import Load, ManyPlan, plan_many
 from loray.planning.memory import WHAT, MemoryPlan
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import shape_of
+from loray.recipes.load import Recipe
+from loray.recipes.many import on_one_worker
 from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec, format_seconds, format_size
@@ -235,17 +238,29 @@ def _step(plan: Plan) -> Table:
 
 @click.command()
 @recipe_options
+@several_recipes
 @device_option("Default: a100-80gb where the recipe uses GPUs, else this-machine.")
 @config_option
 @json_option
-def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_json: bool) -> None:
+def plan(sources: RecipeSources, device_name: str | None, config: Path | None, as_json: bool) -> None:
     """Estimate memory, traffic and time of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), or of the
-    recipe that the options describe.
+    recipe that the options describe. Of several adapters, which `loray train` trains as one job, it has a line or two.
 
     Exits with 1 where the recipe cannot run as it is; the plan says what would have to change.
     """
     home = Settings.from_env().home
-    spec = source.load(home, is_example=True).spec
+    if not sources.is_one:
+        recipes = sources.load(home, is_example=True)[1]
+        first = recipes[0].spec
+        model = shape_of_recipe(first.base, config, home)
+        device = _device(first, home, device_name, is_here=True) or PRESETS[ASSUMED_GPU]
+        plans = _plan_cohorts(recipes, model, device)
+        if as_json:
+            emit([_cohort(each) for each in plans])
+        else:
+            _print_cohorts(plans, console())
+        return
+    spec = sources.source.load(home, is_example=True).spec
     model = shape_of_recipe(spec.base, config, home)
     spec = _with_parent(spec, model)
     found = hardware()
@@ -295,6 +310,57 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
             raise SpecError(f"{text}. `loray plan` shows all of it; --no-plan starts it all the same")
         hint = "; --device says which GPU it is" if problem.severity == "refusal" else ""
         to.print(f"warning: {text}{hint}", highlight=False, markup=False, soft_wrap=True)
+
+
+def check_plans(recipes: Sequence[Recipe], home: Path, *, device_name: str | None, is_here: bool, to: Console) -> None:
+    """Prints what a job of several adapters takes, as `check_plan` does for one. Raises SpecError where they cannot be
+    trained in one job, or do not fit, and UnsupportedError for one that is to be trained alone.
+    """
+    first = recipes[0].spec
+    model = shapes_in(home)(first.base)
+    if model is None:
+        to.print(f"no plan: the base {first.base} is not on this machine", highlight=False, soft_wrap=True)
+        return
+    device = _device(first, home, device_name, is_here)
+    if device is None:
+        to.print("no plan of memory: name the workers' --device to have one", highlight=False, soft_wrap=True)
+        return
+    _print_cohorts(_plan_cohorts(recipes, model, device), to)
+
+
+def _plan_cohorts(recipes: Sequence[Recipe], model: ModelConfig, device: Device) -> list[ManyPlan]:
+    """Plans what is trained together, by the longest rows; steps that only the data tells count once."""
+    from loray.train.many.cohort import cohorts
+
+    specs = [recipe.spec for recipe in recipes]
+    num_workers = max(spec.num_workers // spec.parallel.sequence for spec in specs)
+    found = []
+    for cohort in cohorts([on_one_worker(spec) for spec in specs], model):
+        loads = {}
+        for spec in cohort:
+            run = make_plan(shape_of(spec, model, dtype=device.training_dtype), device).run
+            loads[spec.name] = Load(run, spec.max_steps or 1, run.tokens_per_step)
+        found.append(plan_many(loads, device, num_workers))
+    return found
+
+
+def _cohort(plan: ManyPlan) -> dict[str, Any]:
+    return {
+        "adapters": [name for share in plan.shares for name in share],
+        "device": plan.device.name,
+        "tokens_per_pass": plan.tokens_per_pass,
+        "memory": plan.memory.to_dict(),
+        "round_s": plan.round_s,
+        "total_s": plan.total_s,
+    }
+
+
+def _print_cohorts(plans: Sequence[ManyPlan], to: Console) -> None:
+    for each in plans:
+        number = sum(map(len, each.shares))
+        to.print(f"plan: {number} adapters together: {each.memory_line()}", highlight=False, soft_wrap=True)
+        if not each.device.is_host or Machine.here(Settings.from_env().home).rates is not None:
+            to.print(f"      {each.time_line()}", highlight=False, soft_wrap=True)
 
 
 def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool) -> Device | None:

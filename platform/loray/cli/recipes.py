@@ -16,7 +16,17 @@ from loray.errors import ConflictError
 from loray.machine import hardware
 from loray.methods import METHODS
 from loray.recipes.fields import given, merge, to_yaml
-from loray.recipes.load import Recipe, load_recipe, purpose, shipped, size_of_base
+from loray.recipes.load import (
+    ADAPTERS,
+    STDIN,
+    Recipe,
+    load_recipe,
+    purpose,
+    read_recipe,
+    shipped,
+    size_of_base,
+)
+from loray.recipes.many import load_many
 from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import BaseSize, TrackerName, TrainSpec
@@ -41,6 +51,46 @@ class RecipeSource(NamedTuple):
     def load(self, home: Path, *, is_example: bool = False) -> Recipe:
         """Loads the recipe, with defaults for its base, which may be in `home`. An example may lack name and data."""
         return load_recipe(self.recipe, over=self.over, shape_of=shapes_in(home), is_example=is_example)
+
+
+class RecipeSources(NamedTuple):
+    """Recipes as a command line asks for them: one, several, one that lists adapters, or one for each of some files."""
+
+    source: RecipeSource
+    more: tuple[str, ...]
+    each: str | None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """They say the same again."""
+        each = () if self.each is None else ("--each", self.each)
+        return (*self.source.arguments[:1], *self.more, *self.source.arguments[1:], *each)
+
+    @property
+    def is_one(self) -> bool:
+        """Says whether it is one recipe of one adapter."""
+        if self.more or self.each is not None:
+            return False
+        name = self.source.recipe
+        return name in (None, STDIN) or ADAPTERS not in read_recipe(name, {})[0]
+
+    def load(self, home: Path, *, is_example: bool = False) -> tuple[str, list[Recipe]]:
+        """Loads all, and returns them with the name of their job. Raises SpecError."""
+        names, over, shape_of = (self.source.recipe, *self.more), self.source.over, shapes_in(home)
+        return load_many(names, over=over, each=self.each, shape_of=shape_of, is_example=is_example)
+
+
+def several_recipes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Passes `command` RecipeSources as `sources`; `recipe_options` stands above it."""
+
+    @wraps(command)
+    def with_sources(*args: Any, source: RecipeSource, more: tuple[str, ...], each: str | None, **options: Any) -> Any:
+        return command(*args, sources=RecipeSources(source, more, each), **options)
+
+    decorated = click.option(
+        "--each", metavar="PATTERN", help="Train RECIPE on each of these files, as NAME-STEM: 'customers/*.jsonl'."
+    )(with_sources)
+    return click.argument("more", nargs=-1, metavar="[RECIPE]...")(decorated)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
 """Publishing: from an adapter's folder to a version in the catalog; conversion and merging of published adapters."""
 
-from loray.publishing.publish import Destination, base_of, import_folder, publish, register_stored, restore
+from loray.publishing.publish import Destination, base_of, import_folder, publish, register_stored, restore, store
 
-__all__ = ["Destination", "base_of", "import_folder", "publish", "register_stored", "restore"]
+__all__ = ["Destination", "base_of", "import_folder", "publish", "register_stored", "restore", "store"]

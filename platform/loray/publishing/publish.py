@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from loray.adapters.manifest import (
 from loray.adapters.peft_format import load_config
 from loray.bases.config import extended_context
 from loray.bases.registry import BaseModel, base_with, list_bases
-from loray.catalog import AdapterVersion, Catalog
+from loray.catalog import AdapterVersion, Catalog, Registration
 from loray.errors import (
     BaseMismatch,
     BaseNotFound,
@@ -62,6 +63,14 @@ def publish(folder: Path, base: BaseModel, to: Destination, details: ManifestDet
     to.catalog.adapters.check_name(to.name, to.aliases)
     describe(folder, base, details)
     return _store(folder, base, to)
+
+
+def store(folder: Path, base: BaseModel, to: Destination, details: ManifestDetails) -> Registration:
+    """Do what `publish` does but for the registration, which `Adapters.register_many` does for many at once."""
+    to.catalog.adapters.check_name(to.name, to.aliases)
+    describe(folder, base, details)
+    with _stored_within_claim(folder, base, to) as asked:
+        return asked
 
 
 def import_folder(
@@ -157,6 +166,13 @@ def _longest_context(manifest: AdapterManifest, base: BaseModel) -> int:
 
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
+    with _stored_within_claim(folder, base, to) as asked:
+        return _register(asked.digest, asked.manifest, to, asked.claim)
+
+
+@contextmanager
+def _stored_within_claim(folder: Path, base: BaseModel, to: Destination) -> Iterator[Registration]:
+    """Put the folder into the store. The claim outlasts a block that does not raise, and ends with the registration."""
     to.catalog.bases.add(base.name, base.fingerprint, base.of)  # refuses other weights under a known name
     canonical = read_canonical(folder)
     manifest = parse_manifest(canonical, source=str(folder))
@@ -164,10 +180,10 @@ def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     digest = hashlib.sha256(canonical).hexdigest()
     with to.catalog.claims.publishing(_names(digest, manifest)) as claim:
         to.catalog.adapters.record_upload(to.store.put(folder))
-        return _register(digest, manifest, to, claim)
+        yield Registration(to.name, digest, manifest, tuple(to.aliases), to.version, to.no_gate, claim)
 
 
-def _register(digest: str, manifest: AdapterManifest, to: Destination, claim: str) -> AdapterVersion:
+def _register(digest: str, manifest: AdapterManifest, to: Destination, claim: str | None) -> AdapterVersion:
     return to.catalog.adapters.register(
         to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate, claim=claim
     )

@@ -60,19 +60,36 @@ def given(pairs: Sequence[str]) -> dict[str, Any]:
 
     A list is `[a, b]` or `a,b`; `null` is no value. Raises SpecError for an unknown field, naming those that are near.
     """
-    kinds = [(method, objective) for method in METHODS for objective in OBJECTIVES]
-    known = {path: field for kind in kinds for path, field in fields_of(*kind).items()}
-    nested: dict[str, Any] = {}
+    known = _all_fields()
+    found: dict[str, Any] = {}
     for pair in pairs:
         path, separator, text = (part.strip() for part in pair.partition("="))
         if not separator:
             raise SpecError(f"{pair!r} gives a field no value; write it as optimizer.learning_rate=1e-3")
         check_known(path, known)
-        value = _value(text, is_list=path in known and known[path].is_list)
-        for name in reversed(path.split(".")):
-            value = {name: value}
-        merge(nested, value)
-    return nested
+        merge(found, _at(path, _value(text, is_list=path in known and known[path].is_list)))
+    return found
+
+
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `{"adapter.rank": 4}` as {"adapter": {"rank": 4}}. Raises SpecError as `given`."""
+    known = _all_fields()
+    found: dict[str, Any] = {}
+    for path, value in fields.items():
+        check_known(path, known)
+        merge(found, _at(path, value))
+    return found
+
+
+def _all_fields() -> dict[str, RecipeField]:
+    kinds = [(method, objective) for method in METHODS for objective in OBJECTIVES]
+    return {path: field for kind in kinds for path, field in fields_of(*kind).items()}
+
+
+def _at(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return dict(value)
 
 
 def check_known(path: str, known: Mapping[str, object]) -> None:

@@ -21,6 +21,7 @@ from loray.spec import BaseSize, DataSpec, Name, TrainSpec, read_mapping
 
 ShapeOf = Callable[[str], ModelConfig | None]  # of a base by its name; None where it is not known
 STDIN = "-"  # the name of a recipe that is a JSON object on standard input
+ADAPTERS = "adapters"  # of a recipe's file: what `recipes/many.py` reads
 _SOURCES = ("train", "eval")
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -77,20 +78,41 @@ def load_recipe(
     Relative data paths of a file start at its folder; those of a shipped recipe, of JSON and of `over` at the current
     folder. An example may lack name and data.
     """
-    fields, path, folder = ({}, None, _folder_of_data(over or {})) if name is None else _read(name)
+    fields, path, folder = read_recipe(name, over or {})
+    if ADAPTERS in fields:
+        raise SpecError(f"{path or 'the recipe'} lists several adapters, which `loray train` and `loray plan` take")
+    return complete_recipe(fields, path, folder, over=over, shape_of=shape_of, is_example=is_example, is_alone=not name)
+
+
+def read_recipe(name: str | None, over: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, Path]:
+    """Read (fields, file, folder of relative paths) of what `load_recipe` takes, without defaults."""
+    return ({}, None, _folder_of_data(over)) if name is None else _read(name)
+
+
+def complete_recipe(
+    fields: dict[str, Any],
+    path: Path | None,
+    folder: Path,
+    *,
+    over: Mapping[str, Any] | None = None,
+    shape_of: ShapeOf = lambda base: None,
+    is_example: bool = False,
+    is_alone: bool = False,
+) -> Recipe:
+    """Put `over` on top of what was read, and fill in defaults. `is_alone`: nothing was read. Raises SpecError."""
     is_cut_to_fit = False
     if over and over.get("batch") == "auto" and isinstance(fields.get("batch"), dict):
         is_cut_to_fit = True  # the rows of a step stay those that the file says
         over = {field: value for field, value in over.items() if field != "batch"}
         path = None
     if over:
-        merge(fields, _moved(over, folder, is_alone=name is None))
+        merge(fields, _moved(over, folder, is_alone=is_alone))
         path = None
     if is_example:
         fields = merge(
             {"name": f"my-{named_method(fields) or 'adapter'}", "data": {"train": "data/train.jsonl"}}, fields
         )
-    elif name is None:
+    elif is_alone:
         _check_named(fields)
     size = size_of_base(fields.get("base", TrainSpec.model_fields["base"].default), shape_of)
     completed = complete(fields, size)

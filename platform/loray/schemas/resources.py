@@ -299,7 +299,9 @@ class PlacementResource(Resource):
 
 
 class JobResource(Resource):
-    """A training job. `id` is Ray's submission id; `version` is what it published."""
+    """A training job. `id` is Ray's submission id; `version` is what it published. A job of several adapters has one
+    more of these for each of them, whose `part_of` is its id.
+    """
 
     id: str = Field(examples=["train_5f1b2c3d4e5f6a7b"])
     name: QualifiedName = Field(examples=["tone"])
@@ -312,6 +314,7 @@ class JobResource(Resource):
     started_at: datetime | None = Field(examples=[_TIME])
     ended_at: datetime | None = Field(examples=[_TIME])
     recipe: Annotated[TrainSpec, _ANY_OBJECT] = Field(examples=[RECIPE_EXAMPLE])
+    part_of: str | None = Field(default=None, examples=[None])
 
     @property
     def has_ended(self) -> bool:

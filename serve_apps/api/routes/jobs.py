@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from fastapi import Depends, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -21,7 +21,8 @@ from loray.planning.devices import PRESETS
 from loray.policy.auth import check
 from loray.recipes.defaults import complete
 from loray.recipes.fields import parse_plain
-from loray.recipes.load import size_of_base
+from loray.recipes.load import ADAPTERS, size_of_base
+from loray.recipes.many import expand
 from loray.recommend import Answers, Estimate, Quote, recommend
 from loray.schemas.resources import RECIPE_EXAMPLE, JobResource, Page, Resource
 from loray.settings import Settings
@@ -39,24 +40,39 @@ YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 LONGEST_FOLLOWED_S = 3600.0
 
 
-async def _read(request: Request) -> TrainSpec:
+class Submitted(NamedTuple):
+    """What is to be trained: one adapter, or several as one job that is called `name`."""
+
+    name: str
+    recipes: tuple[TrainSpec, ...]
+    is_one: bool
+
+
+async def _read(request: Request) -> Submitted:
     media_type = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
     if media_type not in (JSON, *YAML):
         raise HTTPException(415, f"a recipe is {JSON} or {YAML[0]}, not {media_type or 'without a type'}")
     return await read(request, partial(_parse, is_yaml=media_type in YAML))
 
 
-def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
+def _parse(raw: bytes, *, is_yaml: bool) -> Submitted:
     try:
         data = parse_plain(raw, source="the recipe") if is_yaml else parse_json(raw)
     except SpecError as e:
         raise InvalidFields(str(e), ()) from e
     except (ValueError, RecursionError) as e:
         raise InvalidFields(f"the recipe is not valid JSON: {e}", ()) from e
+    if isinstance(data, dict) and ADAPTERS in data:
+        try:
+            name, recipes = expand(data, shapes_in(Settings.from_env().home))
+        except SpecError as e:
+            raise InvalidFields(str(e), ()) from e
+        return Submitted(name, tuple(recipe.spec for recipe in recipes), is_one=False)
     try:
-        return TrainSpec.model_validate(_completed(data))
+        spec = TrainSpec.model_validate(_completed(data))
     except ValidationError as e:
         raise InvalidFields("the recipe is not valid", fields_of(mistakes(e))) from e
+    return Submitted(spec.name, (spec,), is_one=True)
 
 
 def _completed(data: object) -> object:
@@ -66,7 +82,7 @@ def _completed(data: object) -> object:
     return complete(data, size_of_base(base, shapes_in(Settings.from_env().home)))
 
 
-RecipeBody = Annotated[TrainSpec, Depends(_read)]
+RecipeBody = Annotated[Submitted, Depends(_read)]
 JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
 ChosenId = Annotated[
     JobId | None,
@@ -91,14 +107,18 @@ def submit_job(
     request: Request,
     response: Response,
     asking: CurrentPrincipal,
-    recipe: RecipeBody,
+    submitted: RecipeBody,
     id: ChosenId = None,
     resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
 ) -> JobResource:
-    """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
-    if recipe.publish.aliases:
+    """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster.
+
+    With `adapters`, a list of objects with a name and fields that each has of its own, several are trained as one job.
+    """
+    name, recipes, is_one = submitted
+    if any(recipe.publish.aliases for recipe in recipes):
         check(asking, "promote")
-    job = jobs.submit(recipe, id, resume=resume)
+    job = jobs.submit(recipes[0], id, resume=resume) if is_one else jobs.submit_many(name, recipes, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
     return job
 
