@@ -41,6 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"learning_rate": 5e-2, "vera_d_lr_ratio": 0.5, "max_grad_norm": 0.1},
         "seed": 3,
     },
+    "dora": {"adapter": {"method": "dora", "rank": 4}, "batch": {"rows": 3}},
     "packed": {
         "adapter": {"method": "lora", "rank": 3, "target_modules": ["q_proj", "v_proj"]},
         "batch": {"rows": 2, "order": "packed"},
@@ -98,7 +99,7 @@ def assert_close(ours: FolderReporter, theirs: FolderReporter, *, since: int = 0
 def test_every_adapter_of_a_cohort_learns_what_it_learns_alone(base: BaseModel, tmp_path: Path) -> None:
     cohort = Cohort(specs_of(*RECIPES), base, tmp_path / "many")
     ended = cohort.train()
-    assert list(ended) == ["thin", "wide", "vera", "packed", "one"]
+    assert list(ended) == ["thin", "wide", "vera", "dora", "packed", "one"]
     for spec in cohort.specs:
         state, alone = run(spec, base, tmp_path, name=spec.name)
         ours = cohort.reporters[spec.name]
@@ -118,7 +119,7 @@ def test_every_adapter_of_a_cohort_learns_what_it_learns_alone(base: BaseModel, 
         mine, theirs = (read_adapter(c.path / ADAPTER, base.config) for c in (published, alone.best))
         assert mine.modules.keys() == theirs.modules.keys()
     rounds = [e for e in cohort.reporter.events if e["event"] == "round"]
-    assert [e["num_active"] for e in rounds] == [5] * 13 + [4] * 7
+    assert [e["num_active"] for e in rounds] == [6] * 13 + [5] * 7
     assert all(2 <= e["num_passes"] < 8 for e in rounds)  # of packed rows, and of others
 
 
@@ -317,7 +318,7 @@ class Interrupted(FolderReporter):
 
 
 def test_a_cohort_that_was_interrupted_goes_on_from_its_last_snapshot(base: BaseModel, tmp_path: Path) -> None:
-    specs = specs_of("wide", "vera", max_steps=12, checkpoint={"interval_steps": 3})
+    specs = specs_of("wide", "vera", "dora", max_steps=12, checkpoint={"interval_steps": 3})
     specs += specs_of("packed", max_steps=4)
     specs[0] = specs[0].model_copy(update={"evaluation": specs[0].evaluation.model_copy(update={"interval_steps": 2})})
     unbroken = Cohort(specs, base, tmp_path / "unbroken")
@@ -331,11 +332,11 @@ def test_a_cohort_that_was_interrupted_goes_on_from_its_last_snapshot(base: Base
     snapshot = broken.reporter.checkpoints[-1].path
     saved = read_cohort(snapshot)
     assert saved.round == 6
-    assert {name: adapter.state.step for name, adapter in saved.adapters.items()} == {"wide": 6, "vera": 6}
+    assert {name: adapter.state.step for name, adapter in saved.adapters.items()} == {"wide": 6, "vera": 6, "dora": 6}
 
-    resumed = Cohort(specs[:2], base, tmp_path / "resumed", resume_from=snapshot)
+    resumed = Cohort(specs[:3], base, tmp_path / "resumed", resume_from=snapshot)
     ended = resumed.train()
-    for name in ("wide", "vera"):
+    for name in ("wide", "vera", "dora"):
         assert_close(resumed.reporters[name], unbroken.reporters[name], since=6)
         ours, theirs = ended[name].state, whole[name].state
         assert (ours.epoch, ours.index, ours.num_tokens) == (theirs.epoch, theirs.index, theirs.num_tokens)
