@@ -23,8 +23,8 @@ from loray import __version__
 from loray.bases.registry import get_bases
 from loray.encryption import uses_tls
 from loray.settings import Settings
-from loray.spec import FleetSpec, ServeSpec, engine_of
-from serve_apps.deployment import APPLICATION, DRAIN_S, GATEWAY, front_nodes
+from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampledBase, SampleResult, ServeSpec, engine_of
+from serve_apps.deployment import DRAIN_S, front_nodes
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
 from serve_apps.replica.ranks import bundles
@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 
     from serve_apps.batches import BaseLoad, GatewayLines, LineAnswer
     from serve_apps.gateway.gateway import Gateway
+    from serve_apps.gateway.rollouts import Rollouts
 
 _UPDATED_S = 30.0  # three times the age of the autoscaler's last record
 _SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
 
-__all__ = ["GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
+__all__ = ["AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
 
 class VersionedConfig(DeploymentConfig):  # type: ignore[misc]
@@ -148,7 +149,7 @@ def _host(fleet: FleetSpec) -> str:
 
 
 class GatewayReplica:
-    """Answers other gateways. Serve adds its HTTP application, as `app`."""
+    """Answers other gateways, and trainers. Serve adds its HTTP application, as `app`."""
 
     app: FastAPI
 
@@ -169,6 +170,20 @@ class GatewayReplica:
 
     async def loads(self) -> Mapping[str, BaseLoad]:
         return await self._lines.loads()
+
+    async def sample(self, call: SampleCall) -> SampleResult:
+        """As `Rollouts`, and so the one below."""
+        rollouts: Rollouts = self.app.state.rollouts
+        return await rollouts.sample(call)
+
+    async def retire(self, digests: Collection[str]) -> None:
+        rollouts: Rollouts = self.app.state.rollouts
+        await rollouts.retire(digests)
+
+    async def bases(self) -> dict[str, SampledBase]:
+        """Say of each base what callers of `sample` need to know."""
+        gateway: Gateway = self.app.state.gateway
+        return {name: SampledBase(base.limit_of(None), base.spec.dtype) for name, base in gateway.bases.items()}
 
     @property
     def _lines(self) -> GatewayLines:

@@ -150,7 +150,7 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
 REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one query
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
-_ANTHROPIC_KEY = "x-api-key"  # in which clients of Anthropic's API may send a key, beside Authorization
+_ANTHROPIC_KEY = "x-api-key"  # in which clients of Anthropic's API and of Tinker's may send a key
 HEADERS = _BROWSER_HEADERS | {"authorization", _ANTHROPIC_KEY, TENANT}  # those of a request that are read
 _MOST_REFUSED = 100  # kinds of refused requests that the audit log tells apart in a minute
 _BEARER = "bearer "
@@ -368,6 +368,12 @@ class Authenticator:
             self._accounts[key_id, tenant] = now + REFRESH_S, principal
         return principal
 
+    async def of_tenant(self, tenant: str) -> Principal:
+        """Return who asks inside of the cluster for a tenant. Raises as `KeyRing.of_tenant`."""
+        if not self.follower.is_running:
+            await self.refresh()
+        return self.ring.of_tenant(tenant)
+
     def _note(self, principal: Principal, now: float) -> None:
         key_id, period = principal.key_id, int(now) // _USE_S
         if key_id is not None and key_id not in STATIC_KEYS and self._minutes.get(key_id) != period:
@@ -519,6 +525,7 @@ class Authenticate:
     permissions  of the application's routes
     refused      the response to an error, in the application's form
     rates        how often keys and tenants may ask; None: as often as they like
+    key_start    what clients of the application write before a key in X-API-Key
     """
 
     def __init__(
@@ -528,9 +535,10 @@ class Authenticate:
         permissions: Permissions,
         refused: Callable[[Exception], Response],
         rates: RateLimits | None = None,
+        key_start: str = "",
     ) -> None:
         self._app, self._access, self._permissions, self._refused = app, access, permissions, refused
-        self._rates = rates
+        self._rates, self._key_start = rates, key_start
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (action := self._permissions.action(scope)) is None:
@@ -569,6 +577,8 @@ class Authenticate:
             if name in headers and name in _ONCE:
                 raise Unauthenticated(f"the header {name} comes twice")
             headers[name] = value.decode("latin-1")
+        if self._key_start and _ANTHROPIC_KEY in headers:
+            headers[_ANTHROPIC_KEY] = headers[_ANTHROPIC_KEY].removeprefix(self._key_start)
         return headers
 
 

@@ -12,14 +12,17 @@ from loray.errors import ClusterError
 from loray.local.serving import ServingAddress
 from loray.locations import http_url
 from loray.settings import Settings
-from loray.spec import FleetSpec
+from loray.spec import APPLICATION, FleetSpec
 
-APPLICATION = "loray"
-GATEWAY = "gateway"
 IMPORT_PATH = "serve_apps.app:build"
 CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"
 CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
+TINKER_APPLICATION = "tinker"
+TINKER_PREFIX = "/tinker"
+TINKER_IMPORT_PATH = "serve_apps.tinker.app:build"
+# Those that write to the store are on a node with no engine, so that its identity can be another one.
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
 DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
@@ -27,8 +30,8 @@ _REASON_LINES = 12
 
 
 def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
-    """Make the configuration of `serve deploy` (ServeDeploySchema): engines with their gateways, and the catalog's REST
-    API.
+    """Make the configuration of `serve deploy` (ServeDeploySchema): engines with their gateways, the catalog's REST
+    API, and the front of Tinker's protocol.
 
     Ray's dashboard shows it, so passwords are not sent to another cluster: its nodes have their own LORAY_CATALOG.
     """
@@ -51,6 +54,13 @@ def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
                 "route_prefix": CATALOG_PREFIX,
                 "import_path": CATALOG_IMPORT_PATH,
                 "args": {"host": fleet.host, "port": fleet.port},
+                "runtime_env": runtime_env,
+            },
+            {
+                "name": TINKER_APPLICATION,
+                "route_prefix": TINKER_PREFIX,
+                "import_path": TINKER_IMPORT_PATH,
+                "args": {"host": fleet.host},
                 "runtime_env": runtime_env,
             },
         ],
@@ -130,7 +140,8 @@ class ServeApi:
         deployed = self._details().get("applications", {})
         if APPLICATION not in deployed:
             return None
-        return combined([deployed[name] for name in (APPLICATION, CATALOG_APPLICATION) if name in deployed])
+        ours = (APPLICATION, CATALOG_APPLICATION, TINKER_APPLICATION)
+        return combined([deployed[name] for name in ours if name in deployed])
 
     def watch(self, timeout_s: float) -> Iterator[ApplicationState]:
         """Yield states as they change, until one is running or failed.

@@ -35,6 +35,7 @@ ADDRESSES = (
     "serve_apps.app:AdapterRouter",
     "serve_apps.app:AdapterDemandPolicy",
     "serve_apps.api.app:build",
+    "serve_apps.tinker.app:build",
     "jobs.train:main",
     "loray.client:LorayClient",
     "loray.client:CatalogClient",
@@ -93,13 +94,15 @@ def test_addresses_that_others_hold_stay() -> None:
     entry_points = [*project["scripts"].values(), *project["entry-points"]["loray.commands"].values()]
     manifests = [*(ROOT / "infra").rglob("*.yaml"), *(ROOT / "serve_apps" / "configs").glob("*.yaml")]
     served = re.findall(r"import_path: (\S+)", "\n".join(p.read_text() for p in manifests))
-    assert set(served) == {"serve_apps.app:build", "serve_apps.api.app:build"}
+    assert set(served) == {"serve_apps.app:build", "serve_apps.api.app:build", "serve_apps.tinker.app:build"}
     for address in {*ADDRESSES, *entry_points, *served}:
         module, _, name = address.partition(":")
         assert hasattr(importlib.import_module(module), name), address
 
 
-@pytest.mark.parametrize("module", ["serve_apps.gateway.app", "serve_apps.api.app", "serve_apps.app"])
+@pytest.mark.parametrize(
+    "module", ["serve_apps.gateway.app", "serve_apps.api.app", "serve_apps.app", "serve_apps.tinker.app"]
+)
 def test_gateway_and_catalog_api_load_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -7,10 +7,11 @@ import os
 import struct
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from loray.priority import compute_in_background, run_soon
+from loray.priority import ForegroundTime, YieldGate, compute_in_background, run_soon
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
@@ -62,3 +63,63 @@ def test_a_thread_that_runs_soon_has_a_short_slice_and_so_have_those_that_it_mak
     version = tuple(int(part) for part in os.uname().release.split(".")[:2])
     assert found == [100_000 if version >= (6, 12) else usual] * 2
     assert slice_ns(threading.get_native_id()) == usual
+
+
+class Clock:
+    """Time passes where somebody sleeps or computes."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_another_map_of_the_file_sees_until_when_an_engine_computes(tmp_path: Path) -> None:
+    clock = Clock()
+    written, read = ForegroundTime(tmp_path / "new"), ForegroundTime(tmp_path / "new")
+    assert not read.is_busy(clock())
+    written.begin_step(0.02, clock)
+    assert [read.is_busy(clock() + s) for s in (0, 0.02, 0.024, 0.026, 5)] == [True, True, True, False, False]
+    written.begin_step(1e9, clock)  # what no step was measured for
+    assert not read.is_busy(clock() + 1.1)
+    assert not read.is_busy(clock() - 2), "of before the last start"
+
+
+def gate(tmp_path: Path) -> tuple[Clock, ForegroundTime, YieldGate]:
+    clock, foreground = Clock(), ForegroundTime(tmp_path)
+    return clock, foreground, YieldGate(foreground, clock, clock.pass_by)
+
+
+def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
+    clock, foreground, yields = gate(tmp_path)
+    clock.pass_by(0.01)
+    began = clock()
+    yields.wait()
+    assert clock() == began
+    clock.pass_by(0.01)
+    foreground.begin_step(0.03, clock)
+    began = clock()
+    yields.wait()
+    assert clock() - began == pytest.approx(0.035, abs=0.0011)
+
+
+@pytest.mark.parametrize("layer_s", [0.002, 0.05, 3.0])
+def test_beside_an_engine_that_always_computes_a_tenth_of_the_time_is_left(tmp_path: Path, layer_s: float) -> None:
+    clock, foreground, yields = gate(tmp_path)
+
+    def sleep(seconds: float) -> None:
+        clock.pass_by(seconds)
+        foreground.begin_step(0.02, clock)
+
+    yields = YieldGate(foreground, clock, sleep)
+    began = clock()
+    for _ in range(20):
+        clock.pass_by(layer_s)
+        foreground.begin_step(0.02, clock)
+        yields.wait()
+    waited = clock() - began - 20 * layer_s
+    assert waited == pytest.approx(20 * min(9 * layer_s, 1.0))

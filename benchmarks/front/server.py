@@ -16,7 +16,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -140,6 +140,9 @@ class FakeEngines:
 
     async def stats(self) -> list[ReplicaStatus]:
         return []
+
+    async def retire(self, digests: Collection[str]) -> None:
+        pass
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None

@@ -412,7 +412,7 @@ class Runs:
         return hint if found else ""
 
 
-def open_runs(settings: Settings, kind: Literal["runs", "sweeps", "many"] = "runs") -> Runs:
+def open_runs(settings: Settings, kind: Literal["runs", "sweeps", "many", "trainers", "states"] = "runs") -> Runs:
     """Opens the runs, or the folders of sweeps or of jobs of several adapters. Raises SettingsError if the store's URL
     is wrong. Reads and writes nothing yet.
     """

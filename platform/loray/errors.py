@@ -7,6 +7,7 @@
     ├── NotFoundError
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
+    │   ├── AdapterGone        an ephemeral adapter, whose bytes no cache and no trainer has any more
     │   ├── KeyNotFound        no such API key or tenant in the catalog
     │   ├── UserFileNotFound   no such file of `/v1/files`, or of another tenant
     │   ├── BatchNotFound      no such batch of `/v1/batches`, or of another tenant
@@ -101,6 +102,12 @@ class BaseNotFound(NotFoundError):
 
 class AdapterNotFound(NotFoundError):
     pass
+
+
+class AdapterGone(NotFoundError):
+    """Nobody has the bytes of an ephemeral adapter any more, or nobody gives them now: publish it again."""
+
+    code = "adapter_gone"
 
 
 class ResponseNotFound(NotFoundError):

@@ -1,12 +1,21 @@
-"""Priorities of threads: who waits where there are fewer processors than work."""
+"""Priorities of threads: who waits where there are fewer processors than work.
+
+Trainers on the processors of engines wait at the gate of a layer (`YieldGate`) while these compute for people: the
+kernel's priorities alone would give a thread that computes in the background a part of each step.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import socket
 import struct
 import sys
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 
 def compute_in_background(process: int | None = None) -> None:
@@ -38,3 +47,51 @@ def run_soon() -> None:
         # sched_attr: size, policy (other), flags, nice, priority, runtime, deadline, period
         attributes = struct.pack("IIQiIQQQ", 48, 0, 0, niceness, 0, _SHORTEST_NS, 0, 0)
         ctypes.CDLL(None).syscall(number, thread, attributes, 0)
+
+
+_LONGEST_STEP_S = 1.0
+_FRESH_S = 0.005  # after a step, in which the next one begins
+_SHARE = 0.9  # of the time that is waited at most
+_LONGEST_WAIT_S, _LOOK_S = 1.0, 0.001
+
+
+class ForegroundTime:
+    """Until when engines of this machine compute for requests in the foreground: seconds of `time.monotonic`, which is
+    one clock for all processes of a machine, in a file of `home` that they map. A write is a store of 8 bytes.
+    """
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / f"foreground-{socket.gethostname()}").open("a+b") as file:
+            file.truncate(8)
+            self._until = memoryview(mmap.mmap(file.fileno(), 8)).cast("d")
+
+    def begin_step(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """A step begins that is expected to take so long."""
+        self._until[0] = clock() + min(seconds, _LONGEST_STEP_S)
+
+    def is_busy(self, now: float) -> bool:
+        return -_LONGEST_STEP_S <= now - self._until[0] < _FRESH_S  # before: a time of before the machine's last start
+
+
+class YieldGate:
+    """Where who computes in the background waits while engines compute for the foreground, see `ForegroundTime`: for at
+    most a second, and for no more than 90 % of the time from the gate before.
+    """
+
+    def __init__(
+        self,
+        foreground: ForegroundTime,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._foreground, self._clock, self._sleep = foreground, clock, sleep
+        self._left_at = clock()
+
+    def wait(self) -> None:
+        now = self._clock()
+        until = now + min(_LONGEST_WAIT_S, _SHARE / (1 - _SHARE) * (now - self._left_at))
+        while now < until and self._foreground.is_busy(now):
+            self._sleep(min(_LOOK_S, until - now))
+            now = self._clock()
+        self._left_at = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from loray.variables import (
     ON,
     hashes,
     log_target,
+    names_of,
     one_of,
     origins,
     positive,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE GATE_TRUSTS USAGE_DAYS ACCESS_LOG DATA "
     "MAX_JOBS MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
-    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS UNKNOWN_FIELDS FILES BATCH_FACTOR"
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS UNKNOWN_FIELDS FILES BATCH_FACTOR TINKER_NAMES"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -89,6 +91,7 @@ class Settings:
     batch_factor  share of the tokens of batches that budgets count (`LORAY_BATCH_FACTOR`, default 0.5)
     origins  of sites whose pages may ask gateways that need keys (`LORAY_CORS_ORIGINS`, comma-separated, or `*`;
              default none)
+    tinker_names  further names of bases in Tinker's protocol (`LORAY_TINKER_NAMES`, JSON: name → base; default none)
     refuses_unknown_fields  of requests to gateways (`LORAY_UNKNOWN_FIELDS=refuse`; default `ignore`: they are named in
              a header, but for likely typing errors)
     """
@@ -117,6 +120,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     files: bool = True
     batch_factor: float = DEFAULT_BATCH_FACTOR
+    tinker_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     refuses_unknown_fields: bool = False
     url: str | None = None
 
@@ -171,6 +175,7 @@ class Settings:
             origins=origins(env, "LORAY_CORS_ORIGINS"),
             files=one_of(env, "LORAY_FILES", (ON, OFF)) == ON,
             batch_factor=share(env, "LORAY_BATCH_FACTOR", DEFAULT_BATCH_FACTOR),
+            tinker_names=names_of(env, "LORAY_TINKER_NAMES"),
             refuses_unknown_fields=one_of(env, "LORAY_UNKNOWN_FIELDS", ("ignore", "refuse")) == "refuse",
         )
 
@@ -249,6 +254,7 @@ class Settings:
             "LORAY_KEY_MAX_AGE_S": "" if self.key_max_age_s == DEFAULT_KEY_MAX_AGE_S else str(self.key_max_age_s),
             "LORAY_CORS_ORIGINS": ",".join(self.origins),
             "LORAY_UNKNOWN_FIELDS": "refuse" if self.refuses_unknown_fields else "",
+            "LORAY_TINKER_NAMES": json.dumps(dict(self.tinker_names), sort_keys=True) if self.tinker_names else "",
         }
         return {name: value for name, value in env.items() if value}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -95,6 +96,19 @@ def origins(env: Mapping[str, str], name: str) -> tuple[str, ...]:
                 f"{name} has {part!r}; an origin is scheme, host and port as browsers send them, https://chat.example "
                 "or http://localhost:3000, in small letters and without a path, or * for all"
             )
+    return found
+
+
+def names_of(env: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the names in a JSON object, and what each stands for."""
+    if not (value := env.get(name)):
+        return {}
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(of, str) and of for of in found.values()):
+        raise SettingsError(f'{name}={value!r} must be a JSON object of names, as {{"Qwen/Qwen3-8B": "smollm2"}}')
     return found
 
 

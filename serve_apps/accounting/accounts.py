@@ -255,7 +255,7 @@ def _prompt_step(requests: Sequence[GenerateRequest], num_choices: int) -> int:
     """Return the distance of requests whose prompts are computed: the choices of a prompt share it, unless they ask for
     its logprobs, which need all of it.
     """
-    return num_choices if requests[0].params.prompt_logprobs is None else 1
+    return num_choices if requests[-1].params.prompt_logprobs is None else 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,20 +18,18 @@ from loray.errors import EngineError
 from loray.local.serving import ServingAddress
 from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
-from loray.spec import Frozen, is_engine
+from loray.spec import APPLICATION, GATEWAY, Frozen, is_engine
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.auth import open_auth
 from serve_apps.batches import BaseLoad, LineAnswer
 from serve_apps.console import GatewayClient
-from serve_apps.deployment import APPLICATION, GATEWAY
+from serve_apps.deployment import ON_THE_HEAD
 from serve_apps.http import WithoutRequestId
 
 _TIMEOUT_S = 5.0
 API = "api"
-# The one server that writes to the store: on a node with no engine, so that its identity can be another one.
-_ON_THE_HEAD = {"node:__internal_head__": 0.001}
 _MAX_ONGOING = 256  # including clients that follow a job's log
 
 
@@ -128,7 +126,7 @@ def build(args: dict[str, Any]) -> Application:
         serve.ingress(app)(),
         name=API,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "resources": _ON_THE_HEAD, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 0, "resources": ON_THE_HEAD, "runtime_env": environment},
         health_check_period_s=5.0,
     )
     return api.bind()

@@ -23,12 +23,9 @@ class LineAnswer(NamedTuple):
 
 
 class BaseLoad(NamedTuple):
-    """A base's engines: how long the request waits that waits longest, the share of the pool that keys and values take,
-    and whether none runs.
-    """
+    """A base's engines: how long the request waits that waits longest, and whether none runs."""
 
     wait_s: float
-    pool_use: float
     is_cold: bool
 
 

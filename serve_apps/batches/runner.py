@@ -304,16 +304,15 @@ class BaseLines:
         if load.is_cold:
             self._is_waking = True
         if not self._is_waking:
-            self.rate.observe(time.monotonic(), wait_s=load.wait_s, pool_use=load.pool_use)
+            self.rate.observe(time.monotonic(), load.wait_s)
             self.begin()
 
     def answered(self, answer: LineAnswer) -> None:
         """Take what an answer says of the base."""
         if answer.refusal is None and self._is_waking:
             self._is_waking = False
-            self.rate.begin(time.monotonic())
         elif answer.refusal == "overloaded" and not self._is_waking:
-            self.rate.yield_to_others(time.monotonic())
+            self.rate.shrink(time.monotonic())
 
 
 class _Answering:

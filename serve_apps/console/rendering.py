@@ -55,6 +55,7 @@ SECTIONS = (
     Section("/files", "Files", "files", of_files=True),
     Section("/batches", "Batches", "batch", of_files=True),
     Section("/jobs", "Training", "follow"),
+    Section("/sessions", "Training sessions", "follow"),
     Section("/serving", "Serving", "observe"),
     Section("/usage", "Usage", "identify"),
     Section("/keys", "Keys", "manage_own"),

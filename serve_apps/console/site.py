@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from serve_apps.console import adapters, files, jobs, keys, serving, session
+from serve_apps.console import adapters, files, jobs, keys, serving, session, training_sessions
 
-ROUTES = [route for pages in (serving, adapters, files, jobs, keys, session) for route in pages.router.routes]
+ROUTES = [
+    route
+    for pages in (serving, adapters, files, jobs, training_sessions, keys, session)
+    for route in pages.router.routes
+]

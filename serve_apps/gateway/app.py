@@ -34,6 +34,7 @@ from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from serve_apps.gateway.fine_tuning.routes import fine_tuning_routes
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
+from serve_apps.gateway.rollouts import Rollouts
 from serve_apps.gateway.routes import create_routes, describe
 from serve_apps.http import BodyLimit, EchoRequestId, path_of
 from serve_apps.tracing import TraceRequests, Tracing
@@ -83,6 +84,7 @@ def create_app(
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
     app.state.lines = BatchLines(app, gateway, access)
+    app.state.rollouts = Rollouts(gateway, access)
     gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -79,6 +79,11 @@ class EngineClient(Protocol):
 
     async def stats(self) -> list[ReplicaStatus]:
         """Ask for the status of every replica that answers."""
+
+    async def retire(self, digests: Collection[str]) -> None:
+        """Drop ephemeral adapters on every replica, when the requests that use them have ended. Nobody waits for that,
+        and a replica that does not answer drops them by age.
+        """
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         """Ask for the autoscaler's last decisions; None if there are none."""

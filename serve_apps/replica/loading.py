@@ -3,6 +3,9 @@
 A replica need not load what it has kept in host memory. Otherwise the node's cache has the adapter, packed. If it has
 not, the store does: the weights are read in ranges, several at once, and hashed as they come. The adapter is given to
 the engine when it has been verified; after that it is written into the cache, which only helps later loads.
+
+An ephemeral adapter is in no store. Its trainer has written it into the cache of its own node, and a replica elsewhere
+asks the actors that its reference names. It is loaded once or twice in its short life, so no packed form is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loray.adapters.files import MAX_CONFIG_BYTES, check_declared, check_header_length, check_tensors, read_header
-from loray.adapters.manifest import read_manifest, with_manifest
+from loray.adapters.manifest import read_manifest, verify_files, with_manifest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,11 +34,11 @@ from loray.adapters.peft_format import (
 from loray.bases.checkpoint import DTYPES, header_end, parse_header
 from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed, packed_name, save_packed
-from loray.errors import IntegrityError, UnsupportedError
+from loray.errors import AdapterGone, IntegrityError, LorayError, UnsupportedError
 from loray.priority import compute_in_background
 from loray.settings import Settings
-from loray.spec import AdapterManifest, AdapterRef
-from loray.store import AdapterCache, AdapterStore, open_store
+from loray.spec import ACTOR_NAMESPACE, AdapterManifest, AdapterRef
+from loray.store import NODE_CACHE_BYTES, AdapterCache, AdapterStore, open_store, write_entry
 from loray.telemetry import get_logger
 from loray_kernels.memory import Recycled
 from serve_apps.replica.metrics import LoadCounts
@@ -47,10 +50,10 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _MAX_WAITING = 8  # adapters that wait to be written; one more is not kept, as the engine must not wait for it
-_NODE_CACHE_BYTES = 16 << 30  # of disk
 _FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter
 _RANGE_BYTES = 4 << 20
 _NUM_RANGES = 4  # read at once, of all adapters together
+_GIVE_S = 30.0  # in which an actor gives an adapter's files
 
 Files = Mapping[str, bytes | memoryview]
 
@@ -92,25 +95,29 @@ class AdapterLoader:
     """The engine's `load`, which its loader threads call."""
 
     def __init__(self, base: BaseModel, settings: Settings, counts: LoadCounts | None = None) -> None:
-        self.base, self.counts = base, counts or LoadCounts()
+        self.base, self.counts, self.home = base, counts or LoadCounts(), settings.home
         self.store = AdapterStore(open_store(settings.store))
-        self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
+        self.cache = AdapterCache(self.store, settings.home / "cache", NODE_CACHE_BYTES)
         self.cache_writer = CacheWriter()
         self._ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
 
     def __call__(self, ref: AdapterRef, packer: Packer) -> PackedAdapter:
         """Load and pack the adapter.
 
-        Raises NotFoundError or IntegrityError from the store, BaseMismatch, and UnsupportedError if the engine does not
-        support the adapter.
+        Raises NotFoundError or IntegrityError from the store, AdapterGone for an ephemeral adapter, BaseMismatch, and
+        UnsupportedError if the engine does not support the adapter.
         """
         name = packed_name(packer, self.base.fingerprint)
         with ExitStack() as held:
             entry = held.enter_context(self.cache.entry(ref.digest, is_good=lambda folder: _is_good(folder / name)))
             file, is_cached = entry.folder / name, entry.present
-            self.counts.began("cache" if is_cached else "store")
+            self.counts.began("cache" if is_cached else "actor" if ref.is_ephemeral else "store")
             if is_cached and file.exists():
                 return open_packed(file, pinned=packer.pinned)
+            if ref.is_ephemeral:
+                if not is_cached:
+                    write_entry(entry.folder, files_given(ref))
+                return packer.pack(self._cached(ref, entry.folder)[0])
             weights, files = self._cached(ref, entry.folder) if is_cached else self._stored(ref, entry.folder, packer)
             packed = packer.pack(weights)
             if is_cached and packed.pair is not None:
@@ -154,6 +161,25 @@ class AdapterLoader:
         trained = manifest.ref(ref.digest, ref.name, ref.version)
         trained.check_base(self.base.name, self.base.fingerprint, self.base.of)
         return with_manifest(weights, manifest, ref.label)
+
+
+def files_given(ref: AdapterRef) -> Mapping[str, bytes]:
+    """Ask the actors that hold an ephemeral adapter for its files, one after the other. Raises AdapterGone."""
+    for name in ref.holders:
+        import ray  # `loray serve` has none, and no such adapters
+        from ray.exceptions import RayError
+
+        try:
+            actor = ray.get_actor(name, namespace=ACTOR_NAMESPACE)
+            files: Mapping[str, bytes] = ray.get(actor.give.remote(ref.digest), timeout=_GIVE_S)
+            verify_files(files, ref.digest)
+            return files
+        except (RayError, LorayError, ValueError) as e:  # ValueError: there is no such actor
+            _log.warning("actor %s does not give adapter %s (%s): %s", name, ref.label, ref.digest[:12], e)
+    raise AdapterGone(
+        f"the ephemeral adapter {ref.label} ({ref.digest[:12]}) is neither in this node's cache, nor does "
+        f"{' or '.join(ref.holders) or 'any actor'} give it; publish it again, or sample a later version"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loray.telemetry import HistogramCounts
 
 
-Source = Literal["cache", "store"]  # of an adapter's bytes
+Source = Literal["cache", "store", "actor"]  # of an adapter's bytes; actor: of an ephemeral one
 
 
 @dataclass(slots=True, eq=False)

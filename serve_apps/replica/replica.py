@@ -6,6 +6,7 @@ application needs only the class.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -92,7 +93,8 @@ class EngineReplica:
 
         self._started_at = time.time()
         base, counts = get_base(settings.home, spec.base), LoadCounts()
-        self._stream = start_engine(spec, base, adapter_loader(base, settings, counts), RankActors)
+        self._loader = adapter_loader(base, settings, counts)
+        self._stream = start_engine(spec, base, self._loader, RankActors)
         warm_start = None
         if spec.warm_start_s:
             warm_start = warm_up(self._stream, _demand_records(), _replica_id(), base, spec.warm_start_s)
@@ -139,6 +141,13 @@ class EngineReplica:
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
         """Say where adapters are, see `placements`."""
         return await placements(self._stream, _replica_id(), digests)
+
+    async def retire(self, digests: Collection[str]) -> None:
+        """Drop ephemeral adapters in the engine, see `Engine.retire`, and in the node's cache where nobody reads them.
+        Raises EngineError if the engine has stopped.
+        """
+        await self._stream.retire(digests)
+        await asyncio.to_thread(lambda: [self._loader.cache.remove(digest) for digest in digests])
 
     async def report_to(self, gateway: ChannelAddress) -> None:
         """Tell `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from loray.bases.registry import BaseModel
+from loray.priority import ForegroundTime
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
@@ -43,7 +44,8 @@ def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> 
 def start_engine(
     spec: ServeSpec, base: BaseModel, load: AdapterLoader, start_workers: StartWorkers | None = None
 ) -> AsyncEngine:
-    """Load the base, allocate the pool, and start the engine's thread. `load` is an `adapter_loader`.
+    """Load the base, allocate the pool, and start the engine's thread. `load` is an `adapter_loader`. An
+    engine on a CPU tells trainers of this machine when it computes for people.
 
     `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine.
     """
@@ -52,7 +54,10 @@ def start_engine(
     from loray.engine.parallel.worker import LocalWorkers
 
     started = time.monotonic()
-    stream = AsyncEngine(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
+    engine = build_engine(spec, base, load, start_workers=start_workers or LocalWorkers)
+    if spec.device.startswith("cpu"):
+        engine.foreground = ForegroundTime(load.home)
+    stream = AsyncEngine(engine)
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream

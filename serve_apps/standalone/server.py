@@ -6,13 +6,14 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
+from starlette.responses import JSONResponse
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -30,7 +31,7 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
 from serve_apps.auth import open_auth
 from serve_apps.console import GatewayClient
-from serve_apps.deployment import CATALOG_PREFIX, DRAIN_S
+from serve_apps.deployment import CATALOG_PREFIX, DRAIN_S, TINKER_PREFIX
 from serve_apps.gateway.app import open_gateway
 from serve_apps.python_gc import collect_when_quiet, freeze_garbage
 from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, placements, replica_status
@@ -42,6 +43,7 @@ REPLICA = "local"  # the engine's name where replicas have one
 HEADERS_S = 10.0  # for a request's headers to come, the first one's from the connection on
 SEND_S = 60.0  # in which a client takes a byte of what it is sent
 _KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close them first
+_NO_TINKER = "`loray serve` trains nothing: Tinker's protocol is served by `loray up`"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TICKS_PER_CHECK = 10  # of uvicorn's main loop, ten a second
 
@@ -121,6 +123,9 @@ class LocalEngineClient:
             return []
         return [replica_status(self._stream, REPLICA, self._started_at)]
 
+    async def retire(self, digests: Collection[str]) -> None:
+        await self._stream.retire(digests)
+
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None
 
@@ -169,6 +174,8 @@ class Site:
             await self._lifespan(scope, receive, send)
         elif scope["path"].startswith(self._prefix):
             await self._api({**scope, "root_path": CATALOG_PREFIX}, receive, send)
+        elif scope["path"].startswith(f"{TINKER_PREFIX}/"):
+            await JSONResponse({"detail": _NO_TINKER}, 404)(scope, receive, send)
         else:
             await self._gateway(scope, receive, send)
 

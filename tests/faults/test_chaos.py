@@ -23,8 +23,8 @@ import httpx
 import pytest
 
 from loray.publishing import Destination, publish
-from loray.spec import engine_of
-from serve_apps.deployment import GATEWAY, ServeApi
+from loray.spec import GATEWAY, engine_of
+from serve_apps.deployment import ServeApi
 from tests.faults import spy
 from tests.faults.requests import COMPLETIONS, Kind, make_kinds, undisturbed
 from tests.faults.run import Run

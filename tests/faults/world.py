@@ -30,9 +30,9 @@ from loray.local.processes import LOOPBACK, free_ports, is_free, kill, session_m
 from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
-from loray.spec import FleetSpec, ServeSpec, engine_of
+from loray.spec import APPLICATION, GATEWAY, FleetSpec, ServeSpec, engine_of
 from loray.store.s3 import _PROBE, connect, create_bucket
-from serve_apps.deployment import APPLICATION, GATEWAY, ServeApi, serve_config
+from serve_apps.deployment import ServeApi, serve_config
 from tests.fixtures.nodes import Node
 from tests.fixtures.postgres import Postgres, start_postgres
 from tests.fixtures.publisher import publish_copies

@@ -40,14 +40,16 @@ def test_the_application_that_is_worst_off_counts(engine: str, catalog: str, tog
     assert state.replicas == {"engine": {"RUNNING": 1, "STARTING": 1}, "api": {"RUNNING": 1}}
 
 
-def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
+def test_all_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
     from serve_apps.api.app import build
 
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
-    serving, catalog = serve_config(FleetSpec.of(ServeSpec()), settings)["applications"]
-    assert (serving["route_prefix"], catalog["route_prefix"]) == ("/", "/api/v1")
+    serving, catalog, tinker = serve_config(FleetSpec.of(ServeSpec()), settings)["applications"]
+    prefixes = (serving["route_prefix"], catalog["route_prefix"], tinker["route_prefix"])
+    assert prefixes == ("/", "/api/v1", "/tinker")
     assert catalog["import_path"] == f"{build.__module__}:{build.__name__}"
-    assert serving["runtime_env"] == catalog["runtime_env"] == {"env_vars": settings.to_env()}
+    same = {"env_vars": settings.to_env()}
+    assert serving["runtime_env"] == catalog["runtime_env"] == tinker["runtime_env"] == same
     with pytest.raises(SpecError, match="base: Extra inputs are not permitted; known fields: host"):
         build({"base": "x"})
 

@@ -163,3 +163,19 @@ def test_processes_share_a_cache(node: Node, local_objects: LocalStore) -> None:
     for p in processes:
         p.join(60)
     assert [p.exitcode for p in processes] == [0, 0, 0]
+
+
+def test_what_is_put_is_there_until_it_is_removed(node: Node, describe_one: Callable[[int], Path]) -> None:
+    """As a trainer and a replica of one node use it."""
+    name, folder = node.names[0], describe_one(0)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    cache, replica = node.cache(), node.cache()
+    cache.put(name, files)
+    with replica.pinned(name) as path:
+        verify_folder(path)
+        assert not cache.remove(name)  # at once, while it is read
+        cache.put(name, files)
+    assert cache.remove(name)
+    assert cache.remove(name)
+    assert node.store.fetches == []
+    assert (node.held("adapters"), node.held("locks")) == ([], [])

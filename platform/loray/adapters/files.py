@@ -67,6 +67,13 @@ def own_bytes(entries: Mapping[str, TensorEntry]) -> int:
     return sum(entry.stop - entry.start for name, entry in entries.items() if name not in PAIR_NAMES)
 
 
+def header_of(data: bytes, *, source: str) -> dict[str, TensorEntry]:
+    """Read and check the header of an adapter's file in memory, as `read_header`."""
+    entries = parse_header(data[: check_header_length(data, source=source)], source=source)
+    check_tensors(entries, source=source, file_bytes=len(data))
+    return entries
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Read and check the header of an adapter's file. Raises IntegrityError or UnsupportedError, which name it."""
     source = str(path)

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pydantic import ValidationError
 
-from loray.adapters.files import check_declared, check_finite, own_bytes, read_header
+from loray.adapters.files import check_declared, check_finite, header_of, own_bytes, read_header
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     MODULES,
     WEIGHTS_FILE,
     parse_adapter,
+    parse_config,
     read_config,
     weights_path,
     without_prefix,
@@ -102,14 +104,47 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
     where the recipe is of another method.
     """
     checked = validate_folder(folder, base.config)
-    weights = checked.weights
-    created_at = details.created_at or datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
-    original_context = None
+    if details.created_at is None:
+        created_at = datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
+        details = replace(details, created_at=created_at)
+    files = {path.name: file_sha256(path) for path in published_files(folder)}
+    manifest = _described(checked, base, details, files, _own_template(folder, base), str(folder))
+    write_manifest(folder, manifest_json(manifest))
+    return manifest
+
+
+def describe_files(files: Mapping[str, bytes], base: BaseModel, details: ManifestDetails) -> AdapterManifest:
+    """Describe the PEFT adapter of these files in memory as `describe` does one in a folder; `details` say when it was
+    made. Raises the same, but does not look at values: a trainer skips steps that are not finite.
+    """
+    source = "the adapter"
+    checked = _checked(
+        parse_config(Path(source), files[CONFIG_FILE]),
+        header_of(files[WEIGHTS_FILE], source=source),
+        base.config,
+        lambda: io.BytesIO(files[WEIGHTS_FILE]),
+        source,
+    )
+    return _described(
+        checked, base, details, {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}, None, source
+    )
+
+
+def _described(
+    checked: CheckedFolder,
+    base: BaseModel,
+    details: ManifestDetails,
+    files: dict[str, str],
+    template: str | None,
+    source: str,
+) -> AdapterManifest:
+    weights, original_context = checked.weights, None
+    assert details.created_at is not None
     if details.rope_parameters is not None:
         original_context = details.original_context_length or _original_context(base, details.recipe)
     try:
         manifest = AdapterManifest(
-            method=_method(folder, weights, details.recipe, details.rope_parameters),
+            method=_method(source, weights, details.recipe, details.rope_parameters),
             invocation_tokens=weights.invocation_tokens,
             base=base.name,
             base_fingerprint=base.fingerprint,
@@ -121,7 +156,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             original_context_length=original_context,
             rope_parameters=details.rope_parameters,
             projection=_projection(weights, checked.prng_key),
-            files={path.name: file_sha256(path) for path in published_files(folder)},
+            files=files,
             derived_from=details.derived_from,
             parent=details.parent,
             sweep=details.sweep,
@@ -133,14 +168,12 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             licence=details.licence,
             description=details.description,
             tool_parser=details.tool_parser,
-            chat_template=_own_template(folder, base),
-            created_at=created_at.isoformat(timespec="seconds"),
+            chat_template=template,
+            created_at=details.created_at.isoformat(timespec="seconds"),
         )
     except ValidationError as e:
-        raise SpecError(f"the manifest of {folder} would not be valid: {e}") from e
-    canonical = manifest_json(manifest)
-    check_size(manifest, canonical)
-    write_manifest(folder, canonical)
+        raise SpecError(f"the manifest of {source} would not be valid: {e}") from e
+    check_size(manifest, manifest_json(manifest))
     return manifest
 
 
@@ -265,6 +298,19 @@ def verify_folder(folder: Path) -> AdapterManifest:
     return manifest
 
 
+def verify_files(files: Mapping[str, bytes], digest: str) -> None:
+    """Hash files that came by name. Raises IntegrityError unless they are those of the adapter with this digest."""
+    source = f"what was given for adapter {digest[:12]}"
+    try:
+        canonical = canonical_json(json.loads(files[AdapterManifest.FILE])).encode()
+        manifest = parse_manifest(canonical, source=source)
+        wrong = [name for name, sha in manifest.files.items() if hashlib.sha256(files[name]).hexdigest() != sha]
+    except (KeyError, ValueError) as e:
+        raise IntegrityError(f"{source} is incomplete: {e}") from e
+    if wrong or hashlib.sha256(canonical).hexdigest() != digest:
+        raise IntegrityError(f"{source} is another adapter, or {wrong or AdapterManifest.FILE} is damaged")
+
+
 def published_files(folder: Path) -> list[Path]:
     """List the files of a PEFT folder that belong to the adapter, sorted by name."""
     return [
@@ -289,7 +335,7 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
 
 
 def _method(
-    folder: Path, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
+    folder: str, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
 ) -> Method:
     method, is_invoked = weights.method, weights.invocation_tokens is not None
     if is_invoked and rope_parameters is not None:
@@ -351,19 +397,33 @@ def validate_folder(folder: Path, base: ModelConfig, manifest: AdapterManifest |
     entries = read_header(path)
     if manifest is not None:
         check_declared(entries, manifest, source=str(path))
-    shapes = cast("dict[str, Tensor]", without_prefix(entries))
-    weights = parse_adapter(folder, config, shapes, base, partial(_pair_in_blocks, path))
+    checked = _checked(config, entries, base, lambda: path.open("rb"), str(folder))
     if manifest is not None:
-        _check_invocation(manifest, weights, source=str(folder))
+        _check_invocation(manifest, checked.weights, source=str(folder))
     check_finite(path, entries)
+    return checked
+
+
+def _checked(
+    config: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    base: ModelConfig,
+    open_weights: Callable[[], BinaryIO],
+    source: str,
+) -> CheckedFolder:
+    shapes = cast("dict[str, Tensor]", without_prefix(entries))
+    weights = parse_adapter(Path(source), config, shapes, base, partial(_pair_in_blocks, open_weights))
     return CheckedFolder(weights, entries, int(config.get("projection_prng_key", 0)))
 
 
-def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) -> SharedProjection:
+def _pair_in_blocks(
+    open_weights: Callable[[], BinaryIO], drawn: PairKey, stored: Mapping[str, Tensor]
+) -> SharedProjection:
     """VeRA's pair by its shapes and its digest."""
     if stored:
         a, b = (cast(TensorEntry, stored[name]) for name in ("A", "B"))
-        digest = stored_digest(path, a, b)
+        with open_weights() as f:
+            digest = stored_digest(f, a, b)
     else:
         a, b = (TensorEntry("F32", shape, 0, 0) for shape in drawn.shapes)
         digest = drawn_digest(drawn)

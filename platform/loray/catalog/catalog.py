@@ -18,6 +18,7 @@ from loray.catalog.queries import read_counter
 from loray.catalog.quotas import Quotas
 from loray.catalog.removal import Claims, Removal
 from loray.catalog.snapshot import CatalogSnapshot, changes_since
+from loray.catalog.tinker import Tinker
 from loray.catalog.usage import UsageTable
 from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
@@ -65,6 +66,7 @@ class Catalog:
         self.removal = Removal(db)
         self.tags = Tags(db)
         self.tenants = Tenants(db)
+        self.tinker = Tinker(db)
         self.usage = UsageTable(db)
 
     @classmethod

@@ -28,7 +28,7 @@ from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError
 from loray.files import file_lock
 from loray.spec import Principal
 
-HEAD = "0017"  # the last revision in migrations/versions
+HEAD = "0018"  # the last revision in migrations/versions
 OLDEST = "0014"  # those below it were made before the first release
 
 _WRITES = "loray_writes"

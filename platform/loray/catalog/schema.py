@@ -37,6 +37,8 @@ files            files of tenants (`/v1/files`), whose bytes the store has; `exp
 batches          requests in files that are answered one by one (`/v1/batches`); `key_id` of who asked; `metadata`,
                  `errors` and what else is not asked for by itself are JSON
 leases           what one process at a time does, who that is, and until when (seconds since the epoch, the database's)
+tinker_sessions, tinker_models, tinker_samplers, tinker_checkpoints  what Tinker's protocol knows (`spec.tinker`);
+                 adapters, references and metadata are JSON
 usage            what each request used, by its id, which is unique: an event that comes twice is counted once
 usage_days       sums of `usage` by day (UTC, as 2026-01-31), tenant, key and model; `key_id` is empty where there was
                  none
@@ -413,6 +415,82 @@ leases = Table(
     Column("name", String(32), primary_key=True),
     Column("holder", String(128), nullable=False),
     Column("until", Double, nullable=False),
+)
+
+tinker_sessions = Table(
+    "tinker_sessions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("key_id", String(32)),
+    Column("sdk_version", String(64), nullable=False),
+    Column("display_name", String(256)),
+    Column("metadata", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
+    Column("end", String(16), index=True),
+    Index(None, "tenant", "created_at", "id"),
+)
+
+tinker_models = Table(
+    "tinker_models",
+    metadata,
+    Column("id", String(96), primary_key=True),
+    Column("session_id", String(64), nullable=False, index=True),
+    Column("tenant", String(32), nullable=False),
+    Column("base", String(96), nullable=False),
+    Column("base_model", String(256), nullable=False),
+    Column("adapter", Text, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("name", String(96), nullable=False),
+    Column("initial", String(512)),
+    Column("with_optimizer", Boolean, nullable=False),
+    Column("metadata", Text, nullable=False),
+    *(Column(name, UtcTime, nullable=False) for name in ("created_at", "used_at")),
+    Column("is_live", Boolean, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("loss", Double),
+    Index(None, "tenant", "created_at", "id"),
+)
+
+tinker_samplers = Table(
+    "tinker_samplers",
+    metadata,
+    Column("id", String(96), primary_key=True),
+    Column("session_id", String(64), nullable=False, index=True),
+    Column("tenant", String(32), nullable=False),
+    Column("base", String(96), nullable=False),
+    Column("base_model", String(256), nullable=False),
+    Column("path", String(512)),
+    Column("adapter", Text),
+    Column("holders", Text, nullable=False),
+    Column("model_id", String(96), index=True),
+    Column("seq", BigInteger),
+    Column("inflight", Boolean, nullable=False),
+    Column("is_ready", Boolean, nullable=False),
+    Column("num_clients", Integer, nullable=False),
+)
+
+tinker_checkpoints = Table(
+    "tinker_checkpoints",
+    metadata,
+    Column("model_id", String(96), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(96), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("folder", Text),
+    Column("version", String(200)),
+    Column("digest", String(64)),
+    Column("nbytes", BigInteger, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, index=True),
+    Column("is_ready", Boolean, nullable=False),
+    Index(None, "tenant", "created_at"),
+    Index(None, "model_id", "seq"),
 )
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")

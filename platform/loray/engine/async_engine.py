@@ -104,6 +104,10 @@ class AsyncEngine:
         """Ask `Engine.adapters`. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
 
+    async def retire(self, digests: Collection[str]) -> None:
+        """Ask `Engine.retire`. EngineError if the engine has stopped."""
+        await asyncio.wrap_future(self.call(lambda: self._engine.retire(digests)))
+
     def prefetch(self, refs: Iterable[AdapterRef], timeout_s: float) -> Prefetched:
         """Load adapters, in their order, before requests come: into the pool as long as half of it stays free, and else
         into host memory. Blocks until they are there, but no longer than `timeout_s` and a step.

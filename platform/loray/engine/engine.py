@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 
@@ -32,6 +32,7 @@ from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
+from loray.priority import ForegroundTime
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
 from loray.telemetry import get_logger
 from loray_kernels import CaptureLimits, CaptureState
@@ -187,6 +188,7 @@ class Engine:
             token_weight=self._token_weight,
             itl_slo_s=spec.itl_slo_s,
             ttft_slo_s=spec.ttft_slo_s,
+            background_slack=spec.background_slack,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
             window=base.config.window,
@@ -196,6 +198,7 @@ class Engine:
             tier = HostTier(self.adapter_manager.host, pool.copies, lambda: self.wake())
             self.scheduler.prefix_cache.host = tier
         self._requests: dict[str, Request] = {}
+        self._retired: set[str] = set()  # digests that requests still use
         self.counters = Counters()
         self._runner = ModelRunner(
             model,
@@ -207,6 +210,7 @@ class Engine:
             observe=self.scheduler.step_time.observe,
         )
         self.idle = True  # the last step had nothing to compute
+        self.foreground: ForegroundTime | None = None  # is told of steps with requests in the foreground
 
     def warm_up(self) -> CaptureState | None:
         """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
@@ -255,6 +259,13 @@ class Engine:
             if not self.scheduler.has_work and not self._runner.num_in_flight:
                 self._runner.forget()
 
+    def retire(self, digests: Iterable[str]) -> None:
+        """Drop adapters and their prefixes for good: at once, or when the requests that use them have ended."""
+        self._retired.update(digests)
+        for digest in [digest for digest in self._retired if self.adapter_manager.retire(digest)]:
+            self._retired.remove(digest)
+            self.scheduler.kv_cache.forget(digest)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -277,6 +288,8 @@ class Engine:
         scheduled = self.scheduler.next()
         outputs += [self._fail(*failed) for failed in scheduled.failed]
         chunks, runner = scheduled.chunks, self._runner
+        if self.foreground is not None and any(not chunk.request.is_background for chunk in chunks):
+            self.foreground.begin_step(self.scheduler.step_time.predict(scheduled.work))
         try:
             if chunks and not runner.launch(chunks, scheduled.work):  # it needs tokens that are in flight
                 self._collect(0, outputs)
@@ -289,6 +302,8 @@ class Engine:
             self._collect(0, outputs)
             runner.forget()
         self._grammars.end_step()
+        if self._retired:
+            self.retire(())
         self.idle = not (scheduled.chunks or outputs or scheduled.adapters_moved or self._grammars.has_due)
         return outputs
 

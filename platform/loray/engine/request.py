@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loray.spec import NEVER, AdapterRef, FinishReason, GenerateRequest, PoolingParams, TokenDelta, TokenLogprobs
+from loray.spec import (
+    BACKGROUND_PRIORITY,
+    NEVER,
+    AdapterRef,
+    FinishReason,
+    GenerateRequest,
+    PoolingParams,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 
 class RequestState(Enum):
@@ -166,6 +175,11 @@ class Request:
         return self.spec.priority
 
     @property
+    def is_background(self) -> bool:
+        """It may hardly lengthen the steps of others, see `scheduling.background`."""
+        return self.spec.priority >= BACKGROUND_PRIORITY
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.spec.prompt_ids)
 
@@ -280,7 +294,7 @@ class SchedulerOutput(NamedTuple):
     """The scheduler's decision for a step.
 
     failed          requests that will not run, and why
-    adapters_moved  an adapter has moved: schedule again at once
+    adapters_moved  an adapter has moved, or a row that no other stands for was preempted: schedule again at once
     work            of the whole step
     """
 

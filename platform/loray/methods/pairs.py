@@ -11,8 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from loray.bases.checkpoint import TensorEntry
 
@@ -70,16 +69,15 @@ def drawn_digest(pair: PairKey) -> str:
     return digest.hexdigest()
 
 
-def stored_digest(path: Path, a_RI: TensorEntry, b_OR: TensorEntry) -> str:
-    """Compute the SHA-256 of the pair in these tensors of the file at `path`, as `vera_module.pair_digest` does."""
+def stored_digest(f: BinaryIO, a_RI: TensorEntry, b_OR: TensorEntry) -> str:
+    """Compute the SHA-256 of the pair in these tensors of a file, as `vera_module.pair_digest` does."""
     digest = begin_digest(a_RI.shape, b_OR.shape)
-    with path.open("rb") as f:
-        for entry in (a_RI, b_OR):
-            item_bytes = (entry.stop - entry.start) // math.prod(entry.shape)
-            f.seek(entry.start)
-            for start in range(entry.start, entry.stop, _BLOCK * item_bytes):
-                data = f.read(min(_BLOCK * item_bytes, entry.stop - start))
-                digest.update(_as_fp32(data, entry.dtype).data)
+    for entry in (a_RI, b_OR):
+        item_bytes = (entry.stop - entry.start) // math.prod(entry.shape)
+        f.seek(entry.start)
+        for start in range(entry.start, entry.stop, _BLOCK * item_bytes):
+            data = f.read(min(_BLOCK * item_bytes, entry.stop - start))
+            digest.update(_as_fp32(data, entry.dtype).data)
     return digest.hexdigest()
 
 

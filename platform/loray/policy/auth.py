@@ -22,6 +22,7 @@ from loray.spec import (
     ApiKey,
     HashedKey,
     KeyChanges,
+    Limits,
     Principal,
     Scope,
     Tenant,
@@ -35,6 +36,7 @@ Action = Literal[
     "infer",
     "batch",
     "files",
+    "session",
     "read",
     "download",
     "publish",
@@ -52,6 +54,7 @@ SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "infer": frozenset({"infer"}),
     "batch": frozenset({"infer"}),  # what generates later
     "files": frozenset({"infer", "train"}),  # each file by its purpose
+    "session": frozenset({"infer", "train"}),  # of Tinker's protocol
     "read": frozenset({"infer", "publish", "promote", "train"}),
     "download": frozenset({"publish", "promote", "train"}),
     "publish": frozenset({"publish"}),
@@ -255,6 +258,16 @@ class KeyRing:
         if entry.key.blocked or self._tenants[entry.key.tenant].blocked:
             raise PermissionDenied("the API key, or its tenant, is blocked; ask an administrator")
         return entry.principal if entry.key.tenant == tenant else self.acting_for(entry.principal, tenant)
+
+    def of_tenant(self, tenant: str) -> Principal:
+        """Return who asks inside of the cluster for a tenant, without a key: with the tenant's limits, where it has
+        any, and no right but to generate. Raises PermissionDenied.
+        """
+        known = self._tenants.get(tenant)
+        if known is not None and known.blocked:
+            raise PermissionDenied(f"tenant {tenant!r} is blocked; ask an administrator")
+        limits = Limits() if known is None else known.limits
+        return Principal(tenant=tenant, scopes=frozenset({"infer"}), tenant_limits=limits)
 
     def acting_for(self, principal: Principal, tenant: str) -> Principal:
         """Return the principal that a key with the scope `act_for` stands for, where a request names another tenant:

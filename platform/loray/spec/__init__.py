@@ -4,6 +4,7 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    BACKGROUND_PRIORITY,
     BATCH_PRIORITY,
     BATCH_TIER,
     DEFAULT_KEEP_DELETED_S,
@@ -40,6 +41,7 @@ from loray.spec.access import (
     split_qualified,
 )
 from loray.spec.adapters import (
+    EPHEMERAL,
     MAX_DESCRIPTION_CHARACTERS,
     MAX_EVALUATIONS,
     MAX_MANIFEST_BYTES,
@@ -125,15 +127,22 @@ from loray.spec.objectives import (
     REWARDS,
     DistillSpec,
     DpoSpec,
+    GrpoSpec,
     KtoSpec,
     ObjectiveSpec,
     ObjectiveType,
     OrpoSpec,
+    RewardSpec,
+    RlSpec,
     SftSpec,
     SimpoSpec,
     Teaching,
 )
+from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledBase, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
+    ACTOR_NAMESPACE,
+    APPLICATION,
+    GATEWAY,
     AutoscalingSpec,
     EngineFigures,
     FleetSpec,
@@ -179,7 +188,10 @@ from loray.spec.training import (
 )
 
 __all__ = [
+    "ACTOR_NAMESPACE",
+    "APPLICATION",
     "ATTENTION_MODULES",
+    "BACKGROUND_PRIORITY",
     "BATCH_PRIORITY",
     "BATCH_TIER",
     "DEFAULT_ALIAS",
@@ -187,9 +199,11 @@ __all__ = [
     "DEFAULT_MAX_ADAPTERS",
     "DEFAULT_TENANT",
     "DTYPE_BYTES",
+    "EPHEMERAL",
     "EXACT_MATCH",
     "FIGURES",
     "FORMAT_COLUMNS",
+    "GATEWAY",
     "KEY_START",
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
@@ -210,6 +224,7 @@ __all__ = [
     "PERPLEXITY",
     "PREFIX_LENGTH",
     "REWARDS",
+    "ROLLOUT_PRIORITY",
     "SCOPES",
     "TENANT_SCOPES",
     "USAGE_GROUPS",
@@ -252,6 +267,7 @@ __all__ = [
     "FleetSpec",
     "Frozen",
     "GenerateRequest",
+    "GrpoSpec",
     "HashedKey",
     "Initialisation",
     "InvocationTokens",
@@ -288,9 +304,15 @@ __all__ = [
     "ReasoningParserName",
     "RetrievalSpec",
     "RetrievalTask",
+    "RewardSpec",
+    "RlSpec",
     "RopeParameters",
     "RopeScaling",
     "RopeType",
+    "SampleCall",
+    "SampleResult",
+    "SampledBase",
+    "SampledSequence",
     "SamplingParams",
     "Scope",
     "ServeSpec",
@@ -312,6 +334,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolParserName",
     "ToolUse",
+    "TopLogprobs",
     "TrackerName",
     "TrainSpec",
     "TrainingGroup",

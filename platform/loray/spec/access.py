@@ -268,6 +268,8 @@ class UsageEvent:
             raise ValueError(f"not a usage event: {e}") from e
 
 
+# From this number on a request is in the background: it hardly lengthens the steps of those before it.
+BACKGROUND_PRIORITY = 100
 # Of lines of batches, behind all that a request may ask for.
 BATCH_PRIORITY, BATCH_TIER = 1000, "batch"
 

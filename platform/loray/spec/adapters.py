@@ -22,6 +22,7 @@ Subject = Literal["adapter", "base", "base_scaled", "parent"]
 RopeType = Literal["default", "linear", "yarn", "llama3", "longrope"]
 
 NEVER = sys.maxsize  # from which token on an adapter is active that its prompt does not invoke
+EPHEMERAL = "~"  # how names of ephemeral adapters begin, and no name of the catalog
 MAX_TEMPLATE_CHARACTERS = 128 << 10
 MAX_MANIFEST_BYTES = 256 << 10  # of what is published; manifests in the store may be larger
 MAX_DESCRIPTION_CHARACTERS = 4096
@@ -188,6 +189,9 @@ class AdapterRef:
 
     `chat_template` is the SHA-256 of the adapter's own template; the catalog's snapshot has the text. Gateways keep a
     reference to each version of the catalog, so it is small.
+
+    An ephemeral adapter is in no catalog and no store, see `spec.rollouts`. `holders` are names of Ray actors that give
+    its files where a node's cache does not have them.
     """
 
     digest: str
@@ -200,10 +204,15 @@ class AdapterRef:
     tool_parser: ToolParserName | None = None
     chat_template: str | None = None
     invocation_tokens: tuple[int, ...] | None = None
+    holders: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def is_ephemeral(self) -> bool:
+        return self.name.startswith(EPHEMERAL)
 
     def active_from(self, prompt_ids: Sequence[int]) -> int:
         """Return the number of the token of a prompt from which the adapter is active: where the last occurrence of its

@@ -111,6 +111,11 @@ class ServeSpec(Frozen):
     itl_slo_ms: float | None = Field(
         default=None, gt=0, description="target between two tokens of a stream; None: 60 on a CPU, 50 on a GPU"
     )
+    background_slack: float = Field(
+        default=0.1,
+        ge=0,
+        description="part by which requests of a priority from 100 on, and batches, may lengthen the steps of others",
+    )
     graph_record_s: float | None = Field(
         default=None, ge=0, description="for recording decode steps before the start; None: 60 on a GPU; CPUs have none"
     )
@@ -219,6 +224,10 @@ class ServeSpec(Frozen):
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a running request takes one a step")
         return self
+
+
+APPLICATION, GATEWAY = "loray", "gateway"  # on Ray Serve: the application of gateways and engines, and its gateways
+ACTOR_NAMESPACE = "loray"  # of Ray's, for actors with names that other processes ask
 
 
 def engine_of(base: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
+NODE_CACHE_BYTES = 16 << 30  # of disk
 _SCAN_INTERVAL_S = 60.0
 _STALE_S = 3600.0
 
@@ -61,6 +63,12 @@ class AdapterCache:
             with suppress(FileNotFoundError):  # another process's fetch has just ended
                 if time.time() - left.stat().st_mtime > _STALE_S:
                     shutil.rmtree(left, ignore_errors=True)
+
+    def put(self, digest: str, files: Mapping[str, bytes]) -> None:
+        """Add an adapter of these files, which the caller has hashed; nothing happens where it is present."""
+        with self.entry(digest) as entry:
+            if not entry.present:
+                write_entry(entry.folder, files)
 
     def get(self, digest: str) -> Path:
         """The adapter's folder, fetched where the cache lacks it. It may be evicted at any time unless it is pinned.
@@ -124,7 +132,7 @@ class AdapterCache:
         for entry in entries:
             if total <= self._max_bytes:
                 break
-            if entry.digest != keep and self._evict_one(entry.digest):
+            if entry.digest != keep and self.remove(entry.digest):
                 total -= entry.nbytes
         with self._mutex:
             self._added, self._room = 0, self._max_bytes - total
@@ -150,7 +158,8 @@ class AdapterCache:
         with self._mutex:
             self._trusted.add(digest)
 
-    def _evict_one(self, digest: str) -> bool:
+    def remove(self, digest: str) -> bool:
+        """Remove an adapter, without waiting; False where it is pinned, or is being written."""
         try:
             with self._lock(digest, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 with self._mutex:
@@ -158,7 +167,7 @@ class AdapterCache:
                 self._remove(self._entries / digest)
                 (self._locks / digest).unlink(missing_ok=True)
         except BlockingIOError:
-            return False  # pinned
+            return False
         return True
 
     def _scan(self) -> Iterator[_CachedAdapter]:
@@ -191,6 +200,21 @@ class AdapterCache:
                     return
             finally:
                 os.close(handle)
+
+
+def write_entry(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write an entry that is not present, see `AdapterCache.entry`: `folder` appears when it is complete. It need not
+    outlive a crash of the machine, so nothing is synced.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder.parent))
+    try:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _note_use(handle: int) -> None:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER = "adapter"
-_OPTIMIZER = "optimizer.pt"
+OPTIMIZER = "optimizer.pt"
 _RESUMABLE = (  # must be equal in a resumed run
     *("base", "objective", "quantization", "adapter", "attention", "rope_scaling", "init_adapter"),
     *("data", "batch", "dtype", "seed"),
@@ -199,14 +199,14 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 def write_states(folder: Path, optimizer: OptimizerState | None, state: RunState) -> None:
     """Write what a checkpoint has beside its adapter; nothing goes on from one without an optimizer's state."""
     if optimizer is not None:
-        torch.save(optimizer._asdict(), folder / _OPTIMIZER)
+        torch.save(optimizer._asdict(), folder / OPTIMIZER)
     saved = state.model_copy(update={"saved_at": datetime.now(UTC)})
     (folder / RunState.FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_optimizer(folder: Path) -> OptimizerState:
     """Map the optimizer's state into memory, so that a rank reads its shards alone. Raises IntegrityError."""
-    path = folder / _OPTIMIZER
+    path = folder / OPTIMIZER
     try:
         return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:

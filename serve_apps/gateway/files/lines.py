@@ -106,6 +106,4 @@ def _refusal(status: int, headers: Mapping[str, str]) -> Refusal | None:
 
 
 def _load(replicas: Sequence[ReplicaStatus], wait_s: float, *, is_cold: bool) -> BaseLoad:
-    uses = [replica.blocks.get("kv", 0) / max(1, sum(replica.blocks.values())) for replica in replicas]
-    waits = [wait_s, *(replica.longest_wait_s for replica in replicas)]
-    return BaseLoad(max(waits), max(uses, default=0.0), is_cold)
+    return BaseLoad(max([wait_s, *(replica.longest_wait_s for replica in replicas)]), is_cold)

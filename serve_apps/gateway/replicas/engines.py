@@ -422,7 +422,7 @@ class ServeEngineClient:
         Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
         replicas.
         """
-        if self._demand is not None and request.adapter is not None:
+        if self._demand is not None and request.adapter is not None and not request.adapter.is_ephemeral:
             self._demand.came(request.adapter)
         progress = ResumableAnswer(request, self._spec.max_resumes)
         while True:
@@ -448,10 +448,11 @@ class ServeEngineClient:
         _log.warning("request %s goes on elsewhere after %d tokens: %s", request_id, so_far, error)
 
     async def _attempt(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        digest, has_begun = None if request.adapter is None else request.adapter.digest, False
+        ref, has_begun = request.adapter, False
+        digest = None if ref is None else ref.digest
         began_at = time.monotonic()
-        if digest is not None:
-            await self._quarantine.enter(request.request_id, digest)
+        if ref is not None:
+            await self._quarantine.enter(request.request_id, ref.digest, is_ephemeral=ref.is_ephemeral)
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
@@ -474,10 +475,10 @@ class ServeEngineClient:
             raise
         except ReplicaLost as e:
             e.replica = e.replica or router.own.replica_of(request.request_id)
-            await self._died(request.request_id, e.replica)
+            await self._died(request, e.replica)
             raise
         except EngineStopped as e:  # another replica's might stop of this request as well
-            await self._died(request.request_id, router.own.replica_of(request.request_id), e.adapters)
+            await self._died(request, router.own.replica_of(request.request_id), e.adapters)
             raise
         finally:
             self._reading.pop(request.request_id, None)
@@ -485,10 +486,10 @@ class ServeEngineClient:
             self._quarantine.leave(request.request_id)
             router.own.end(request.request_id)
 
-    async def _died(self, request_id: str, replica: str | None, among: Collection[str] | None = None) -> None:
-        if replica is not None:
+    async def _died(self, request: GenerateRequest, replica: str | None, among: Collection[str] | None = None) -> None:
+        if replica is not None and not (request.adapter is not None and request.adapter.is_ephemeral):
             is_held = partial(router.is_held, self._deployment, replica)
-            await self._quarantine.died(request_id, replica, router.own.replica_of, is_held, among)
+            await self._quarantine.died(request.request_id, replica, router.own.replica_of, is_held, among)
 
     def _cold_start_s(self, request_id: str) -> float | None:
         """Say how long this request, which waits now, waits for a replica to be started; None: one runs."""
@@ -519,6 +520,9 @@ class ServeEngineClient:
 
     async def stats(self) -> list[ReplicaStatus]:
         return [a for a in await self._replicas.ask("stats") if isinstance(a, ReplicaStatus)]
+
+    async def retire(self, digests: Collection[str]) -> None:
+        await self._replicas.ask("retire", tuple(digests))
 
     async def metrics(self) -> list[list[Family] | None]:
         return await self._replicas.metrics()

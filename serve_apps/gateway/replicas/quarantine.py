@@ -3,6 +3,9 @@
 A gateway records a death before it sends the request again or answers it. Before it sends a request for an adapter of
 which it has seen no token yet, it reads what is recorded: an adapter costs a deployment one replica, not one for each
 gateway. Requests for other adapters ask nothing. Without the catalog each gateway goes on alone.
+
+An ephemeral adapter is soon replaced, and its trainer is told of each death: none of it is recorded. It only shares the
+suspicion with the others that were on the replica.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ class SharedQuarantine:
         self._asked: asyncio.Future[object] | None = None
         self._behind: set[asyncio.Task[object]] = set()  # what no request waits for
 
-    async def enter(self, request_id: str, digest: str) -> None:
+    async def enter(self, request_id: str, digest: str, *, is_ephemeral: bool = False) -> None:
         """Let a request for `digest` be sent. Raises AdapterQuarantined where it must not be."""
-        if self._open is not None and not self._known.is_good(digest):
+        if self._open is not None and not is_ephemeral and not self._known.is_good(digest):
             await self._read()
             now = self._clock()
             if self._known.is_due(digest, now):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
 from loray.errors import EngineError
-from loray.spec import GenerateRequest, ServeSpec, Thinking
+from loray.spec import BACKGROUND_PRIORITY, GenerateRequest, ServeSpec, Thinking
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
@@ -136,6 +137,26 @@ def test_steps_without_the_request_that_awaits_its_mask_are_launched_ahead(
     assert run(masked(), requests) == want
     assert len(want["held"]) == 7
     assert 20 < num_ahead(order) < 59
+
+
+def test_rows_that_are_left_out_of_captured_steps_go_on_later(
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By turns, of any adapter, one of them held to a constraint; steps are launched ahead all the while."""
+    own = [mixed["r2"], mixed["vera"], None, mixed["r7"]]
+    others = mixture(4, own, lambda _: 30, SAMPLING)
+    others.append(request("held", range(4, 9), structured=constraint(0.0, 30), max_tokens=30))
+    person = request("person", range(3, 9), max_tokens=80, **SAMPLING[1])
+    want = expected(monkeypatch, base, list(mixed.values()), [*others, person])
+    order.clear()
+    engine = make_engine(base, list(mixed.values()), background_slack=0.0)
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    got = served(engine, [*(replace(r, priority=BACKGROUND_PRIORITY) for r in others), person], joins=5)
+    assert got == want
+    rows = [len(step.sampled) for step in decode_steps]
+    assert rows.count(1) > 40
+    assert rows.count(2) > 2
+    assert num_ahead(order) > len(rows) / 2
 
 
 def test_requests_that_stop_leave_a_row_that_nobody_reads(

@@ -27,7 +27,7 @@ from serve_apps.batches.validation import Line
 from tests.fixtures.catalogs import sqlite_catalog
 
 ENDPOINT = "/v1/completions"
-IDLE = BaseLoad(0.0, 0.0, False)
+IDLE = BaseLoad(0.0, False)
 
 
 class Gateway:
@@ -335,12 +335,12 @@ async def test_two_tenants_share_equally(site: Site) -> None:
 
 
 async def test_people_come_first(site: Site) -> None:
-    """While they wait, lines become fewer; none runs for a time where it happens at one."""
+    """While they wait, lines become fewer."""
     gateway = Gateway()
     async with site.running(gateway) as runner:
         await site.until(site.create(20), "completed")
         assert gateway.most_at_once <= 5
-        gateway.load = BaseLoad(0.6, 0.0, False)
+        gateway.load = BaseLoad(0.6, False)
         rate = runner.bases["base"].rate
         gateway.script = lambda _: None
         site.create(100)
@@ -352,7 +352,7 @@ async def test_people_come_first(site: Site) -> None:
 
 async def test_a_base_that_wakes_up_is_not_given_up(site: Site) -> None:
     gateway = Gateway(lambda _: LineAnswer(503, "{}", refusal="overloaded", retry_after_s=0.01))
-    gateway.load = BaseLoad(5.0, 0.0, True)
+    gateway.load = BaseLoad(5.0, True)
     async with site.running(gateway) as runner:
         batch_id = site.create(10)
         async with asyncio.timeout(30):

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_apps.deployment import GATEWAY, ServeApi
+from loray.spec import GATEWAY
+from serve_apps.deployment import ServeApi
 from tests.fixtures.cluster import RayCluster, Served, deployed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

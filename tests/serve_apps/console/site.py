@@ -22,6 +22,7 @@ from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, R
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, TrainSpec
 from serve_apps.console import GatewayClient
 from tests.fixtures.api import Api
+from tests.fixtures.training_sessions import begin_session
 from tests.fixtures.versions import BASE, digest, manifest
 
 ROOT = "/api/v1/console"
@@ -33,6 +34,7 @@ PAGES = (
     *("/adapters/tone/diff?old=1&new=2", "/adapters/nothing", "/uploads", "/playground", "/jobs", "/jobs/new"),
     *("/jobs/train_1", "/jobs/sweep_1", COMPARED, "/serving", "/serving/replicas/r1", "/usage", "/keys"),
     *("/files", "/files?purpose=batch", "/batches", "/batches/batch-1"),
+    *("/sessions", "/sessions/session-1"),
 )
 METRICS = """
 # TYPE loray_time_to_first_token_seconds histogram
@@ -202,9 +204,10 @@ class ConsoleSite(Api):
 
     def train_some(self) -> None:
         """The jobs `train_1` and `train_2`, each of 20 steps and with other ranks, and `sweep_1` of three trials; and
-        `batch-1`, which runs.
+        `batch-1`, which runs; and the training session `session-1`.
         """
         self.begin_batch()
+        begin_session(self.catalog, "session-1", display_name="spoken numbers")
         recipe = load_recipe("lora_smollm2").spec
         smaller = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"rank": 4})})
         self.run("train_1", *steps(20, 1.0), recipe=recipe)

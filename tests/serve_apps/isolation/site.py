@@ -30,13 +30,15 @@ from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import REPLICA, ScriptedEngines, delta, file_storage, gateway_app
+from tests.fixtures.training_sessions import begin_session
 from tests.fixtures.versions import manifest
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
 
 SCOPES = ("infer", "publish", "promote", "train", "tenant_admin")
 _UPLOAD = hashlib.sha256(b"uploads/acme\0zq").hexdigest()[:32]  # as `Uploads.begin` makes it of a key
 SECRET = Thing(
-    "acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD, "file-zq7", "batch-zq7"
+    *("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD, "file-zq7", "batch-zq7"),
+    "session-zq7",
 )
 # Words of acme that no request has.
 UNSAID = ("zq-words", "zq-alias", "zq-data", "zq-stage", "5a5a5a5a")
@@ -70,6 +72,8 @@ class Application:
             words["id"] = thing.key
         if "/console/files" in path or "/console/batches" in path:
             words["id"] = thing.file if "files" in path else thing.batch
+        if "/console/sessions" in path:
+            words["id"] = thing.session
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if "/static/" in path:
@@ -148,6 +152,7 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     writer = FileWriter(acme, fakes.services.store.objects)
     writer.write(b"zq-words")
     acme.batches.create(writer.finish("zq-data", "batch").id, "/v1/completions", metadata={"of": "zq-words"})
+    begin_session(acme, SECRET.session, display_name="zq-words")
     acme.jobs.add(SECRET.job, name=SECRET.name, recipe=recipe)
     fakes.jobs.jobs[SECRET.job] = RayJob("RUNNING", "zq-words")
     fakes.placements.found = [

@@ -26,6 +26,7 @@ class Thing(NamedTuple):
     upload: str = "0" * 32
     file: str = "file-nope"
     batch: str = "batch-nope"
+    session: str = "session-nope"
 
     @property
     def model(self) -> str:
@@ -179,6 +180,11 @@ API: dict[str, Route] = _DOCUMENTS | {
     "POST /console/jobs": Route(TRAIN, {"name": "new"}),
     "GET /console/jobs/{id}/live": Route(FOLLOW),
     "POST /console/jobs/{id}/stop": Route(TRAIN),
+    "POST /console/jobs/{id}/publish": Route(PUBLISH, query={"digest": "{digest}"}),
+    "GET /console/sessions": Route(FOLLOW),
+    "GET /console/sessions/{id}": Route(FOLLOW),
+    "GET /console/sessions/{id}/live": Route(FOLLOW),
+    "POST /console/sessions/{id}/stop": Route(TRAIN),
     "GET /console/serving": Route(NOBODY),
     "GET /console/serving/live": Route(NOBODY),
     "GET /console/serving/replicas/{name}": Route(NOBODY),

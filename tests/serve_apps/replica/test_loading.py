@@ -6,8 +6,11 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +20,9 @@ from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed
-from loray.errors import BaseMismatch, IntegrityError
+from loray.errors import AdapterGone, BaseMismatch, IntegrityError
 from loray.files import file_sha256
+from loray.publishing import ephemeral
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
 from serve_apps.replica import loading as adapter_loading
@@ -189,3 +193,79 @@ def test_a_cache_that_cannot_be_written_affects_no_request(
     monkeypatch.undo()
     world.load()
     assert same(open_packed(world.packed_file, verify=True), expected)
+
+
+# -- ephemeral adapters -----------------------------------------------------------------------------------------------
+
+
+class Actors:
+    """Ray's actors by name, each of which gives these files or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+        self._given = given
+        self.asked: list[str] = []
+        monkeypatch.setattr("ray.get_actor", self._actor)
+        monkeypatch.setattr("ray.get", lambda reference, timeout: reference())
+
+    def _actor(self, name: str, namespace: str) -> Any:
+        assert namespace == "loray"
+        if name not in self._given:
+            raise ValueError(f"no actor {name}")
+
+        def give(digest: str) -> Any:
+            self.asked.append(name)
+            if isinstance(self._given[name], Exception):
+                raise self._given[name]
+            return self._given[name]
+
+        return SimpleNamespace(give=SimpleNamespace(remote=lambda digest: partial(give, digest)))
+
+
+@pytest.fixture
+def rollout(world: World) -> tuple[AdapterRef, dict[str, bytes]]:
+    files = {name: (world.folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    ref, given = ephemeral(files, world.base, run="run", step=5, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    return ref, given
+
+
+@pytest.mark.parametrize("world", ["lora", "vera"], indirect=True)
+def test_an_ephemeral_adapter_of_the_nodes_cache(world: World, rollout: tuple[AdapterRef, dict[str, bytes]]) -> None:
+    ref, files = rollout
+    world.loader.cache.put(ref.digest, files)
+    expected = world.packer.pack(read_adapter(world.folder, world.base.config))
+    for _ in range(2):
+        assert same(world.load(ref=ref, loader=AdapterLoader(world.base, world.settings)), expected)
+    assert sorted(path.name for path in (world.cached.parent / ref.digest).iterdir()) == sorted(files)  # nothing packed
+    assert world.loader.counts.sources["store",] == 0
+
+
+def test_an_ephemeral_adapter_that_a_trainer_gives(
+    world: World, rollout: tuple[AdapterRef, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref, files = rollout
+    damaged = {**files, "adapter_config.json": files["adapter_config.json"] + b" "}
+    actors = Actors(monkeypatch, wrong=damaged, gone=AdapterGone("retired"), trainer=files)
+    ref = replace(ref, holders=("away", "wrong", "gone", "trainer"))
+    expected = world.packer.pack(read_adapter(world.folder, world.base.config))
+    for _ in range(2):
+        assert same(world.load(ref=ref), expected)
+    assert actors.asked == ["wrong", "gone", "trainer"]
+    assert world.loader.counts.sources == {("cache",): 1, ("store",): 0, ("actor",): 1}
+    assert world.loader.cache.remove(ref.digest)
+
+
+def test_an_ephemeral_adapter_that_nobody_has(
+    world: World, rollout: tuple[AdapterRef, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store, which has these bytes under the digest by chance, is not asked."""
+    ref, files = rollout
+    for name, data in files.items():
+        (world.folder / name).write_bytes(data)
+    assert world.store.put(world.folder) == ref.digest
+    Actors(monkeypatch)
+    with pytest.raises(AdapterGone, match=r"~run@5 \([0-9a-f]{12}\) is neither .* trainer give it; publish it again"):
+        world.load(ref=replace(ref, holders=("trainer",)))
+    with pytest.raises(AdapterGone, match="nor does any actor"):
+        world.load(ref=ref)
+    assert not (world.cached.parent / ref.digest).exists()
+    assert world.load(ref=replace(ref, name="promoted"))  # under a name of the catalog it is anybody's

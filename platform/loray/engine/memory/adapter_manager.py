@@ -26,7 +26,7 @@ from typing import Generic, NamedTuple, TypeVar
 from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, Inflation, PriorityQueue
 from loray.engine.memory.host_memory import HostMemory, P
 from loray.engine.metrics import AdapterUsage, Histogram, ResidencyCounts
-from loray.errors import EngineError, IntegrityError, StoreError, UnsupportedError
+from loray.errors import AdapterGone, EngineError, IntegrityError, StoreError, UnsupportedError
 from loray.spec import AdapterRef
 from loray.telemetry import METRICS
 
@@ -58,7 +58,11 @@ class Backoff:
         self._failures: OrderedDict[str, _Failure] = OrderedDict()
 
     def failed(self, digest: str, error: Exception) -> Exception:
-        """The load has failed; returns the error of the requests that wait for it, see `error`."""
+        """The load has failed; returns the error of the requests that wait for it, see `error`. A trainer that has gone
+        may publish the adapter again at any time, and to look for it costs nothing.
+        """
+        if isinstance(error, AdapterGone):
+            return error
         now, last = self._clock(), self._failures.pop(digest, None)
         num_failures = 1 if last is None or now > last.until + _LAST_LASTING_S else last.num_failures + 1
         first, most = (_FIRST_LASTING_S, _LAST_LASTING_S) if isinstance(error, _LASTING) else (_FIRST_S, _LAST_S)
@@ -388,6 +392,24 @@ class AdapterManager(Generic[P, R]):
         entry.resident = None
         self.counts.num_evictions += 1
         self._leave(entry)
+        return True
+
+    def retire(self, digest: str) -> bool:
+        """Drop an adapter from pool and host, and what is known of it; False, and nothing happens, while requests use
+        it or wait for it, or it is being loaded.
+        """
+        entry = self.entries.get(digest)
+        if entry is not None:
+            if entry.pins or entry.waiters or entry.load is not None:
+                return False
+            if entry.resident is not None:
+                self._remove(entry.resident)
+                entry.resident = None
+            if entry.packed is not None:
+                self._drop_packed(entry)
+            self._set_tier(entry, None)
+        if self._gone.pop(digest, None) is not None:
+            self._on_forget(digest)
         return True
 
     def check_integrity(self) -> None:

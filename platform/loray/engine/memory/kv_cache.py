@@ -194,11 +194,13 @@ class KVCacheManager:
         return [request for fetch in there for request in fetch.waiting]
 
     def forget(self, digest: str | None) -> None:
-        """Drop all prefixes of an adapter or the base, see PrefixCache, and keep nothing of what is on its way."""
+        """Drop all prefixes of an adapter or the base, see PrefixCache, and keep nothing of them that is on its way."""
         self.prefix_cache.forget(digest)
         for fetch in self._fetches:
-            fetch.is_forgotten = True
-        self._coming.clear()
+            if digest in (None, fetch.like.kv_digest):
+                fetch.is_forgotten = True
+                for name in fetch.names:
+                    self._coming.pop(name, None)
 
     def fetched(self) -> list[int]:
         """The blocks that are held for what is on its way from host memory."""

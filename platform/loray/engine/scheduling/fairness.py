@@ -206,6 +206,12 @@ class FairQueue:
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
+    @property
+    def best_priority(self) -> float:
+        """The priority of the request that is next; infinite if there is none."""
+        front = self._front()
+        return math.inf if front is None else front.priority
+
     def requests(self) -> set[Request]:
         """Return all that are in the queue. O(n)."""
         return {request for queue in self._queues.values() for request in queue}

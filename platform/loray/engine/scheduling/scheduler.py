@@ -5,8 +5,8 @@ admitted when it is its turn. A request that waits for its adapter does not bloc
 blocks blocks those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool
 suffices for what is expected to be generated (`Admission`). A running request never fails because memory is short: idle
 adapters are evicted first; then the running request of the lowest priority, the youngest of several, is preempted and
-computed again later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused
-(`TtftSlo`, `QueueLimits`).
+computed again later. So is one of a full batch, for a tenant with fewer places, and one in the background, for any
+other that lacks a place or blocks. One that would wait too long is refused (`TtftSlo`, `QueueLimits`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from itertools import accumulate, chain, islice
 from typing import Generic, NamedTuple
 
@@ -25,12 +26,14 @@ from loray.engine.memory.host_memory import P
 from loray.engine.memory.kv_cache import KVCacheManager
 from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
+from loray.engine.scheduling.background import Background
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
 from loray.engine.scheduling.speculation import Speculation
 from loray.engine.scheduling.step_budget import MIN_CHUNK, Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
+from loray.spec import BACKGROUND_PRIORITY
 
 _NUM_LENGTHS = 64  # of the latest outputs
 _FIRST_GUESS = 128  # tokens of an output, before any request has ended
@@ -246,6 +249,7 @@ class Scheduler(Generic[P, R]):
     token_weight    of an admitted request's adapter; see fairness.token_weight
     itl_slo_s       target for the time between two tokens of a request; None: only max_num_batched_tokens limits a step
     ttft_slo_s      for requests without one of their own; None: they may wait forever
+    background_slack  see background.Background
     clock           seconds
     places_ahead    adapters of waiting requests are copied into free blocks before their turn
     window          see KVCacheManager
@@ -263,6 +267,7 @@ class Scheduler(Generic[P, R]):
         token_weight: Callable[[Request], float] = lambda request: 1.0,
         itl_slo_s: float | None = None,
         ttft_slo_s: float | None = None,
+        background_slack: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
@@ -296,6 +301,7 @@ class Scheduler(Generic[P, R]):
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._background, self._num_background = Background(self.step_time, background_slack), 0
         self.speculation: Speculation | None = None  # the engine sets it
         self._allocator = allocator
 
@@ -317,9 +323,12 @@ class Scheduler(Generic[P, R]):
         self._limits.accept(request)
         self._targets.accept(request)
         self.waiting.add(request, prepares=request.has_constraint)
+        self._num_background += request.is_background
 
     def remove(self, request: Request) -> None:
         """The request is finished, cancelled or failed: release everything that it holds."""
+        if request.state is not RequestState.FINISHED:
+            self._num_background -= request.is_background
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
             self.waiting.fair.charge_output(request)
@@ -361,11 +370,13 @@ class Scheduler(Generic[P, R]):
         changed = self._poll()
         for request in self.running:
             self.waiting.fair.charge_output(request)
-        one = self.waiting.gives_place(self.running)
-        if one is not None and len(self.running) >= self._max_num_seqs:
+        one = self.waiting.gives_place(self.running, is_full=len(self.running) >= self._max_num_seqs)
+        if one is not None:
             self.preempt(one)
+        self._background.begin_step(is_paced=bool(self._num_background) and self._has_foreground())
         budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
-        chunks, failed = self._decode(budget), Failures()
+        left_out = self._background.left_out(self._can_decode()) if self._num_background else ()
+        chunks, failed = self._decode(budget, left_out), Failures()
         if self.speculation is not None:
             self._guess(self.speculation, chunks, budget)
         self._admission.stepped()
@@ -377,6 +388,7 @@ class Scheduler(Generic[P, R]):
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
         changed |= self._admission.emptied | self._poll()
+        changed |= bool(left_out) and not chunks  # the row that should have joined has been preempted
         return SchedulerOutput(chunks, failed, changed or self._adapter_manager.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -393,14 +405,23 @@ class Scheduler(Generic[P, R]):
             self.waiting.has_prefix(request)
         return self._adapter_manager.poll(at_once=at_once) or bool(fetched)
 
-    def _decode(self, budget: StepBudget) -> list[Chunk]:
-        """The next token of each request that decodes, best priority and oldest first."""
+    def _has_foreground(self) -> bool:
+        """True if the first that runs, or the next in the queue, is not in the background."""
+        runs = bool(self.running) and not self.running[0].is_background
+        return runs or self.waiting.fair.best_priority < BACKGROUND_PRIORITY
+
+    def _can_decode(self) -> list[Request]:
+        rows = (r for r in self.running if r not in self.waiting.begun)
+        return [r for r in rows if not (r.ends_in_flight or r.awaits_mask)]
+
+    def _decode(self, budget: StepBudget, left_out: Collection[Request]) -> list[Chunk]:
+        """The next token of each request that decodes, but for those left out, best priority and oldest first."""
         chunks, num_others = list[Chunk](), len(self.running) - len(self.waiting.begun)
         now = oldest = self._clock()
         for request in list(self.running):
             if request.state is not RequestState.RUNNING:  # preempted for an earlier one
                 continue
-            if request.ends_in_flight or request.awaits_mask:
+            if request.ends_in_flight or request.awaits_mask or request in left_out:
                 num_others -= 1
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1
@@ -408,8 +429,11 @@ class Scheduler(Generic[P, R]):
                 oldest = min(oldest, request.decoding_since)
                 n = budget.decode(request.num_computed, request.num_pending, num_others)
                 chunks.append(Chunk(request, request.num_computed, n))
-        prompts = chain(self.waiting.begun, self.waiting)
+        prompts: Iterable[Request] = chain(self.waiting.begun, self.waiting)
         num_prompts = len(self.waiting.begun) + len(self.waiting)
+        if self._background.is_paced:
+            prompts = own = [r for r in prompts if not r.is_background]
+            num_prompts = len(own)
         seconds = map(self._estimate.prompt_seconds, prompts)
         budget.in_burst = self._burst.goes_on(now - oldest, len(chunks), num_prompts, seconds)
         return chunks
@@ -419,28 +443,30 @@ class Scheduler(Generic[P, R]):
 
         No request is preempted for them: they take blocks only where one is left for each request that runs.
         """
-        for i, guesses in speculation.guesses(chunks, budget.work, budget.num_left - MIN_CHUNK):
+        own = [c for c in chunks if not c.request.is_background] if self._background.is_paced else chunks  # the first
+        for i, guesses in speculation.guesses(own, budget.work, budget.num_left - MIN_CHUNK):
             request = chunks[i].request
             if self._allocator.num_free + self.prefix_cache.num_idle > len(self.running):
                 self.kv_cache.extend(request, request.num_tokens + len(guesses))
             room = len(request.blocks) * self._allocator.geometry.block_tokens - request.num_tokens
-            if own := tuple(guesses[:room]):
-                budget.guess(len(own))
-                chunks[i] = Chunk(request, chunks[i].start, chunks[i].num_tokens + len(own), own)
+            if found := tuple(guesses[:room]):
+                budget.guess(len(found))
+                chunks[i] = Chunk(request, chunks[i].start, chunks[i].num_tokens + len(found), found)
 
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
         """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
-        is_blocked = False
+        is_blocked, of_background = False, partial(self._background.fit, budget)
         while (request := self.waiting.pick_begun() if is_blocked else self.waiting.pick()) is not None:
+            fit = of_background if request.is_background else budget.fit
             if request.state is RequestState.WAITING:
-                if not budget.fit(0, request.num_pending):
+                if not fit(0, request.num_pending):
                     return
                 is_blocked = not self._admit(request, failed)
                 if request.state is RequestState.WAITING:
                     continue
             else:
                 self.kv_cache.take_more(request)
-            n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
+            n = fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
             if not n:
                 return
             if not is_blocked:
@@ -452,6 +478,8 @@ class Scheduler(Generic[P, R]):
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
+            if request.is_background:
+                self._background.add(chunk)
             if not chunk.is_last:
                 return
             self.waiting.end_prompt(request)
@@ -482,6 +510,7 @@ class Scheduler(Generic[P, R]):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
         else:
+            self.waiting.crowd_out(request, of_blocks=True)
             return False
         return True
 
@@ -506,9 +535,12 @@ class Scheduler(Generic[P, R]):
         others = chain(self.waiting, self.waiting.begun)
         seconds, mean_output = self._estimate.prompt_seconds, self.output_lengths.mean
         ahead = ahead_of(request, others, self.waiting.fair, seconds, mean_output)
-        decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
+        running = self.running
+        if self._num_background and not request.is_background:  # the others give place, and wait
+            running = [r for r in running if not r.is_background]
+        decoding = [r.num_tokens for r in running if r not in self.waiting.begun]
         ahead, step = ahead.plus(self._backlog(request)), StepWork(1, len(decoding), sum(decoding))
-        return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
+        return self._estimate.seconds(ahead, step, num_running=len(running), mean_output=mean_output)
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

@@ -207,27 +207,29 @@ class StepBudget:
         self._prompts = self._prompts.plus(chunk.work)
         self._num_left -= chunk.num_tokens
 
-    def fit(self, start: int, num_pending: int, *, scored: bool = False) -> int:
+    def fit(self, start: int, num_pending: int, *, scored: bool = False, most_s: float = math.inf) -> int:
         """Return how many tokens from `start` of a prompt with `num_pending` left may be computed in this step; 0: the
-        step is full. What time cuts off a prompt is a multiple of MIN_CHUNK.
+        step is full, or they would take more than `most_s` seconds. What time cuts off a prompt is a multiple of
+        MIN_CHUNK.
         """
         most = min(num_pending, self._num_left)
-        n = int(min(most, self._tokens_in_time(start, scored=scored)))
+        n = int(min(most, self._tokens_in_time(start, most_s, scored=scored)))
         if n == most:
             return n
         if n >= MIN_CHUNK:
             return n - n % MIN_CHUNK
-        return 0 if self._prompts.num_keys else min(most, MIN_CHUNK)
+        return 0 if self._prompts.num_keys or most_s < math.inf else min(most, MIN_CHUNK)
 
     @property
     def _decoding(self) -> StepWork:
         return self._forced.plus(StepWork(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys))
 
-    def _tokens_in_time(self, start: int, *, scored: bool) -> float:
-        """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
+    def _tokens_in_time(self, start: int, most_s: float, *, scored: bool) -> float:
+        """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left, and in `most_s`."""
         without_tokens = self._alone or self.in_burst  # the step may take as long as if it gave nobody a token
         room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=without_tokens)
-        seconds, most = room - self._steps.predict(self._prompts), self._most_unmeasured(start, scored=scored)
+        seconds = min(room - self._steps.predict(self._prompts), most_s)
+        most = self._most_unmeasured(start, scored=scored)
         if seconds == math.inf:
             return most
         costs = self._steps.costs

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import Generic, NamedTuple
 
@@ -24,7 +24,6 @@ from loray.engine.memory.host_memory import P
 from loray.engine.request import Request
 from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 from loray.errors import Overloaded, StoreError
-from loray.spec import BATCH_PRIORITY
 
 _FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
 
@@ -51,7 +50,7 @@ class WaitingRequests(Generic[P, R]):
         self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
         self.num_loading = 0  # that wait for an adapter to be loaded
-        self._crowded_out: Request | None = None  # by the last step
+        self._crowded_out: tuple[Request, bool] | None = None  # by the last step, and whether for want of blocks
         self._entered: dict[str, None] = {}  # adapters for whose load requests wait since the last `admit_loaded`
 
     def __len__(self) -> int:
@@ -161,23 +160,23 @@ class WaitingRequests(Generic[P, R]):
         """Return the next one of those that have begun."""
         return min(self.begun, key=self.fair.key, default=None)
 
-    def crowd_out(self, request: Request) -> None:
-        """`request` is next, and finds no place in the batch."""
-        self._crowded_out = request
+    def crowd_out(self, request: Request, *, of_blocks: bool = False) -> None:
+        """`request` is next, and finds no place in the batch; or, of the pool, not blocks enough."""
+        self._crowded_out = request, of_blocks
 
-    def gives_place(self, running: Collection[Request]) -> Request | None:
-        """Return which of a full batch is preempted for the request that the last step crowded out, so that no tenant
-        keeps all places for as long as its answers are. It is the last one of the tenant that has most places, if that
-        has at least two more than the request's tenant; never a more urgent one. Lines of batches give place to all
-        others.
+    def gives_place(self, running: Sequence[Request], *, is_full: bool) -> Request | None:
+        """Return which of the batch is preempted for the request that the last step crowded out. One in the background
+        gives place to any other that lacks a place or blocks. In a full batch, so that no tenant keeps all places for
+        as long as its answers are, it is the last one of the tenant that has most places, if that has at least two more
+        than the request's tenant; never a more urgent one.
         """
-        request, self._crowded_out = self._crowded_out, None
-        if request is None or not self.is_ready(request):
+        crowded_out, self._crowded_out = self._crowded_out, None
+        if crowded_out is None or not self.is_ready(request := crowded_out[0]) or not (is_full or crowded_out[1]):
             return None
-        if request.priority < BATCH_PRIORITY:
-            lines = (r for r in running if r.priority == BATCH_PRIORITY)
-            if (line := max(lines, key=rank_in_batch, default=None)) is not None:
-                return line
+        if not request.is_background and running and running[-1].is_background:
+            return running[-1]
+        if not is_full:
+            return None
         num_running = self.fair.num_running
         most = num_running(request.tenant) + 1
         others = (r for r in running if r.priority >= request.priority and num_running(r.tenant) > most)
@@ -186,14 +185,14 @@ class WaitingRequests(Generic[P, R]):
     def gives_way(self, request: Request, others: Collection[Request]) -> Request | None:
         """Return which of a full queue is refused for a new request: the last one of the tenant that has most there, if
         that has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given
-        way already. Lines of batches give way to all others. O(queue).
+        way already. Those in the background give way to all others. O(queue).
         """
         queued = [r for r in self._states if self.is_queued(r) and r not in others]
         number = Counter(r.tenant for r in queued)
         most = number[request.tenant] + 1
         able = [r for r in queued if not r.is_continued and not r.num_generated]
-        lines = [r for r in able if r.priority == BATCH_PRIORITY > request.priority]
-        able = lines or [r for r in able if number[r.tenant] > most and r.priority >= request.priority]
+        background = [] if request.is_background else [r for r in able if r.is_background]
+        able = background or [r for r in able if number[r.tenant] > most and r.priority >= request.priority]
         return max(able, key=lambda r: (number[r.tenant], *rank_in_queue(r)), default=None)
 
     def is_ready(self, request: Request) -> bool:

@@ -6,7 +6,7 @@ Shapes: B rows and T positions of a pass, N of its positions with a label.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +65,25 @@ def joined(parts: Sequence[Part], tokens_per_pass: int, order: Order) -> Iterato
         yield _join([part for name in order(chosen) for part in chosen[name]])
 
 
-def grouped(parts: Sequence[Part], tokens_per_pass: int) -> list[list[Part]]:
+class Joinable(Protocol):
+    """Rows of equal padded length that are in one pass: a micro-batch, or one row."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def is_packed(self) -> bool: ...
+
+
+P = TypeVar("P", bound=Joinable)
+
+
+def grouped(parts: Sequence[P], tokens_per_pass: int) -> list[list[P]]:
     """Sort micro-batches by length, and join neighbours while the longest is at most LONGEST times the shortest and the
     rows, padded to the longest, have at most `tokens_per_pass` tokens. A larger micro-batch is a pass by itself.
     """
-    groups: list[list[Part]] = []
+    groups: list[list[P]] = []
     num_rows = 0
     for part in sorted(parts, key=lambda part: (part.is_packed, part.length)):  # of equal ones the order stays
         first = groups[-1][0] if groups else None

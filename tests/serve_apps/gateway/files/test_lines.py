@@ -127,12 +127,11 @@ async def test_keys(base: BaseModel, opened: Opened, tmp_path: Path) -> None:
 
 async def test_bases_and_loads(base: BaseModel, opened: Opened, tmp_path: Path) -> None:
     engines = ScriptedEngines()
-    blocks = {"free": 2, "kv": 6, "cached": 2}
-    engines.replicas = [REPLICA.model_copy(update={"longest_wait_s": wait, "blocks": blocks}) for wait in (0.1, 0.7)]
+    engines.replicas = [REPLICA.model_copy(update={"longest_wait_s": wait}) for wait in (0.1, 0.7)]
     with closing(Catalog(sqlite_catalog(tmp_path))) as catalog:
         register(catalog, "tone", base.fingerprint)
         async with opened(engines) as lines:
             found = await lines.bases_of(None, "default", ["tone", "tone@1", base.name, "nobody"])
             assert found == {"tone": base.name, "tone@1": base.name, base.name: base.name, "nobody": None}
             load = (await lines.loads())[base.name]
-            assert (load.wait_s, load.pool_use, load.is_cold) == (0.7, 0.6, False)
+            assert (load.wait_s, load.is_cold) == (0.7, False)

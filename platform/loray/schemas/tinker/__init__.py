@@ -1,0 +1,1 @@
+"""Tinker's protocol: messages, requests, results and paths (https://tinker-docs.thinkingmachines.ai)."""
