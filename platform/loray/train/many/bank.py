@@ -27,11 +27,12 @@ from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey
 from loray.methods.vera_module import ProjectionBuffer, draw_pair
 from loray.methods.weights import MAGNITUDE, AdapterWeights, row_squares
-from loray.spec import MLP_MODULES, AdapterSpec, DType, LoraSpec
+from loray.spec import MLP_MODULES, AdapterSpec, DType
 from loray.train.checkpoint import adapter_files
 from loray.train.many.cohort import check_adapter
 from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
+from loray.train.many.products import has_grouped
 from loray.train.many.rows import Member, Rows, lay_out
 from loray.train.many.stacks import Bucket, BucketKey
 from loray.train.many.vera import add_vera
@@ -107,6 +108,7 @@ class AdapterBank:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = model.get_input_embeddings().weight.device
         self._shared = _Shared(self._device)
+        self._grouped = self._device if has_grouped(self._device, self._dtype) else None
         self._shapes: dict[str, tuple[int, int]] = {}
         self._buckets: dict[BucketKey, Bucket] = {}
         self._adapters: dict[str, _Adapter] = {}
@@ -245,7 +247,7 @@ class AdapterBank:
         if [name for name, _ in groups] != self.order(names):
             raise ValueError("rows of one adapter are neighbours, and adapters are in the order of AdapterBank.order")
         members = [self._member(self._find(name), num_rows * num_tokens) for name, num_rows in groups]
-        with self._as_rows(lay_out(members)):
+        with self._as_rows(lay_out(members, self._grouped)):
             yield
 
     def _member(self, adapter: _Adapter, num_tokens: int) -> Member:
@@ -255,7 +257,7 @@ class AdapterBank:
             key = [adapter.seed, adapter.num_updates, adapter.num_passes, rank]
             seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
             adapter.num_passes += 1
-        scale = spec.scale if isinstance(spec, LoraSpec) else 1.0
+        scale = getattr(spec, "scale", 1.0)
         return Member(adapter.bucket, adapter.slot, scale, num_tokens, seed)
 
     @contextmanager
@@ -321,8 +323,8 @@ class AdapterBank:
                 tensor.copy_(theirs[n])
         own = dict(bucket.named(memory.master, adapter.slot))
         for n, ours in self._squares(adapter).items():  # of another machine they may differ in last bits
-            began = (state.initial or {})[n].to(ours.device).sqrt()
-            own[n.replace("initial_square_O", "lora_magnitude_change")] += began - ours.sqrt()
+            began = (state.initial or {}).get(n, ours).to(ours.device)
+            own[n.replace("initial_square_O", "lora_magnitude_change")] += began.sqrt() - ours.sqrt()
         adapter.num_updates, adapter.num_passes = state.num_updates, 0
         memory.gradient[adapter.slot].zero_()
         adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.methods.vera_module import ProjectionBuffer
-from loray.train.many.rows import Part, Rows, each
+from loray.train.many.products import each
+from loray.train.many.rows import Part, Rows
 from loray.train.many.stacks import Bucket, Piece
 
 
