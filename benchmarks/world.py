@@ -433,10 +433,12 @@ def started_cluster(
     adapter: Any,
     *,
     base: str = "tiny",
+    source: str | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
     published: Callable[[], None] = lambda: None,
 ) -> Iterator[World]:
     """A temporary home with a tiny base and copies of PEFT's `adapter`, and a local cluster with so many processors.
+    `source`: of another base than a tiny one, as `loray base add` takes it.
 
     `environment`: further settings, as the store's. `published` is called before the cluster starts.
     """
@@ -453,8 +455,8 @@ def started_cluster(
         )
         home = folder / "home"
         settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING", **environment})
-        checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)
-        model = add_base(str(checkpoint), home=home, name=base)
+        source = source or str(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096))
+        model = add_base(source, home=home, name=base)
         names = publish_copies(folder, model, settings, [adapter], num_adapters)
         published()
         total = num_adapters * Catalog(settings.catalog).adapters.resolve(names[0]).nbytes if names else 0

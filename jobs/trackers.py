@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tensorboardX import SummaryWriter
 
-from jobs.events import Emit, Event, figures
+from jobs.events import Emit, Event, decode, figures, first_line
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.spec import TrackerName, TrainSpec
 from loray.telemetry import get_logger
@@ -47,7 +47,9 @@ def scalars(event: Event) -> tuple[dict[str, float], int]:
             values: Mapping[str, Any] = event
             found = {tag: values.get(name) for name, tag in _STEP.items()}
             found |= {f"train/{name}": value for name, value in figures(event).items()}
-        case "eval" if event["eval_loss"] is not None:
+        case "rollout":
+            found = {f"rollout/{name}": value for name, value in event["metrics"].items()}
+        case "eval":
             measured = {"loss": event["eval_loss"], **figures(event)}
             found = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
         case _:
@@ -181,6 +183,23 @@ def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Tracke
         trackers.end(succeeded=False)
         raise
     trackers.end(succeeded=True)
+
+
+def replay(run: TrackedRun, events: Path, board: Path, published: Event | None, emit: Emit) -> None:
+    """Tells trackers and TensorBoard all that has happened in a run which is over, by the lines of its events. `emit`
+    is told where that fails.
+    """
+    lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+    found = [event for line in lines if (event := decode(line)) is not None]
+    try:
+        with tracked(run) as trackers, tensorboard(board) as write:
+            for event in found if published is None else [*found, published]:
+                if "tensorboard" in run.recipe.tracking:
+                    write(event)
+                trackers.tell(event)
+    except Exception as e:  # whatever a tracker's library raises
+        log.debug("trackers are not told of %s", run.at, exc_info=True)
+        emit({"event": "warning", "message": f"{run.at}: {first_line(e)}"})
 
 
 class _MlflowRun:

@@ -151,8 +151,13 @@ def record_published(
         "step": step,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
-    run.write_model(PUBLISHED, _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event)))
+    keep_published(run, recipe.spec, event)
     return event
+
+
+def keep_published(run: RunFolder, spec: TrainSpec, event: PublishedEvent) -> None:
+    """Records that the run is published by this recipe, so that resuming it has nothing left to do."""
+    run.write_model(PUBLISHED, _Publication(recipe=spec.model_dump(mode="json"), event=dict(event)))
 
 
 def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
@@ -187,13 +192,13 @@ def driver_of(tenant: str) -> Principal:
 
 
 def to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """Returns the recipe that trained the checkpoint, with the measurements and `publish` of the given recipe. Its
+    """Returns the recipe that trained the checkpoint, with name, measurements and `publish` of the given recipe. Its
     tensors were written in the dtype that the first one asks for.
     """
     measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
     evaluation = trained.evaluation.model_copy(update=measured)
     publish = at_hand.publish.model_copy(update={"dtype": trained.publish.dtype})
-    return trained.model_copy(update={"evaluation": evaluation, "publish": publish})
+    return trained.model_copy(update={"name": at_hand.name, "evaluation": evaluation, "publish": publish})
 
 
 def _on_workers_of(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:

@@ -8,13 +8,10 @@ adapter beside this one: who ends it there stops the adapter. `jobs.many.resume`
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,7 +23,7 @@ from ray.actor import ActorHandle
 from ray.train import Checkpoint
 
 from jobs.driver.fit import WorkerHardware, connect, find_workers
-from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.prepare import Prepared, as_begun, prepare
 from jobs.driver.publication import already_published, driver_of, publish_checkpoint
 from jobs.driver.record import Interrupts, recorded, reported
 from jobs.driver.tokenising import RayTasks
@@ -38,7 +35,6 @@ from jobs.events import (
     PublishedEvent,
     Stages,
     adapter_of,
-    decode,
     describe,
     encode,
     first_line,
@@ -46,23 +42,23 @@ from jobs.events import (
 )
 from jobs.many.publication import Outcome, Publisher, Ready
 from jobs.many.resume import PLAN, begun, read_shares, write_shares
+from jobs.many.shares import Dealt, below_root, deal_shares, make_share
 from jobs.many.team import Team, start_sink
-from jobs.runs.folders import PART_OF, RunFolder, Runs, open_runs
-from jobs.trackers import TrackedRun, tensorboard, tracked
-from jobs.workers.many import ENDED, EndedRun, Share
+from jobs.runs.folders import BATCH, PART_OF, RunFolder, open_runs
+from jobs.trackers import TrackedRun, replay
+from jobs.workers.many import ENDED, EndedRun, Places, Share
 from loray.bases.rounding import form_trained_on
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.planning.devices import ASSUMED_GPU, PRESETS, Device, device_on
-from loray.planning.many import plan_many
 from loray.recipes.load import Recipe
-from loray.recipes.many import ManyPlan
+from loray.recipes.many import ManyPlan, on_one_worker
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, EndStatus, TrainSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging, get_logger
 from loray.train.data.rows import Dataset
-from loray.train.many.cohort import cohorts, load_of
+from loray.train.many.cohort import cohorts
 
 log = get_logger(__name__)
 
@@ -117,19 +113,25 @@ def train_adapters(
         stages = Stages(emit)
         connected = partial(connect, _of_workers(plan), settings, job.interrupts)
         run_tasks = RayTasks(plan.recipe, settings.training_group, connected, stages)
-        prepared = prepare_all(plan, settings, catalog, run_tasks, job.interrupts, is_planned=is_planned, stages=stages)
+        runs, folders = open_runs(settings), open_runs(settings, "many")
+        names = [member.recipe.name for member in plan.members]
+        at, known = begun(names, tenant, runs) if resume else (None, {})
+        before = {name: runs.make(run) for name, run in known.items()}
+        prepared = prepare_all(
+            plan, before, settings, catalog, run_tasks, job.interrupts, is_planned=is_planned, stages=stages
+        )
         for name, each in prepared.items():
             for warning in each.warnings:
                 emit({"event": "warning", "message": f"{name}: {warning}"})
         base = next(iter(prepared.values())).base
         whole.bases.add(base.name, base.fingerprint, base.of)
         connected()
-        runs, folders = open_runs(settings), open_runs(settings, "many")
-        at, known = begun(list(prepared), tenant, runs) if resume else (None, {})
-        before = {name: runs.make(run) for name, run in known.items()}
         saved = {} if at is None else read_shares(folders.make(at))
         device = _device(plan, next(iter(prepared.values())).spec, settings, job.interrupts, is_planned=is_planned)
-        shares = deal_shares(prepared, _whole(before, plan), saved, device, plan.num_workers, emit)
+        cohorts([each.spec for each in prepared.values()], base.config)  # refuses what cannot be trained in one job
+        whole_ones = _whole(before, plan)
+        to_train = {name: each for name, each in prepared.items() if name not in whole_ones}
+        shares = deal_shares(to_train, saved, device, plan.num_workers, emit)
         folder = folders.new(qualified_name(tenant, plan.name), job.job_id) if at is None else folders.make(at)
         with folder.locked(job.job_id, job.interrupts.raise_in_main_thread):
             parts = {name: f"{job.job_id}.{number}" for number, name in enumerate(prepared, 1)}
@@ -157,6 +159,7 @@ def train_adapters(
 
 def prepare_all(
     plan: ManyPlan,
+    before: Mapping[str, RunFolder],
     settings: Settings,
     catalog: Catalog,
     run_tasks: RayTasks,
@@ -168,8 +171,7 @@ def prepare_all(
     """Checks every recipe, and reads its data: what several have in common once. Raises LorayError, which names the
     adapter.
 
-    An adapter is trained by one worker, or one sequence group, whatever `num_workers` says: that many share the
-    adapters.
+    An adapter is trained by one worker, or one sequence group: `num_workers` share the adapters.
     """
     datasets: dict[object, Dataset] = {}
     found: dict[str, Prepared] = {}
@@ -184,51 +186,15 @@ def prepare_all(
 
     for number, member in enumerate(plan.members):
         stages("checking the recipes", number, len(plan.members))
-        recipe = Recipe(_alone(member.recipe), None, Path(member.folder))
+        recipe = Recipe(on_one_worker(member.recipe), None, Path(member.folder))
+        if (run := before.get(recipe.spec.name)) is not None:
+            recipe = as_begun(recipe, run)
         try:
             found[recipe.spec.name] = prepare(recipe, settings, catalog, run_tasks, datasets, look, is_planned)
         except LorayError as e:
             e.args = (f"adapter {recipe.spec.name}: {e}", *e.args[1:])
             raise
     return found
-
-
-def deal_shares(
-    prepared: Mapping[str, Prepared],
-    whole: Set[str],
-    saved: Mapping[str, Sequence[str]],
-    device: Device,
-    num_workers: int,
-    emit: Emit = lambda event: None,
-) -> dict[str, tuple[list[str], int]]:
-    """Deals adapters to workers, cohort by cohort. Returns for each share its adapters, and the tokens of a pass.
-
-    Those that are `whole` are not trained. Those of a share that is `saved` keep it, since its snapshot has their
-    states. Raises SpecError and UnsupportedError for what cannot be trained in one job, and what does not fit.
-    """
-    config = next(iter(prepared.values())).base.config
-    cohorts([each.spec for each in prepared.values()], config)
-    names = [name for name in prepared if name not in whole]
-    loads = {name: load_of(prepared[name].spec, prepared[name].data, config) for name in names}
-    found: dict[str, list[str]] = {}
-    share_of = {name: share for share, of in saved.items() for name in of}
-    for name in names:
-        if name in share_of:
-            found.setdefault(share_of[name], []).append(name)
-    new = [prepared[name].spec for name in names if name not in share_of]
-    for cohort in cohorts(new, config) if new else ():
-        planned = plan_many({spec.name: loads[spec.name] for spec in cohort}, device, num_workers)
-        emit({"event": "plan", "lines": [planned.memory_line()]})
-        found |= {f"share_{secrets.token_hex(4)}": list(share) for share in planned.shares if share}
-    return {
-        share: (of, plan_many({name: loads[name] for name in of}, device).tokens_per_pass)
-        for share, of in found.items()
-    }
-
-
-def below_root(folder: RunFolder, runs: Runs) -> str:
-    """Returns where a folder is among those of its kind."""
-    return folder.path.removeprefix(f"{runs.root}/")
 
 
 def _whole(runs: Mapping[str, RunFolder], plan: ManyPlan) -> Set[str]:
@@ -251,11 +217,6 @@ def _device(plan: ManyPlan, spec: TrainSpec, settings: Settings, interrupts: Int
     workers = find_workers(_of_workers(plan).model_copy(update={"use_gpu": spec.use_gpu}), settings, interrupts)
     found = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True) or PRESETS[ASSUMED_GPU]
     return found if is_planned else found.model_copy(update={"memory_bytes": _UNLIMITED})
-
-
-def _alone(spec: TrainSpec) -> TrainSpec:
-    """Returns the recipe as one worker, or one sequence group, trains it."""
-    return spec.model_copy(update={"num_workers": spec.parallel.sequence, "min_workers": None})
 
 
 def _of_workers(plan: ManyPlan) -> TrainSpec:
@@ -282,7 +243,7 @@ class _Job:
         self.plan, self.prepared, self.settings, self.emit, self.tenant = plan, prepared, settings, emit, tenant
         self.catalog, self.job_id, self.parts, self.folder = catalog, job_id, parts, folder
         self.all_runs = open_runs(settings)
-        self.recipes = {m.recipe.name: Recipe(_alone(m.recipe), None, Path(m.folder)) for m in plan.members}
+        self.recipes = {m.recipe.name: Recipe(on_one_worker(m.recipe), None, Path(m.folder)) for m in plan.members}
         self.runs: dict[str, RunFolder] = {}
         self.boards: dict[str, tuple[Path, Path]] = {}  # events and TensorBoard's folder of each
         self.ended: dict[str, AdapterOutcome] = {}
@@ -290,13 +251,13 @@ class _Job:
         self.to_measure: list[Ready] = []
         self.versions: dict[str, PublishedEvent] = {}
 
-    def run(self, shares: Mapping[str, tuple[Sequence[str], int]], known: Mapping[str, RunFolder]) -> None:
+    def run(self, shares: Mapping[str, Dealt], known: Mapping[str, RunFolder]) -> None:
         """Trains the adapters of the shares, and publishes all. `known`: the runs that are begun already."""
         first = next(iter(self.prepared.values()))
         form = form_trained_on(first.base, first.spec, self.settings.home)
         Catalog(self.settings.catalog).bases.add(form.name, form.fingerprint, form.of)
         self.folder.write(PLAN, self.plan.model_dump_json().encode() + b"\n")
-        write_shares(self.folder, read_shares(self.folder) | {share: names for share, (names, _) in shares.items()})
+        write_shares(self.folder, read_shares(self.folder) | {share: dealt.names for share, dealt in shares.items()})
         with ExitStack() as stack:
             for name in self.prepared:
                 self.runs[name] = known[name] if name in known else self._begin(name)
@@ -305,7 +266,7 @@ class _Job:
             self.emit({"event": "adapters", "adapters": dict(self.parts), "num_workers": self.plan.num_workers})
             publisher = Publisher(self.settings, self.tenant, first.base, form, self._published)
             stack.enter_context(publisher)
-            to_train = {name for names, _ in shares.values() for name in names}
+            to_train = {name for dealt in shares.values() for name in dealt.names}
             for name in self.prepared:
                 if name not in to_train:
                     self._publish(name, publisher)
@@ -331,12 +292,14 @@ class _Job:
 
     def _begin(self, name: str) -> RunFolder:
         run = self.all_runs.new(qualified_name(self.tenant, name), self.parts[name])
+        if self.prepared[name].batch_reason:
+            run.write_model(BATCH, self.prepared[name].spec.batch)
         run.write(PART_OF, below_root(self.folder, open_runs(self.settings, "many")).encode())
         return run
 
     # -- training --
 
-    def _train(self, shares: Mapping[str, tuple[Sequence[str], int]], publisher: Publisher, events: Path) -> None:
+    def _train(self, shares: Mapping[str, Dealt], publisher: Publisher, events: Path) -> None:
         """Runs the shares, as many at a time as there are workers, to their ends. One whose worker is lost starts again
         from its last snapshot.
         """
@@ -344,15 +307,15 @@ class _Job:
         sink = start_sink(events, files)
         team = Team(self.plan.num_workers, self.emit)
         try:
-            for share, (names, tokens_per_pass) in shares.items():
-                team.add(share, partial(self._share, share, tuple(names), tokens_per_pass, sink))
+            for share, dealt in shares.items():
+                team.add(share, partial(self._share, share, dealt, sink))
             looked_at = time.monotonic()
             for done in team.run():
                 self._take_ended(publisher)
                 publisher.register()
                 if done.share is not None and done.error is not None:
                     message = str(done.error) if isinstance(done.error, LorayError) else first_line(done.error)
-                    for name in set(shares[done.share][0]) - ray.get(sink.ended.remote()):
+                    for name in set(shares[done.share].names) - ray.get(sink.ended.remote()):
                         self._note(name, "failed", message)
                 if time.monotonic() - looked_at > _STOPS_S:
                     looked_at = time.monotonic()
@@ -361,24 +324,15 @@ class _Job:
             team.kill()
             ray.kill(sink)
 
-    def _share(self, share: str, names: tuple[str, ...], tokens_per_pass: int, sink: ActorHandle) -> Share:
-        """Puts into the object store what a worker needs; of data that several have, once."""
-        prepared = {name: self.prepared[name] for name in names}
-        data = {id(each.data): ray.put(each.data) for each in {id(p.data): p for p in prepared.values()}.values()}
-        first = prepared[names[0]]
-        return Share(
-            specs=tuple(each.spec for each in prepared.values()),
-            runs={name: below_root(self.runs[name], self.all_runs) for name in names},
-            kind="runs",
-            data={name: data[id(each.data)] for name, each in prepared.items()},
-            initial={name: ray.put(each.initial) for name, each in prepared.items() if each.initial is not None},
-            base_fingerprint=first.base.fingerprint,
-            dtype_reason=first.dtype_reason,
-            tokens_per_pass=tokens_per_pass,
-            per_node=min(self.plan.num_workers * first.spec.parallel.sequence, os.cpu_count() or 1),
-            folder=below_root(self.folder, open_runs(self.settings, "many")),
-            part=share,
-            settings=replace(self.settings, catalog="", api_key=None),  # a worker needs no catalog, and no key
+    def _share(self, share: str, dealt: Dealt, sink: ActorHandle) -> Share:
+        prepared = {name: self.prepared[name] for name in dealt.names}
+        return make_share(
+            prepared,
+            dealt,
+            self.settings,
+            runs=Places("runs", {name: below_root(self.runs[name], self.all_runs) for name in prepared}),
+            snapshots=Places("many", {share: f"{below_root(self.folder, open_runs(self.settings, 'many'))}/{share}"}),
+            num_workers=self.plan.num_workers,
             sink=sink,
         )
 
@@ -466,22 +420,10 @@ class _Job:
 
     def _track(self, name: str) -> None:
         """Tells trackers what has happened to an adapter, once it is over: a job may have more than they follow."""
-        spec, (events, board) = self.prepared[name].spec, self.boards[name]
-        lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
-        at = below_root(self.runs[name], self.all_runs)
-        run = TrackedRun(qualified_name(self.tenant, name), at, spec)
-        try:
-            with tracked(run) as trackers, tensorboard(board) as write:
-                for line in lines:
-                    if (event := decode(line)) is not None:
-                        if "tensorboard" in spec.tracking:
-                            write(event)
-                        trackers.tell(event)
-                if name in self.versions:
-                    trackers.tell(self.versions[name])
-        except Exception as e:  # whatever a tracker's library raises
-            log.debug("trackers are not told of %s", name, exc_info=True)
-            self.emit({"event": "warning", "message": f"{name}: {first_line(e)}"})
+        run = TrackedRun(
+            qualified_name(self.tenant, name), below_root(self.runs[name], self.all_runs), self.prepared[name].spec
+        )
+        replay(run, *self.boards[name], self.versions.get(name), self.emit)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,76 @@
-"""The driver of a sweep, `python -m jobs.sweeps.driver`: runs the trials, stops the worse ones early (ASHA), and
-publishes the best.
+"""The driver of a sweep, `python -m jobs.sweeps.driver`: trains the trials together, stops the worse ones early (ASHA),
+and publishes the best.
 
-It checks all recipes and reads the data once. A trial's process starts a trainer, as a run's driver does. Tune gets the
-losses of the run's events and not of its checkpoints: with `checkpoint.interval_steps`, not every evaluation has a
-checkpoint. The best trial is published under the recipe's name, through the same gate as a run.
+It checks all recipes and reads the data once. Trials are adapters of cohorts, as those of `jobs.many` are; one that no
+cohort takes is trained alone, as a run is, after the others. The best trial is published under the recipe's name,
+through the same gate as a run.
 
 What became of a trial is written into the sweep's folder as it happens. By these records trials are stopped, so that a
-sweep that goes on after it was killed knows the losses of those that have ended. It starts the others, which continue
-from their checkpoints.
+sweep that goes on after it was killed knows the losses of those that have ended. The others continue from the last
+snapshot of their worker.
 
 The folder is `sweeps/NAME/TIME`, beside the runs:
 
 plan.json            the trials (`jobs.sweeps.spec.SweepPlan`)
 trial_0003.json      what became of one
 TIME-0003/…          a run's folder, of trial 3
+events.jsonl         of all trials
+share_…/             the snapshots of a worker, and shares.json its trials
 trials.svg           held-out losses by step
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from queue import Empty, SimpleQueue
+from typing import Any, BinaryIO, cast
 
 import click
 import numpy as np
 import ray
-from ray import tune
-from ray.tune.schedulers import FIFOScheduler
+from ray.actor import ActorHandle
+from ray.train import Checkpoint
 
-from jobs.driver.fit import WorkerHardware, Workload, connect, find_workers, fit
+from jobs.driver.fit import WorkerHardware, connect, find_workers, fit
 from jobs.driver.prepare import Prepared, as_begun, prepare, share_workload
-from jobs.driver.publication import driver_of, publish_best
+from jobs.driver.publication import driver_of, publish_best, publish_checkpoint
 from jobs.driver.record import recorded, reported
 from jobs.driver.tokenising import RayTasks
-from jobs.events import SILENT, Emit, Event, PublishedEvent, Stages, TrialEvent, describe, encode, first_line
-from jobs.runs.folders import RunFolder, Runs, open_runs
+from jobs.events import (
+    SILENT,
+    Emit,
+    Event,
+    PublishedEvent,
+    Stages,
+    TrialEvent,
+    adapter_of,
+    decode,
+    describe,
+    encode,
+    first_line,
+    following,
+)
+from jobs.many.resume import read_shares, write_shares
+from jobs.many.shares import Dealt, below_root, deal_shares, make_share
+from jobs.many.team import Team, start_sink
+from jobs.runs.folders import BATCH, RunFolder, Runs, open_runs
 from jobs.sweeps.command import draw
+from jobs.sweeps.halving import Halving, name_of_trial, told, trial_of
 from jobs.sweeps.spec import PLAN, SweepPlan, TrialRecord, best, record_file
-from jobs.trackers import TrackedRun, tracked
+from jobs.trackers import TrackedRun, replay, tracked
+from jobs.workers.many import ENDED, EndedRun, Places, Share
 from jobs.workers.placement import worker_resources
+from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
-from loray.errors import LorayError, SpecError, TrainingError
+from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
+from loray.planning.devices import ASSUMED_GPU, PRESETS, device_on
 from loray.recipes.load import Recipe
+from loray.recipes.many import on_one_worker
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec, qualified_name
 from loray.store import open_store
@@ -57,58 +79,9 @@ from loray.train.data.batches import TokenizedRows
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset
 from loray.train.evaluation.documents import held_out_prompts
+from loray.train.many.cohort import cohorts
 
 PICTURE = "trials.svg"
-_RUNGS = (1 / 3, 1 / 9)  # parts of a trial's steps, the later one first
-_BEST_PERCENT = 100 / 3  # of the trials that reach a rung, which go on
-_MAX_LOST_DRIVERS = 3  # of a trial, whose process died
-# Of the resource that each node has one of: trials' drivers run on the sweep's node, as its own does.
-_OF_DRIVER = 0.001
-_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their events
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table on stdout, whatever `verbose` is
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own
-}
-
-
-class TrialTask(NamedTuple):
-    """A trial: its workload, where its run is (below the sweeps of `open_runs`), and what trackers show of it."""
-
-    work: Workload
-    run: str
-    tracked: TrackedRun
-
-
-def run_trial(config: Mapping[str, Any], *, tasks: Mapping[int, TrialTask], settings: Settings) -> None:
-    """Trains trial `config["trial"]`, from its last checkpoint if it has one, and tells Tune its held-out losses.
-
-    The last one is told with the end: Tune may stop a trial at any result, and a finished run must have saved its last
-    checkpoint.
-    """
-    configure_logging(settings.log_level)
-    task, num_steps = tasks[config["trial"]], 0
-    end: dict[str, Any] = {"ended": True, "failure": None}
-
-    def tell(event: Event) -> None:
-        nonlocal num_steps
-        match event["event"]:
-            case "start":
-                num_steps = event["num_steps"]
-            case "eval" if event["subject"] == "adapter" and event["eval_loss"] is not None:
-                if event["step"] < num_steps:
-                    tune.report({"step": event["step"], "num_steps": num_steps, "eval_loss": event["eval_loss"]})
-
-    try:
-        with tracked(task.tracked, tell) as trackers:
-            result = fit(task.work, open_runs(settings, "sweeps").make(task.run), settings, trackers.emit)
-            if result.return_value is not None:
-                raise TrainingError(result.return_value)
-            latest = result.metrics or {}
-            if num_steps and latest.get("eval_loss") is not None:
-                end |= {"step": latest["step"], "num_steps": num_steps, "eval_loss": latest["eval_loss"]}
-    except LorayError as e:
-        end["failure"] = str(e)
-    tune.report(end)
 
 
 class TrialRecords:
@@ -133,83 +106,24 @@ class TrialRecords:
         self._changed(record)
 
 
-class Halving(FIFOScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (ASHA, Li et al., 2020) by the records of all trials, which it keeps up to date.
-
-    At its first evaluation after a ninth of its steps, and again after a third, a trial goes on if it is among the best
-    third of those that have come so far.
-    """
-
-    def __init__(self, records: TrialRecords, *, stops_early: bool) -> None:
-        super().__init__()
-        self._records, self._stops_early = records, stops_early
-
-    def on_trial_result(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        record = self._records[trial.config["trial"]]
-        if record.has_ended:  # Tune repeats the last result at the end
-            return str(self.CONTINUE)
-        if "eval_loss" in result:
-            record = record.with_loss(result["step"], result["eval_loss"], result["num_steps"])
-        if result.get("ended"):
-            failure = result["failure"]
-            ended = {"status": "failed", "message": failure} if failure else {"status": "completed"}
-            record = record.model_copy(update=ended)
-        self._records.put(record)
-        is_stopped = self._stops_early and not record.has_ended and falls_behind(record, self._records)
-        return str(self.STOP if is_stopped else self.CONTINUE)
-
-    def on_trial_complete(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
-        record = self._records[trial.config["trial"]]
-        if not record.has_ended:
-            self._records.put(record.model_copy(update={"status": "stopped"}))
-
-    def on_trial_error(self, controller: Any, trial: Any) -> None:
-        """Ends a trial; not one that Tune starts again, of which it tells too, after it has stopped it."""
-        if trial.status != "ERROR":
-            error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
-            record = self._records[trial.config["trial"]]
-            self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
-
-
-def falls_behind(record: TrialRecord, records: Iterable[TrialRecord]) -> bool:
-    """Says whether the last evaluation of `record` is its first one of a rung, and worse than those of most others."""
-    for rung in _RUNGS:
-        own = record.losses_from(rung)
-        if own:
-            others = [losses[0] for r in records if r.trial != record.trial and (losses := r.losses_from(rung))]
-            return len(own) == 1 and bool(others) and own[0] > float(np.percentile(others, _BEST_PERCENT))
-    return False
-
-
-def search(
-    records: TrialRecords, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int, *, stops_early: bool
-) -> None:
-    """Runs the trials of `tasks`, those that have not ended, to their end."""
-    os.environ.update(_SETTINGS)
-    here = f"node:{ray.util.get_node_ip_address()}"
-    with tempfile.TemporaryDirectory(prefix="loray-sweep-") as scratch:
-        tune.run(
-            tune.with_parameters(run_trial, tasks=tasks, settings=settings),
-            name="tune",
-            config={"trial": tune.grid_search(sorted(tasks))},
-            resources_per_trial=tune.PlacementGroupFactory([{here: _OF_DRIVER}]),
-            scheduler=Halving(records, stops_early=stops_early),
-            max_concurrent_trials=num_at_once,
-            max_failures=_MAX_LOST_DRIVERS,
-            raise_on_failed_trial=False,
-            storage_path=scratch,
-            trial_dirname_creator=lambda trial: f"trial_{trial.config['trial']:04}",
-            verbose=0,
-        )
-
-
 def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
-    """Returns how many of the largest trials the cluster has place for; at least one."""
+    """Returns how many workers train trials: as many as the cluster has GPUs for, else one on each node."""
+    if specs[0].use_gpu is not True:
+        return max(1, sum(node["Alive"] for node in ray.nodes()) // specs[0].parallel.sequence)
     have, fitting = ray.cluster_resources(), []
     for spec in specs:
         for resource, each in worker_resources(spec, settings.training_group).items():
             fitting.append(int(have.get(resource, 0) / (each * spec.num_workers)))
     return max(1, min(fitting))
+
+
+def is_shared(spec: TrainSpec, settings: Settings) -> bool:
+    """Says whether a cohort trains it."""
+    try:
+        cohorts([spec], ensure_base(settings.home, spec.base).config)
+    except UnsupportedError:
+        return False
+    return True
 
 
 @click.command()
@@ -259,8 +173,18 @@ def sweep(
         connected = partial(connect, plan.recipe, settings, job.interrupts)
         stages = Stages(emit)
         run = RayTasks(plan.recipe, settings.training_group, connected, stages)
-        workers_of = partial(find_workers, settings=settings, interrupts=job.interrupts)
-        trials = [Recipe(trial.recipe, None, Path(plan.folder)) for trial in plan.trials]
+
+        @cache
+        def found(num_workers: int, use_gpu: bool | str) -> WorkerHardware:
+            of = plan.recipe.model_copy(update={"num_workers": num_workers, "use_gpu": use_gpu})
+            return find_workers(of, settings, job.interrupts)
+
+        def workers_of(spec: TrainSpec) -> WorkerHardware:
+            return found(spec.num_workers, spec.use_gpu)
+
+        specs = [trial.recipe for trial in plan.trials]
+        specs = [on_one_worker(spec) if is_shared(spec, settings) else spec for spec in specs]
+        trials = [Recipe(spec, None, Path(plan.folder)) for spec in specs]
         if folder is not None:
             trials = [as_begun(r, runs.make(run_of(runs, folder, trial))) for trial, r in enumerate(trials)]
         prepared = _prepare(trials, settings, catalog, run, workers_of, is_planned=is_planned, stages=stages)
@@ -274,7 +198,9 @@ def sweep(
         with folder.locked(job.job_id, job.interrupts.raise_in_main_thread):
             folder.write(PLAN, plan.model_dump_json().encode() + b"\n")
             try:
-                published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job.job_id)
+                found_workers = partial(workers_of, prepared[0].spec)
+                work = _Sweep(plan, prepared, runs, folder, settings, emit, tenant, found_workers)
+                published = work.run(job.job_id)
             except KeyboardInterrupt:
                 job.stop()
         job.end("succeeded", version=published["version"])
@@ -293,11 +219,13 @@ class _Sweep:
     settings: Settings
     emit: Emit
     tenant: str
+    workers: Callable[[], WorkerHardware]
+    told: SimpleQueue[Event] = field(default_factory=SimpleQueue)
 
     @property
     def at(self) -> str:
         """Its folder below those of all sweeps."""
-        return self.folder.path.removeprefix(f"{self.runs.root}/")
+        return below_root(self.folder, self.runs)
 
     def run(self, job_id: str) -> PublishedEvent:
         records = TrialRecords(self.folder, self.plan, self._say)
@@ -335,37 +263,143 @@ class _Sweep:
             "prompts": held_out_prompts(data.evaluation, spec.objective.sequences_per_row),
         }
         with tracked(self._tracked(chosen.trial)) as trackers:
-            published = publish_best(run.result(), run, recipe, self.settings, self.emit, **options)
+            ended = run.read_model(EndedRun, ENDED)
+            if ended is not None and ended.checkpoint is not None:  # of a cohort
+                checkpoint = Checkpoint(f"{run.path}/{ended.checkpoint}", run.filesystem)
+                published = publish_checkpoint(checkpoint, run, recipe, self.settings, self.emit, **options)
+            else:
+                published = publish_best(run.result(), run, recipe, self.settings, self.emit, **options)
             trackers.tell(published)
         return published
 
     def _train(self, trials: Sequence[int], records: TrialRecords, job_id: str) -> None:
-        """Trains these to their end. Trials with the same rows share them."""
+        """Trains these to their end: those of cohorts, then those that are trained alone."""
         if not trials:
             return
         if self.plan.stops_early and self.plan.recipe.evaluation.interval_steps is None:
             message = "no trial is stopped early: without evaluation.interval_steps they are evaluated at their end"
             self.emit({"event": "warning", "message": message})
-        prepared = {trial: self.prepared[trial] for trial in trials}
-        shared = {id(data): ray.put(data) for data in {id(each.data): each.data for each in prepared.values()}.values()}
-        tasks = {}
-        for trial, each in prepared.items():
-            at = run_of(self.runs, self.folder, trial)
-            self.runs.open(at, job_id)
-            tasks[trial] = TrialTask(share_workload(each, shared[id(each.data)]), at, self._tracked(trial))
-        places = num_at_once([each.spec for each in prepared.values()], self.settings)
-        at_once = min(len(tasks), self.plan.max_concurrent or places)
-        # Trials need no catalog, and no key of the API.
-        settings = replace(self.settings, catalog="", api_key=None)
-        search(records, tasks, settings, at_once, stops_early=self.plan.stops_early)
-        # Nobody ended, in the processes of stopped trials, their trackers, and the checkpoints that their workers left
-        # on this machine for workers that would have replaced them.
-        for trial in trials:
-            if records[trial].status == "stopped":
-                with tracked(self._tracked(trial)):
-                    pass
-        for path in Path(self.settings.home, "checkpoints", self.plan.name).glob(f"{self.folder.name}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        alone = []
+        together: dict[object, dict[str, Prepared]] = {}  # by what a cohort has in common
+        with ExitStack() as stack:
+            files = {}
+            for trial in trials:
+                spec, run = self.prepared[trial].spec, self.runs.open(run_of(self.runs, self.folder, trial), job_id)
+                if not is_shared(spec, self.settings):
+                    alone.append(trial)
+                    continue
+                if self.prepared[trial].batch_reason:
+                    run.write_model(BATCH, spec.batch)
+                events, board = stack.enter_context(run.history())
+                files[trial] = events, board
+                if self._has_ended(trial, run, events, records):
+                    continue
+                common = (spec.chosen_dtype, spec.quantization and spec.quantization.model_dump_json())
+                together.setdefault(common, {})[name_of_trial(trial)] = self.prepared[trial]
+            if together:
+                shares = self._dealt(together.values())
+                write_shares(self.folder, read_shares(self.folder) | {s: dealt.names for s, dealt in shares.items()})
+                job_events, _ = stack.enter_context(self.folder.history())
+                self._train_together(shares, records, job_events, {trial: of for trial, (of, _) in files.items()})
+            for trial, (events, board) in files.items():
+                replay(self._tracked(trial), events, board, None, self.emit)
+        for trial in alone:
+            self._train_alone(trial, records)
+
+    def _has_ended(self, trial: int, run: RunFolder, events: Path, records: TrialRecords) -> bool:
+        """Says whether a trial had ended before its record said so, which a killed driver leaves; the record has all
+        that the run tells from then on.
+        """
+        lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+        record = records[trial]
+        for line in lines:
+            if (event := decode(line)) is not None and event["event"] != "end":
+                record = told(record, event)
+        ended = run.read_model(EndedRun, ENDED)
+        if ended is not None and ended.status == "succeeded":
+            record = record.model_copy(update={"status": "completed"})
+        if record != records[trial]:
+            records.put(record)
+        return record.has_ended
+
+    def _dealt(self, cohorts: Iterable[dict[str, Prepared]]) -> dict[str, Dealt]:
+        """Deals trials to workers. Those that do not fit together are trained one after the other."""
+        saved, found = read_shares(self.folder), {}
+        for prepared in cohorts:
+            spec, workers = next(iter(prepared.values())).spec, self.workers()
+            device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True) or PRESETS[ASSUMED_GPU]
+            most, places = self.plan.max_concurrent, num_at_once([spec], self.settings)
+            found |= deal_shares(prepared, saved, device, places, self.emit, most=most, splits=True)
+        return found
+
+    def _train_together(
+        self, shares: dict[str, Dealt], records: TrialRecords, events: Path, files: dict[int, Path]
+    ) -> None:
+        judge = Halving(records, stops_early=self.plan.stops_early)
+        by_name = {name_of_trial(trial): str(path) for trial, path in files.items()}
+        sink = start_sink(events, by_name, judge)
+        specs = [self.prepared[trial].spec for trial in files]
+        team = Team(num_at_once(specs, self.settings), self.emit)
+        try:
+            with following(events, self.told.put):
+                for share, dealt in shares.items():
+                    team.add(share, partial(self._share, share, dealt, sink))
+                for done in team.run():
+                    self._take(records)
+                    if done.share is not None and done.error is not None:
+                        ended = ray.get(sink.ended.remote())
+                        message = str(done.error) if isinstance(done.error, LorayError) else first_line(done.error)
+                        for name in set(shares[done.share].names) - ended:
+                            record = records[trial_of(name)]
+                            records.put(record.model_copy(update={"status": "failed", "message": message}))
+        finally:
+            team.kill()
+            ray.kill(sink)
+        self._take(records)
+
+    def _take(self, records: TrialRecords) -> None:
+        """Keeps what workers have told."""
+        with suppress(Empty):
+            while True:
+                event = self.told.get_nowait()
+                name = adapter_of(event)
+                if name is None:
+                    if event["event"] in ("progress", "warning"):
+                        self.emit(event)
+                    continue
+                record = records[trial_of(name)]
+                if not record.has_ended and (now := told(record, event)) != record:
+                    records.put(now)
+
+    def _share(self, share: str, dealt: Dealt, sink: ActorHandle) -> Share:
+        at = {name: run_of(self.runs, self.folder, trial_of(name)) for name in dealt.names}
+        return make_share(
+            {name: self.prepared[trial_of(name)] for name in dealt.names},
+            dealt,
+            self.settings,
+            runs=Places("sweeps", at),
+            snapshots=Places("sweeps", {share: f"{below_root(self.folder, self.runs)}/{share}"}),
+            num_workers=self.workers().per_node,
+            sink=sink,
+        )
+
+    def _train_alone(self, trial: int, records: TrialRecords) -> None:
+        """Trains a trial that no cohort takes, as a run is; it is not stopped early."""
+
+        def tell(event: Event) -> None:
+            if (now := told(records[trial], event)) != records[trial]:
+                records.put(now)
+
+        prepared, run = self.prepared[trial], self.runs.make(run_of(self.runs, self.folder, trial))
+        failure = None
+        try:
+            with tracked(self._tracked(trial), tell) as trackers:
+                result = fit(share_workload(prepared), run, self.settings, trackers.emit)
+                failure = result.return_value
+        except LorayError as e:
+            failure = str(e)
+        ended = {"status": "failed", "message": failure} if failure else {"status": "completed"}
+        records.put(records[trial].model_copy(update=ended))
 
     def _tracked(self, trial: int) -> TrackedRun:
         name = qualified_name(self.tenant, self.plan.name)

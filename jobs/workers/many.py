@@ -59,27 +59,32 @@ class Rendezvous(NamedTuple):
     size: int
 
 
+class Places(NamedTuple):
+    """Folders by name, below those of a kind (`open_runs`)."""
+
+    kind: Literal["runs", "sweeps", "many"]
+    at: Mapping[str, str]
+
+
 class Share(NamedTuple):
     """What one worker trains.
 
-    runs      where each adapter's run is, below those of `kind`
-    data      the Dataset of each in the object store; `initial` has the InitialFiles of those that go on from another
-    per_node  workers that share a node
-    folder    the job's, below `many`: its folder `part` has the snapshots
-    sink      the actor of `EventSink`
+    runs       the run of each adapter
+    snapshots  the one folder of the share's snapshots
+    data       the Dataset of each in the object store; `initial` has the InitialFiles of those that go on from another
+    per_node   workers that share a node
+    sink       the actor of `EventSink`
     """
 
     specs: tuple[TrainSpec, ...]
-    runs: Mapping[str, str]
-    kind: Literal["runs", "sweeps"]
+    runs: Places
+    snapshots: Places
     data: Mapping[str, ObjectRef]
     initial: Mapping[str, ObjectRef]
     base_fingerprint: str
     dtype_reason: str
     tokens_per_pass: int
     per_node: int
-    folder: str
-    part: str
     settings: Settings
     sink: ActorHandle
     group: Rendezvous | None = None
@@ -208,9 +213,8 @@ def train_share(share: Share) -> None:
     """Trains the adapters of a share, from its last snapshot if there is one. How each has ended is in its run, and
     told as an event. Raises what concerns all of them.
     """
-    from loray.train.many.loop import train_many
-
     from loray.methods.attach import InitialAdapter  # these import PEFT and models
+    from loray.train.many.loop import train_many
 
     settings, group = share.settings, share.group
     configure_logging(settings.log_level)
@@ -222,9 +226,9 @@ def train_share(share: Share) -> None:
     outbox = _Outbox(share.sink, is_first=group is None or group.rank == 0)
     outbox.add(None, {"event": "progress", "stage": "loading the base", "done": 0, "total": None})
     outbox.flush()
-    runs = open_runs(settings, share.kind)
-    folder = open_runs(settings, "many").make(f"{share.folder}/{share.part}")
-    reporters = {spec.name: _Run(spec, runs.make(share.runs[spec.name]), outbox) for spec in share.specs}
+    runs, (snapshots,) = open_runs(settings, share.runs.kind), share.snapshots.at.values()
+    folder = open_runs(settings, share.snapshots.kind).make(snapshots)
+    reporters = {spec.name: _Run(spec, runs.make(share.runs.at[spec.name]), outbox) for spec in share.specs}
     base = ensure_base(settings.home, share.specs[0].base, fingerprint=share.base_fingerprint)
     with ExitStack() as stack:
         workdir = settings.home / "checkpoints"

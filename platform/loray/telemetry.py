@@ -129,7 +129,7 @@ ENGINE_METRICS = _table(
     _counter("adapter_loads_total", "Loads of adapters into host memory begun."),
     _counter(
         "adapter_sources_total",
-        "The same by where the bytes come from: the node's cache, the store, or an actor that holds an ephemeral adapter.",
+        "The same by where the bytes come from: the node's cache, the store, or an ephemeral adapter's actor.",
         "source",
     ),
     _counter("adapter_load_failures_total", "Adapters that could not be loaded or placed."),

@@ -83,8 +83,7 @@ class Rollouts:
 
     def __init__(self, gateway: Gateway, access: Authenticator) -> None:
         self._gateway, self._access = gateway, access
-        # As many as the replicas run, of all calls: however many are asked for, people's requests find room to wait.
-        self._places = {name: asyncio.Semaphore(base.num_at_once) for name, base in gateway.bases.items()}
+        self._places: dict[str, asyncio.Semaphore] = {}  # of each base, for all calls
 
     async def sample(self, call: SampleCall) -> SampleResult:
         """Answer a call. Cancelling it cancels its requests. A call whose gateway is lost is sent again by the caller:
@@ -190,7 +189,9 @@ class Rollouts:
     async def _collect(self, base: ServedBase, account: RequestUsage, index: int, answer: _Answer) -> None:
         request, asked_at = answer.request, 0
         text = Detokenizer(base.prompts.tokenizer, request.params, request.prompt_ids) if request.params.stop else None
-        async with self._places[base.name], aclosing(base.engines.generate(request, fit=False)) as deltas:
+        # As many as the replicas run: however many are asked for, people's requests find room to wait.
+        places = self._places.setdefault(base.name, asyncio.Semaphore(base.num_at_once))
+        async with places, aclosing(base.engines.generate(request, fit=False)) as deltas:
             async for delta in deltas:
                 token_ids, answer.reason = delta.token_ids, delta.finish_reason
                 if text is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.client import Endpoint, Received, Request
 from benchmarks.report import Report, Verdict, main, quantile, renewed
-from benchmarks.serving import batches, cold_start, conversations, host, invocations, speculation
+from benchmarks.serving import batches, cold_start, conversations, host, invocations, publish, speculation
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
@@ -59,6 +59,17 @@ def test_cases_are_well_formed_and_one_must_be_chosen() -> None:
             assert w.max_tokens <= case.engine.kv_tokens
     with pytest.raises(SystemExit, match="--only no-such is in no case's name; there are: "):
         serving(["--only", "no-such"])
+
+
+@pytest.mark.slow
+def test_publishes_of_a_trainer(tmp_path: Path) -> None:
+    """On a cluster of its own, with SmolLM2 in fp32: figures for each row, and the trainer computes the same model."""
+    report = publish.main(["--publishes", "2", "--seconds", "1", "--dtype", "float32", "--json", str(tmp_path / "j")])
+    rows = {str(what): figures for what, *figures in report.rows}
+    assert rows["published"][1] > rows["publish"][1] > 0
+    assert rows["rollouts"][3] > 0 < rows["the engine alone"][3]
+    assert rows["mismatch, largest"][3] <= 0.1  # thousandths
+    assert rows["rescored with other bits"][3] == 0
 
 
 def test_cold_starts(base: BaseModel, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from loray.catalog import Catalog
+from loray.catalog import Catalog, Registration
 from loray.catalog.adapters import MAX_TAGS
 from loray.errors import AdapterNotFound, ConflictError, JobNotFound, NotFoundError, PermissionDenied, SpecError
 from loray.recipes.load import load_recipe
-from loray.spec import SCOPES, Evaluation, Principal, Visibility
+from loray.spec import SCOPES, Evaluation, Principal, RopeParameters, Visibility
 from tests.fixtures.calls import refused
 from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
 
@@ -52,6 +52,31 @@ def test_a_bare_name_is_the_own_tenants(catalog: Catalog, acme: Catalog) -> None
     bring(acme, "house", 5)
     assert acme.adapters.resolve("house").label == "acme/house@1"
     assert acme.adapters.resolve("default/house").digest == digest(4)
+
+
+def test_many_are_registered_in_one_transaction_and_a_refusal_concerns_one(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1)
+    catalog.adapters.register("gone", digest(7), manifest(7))
+    catalog.removal.delete_adapter("gone")
+    scaled = manifest(3).model_copy(
+        update={"rope_parameters": RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)}
+    )
+    before = catalog.change_counter()
+    found = catalog.adapters.register_many(
+        [
+            Registration("tone", digest(2), manifest(2), ("prod",)),
+            Registration("long", digest(3), scaled, ("prod",)),
+            Registration("gone", digest(4), manifest(4)),
+            Registration("acme", digest(5), manifest(5), ("no alias!",)),
+            Registration("beta", digest(6), manifest(6)),
+        ]
+    )
+    assert [getattr(each, "label", type(each).__name__) for each in found] == [
+        *("tone@2", "GateRefused", "ConflictError", "SpecError", "beta@1"),
+    ]
+    assert [entry.name for entry in catalog.adapters.page(limit=9)] == ["beta", "tone"]
+    assert catalog.adapters.resolve("tone@prod").digest == digest(2)
+    assert catalog.change_counter() > before
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,20 @@ def test_server_and_driver_add_one_job_at_once(catalog: Catalog, url: str) -> No
 
     assert set(at_once(6, tell)) == {"succeeded"}
     assert len(catalog.jobs.page().items) == 1
+
+
+def test_a_job_of_several_adapters_has_a_job_for_each(catalog: Catalog) -> None:
+    add(catalog, "whole")
+    recipes = {f"whole.{n}": RECIPE.model_copy(update={"name": name}) for n, name in enumerate(("acme", "globex"))}
+    for _ in range(2):
+        catalog.jobs.add_parts("whole", recipes)
+    acme, globex = catalog.jobs.parts("whole")
+    assert (acme.name, acme.part_of, acme.status, acme.recipe) == ("acme", "whole", "running", recipes["whole.0"])
+    assert not catalog.jobs.parts("whole.0")
+    assert not catalog.jobs.ended_parts("whole")
+    catalog.jobs.end(globex.id, "stopped", message="by hand")
+    assert catalog.jobs.ended_parts("whole") == {globex.id}
+    assert [job.id for job in catalog.jobs.page(name="acme").items] == ["whole.0"]
+    assert len(catalog.jobs.page().items) == 3
+    catalog.jobs.add("other", name="tone", recipe=RECIPE, max_jobs=2, max_workers=2)  # parts do not count
+    refused(JobNotFound, "", catalog.jobs.add_parts, "nobody", recipes)

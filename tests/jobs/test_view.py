@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import time
+from typing import cast
 
 import pytest
 from rich.console import Console
 
-from jobs.events import ProgressEvent, describe, encode
-from jobs.view import LossPicture, RunView
+from jobs.events import AdapterOutcome, Event, ProgressEvent, describe, encode
+from jobs.view import LossPicture, ManyView, RunView
 from tests.fixtures.events import EVAL, PUBLISHED, SAMPLES, START, step
 
 
@@ -120,3 +121,40 @@ def test_a_failed_run_keeps_the_reason_and_the_last_lines() -> None:
     assert view.error is not None
     assert describe(view.error) == "error: no data"
     assert list(view.log) == [f"line {i}" for i in range(30, 50)]
+
+
+def of(name: str, event: object) -> str:
+    return encode(cast("Event", {**cast("dict[str, object]", event), "adapter": name}))
+
+
+def test_a_job_of_several_adapters_is_a_table_with_a_line_for_each() -> None:
+    names, begun = [f"a{i:02}" for i in range(40)], list[int]()
+    out = io.StringIO()
+    view = ManyView(Console(file=out, force_terminal=True, width=160, height=20), lambda: begun.append(1))
+
+    def picture() -> str:
+        drawn = io.StringIO()
+        Console(file=drawn, width=160).print(view._render())
+        return drawn.getvalue()
+
+    view.feed("Running entrypoint for job …")
+    view.feed(encode({"event": "adapters", "adapters": dict.fromkeys(names, "job.1"), "num_workers": 1}))
+    assert begun == [1]
+    assert "and 26 more" in picture()
+    for event in (START, step(7), EVAL):
+        view.feed(of("a39", event))
+    view.feed(of("a38", {"event": "end", "step": 3, "status": "failed", "message": "no finite loss"}))
+    rows = [line.split() for line in picture().splitlines() if line.startswith(("a38", "a39"))]
+    assert [(row[0], row[-1]) for row in rows] == [("a39", "training"), ("a38", "failed")]  # before those that wait
+    assert "7/20" in rows[0]
+    assert "a38: failed, at step 3: no finite loss" in out.getvalue()
+    view.feed(of("a39", PUBLISHED))
+    assert f"published {PUBLISHED['label']}" in picture()
+    ended: list[AdapterOutcome] = [
+        {"name": "a39", "job_id": "job.1", "status": "succeeded", "step": 20, "label": "a39@1", "message": ""},
+        {"name": "a38", "job_id": "job.2", "status": "failed", "step": 3, "label": "", "message": "no finite loss"},
+    ]
+    view.feed(encode({"event": "outcomes", "adapters": ended}))
+    assert view.outcomes == ended
+    assert describe({"event": "outcomes", "adapters": ended}) == "1 succeeded, 1 failed"
+    assert list(view.log) == ["Running entrypoint for job …"]

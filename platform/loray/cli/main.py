@@ -60,6 +60,7 @@ _GROUPS: Mapping[str, Mapping[str, tuple[str | None, str]]] = {
         "catalog": ("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
         "store": ("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
         "simulate": ("loray.cli.simulate:simulate", "Simulate replicas, routing and scaling under a trace."),
+        "bench": ("loray.cli.bench:bench", "Run a benchmark of a checkout on this machine."),
         "completion": ("loray.cli.shell:completion", "Print a shell's completion script."),
     },
 }

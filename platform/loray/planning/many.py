@@ -18,7 +18,7 @@ from loray.methods import method_of
 from loray.methods.base import SavedTensors, input_of, shapes
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import Device
-from loray.planning.memory import MOMENTS, Item, MemoryPlan, passing_items, with_overheads
+from loray.planning.memory import Item, MemoryPlan, passing_items, with_overheads
 from loray.planning.run import RunShape
 from loray.spec import DTYPE_BYTES, AdapterSpec
 
@@ -27,6 +27,7 @@ _FP32 = DTYPE_BYTES["float32"]
 _PADDED = 1.25  # at most, as a multiple of the tokens that passes join
 _PRODUCT_S = 6e-6  # that a small product takes on a CPU beside its arithmetic
 _ADAPTERS = "adapters: weights, masters, gradients, moments"
+_BEST = "the best weights so far"
 
 
 class Load(NamedTuple):
@@ -155,11 +156,8 @@ def _resident(loads: list[Load], device: Device) -> Iterator[Item]:
     elements = [load.shape.trained.adapter for load in loads]
     each = 4 * _FP32 + (0 if e == _FP32 else e)
     yield Item(_ADAPTERS, each * sum(elements))
-    largest = sum(load.shape.trained.largest for load in loads)
-    yield Item("AdamW temporaries", 2 * _FP32 * largest, ("update",), _FP32 * largest)
     if device.is_host:
-        yield Item("the best weights so far", _FP32 * sum(elements))
-        yield Item("a checkpoint of all, as it is written", 3 * _FP32 * sum(elements))
+        yield Item(_BEST, _FP32 * sum(elements))
 
 
 def _pair_key(adapter: AdapterSpec) -> tuple[object, ...]:
@@ -179,14 +177,11 @@ def _saved(shape: RunShape) -> SavedTensors:
 
 
 def _parts(memory: MemoryPlan) -> Iterator[tuple[str, int]]:
-    """Yield the base, the adapters, and all else at the peak."""
-    at_peak = [item for item in memory.items if memory.peak_moment in item.moments]
-    found = {item.name: item.nbytes for item in at_peak}
-    named = {"base": found.get("base", 0), "adapters": found.get(_ADAPTERS, 0)}
-    kept = sum(item.nbytes for item in at_peak if item.moments == MOMENTS)
-    yield from named.items()
-    yield "copies of adapters and libraries", kept - sum(named.values())
-    yield "a pass", memory.peak_bytes - kept
+    """Yield the base, the adapters with their best weights, and all else at the peak."""
+    found = {item.name: item.nbytes for item in memory.items}
+    parts = {"base": found["base"], "adapters": found[_ADAPTERS] + found.get(_BEST, 0)}
+    yield from parts.items()
+    yield "passes and libraries", memory.peak_bytes - sum(parts.values())
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

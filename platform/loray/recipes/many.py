@@ -60,6 +60,18 @@ class ManyPlan(Frozen):
         return max(each.recipe.num_workers // each.recipe.parallel.sequence for each in self.members)
 
 
+def on_one_worker(spec: TrainSpec) -> TrainSpec:
+    """The recipe with steps of as many rows, all of one worker or one sequence group: as a cohort trains it, in which
+    `num_workers` share the adapters and not the rows.
+    """
+    groups, batch = spec.num_workers // spec.parallel.sequence, spec.batch
+    if batch.accumulation == "auto":
+        batch = batch.model_copy(update={"rows": (batch.rows or 1) * groups})
+    else:
+        batch = batch.model_copy(update={"accumulation": batch.accumulation * groups})
+    return spec.model_copy(update={"batch": batch, "num_workers": spec.parallel.sequence, "min_workers": None})
+
+
 def load_many(
     names: Sequence[str | None],
     *,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,7 +12,8 @@ from pyarrow import fs
 
 from jobs.runs.folders import RunFolder
 from jobs.sweeps.command import draw, sweep
-from jobs.sweeps.driver import Halving, TrialRecords, _prepare, falls_behind
+from jobs.sweeps.driver import TrialRecords, _prepare
+from jobs.sweeps.halving import Halving, falls_behind, name_of_trial, told
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError
@@ -89,23 +89,45 @@ def test_records_outlive_the_driver_and_stop_trials_of_the_next(tmp_path: Path) 
     again = TrialRecords(folder, plan, changed.append)
     assert list(again) == [*list(records)[:3], TrialRecord(trial=3, values={"adapter.rank": "3"})]
 
-    trial, result = SimpleNamespace(config={"trial": 3}), {"step": 12, "num_steps": 90}
-    for loss, decision in ((0.9, "CONTINUE"), (1.5, "STOP")):
-        assert Halving(again, stops_early=True).on_trial_result(None, trial, result | {"eval_loss": loss}) == decision
-    assert Halving(again, stops_early=False).on_trial_result(None, trial, result | {"eval_loss": 1.5}) == "CONTINUE"
-    assert (again[3].status, again[3].losses, changed[-1]) == ("running", ((12, 1.5),), again[3])
+
+def event_of(event: str, **fields: Any) -> Any:
+    return {"event": event, "subject": "adapter"} | fields
 
 
-@pytest.mark.parametrize(("told", "status"), [("ERROR", "running"), ("RUNNING", "failed"), ("PENDING", "failed")])
-def test_a_trial_whose_driver_dies_goes_on_while_tune_starts_it_again(tmp_path: Path, told: str, status: str) -> None:
-    """`told`: the trial's status when Tune tells its scheduler. One that it starts again it has stopped before."""
-    folder = RunFolder(fs.LocalFileSystem(), str(tmp_path / "sweep"))
-    Path(folder.path).mkdir()
-    records = TrialRecords(folder, plan_of(write(tmp_path).spec, 1), lambda _: None)
-    records.put(record(0, "running", 1.0))
-    trial = SimpleNamespace(config={"trial": 0}, status=told, get_pickled_error=lambda: None)
-    Halving(records, stops_early=True).on_trial_error(None, trial)
-    assert records[0].status == status
+def test_trials_that_come_to_a_rung_together_are_ranked_among_each_other() -> None:
+    names = [name_of_trial(i) for i in range(6)]
+    records = [TrialRecord(trial=i, values={"adapter.rank": str(i)}) for i in range(6)]
+
+    def at(step: int, *losses: float) -> list[tuple[str, Any]]:
+        return [(name, event_of("eval", step=step, eval_loss=x)) for name, x in zip(names, losses, strict=False)]
+
+    judges = [Halving(records, stops_early=stops) for stops in (True, False)]
+    for judge in judges:
+        assert not judge.ended_by([(name, event_of("start", num_steps=90)) for name in names])
+        assert not judge.ended_by(at(9, *range(6)))  # before the first rung
+    assert judges[0].ended_by(at(10, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)) == set(names[2:])
+    assert not judges[1].ended_by(at(10, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    assert not judges[0].ended_by(at(20, 9.0, 8.0))  # they have passed this rung
+    assert judges[0].ended_by(at(30, 2.0, 1.0)) == {names[0]}
+
+
+def test_what_a_run_tells_becomes_its_record() -> None:
+    made = record(0, "running")
+    for event in (
+        event_of("start", num_steps=40),
+        event_of("eval", step=0, subject="base", eval_loss=9.0),
+        event_of("eval", step=10, eval_loss=3.0),
+        event_of("eval", step=20, eval_loss=None),
+    ):
+        made = told(made, event)
+    assert (made.num_steps, made.losses, made.status) == (40, ((10, 3.0),), "running")
+    for status, ours, message in (
+        ("succeeded", "completed", None),
+        ("failed", "failed", "why"),
+        ("stopped", "stopped", None),
+    ):
+        ended = told(made, event_of("end", step=20, status=status, message=message))
+        assert (ended.status, ended.message) == (ours, message or "")
 
 
 def test_a_trial_that_is_not_among_the_best_third_falls_behind() -> None:

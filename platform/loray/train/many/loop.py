@@ -38,7 +38,7 @@ from loray.train.many import state as snapshots
 from loray.train.many.bank import AdapterBank
 from loray.train.many.optimizer import Update, update
 from loray.train.many.passes import Part, Pass, joined
-from loray.train.many.state import AdapterState, CohortState, Snapshot
+from loray.train.many.state import AdapterState, CohortState, Weights
 from loray.train.mesh import Mesh
 from loray.train.model import ParameterCount, count_parameters, dense, trained_base, unscaled
 from loray.train.objectives import labelled_states
@@ -262,7 +262,6 @@ class _Cohort:
                 self._settle(run, is_evaluated=run in due)
             if self.active and (is_overdue or any(map(_is_checkpoint_due, self.active.values()))):
                 self._save()
-        self.checkpoints.finish()
         return self.ended
 
     def _active_after_stops(self) -> bool:
@@ -288,8 +287,7 @@ class _Cohort:
             for name, loss in self._pass(each, learn=True).items():
                 mine[name] += loss
         self.bank.reduce_gradients(self.mesh.sequence)
-        *summed, overdue, written = self.world.sum(*mine.values(), *self.checkpoints.signals(), device=self.device)
-        self.checkpoints.take(written)
+        *summed, overdue, _ = self.world.sum(*mine.values(), *self.checkpoints.signals(), device=self.device)
         losses = dict(zip(mine, summed, strict=True))
         rates = {
             name: learning_rate(run.state.step + 1, run.num_steps, run.spec.optimizer)
@@ -478,21 +476,20 @@ class _Cohort:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self) -> None:
-        """Begin a snapshot of the adapters that go on. Only rank 0 writes it."""
-        self.checkpoints.finish()
-        write = None
-        if not self.world.rank:
-            tensors = dict[str, torch.Tensor]()
+        """Write a snapshot of the adapters that go on, one after the other, so that there is no copy of all."""
+
+        def write(folder: Path) -> None:
             adapters = dict[str, AdapterState]()
             for name, run in self.active.items():
                 optimizer, best = self.bank.state(name), run.best
-                snapshots.add(tensors, name, optimizer, None if best is None else best.masters_P)
+                snapshots.write_weights(folder, name, Weights(optimizer, best and best.masters_P))
                 adapters[name] = AdapterState(
-                    state=run.state, num_updates=optimizer.num_updates, best=None if best is None else best.state
+                    state=run.state, num_updates=optimizer.num_updates, best=best and best.state
                 )
-            taken = Snapshot(CohortState(round=self.round, adapters=adapters), tensors)
-            write = partial(snapshots.write, snapshot=taken)
-        self.checkpoints.begin(write, step=self.round, eval_loss=None)
+            snapshots.write_cohort(folder, CohortState(round=self.round, adapters=adapters))
+
+        self.checkpoints.begin(None if self.world.rank else write, step=self.round, eval_loss=None)
+        self.checkpoints.finish()
 
 
 def _is_checkpoint_due(run: _Adapter) -> bool:

@@ -1,8 +1,8 @@
 """Snapshots of many adapters in training: what each needs to go on, in one folder.
 
-states.safetensors  of each adapter that has not ended (3, P): fp32 masters and AdamW's moments, its tensors one
-                    after the other in the order of its parameters; and its best masters (P,)
-cohort.json         CohortState: the round, and of each adapter its RunState, its updates, and how it has ended
+NAME.safetensors  of each adapter that goes on: `states` (3, P), its fp32 masters and AdamW's moments, its tensors
+                  one after the other in the order of its parameters; and `best` (P,), its best masters
+cohort.json       CohortState: the round, and of each of these adapters its RunState and the number of its updates
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loray.errors import IntegrityError, SpecError
@@ -21,8 +21,7 @@ from loray.spec import Frozen
 from loray.train.checkpoint import RunState
 from loray.train.optimizer import OptimizerState
 
-_STATES = "states.safetensors"
-_BEST = "best:"  # before an adapter's name, which has no colon
+_STATES, _BEST = "states", "best"
 
 
 class AdapterState(Frozen):
@@ -40,24 +39,24 @@ class CohortState(Frozen):
     adapters: dict[str, AdapterState]
 
 
-class Snapshot(NamedTuple):
-    """`tensors` are those of `states.safetensors`, which share no memory with a bank."""
+class Weights(NamedTuple):
+    """`best_P`: masters of the best evaluation; None where there are none."""
 
-    cohort: CohortState
-    tensors: Mapping[str, Tensor]
-
-
-def add(tensors: dict[str, Tensor], name: str, optimizer: OptimizerState, best_P: Tensor | None) -> None:
-    """Add an adapter's tensors to those of a snapshot."""
-    tensors[name] = torch.stack([flat(values) for values in optimizer[:3]])
-    if best_P is not None:
-        tensors[_BEST + name] = best_P
+    optimizer: OptimizerState
+    best_P: Tensor | None
 
 
-def write(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot; the states of adapters come last."""
-    save_file(dict(snapshot.tensors), folder / _STATES)
-    text = snapshot.cohort.model_dump_json() + "\n"
+def write_weights(folder: Path, name: str, weights: Weights) -> None:
+    """Write one adapter's weights to a snapshot."""
+    tensors = {_STATES: torch.stack([flat(values) for values in weights.optimizer[:3]])}
+    if weights.best_P is not None:
+        tensors[_BEST] = weights.best_P
+    save_file(tensors, _file(folder, name))
+
+
+def write_cohort(folder: Path, cohort: CohortState) -> None:
+    """Write what makes a snapshot whole, after the weights of its adapters."""
+    text = cohort.model_dump_json() + "\n"
     (folder / CohortState.FILE).write_text(text, encoding="utf-8")
 
 
@@ -70,27 +69,25 @@ def read_cohort(folder: Path) -> CohortState:
         raise IntegrityError(f"{folder} is not a complete snapshot: {path.name} is missing or damaged") from e
 
 
-class Weights(NamedTuple):
-    optimizer: OptimizerState
-    best_P: Tensor | None
-
-
 def read_weights(folder: Path, name: str, saved: AdapterState, like: Mapping[str, Tensor]) -> Weights:
     """Read one adapter's weights, whose parameters have the names and shapes of `like`.
 
     Raises IntegrityError where they are missing, and SpecError where the snapshot's adapter has other parameters.
     """
-    path = folder / _STATES
+    path = _file(folder, name)
     try:
-        with safe_open(path, framework="pt") as file:
-            states_3P = file.get_tensor(name)
-            best_P = file.get_tensor(_BEST + name) if saved.best is not None else None
-    except (OSError, SafetensorError) as e:
-        raise IntegrityError(f"{path} is missing, damaged, or has no adapter {name}") from e
+        tensors = load_file(path)
+        states_3P, best_P = tensors[_STATES], tensors.get(_BEST)
+    except (OSError, KeyError, SafetensorError) as e:
+        raise IntegrityError(f"{path} is missing or damaged: go on from the snapshot before") from e
     if states_3P.shape != (3, sum(tensor.numel() for tensor in like.values())):
         raise SpecError(f"the snapshot's {name} has other parameters than its recipe; start afresh, without --resume")
     masters, exp_avg, exp_avg_sq = (split(flat_P, like) for flat_P in states_3P)
     return Weights(OptimizerState(masters, exp_avg, exp_avg_sq, saved.num_updates), best_P)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 def flat(values: Mapping[str, Tensor]) -> Tensor:

@@ -335,6 +335,19 @@ def test_a_tenants_job_asks_no_other_server(deployment: Api) -> None:
         assert http.post("/jobs", json=recipe(objective=objective)).status_code == 201
 
 
+def test_a_server_imports_no_code_of_a_recipe(deployment: Api) -> None:
+    own = [{"type": "rl", "reward": {"function": "os:system"}}, {"type": "grpo", "environment": "os:Environment"}]
+    with deployment.by(principal()) as http:
+        for objective in own:
+            detail = problem(http.post("/jobs", json=recipe(objective=objective)), 422)["detail"]
+            assert "is code of the recipe, which a server does not import" in detail
+        assert not deployment.jobs.submitted
+        objective = {"type": "rl", "reward": {"builtin": "number", "field": "answer"}}
+        assert http.post("/jobs", json=recipe(objective=objective)).status_code == 201
+    (submission,) = deployment.jobs.submitted.values()
+    assert "-m jobs.rl.driver" in submission.entrypoint
+
+
 def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
     """The driver adds them when it opens the data: tests/test_fetching.py."""
     with deployment.by(principal()) as http:
@@ -464,3 +477,47 @@ def test_recommendations(api: Api, tmp_path: Path) -> None:
     assert "gpt-9" in problem(ask(personal | {"base": "gpt-9"}), 404)["detail"]
     problem(ask(personal | {"device": "abacus"}), 422)
     problem(ask({"num_tasks": 1}), 422)
+
+
+def test_several_adapters_are_one_job_with_a_part_for_each(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {key: value for key, value in RECIPE.items() if key != "name"}
+    entries = [{"name": "acme"}, {"name": "globex", "adapter.rank": 2}]
+    job = api.http.post("/jobs", params={"id": "both"}, json=common | {"adapters": entries}).json()
+    (whole,) = ray("both")
+    assert (job["id"], job["name"], job["part_of"]) == (whole, "acme", None)
+    plan = json.loads(api.jobs.uploaded[whole]["loray-input.json"])
+    assert [member["recipe"]["name"] for member in plan["members"]] == ["acme", "globex"]
+    assert plan["members"][1]["recipe"]["adapter"]["rank"] == 2
+    assert "jobs.many.driver" in api.jobs.submitted[whole].entrypoint
+    api.jobs.say(whole, "RUNNING")
+    # What the driver does:
+    catalog = api.services.catalog()
+    recipes = {f"{whole}.{n}": TrainSpec.model_validate(each["recipe"]) for n, each in enumerate(plan["members"], 1)}
+    catalog.jobs.add_parts(whole, recipes)
+    found = api.http.get("/jobs").json()["items"]
+    assert {(each["name"], each["part_of"], each["status"]) for each in found} == {
+        ("acme", None, "running"), ("acme", whole, "running"), ("globex", whole, "running"),
+    }  # fmt: skip
+
+    acme, globex = (json.dumps({"event": "step", "adapter": name}) + "\n" for name in ("acme", "globex"))
+    monkeypatch.setattr(api.jobs, "logs", lambda job_id: iter((acme + globex[:9], globex[9:] + "a line\n")))
+    assert api.http.get(f"/jobs/{whole}.2/logs").text == globex
+    assert api.http.get(f"/jobs/{whole}.1/logs", params={"tail": 9}).text == acme
+
+    stopped = api.http.post(f"/jobs/{whole}.1/stop").json()
+    assert (stopped["status"], api.jobs.stopped) == ("stopped", [])  # the driver sees it
+    assert api.http.get(f"/jobs/{whole}.2").json()["status"] == "running"
+    assert api.http.post(f"/jobs/{whole}/stop").status_code == 202
+    assert api.jobs.stopped == [whole]
+    api.jobs.say(whole, "STOPPED")
+    assert api.http.get(f"/jobs/{whole}.2").json()["status"] == "stopped"  # also where the driver was killed
+
+
+def test_wrong_adapters_are_named(api: Api) -> None:
+    for entries, detail in (
+        ([], "a list of adapters"),
+        ([{"name": "acme"}, {"name": "acme"}], "several adapters are called acme"),
+        ([{"name": "acme", "adapter.rank": 0}], "adapter acme"),
+    ):
+        response = api.http.post("/jobs", json=RECIPE | {"adapters": entries})
+        assert detail in problem(response, 422)["detail"]
