@@ -64,8 +64,22 @@ class StepEvent(TypedDict):
     memory_bytes: NotRequired[int]
 
 
+class RolloutEvent(TypedDict):
+    """A step of reinforcement learning: how its answers were, what it learned, and how long that took. `version` is the
+    one that it made, by its number of updates; `samples`: some answers, as in SamplesEvent, with rewards and versions.
+    """
+
+    event: Literal["rollout"]
+    step: int
+    num_steps: int
+    version: int
+    digest: str
+    metrics: dict[str, Any]
+    samples: list[dict[str, str]]
+
+
 class EvalEvent(TypedDict):
-    """Losses of held-out rows, with the objective's metrics."""
+    """Losses of held-out rows, with the objective's metrics. Rewards have no loss beside them."""
 
     event: Literal["eval"]
     step: int
@@ -249,6 +263,7 @@ LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEven
 Event = (
     LoopEvent
     | BatchEvent
+    | RolloutEvent
     | WarningEvent
     | WorkerLostEvent
     | MeasureEvent
@@ -351,6 +366,17 @@ def _described(event: Event) -> str:
                 f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
                 f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
+        case "rollout":
+            known = event["metrics"]
+            apart = known.get("mismatch_mean")
+            return (
+                f"step {event['step']}/{event['num_steps']}  reward {number(known['reward_mean'])}  "
+                f"{known['groups_kept']} groups learned from, {known['groups_dropped']} alike, "
+                f"{known['dropped_stale']} too old  {known['answer_tokens']:,} tokens"
+                + ("" if apart is None else f"  mismatch {apart:.2g}")
+            )
+        case "eval" if event["eval_loss"] is None and "reward" in event:
+            return f"step {event['step']}  held-out{shown(event)} ({event['subject']})"
         case "eval":
             loss = f"{number(event['eval_loss'])}{shown(event)}"
             return f"step {event['step']}  held-out loss {loss} ({event['subject']})"

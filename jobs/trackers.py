@@ -47,7 +47,9 @@ def scalars(event: Event) -> tuple[dict[str, float], int]:
             values: Mapping[str, Any] = event
             found = {tag: values.get(name) for name, tag in _STEP.items()}
             found |= {f"train/{name}": value for name, value in figures(event).items()}
-        case "eval" if event["eval_loss"] is not None:
+        case "rollout":
+            found = {f"rollout/{name}": value for name, value in event["metrics"].items()}
+        case "eval":
             measured = {"loss": event["eval_loss"], **figures(event)}
             found = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
         case _:

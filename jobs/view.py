@@ -168,6 +168,10 @@ class RunView:
                 self._print(event)
             case "progress":
                 self._stage(event)
+            case "rollout":
+                every = max(1, event["num_steps"] // _LINES_OF_STEPS)
+                if event["step"] % every == 0:
+                    self._print(event)
             case "batch" | "warning" | "worker_lost" | "measure" | "early_stop" | "samples":
                 self._print(event)
             case "published":

@@ -38,7 +38,7 @@ from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
-from loray.spec import AdapterSpec, BatchSpec, TrainSpec, format_size
+from loray.spec import AdapterSpec, BatchSpec, RlSpec, TrainSpec, format_size
 from loray.store import AdapterStore, open_store
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.lessons import lessons_of, teach
@@ -158,6 +158,8 @@ def prepare(
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
+    if isinstance(spec.objective, RlSpec):
+        raise SpecError(f"objective.type {spec.objective.type} learns from rewards: `loray train` it, one recipe alone")
     check_recipe(spec)
     _check_packages(spec)
     base = ensure_base(settings.home, spec.base, progress=lambda stage, share: stages(stage, share, 1))

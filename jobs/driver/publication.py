@@ -151,8 +151,13 @@ def record_published(
         "step": step,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
-    run.write_model(PUBLISHED, _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event)))
+    keep_published(run, recipe.spec, event)
     return event
+
+
+def keep_published(run: RunFolder, spec: TrainSpec, event: PublishedEvent) -> None:
+    """Records that the run is published by this recipe, so that resuming it has nothing left to do."""
+    run.write_model(PUBLISHED, _Publication(recipe=spec.model_dump(mode="json"), event=dict(event)))
 
 
 def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:

@@ -76,8 +76,8 @@ def deal_shares(
         found[share] = Dealt(tuple(names), plan.tokens_per_pass)
     for plan in (plan for names in new for plan in planned(names)):
         emit({"event": "plan", "lines": [plan.memory_line()]})
-        for of in filter(None, plan.shares):
-            found[f"share_{secrets.token_hex(4)}"] = Dealt(of, plan.tokens_per_pass)
+        for dealt in filter(None, plan.shares):
+            found[f"share_{secrets.token_hex(4)}"] = Dealt(dealt, plan.tokens_per_pass)
     return found
 
 

@@ -24,7 +24,7 @@ from loray.recipes.load import STDIN, Recipe
 from loray.recipes.many import ManyPlan
 from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
+from loray.spec import DEFAULT_TENANT, DataSpec, RlSpec, TrainSpec, qualified_name
 
 _OF_SERVICES = ("MLFLOW_", "WANDB_", "TEACHER_API_KEY")
 _INPUT = "loray-input.json"
@@ -55,7 +55,8 @@ class Work(NamedTuple):
         spec = recipe.spec
         metadata = {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
         # With what is null: left out, it would be given its default.
-        return cls("jobs.train", tuple(arguments), metadata, (recipe,), spec.model_dump_json())
+        module = "jobs.rl.driver" if isinstance(spec.objective, RlSpec) else "jobs.train"
+        return cls(module, tuple(arguments), metadata, (recipe,), spec.model_dump_json())
 
     @classmethod
     def many(
@@ -169,6 +170,18 @@ class Place(NamedTuple):
                 target = self.stage / below / file.relative_to(recipe.folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+        self._provide_code(recipe)
+
+    def _provide_code(self, recipe: Recipe) -> None:
+        """Copies the module of a recipe's own rewards, if it lies beside the recipe; else it is installed there."""
+        objective = recipe.spec.objective
+        if self.address is None or not isinstance(objective, RlSpec) or objective.runs_code is None:
+            return
+        module = objective.runs_code.partition(":")[0].partition(".")[0]
+        if (file := recipe.folder / f"{module}.py").is_file():
+            shutil.copyfile(file, self.stage / file.name)
+        elif (package := recipe.folder / module).is_dir():
+            shutil.copytree(package, self.stage / module, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 class Submission(NamedTuple):

@@ -19,14 +19,14 @@ from jobs.submission.commands import Place, Submission, Work
 from jobs.submission.server import AGENT_S, RayJob, RayJobServer
 from loray.adapters.manifest import check_recipe
 from loray.catalog import Catalog, Job
-from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
+from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied, SpecError
 from loray.locations import S3Location, parse_location
 from loray.recipes.load import Recipe
 from loray.recipes.many import ManyPlan
 from loray.recipes.sources import UPLOADED
 from loray.schemas.resources import Page
 from loray.settings import Settings
-from loray.spec import JobStatus, Principal, TrainSpec, split_qualified
+from loray.spec import JobStatus, Principal, RlSpec, TrainSpec, split_qualified
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -135,6 +135,11 @@ class JobTracker:
         catalog = self._open()
         for each in specs:
             check_allowed(each, catalog.principal, self._settings)
+            if isinstance(each.objective, RlSpec) and each.objective.runs_code is not None:
+                raise SpecError(
+                    f"{each.objective.runs_code} is code of the recipe, which a server does not import: take "
+                    "objective.reward.builtin, or `loray train` in the cluster itself"
+                )
             _check_files(each, catalog)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
             tenant = catalog.own_tenant

@@ -221,6 +221,12 @@ class TrainingGauges:
             if value is not None and math.isfinite(value):
                 self._gauges[f"train_{key}"].set(value)
 
+    def set_step(self, event: StepEvent) -> None:
+        """Sets the gauges of a step, and of its objective's metrics."""
+        values: Mapping[str, Any] = event
+        self.set(**{gauge: values.get(name) for name, gauge in _GAUGES.items()})
+        self.set_figures(event)
+
     def set_figures(self, event: StepEvent | EvalEvent, prefix: str = "") -> None:
         """Sets the gauges of the objective's metrics, of a step or an evaluation."""
         self.set(**{f"{prefix}{name.replace('/', '_')}": value for name, value in figures(event).items()})
@@ -329,9 +335,7 @@ class RayReporter:
                     "peak_flops": utilisation.peak.flops,
                     "memory_bytes": peak_memory(self.device),
                 }
-                values: Mapping[str, Any] = step
-                self.gauges.set(**{gauge: values[name] for name, gauge in _GAUGES.items()})
-                self.gauges.set_figures(step)
+                self.gauges.set_step(step)
                 return step
             case "eval" if event["subject"] == "adapter":
                 self.gauges.set(eval_loss=event["eval_loss"])

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from typing import Annotated, Any, get_args
+from urllib.parse import quote
 
 from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
+from jobs.rl.promotion import publish_rollout
 from jobs.submission.tracker import JobTracker
-from loray.catalog import Job
-from loray.errors import LorayError, SpecError
+from loray.catalog import AdapterVersion, Job
+from loray.errors import ConflictError, LorayError, SpecError
 from loray.policy.auth import check
 from loray.recipes.sources import UPLOADED
-from loray.spec import JobId, JobStatus, Method
+from loray.spec import JobId, JobStatus, Method, Sha256
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep, Jobs, Service
 from serve_apps.console.recipes import form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import MOST_SUGGESTED, led_to, page_router, read_form
-from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
+from serve_apps.console.runs import REWARDED, Seen, compare, curve_of, loss_rows, rank, spread
 
 _PAGE = 50
 _COMPARED = 4
@@ -142,6 +144,10 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
         "problem": seen.problem,
         "stage": seen.stage,
         "samples": seen.samples,
+        "rewards": curve_of(seen.rewards),
+        "mismatch": curve_of(seen.mismatch),
+        "rewarded": loss_rows({**seen.rewards, **seen.mismatch}, _ROWS, REWARDED) if seen.rewards else (),
+        "rollout": seen.rollout,
         "sweep": None if seen.trials is None else rank(seen.trials),
         "curve": seen.curve,
         "subjects": list(seen.lines),
@@ -155,6 +161,26 @@ def _state(console: Console, jobs: JobTracker, job: Job) -> dict[str, Any]:
 
 def _look(console: Console, jobs: JobTracker, job: Job) -> Seen:
     return console.histories.of(job, console.backend.settings).look(job, jobs.tail)
+
+
+@router.post("/jobs/{id}/publish")
+@may("publish")
+async def publish_rollout_version(
+    console: ConsoleDep, jobs: Jobs, service: Service, request: Request, id: JobPath, digest: Sha256
+) -> Response:
+    """Publish the version that a run samples with now, which goes on. `digest`: the one on the page."""
+
+    def published() -> AdapterVersion:
+        job = jobs.get(id)
+        seen = _look(console, jobs, job).rollout
+        if seen is None or seen.digest != digest:
+            raise ConflictError("the run has gone on, and has another version now; look at it again")
+        return publish_rollout(job, digest, console.backend.settings, service.catalog)
+
+    version = await run_in_threadpool(published)
+    tenant, _, name = version.name.rpartition("/")
+    whose = f"?tenant={quote(tenant)}" if tenant else ""
+    return led_to(request, f"/adapters/{quote(name)}/versions/{version.version}{whose}")
 
 
 @router.post("/jobs/{id}/stop")

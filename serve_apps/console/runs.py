@@ -9,6 +9,7 @@ import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from jobs.events import Event, adapter_of, decode, in_words
@@ -21,7 +22,7 @@ from loray.settings import Settings
 from loray.spec import Subject, TrainSpec, qualified_name, split_qualified
 from loray.telemetry import get_logger
 
-TRAINING, HELD_OUT = "training", "held out, adapter"
+TRAINING, HELD_OUT, REWARDED = "training", "held out, adapter", "held out, greedy"
 _MOST, _MOST_OF_BASELINE = 470, 20  # losses of a line
 _BASELINES: tuple[Subject, ...] = ("parent", "base_scaled", "base")
 MOST_POINTS = 2 * _MOST + len(_BASELINES) * _MOST_OF_BASELINE
@@ -198,10 +199,52 @@ class RunStages:
                     self.samples = [sample for sample in found if isinstance(sample, dict)]
 
 
+class Rollout(NamedTuple):
+    """The last step of a run that learns from rewards: the version that it made, and some of its answers."""
+
+    step: int
+    version: int
+    digest: str
+    samples: Sequence[Mapping[str, str]]
+
+
+class Rewards:
+    """Collects from events what answers were worth, by step, and how far trainer and engine were apart."""
+
+    def __init__(self) -> None:
+        self._sampled, self._held_out, self._mismatch = Series[float](_MOST), Series[float](_MOST), Series[float](_MOST)
+        self.last: Rollout | None = None
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            found: Mapping[str, Any] = dict(event)
+            if not isinstance(step := found.get("step"), int):
+                continue
+            metrics = found.get("metrics")
+            if found.get("event") == "rollout" and isinstance(metrics, dict):
+                for series, name in ((self._sampled, "reward_mean"), (self._mismatch, "mismatch_mean")):
+                    if isinstance(value := metrics.get(name), int | float):
+                        series.add(step, float(value))
+                samples = [sample for sample in found.get("samples") or () if isinstance(sample, dict)]
+                self.last = Rollout(step, int(found.get("version", 0)), str(found.get("digest", "")), samples)
+            elif found.get("event") == "eval" and isinstance(value := found.get("reward"), int | float):
+                self._held_out.add(step, float(value))
+
+    @property
+    def rewards(self) -> dict[str, Line]:
+        lines: dict[str, Line] = {"sampled answers": self._sampled.values(), REWARDED: self._held_out.values()}
+        return lines if any(lines.values()) else {}
+
+    @property
+    def mismatch(self) -> dict[str, Line]:
+        return {"mismatch": line} if (line := self._mismatch.values()) else {}
+
+
 class Seen(NamedTuple):
     """`lines`: its losses, by what they are of. `steps`: some, evenly spread, and the last one. `log`: its last lines.
     `problem`: why something is not there; may be empty. `trials`: of a sweep; None where the job is none. `stage`: what
-    goes on beside the steps, None while they do. `samples`: as in their event.
+    goes on beside the steps, None while they do. `samples`: as in their event. `rewards`, `mismatch`: of a run that
+    learns from rewards, by step; `rollout`: its last step.
     """
 
     lines: Mapping[str, Line]
@@ -211,6 +254,9 @@ class Seen(NamedTuple):
     trials: Trials | None = None
     stage: Stage | None = None
     samples: Sequence[Mapping[str, str]] = ()
+    rewards: Mapping[str, Line] = MappingProxyType({})
+    mismatch: Mapping[str, Line] = MappingProxyType({})
+    rollout: Rollout | None = None
 
     @property
     def curve(self) -> Curve | None:
@@ -229,6 +275,7 @@ class JobHistory:
     def __init__(self, events: RunEvents, trials: SweepTrials) -> None:
         self._events, self._trials, self._lock = events, trials, Lock()
         self._losses, self._progress, self._stages = Losses(), RunProgress(), RunStages()
+        self._rewards = Rewards()
         self._lines = deque[str](maxlen=LOG_LINES)
         self._has_events = False
 
@@ -257,6 +304,9 @@ class JobHistory:
                 trials,
                 stage,
                 stages.samples,
+                self._rewards.rewards,
+                self._rewards.mismatch,
+                self._rewards.last,
             )
 
     def _take(self, lines: Sequence[str]) -> None:
@@ -265,6 +315,7 @@ class JobHistory:
         self._losses.take(events)
         self._progress.take(events)
         self._stages.take(events)
+        self._rewards.take(events)
 
     def _read_events(self) -> str:
         """Read what is new, and return why it cannot be read; empty where it can."""
@@ -274,6 +325,7 @@ class JobHistory:
             return str(e)
         if found.is_anew:
             self._losses, self._progress, self._stages = Losses(), RunProgress(), RunStages()
+            self._rewards = Rewards()
             self._lines.clear()
         self._has_events |= bool(found.lines)
         self._take(found.lines)
@@ -395,11 +447,11 @@ def differences_of(recipes: Sequence[TrainSpec]) -> tuple[Difference, ...]:
     return tuple(difference for difference in found if len(set(difference.values)) > 1)
 
 
-def loss_rows(lines: Mapping[str, Line], most: int) -> list[tuple[int, list[float | None]]]:
-    """List steps with the loss of each line there, the last one first: half of them with held-out losses, if any."""
+def loss_rows(lines: Mapping[str, Line], most: int, held_out: str = HELD_OUT) -> list[tuple[int, list[float | None]]]:
+    """List steps with the value of each line there, the last one first: half of them with those held out, if any."""
     if not lines:
         return []
-    every, measured = sorted(set().union(*lines.values())), sorted(lines[HELD_OUT])
+    every, measured = sorted(set().union(*lines.values())), sorted(lines[held_out])
     half = most // 2
     chosen = sorted({*spread(measured, half), *spread(every, most - half)}, reverse=True)
     return [(step, [line.get(step) for line in lines.values()]) for step in chosen]

@@ -48,11 +48,11 @@ def base(settings: Settings) -> BaseModel:
 
 def test_every_shipped_recipe_is_valid_and_found_by_name() -> None:
     llama = [f"longlora_llama2_{size}.yaml" for size in ("13b_64k", "70b_32k", "7b_100k", "7b_32k")]
-    small = ("dpo", "ia3", "kto", "longlora", "lora", "miss", "orpo", "road", "simpo", "vera")
+    small = ("dpo", "grpo", "ia3", "kto", "longlora", "lora", "miss", "orpo", "road", "simpo", "vera")
     assert shipped() == sorted([*(f"{kind}_smollm2.yaml" for kind in small), *llama])
     specs = {name: load_recipe(name).spec for name in shipped()}
     kinds = {
-        name: spec.objective.type if spec.objective.compares_answers else spec.adapter.method
+        name: spec.adapter.method if spec.objective.type in ("sft", "distill") else spec.objective.type
         for name, spec in specs.items()
     }
     assert all(name.startswith(kind) for name, kind in kinds.items())

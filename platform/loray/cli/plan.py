@@ -31,7 +31,7 @@ from loray.recipes.load import Recipe
 from loray.recipes.many import on_one_worker
 from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
-from loray.spec import TrainSpec, format_seconds, format_size
+from loray.spec import RlSpec, TrainSpec, format_seconds, format_size
 
 _FITS = {True: "fits", False: "does not fit"}
 _BUSY_S, _BUSY_PERCENT = 0.5, 25.0  # for so long all cores together have more than that to do
@@ -158,8 +158,20 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
             ("parameters", f"{count(run.base.total)}, {count(run.trained.total)} trained ({share:.2%}), {run.dtype}"),
             ("rows", f"{rows} × {run.padded_length} tokens × {run.accumulation} micro-batches; {attention}"),
             ("workers", f"{layout}; {run.tokens_per_worker} tokens each; keep {keeps}"),
+            *_rollouts(spec),
         ]
     )
+
+
+def _rollouts(spec: TrainSpec) -> list[tuple[str, str]]:
+    objective = spec.objective
+    if not isinstance(objective, RlSpec):
+        return []
+    answers = f"{objective.group_size} answers to each of {objective.prompts_per_step} prompts a step"
+    return [
+        ("rollouts", f"{answers}, up to {objective.max_tokens} tokens each, by the deployment of {spec.base}"),
+        ("", "and in its pool and its KV cache; what follows is the trainer's, and a pass of the rows above"),
+    ]
 
 
 def _items(memory: MemoryPlan) -> Table:

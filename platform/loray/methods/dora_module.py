@@ -71,7 +71,7 @@ class DoraLinear(nn.Module):
 
     def published(self, change_O: Tensor) -> Tensor:
         """Make the magnitudes, fp32, of their trained change."""
-        return self.initial_square_O.sqrt().to(change_O.device) + change_O.float()
+        return _magnitude(self.initial_square_O, change_O)
 
     def own_parts(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is trained, by name, of a published module's parts."""
@@ -84,10 +84,14 @@ def inject_dora(model: nn.Module, spec: DoraSpec) -> None:
     replace_linears(model, spec.target_modules, lambda module: DoraLinear(module, spec))
 
 
-def published_magnitudes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def published_magnitudes(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy `tensors`, the trained ones by PEFT's names, with magnitudes in the place of their changes."""
     found = dict(tensors)
     for path, module in model.named_modules():
-        if isinstance(module, DoraLinear):
-            found[f"{path}.{MAGNITUDE}"] = module.published(found.pop(f"{path}.lora_magnitude_change").detach())
+        if (change_O := found.pop(f"{path}.lora_magnitude_change", None)) is not None:
+            found[f"{path}.{MAGNITUDE}"] = _magnitude(module.initial_square_O, change_O.detach())
     return found
+
+
+def _magnitude(initial_square_O: Tensor, change_O: Tensor) -> Tensor:
+    return initial_square_O.sqrt().to(change_O.device) + change_O.float()

@@ -1,15 +1,16 @@
-"""Training objectives as a recipe says them: supervised fine-tuning, and learning from preferences."""
+"""Training objectives as a recipe says them: supervised fine-tuning, preferences, teachers, and rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from loray.spec.datums import TokenLoss
 from loray.spec.fields import Default, Frozen
 
-ObjectiveType = Literal["sft", "dpo", "orpo", "simpo", "kto", "distill"]
+ObjectiveType = Literal["sft", "dpo", "orpo", "simpo", "kto", "distill", "rl", "grpo"]
 
 
 # By TRL's names, what answers are worth to the model: beta times a log-ratio to a reference, or a log-probability.
@@ -267,7 +268,175 @@ class DistillSpec(_ObjectiveSpec):
         return Teaching(self.teacher, self.url, self.top_k)
 
 
-AnyObjective = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | DistillSpec
+_IMPORTED = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_PLAIN = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+class RewardSpec(Frozen):
+    """What an answer is worth, as `loray.train.rl.rewards` computes it.
+
+    builtin      exact: the answer is the row's `field`; contains: it has it in it; number: its first number is `field`,
+                 and nothing but a full stop follows; regex: `pattern` is found in it, and with a `field` its first
+                 group is that; json_schema: it is JSON of `json_schema`, or of the schema in the row's `field`
+    function     instead: module:function of yours, called with a row and an answer, that returns a number
+    """
+
+    builtin: Literal["exact", "contains", "number", "regex", "json_schema"] | None = None
+    function: str | None = Field(default=None, pattern=_IMPORTED)
+    field: str | None = Field(default=None, min_length=1)
+    pattern: str | None = Field(default=None, min_length=1)
+    json_schema: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.builtin is None) == (self.function is None):
+            raise ValueError("give builtin, or function as module:function")
+        if self.builtin in ("exact", "contains", "number") and self.field is None:
+            raise ValueError(f"{self.builtin} compares with a field of the row: name it, as field: answer")
+        if (self.builtin == "regex") != (self.pattern is not None):
+            raise ValueError("regex has a pattern, and nothing else has one")
+        if self.builtin == "json_schema" and (self.json_schema is None) == (self.field is None):
+            raise ValueError("json_schema needs the schema, as json_schema, or as the field of the row that has it")
+        if self.builtin != "json_schema" and self.json_schema is not None:
+            raise ValueError("json_schema is for builtin: json_schema")
+        if self.function is not None and self.field is not None:
+            raise ValueError("a function is given the whole row: leave field out")
+        return self
+
+
+class RlSpec(_ObjectiveSpec):
+    """Reinforcement learning from rewards: answers are sampled by the deployment of the same base, `group_size` for
+    each of `prompts_per_step` prompts, and weighed by how much better they are than others of their group.
+
+    loss           ppo, cispo, gspo, importance_sampling or dro (`loray.train.rl.losses` has the formulas)
+    clip           bounds of the ratio between trained and sampled probability; None: the loss's own
+    ratio_cap      of importance_sampling: the largest ratio that counts
+    beta           of dro, which needs it
+    kl             weight of the divergence from the base, k3; above 0 a step has one more forward pass
+    advantage      center: reward less the group's mean; std: by the deviation, too; rloo: less the mean of the others;
+                   none: the reward
+    divisor        tokens: the answer tokens of the step; sequences: each answer's own, then the answers; constant:
+                   `max_tokens` times the answers; none: the loss is a sum
+    max_staleness  steps by which the version that sampled may be behind the one that is trained
+    values         engine: the engine scores answers under the version that is trained, and its log-probabilities are
+                   the loss's, whose gradients stay the trainer's
+    max_tokens     of an answer, or of a turn
+    environment    module:Class instead of a reward, for several turns (`loray.train.rl.rewards.Environment`)
+    timeout_s      of a reward, and of each turn of an environment; what takes longer is asked once more
+    mask_truncated answers that max_tokens cuts are not learned from
+    """
+
+    formats: ClassVar[frozenset[str]] = frozenset({"chat", "prompt_completion"})
+    metrics: ClassVar[Mapping[str, str]] = {
+        "reward": "Mean reward of a step's answers, or of held-out rows",
+        "mismatch": "Mean difference between trainer's and engine's log-probabilities of the same tokens",
+    }
+    shown: ClassVar[Mapping[str, str]] = {"reward": "reward", "mismatch": "mismatch"}
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "objective.type": Default("learns from rewards of its own answers; grpo has the published values", "rl"),
+        "objective.loss": Default("the usual one; gspo and cispo where answers are long"),
+        "objective.clip": Default("the loss's: 0.8 to 1.2 of ppo and gspo, 0 to 4 of cispo"),
+        "objective.ratio_cap": Default("of importance_sampling: ratios count as they are"),
+        "objective.beta": Default("of dro, for which nobody has published a value"),
+        "objective.kl": Default("no divergence from the base is punished, as in Dr. GRPO and DAPO"),
+        "objective.advantage": Default("Dr. GRPO's: a deviation would favour prompts that are nearly always right"),
+        "objective.divisor": Default("DAPO's: every token weighs the same; constant is Dr. GRPO's"),
+        "objective.group_size": Default("answers to a prompt, which are compared with each other"),
+        "objective.prompts_per_step": Default("more of them make steps steadier, and longer"),
+        "objective.max_tokens": Default("of an answer; what is cut counts as it stands"),
+        "objective.max_staleness": Default("one step is trained while the next one is sampled; 0: one after the other"),
+        "objective.values": Default(
+            "the trainer's own; engine: one more prefill, and no ratio that only rounding makes"
+        ),
+        "objective.reward": Default("what an answer is worth: one that is built in, or a function of yours"),
+        "objective.reward.builtin": Default("exact, contains, number, regex or json_schema"),
+        "objective.reward.function": Default("a function of yours, as module:function"),
+        "objective.reward.field": Default("the field of a row that has the right answer"),
+        "objective.reward.pattern": Default("of regex"),
+        "objective.reward.json_schema": Default("of json_schema"),
+        "objective.environment": Default("for several turns: a class of yours, as module:Class"),
+        "objective.num_env_actors": Default("processes that compute rewards"),
+        "objective.timeout_s": Default("a reward that takes longer is asked once more, then its answer is left out"),
+        "objective.mask_truncated": Default("an answer that is cut is learned from as it stands"),
+        "data.train": Default("rows with `messages` or `prompt`, and whatever the reward reads"),
+        "data.eval": Default("rows whose greedy answers are rewarded; without it, a part of `train` is held out"),
+        "batch.rows": Default("of a pass in the plan; the trainer joins as many as its memory holds", 4),
+        "evaluation.keep_best": Default("the version with the highest held-out reward, where it is measured"),
+        "evaluation.interval_steps": Default("before and after training; the engine answers held-out rows greedily"),
+        "optimizer.schedule": Default("no end is known in advance", "constant"),
+        "optimizer.learning_rate": Default(
+            "a third of that of examples: what is learned from changes with it", 3e-4, 1e-4
+        ),
+    }
+
+    type: Literal["rl"] = "rl"
+    loss: Literal["importance_sampling", "ppo", "cispo", "gspo", "dro"] = "ppo"
+    clip: tuple[float, float] | None = None
+    ratio_cap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    beta: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    kl: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    advantage: Literal["center", "std", "rloo", "none"] = "center"
+    divisor: Literal["tokens", "sequences", "constant", "none"] = "tokens"
+    group_size: int = Field(default=8, ge=2, le=1024)
+    prompts_per_step: int = Field(default=4, gt=0, le=4096)
+    max_tokens: int = Field(default=256, gt=0)
+    max_staleness: int = Field(default=1, ge=0, le=16)
+    values: Literal["trainer", "engine"] = "trainer"
+    reward: RewardSpec | None = None
+    environment: str | None = Field(default=None, pattern=_IMPORTED)
+    num_env_actors: int = Field(default=1, gt=0, le=1024)
+    timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    mask_truncated: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_plainly(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and (found := [name for name in _PLAIN if name in data]):
+            raise ValueError(
+                f"{found[0]} is not for rollouts: they are sampled from the model as it is, at temperature 1, since "
+                "only then are the log-probabilities those of the answers; leave it out"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.reward is None) == (self.environment is None):
+            raise ValueError("give a reward, as {builtin: number, field: answer}, or an environment, as module:Class")
+        self.token_loss()  # refuses options of other losses
+        return self
+
+    def token_loss(self, divisor: float = 1.0) -> TokenLoss:
+        """Make the loss as trainers have it. Raises ValueError."""
+        low, high = self.clip or (None, None)
+        given = {"clip_low": low, "clip_high": high, "ratio_cap": self.ratio_cap, "beta": self.beta}
+        return TokenLoss(type=self.loss, divisor=divisor, kl=self.kl, **given)
+
+    @property
+    def runs_code(self) -> str | None:
+        """What the recipe has imported, where that is no part of loray."""
+        return self.environment if self.reward is None else self.reward.function
+
+
+class GrpoSpec(RlSpec):
+    """The same with the values of GRPO as published (Shao et al., 2024): ppo, `std`, `sequences`, and the divergence
+    from the base.
+    """
+
+    defaults: ClassVar[Mapping[str, Default]] = {
+        **RlSpec.defaults,
+        "objective.type": Default("learns from rewards, with the values of GRPO's paper; rl has its own", "grpo"),
+        "objective.kl": Default("the paper's"),
+        "objective.advantage": Default("the paper's: reward less the group's mean, by its deviation"),
+        "objective.divisor": Default("the paper's: an answer weighs the same however long it is"),
+    }
+
+    type: Literal["grpo"] = "grpo"  # type: ignore[assignment]
+    kl: float = Field(default=0.04, ge=0, allow_inf_nan=False)
+    advantage: Literal["center", "std", "rloo", "none"] = "std"
+    divisor: Literal["tokens", "sequences", "constant", "none"] = "sequences"
+
+
+AnyObjective = SftSpec | DpoSpec | OrpoSpec | SimpoSpec | KtoSpec | DistillSpec | RlSpec | GrpoSpec
 OBJECTIVES: Mapping[ObjectiveType, type[AnyObjective]] = {
     "sft": SftSpec,
     "dpo": DpoSpec,
@@ -275,6 +444,8 @@ OBJECTIVES: Mapping[ObjectiveType, type[AnyObjective]] = {
     "simpo": SimpoSpec,
     "kto": KtoSpec,
     "distill": DistillSpec,
+    "rl": RlSpec,
+    "grpo": GrpoSpec,
 }
 ObjectiveSpec = Annotated[AnyObjective, Field(discriminator="type")]
 # Of all objectives.

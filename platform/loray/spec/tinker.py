@@ -20,8 +20,8 @@ class TinkerSession:
     key_id     the key that has begun it; None: no key was needed
     priority   of its samples
     seen_at    when its client was last heard of
-    end        why it has ended: `success`, `errored` or `interrupted`, as the client says; `idle`; `stopped` by somebody
-               of its tenant; None: it goes on
+    end        why it has ended: `success`, `errored` or `interrupted`, as the client says; `idle`; `stopped` by
+               somebody of its tenant; None: it goes on
     """
 
     id: str

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from loray.spec.fields import MAX_CONTEXT, Alias, AnyDType, DType, Frozen, Name
 from loray.spec.methods import AdapterSpec
-from loray.spec.objectives import OBJECTIVES, ObjectiveSpec, SftSpec
+from loray.spec.objectives import OBJECTIVES, ObjectiveSpec, RlSpec, SftSpec
 
 # Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
 PERPLEXITY, LOSS = "perplexity", "loss"
@@ -460,6 +460,8 @@ class TrainSpec(Frozen):
                 yield f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp"
         if self.adapter.is_invoked:
             yield from self._mistakes_of_invocations()
+        if isinstance(self.objective, RlSpec):
+            yield from self._mistakes_of_rollouts()
         yield from self._mistakes_of_rows()
 
     def _mistakes_of_invocations(self) -> Iterator[str]:
@@ -472,6 +474,24 @@ class TrainSpec(Frozen):
                 "evaluation.perplexity and evaluation.retrieval measure texts without an invocation, where aLoRA is "
                 "off: leave them out"
             )
+
+    def _mistakes_of_rollouts(self) -> Iterator[str]:
+        of_this, evaluation = f"objective.type {self.objective.type}", self.evaluation
+        if self.batch.order in ("packed", "concat"):
+            yield f"batch.order {self.batch.order} joins rows, and {of_this} learns from whole answers: leave it out"
+        if self.num_workers > 1 or self.parallel != ParallelSpec():
+            yield f"{of_this} trains in one process: leave num_workers and parallel out (parallel.sequence: 1)"
+        for name in ("quantization", "rope_scaling", "early_stopping"):
+            if getattr(self, name) is not None:
+                yield f"{name} is not for {of_this}, whose answers come from the base as it is served: leave it out"
+        if self.attention.type != "dense":
+            yield f"{of_this} samples with dense attention, and trains with it: set attention.type: dense"
+        if self.optimizer.loraplus_lr_ratio is not None or self.optimizer.vera_d_lr_ratio is not None:
+            yield f"{of_this} has one learning rate for all matrices: leave loraplus_lr_ratio and vera_d_lr_ratio out"
+        if evaluation.perplexity is not None or evaluation.retrieval:
+            yield f"{of_this} evaluates by rewards: measure the published version with `loray eval` instead"
+        if self.publish.description or self.publish.licence is not None or self.publish.dtype is not None:
+            yield f"{of_this} publishes what was sampled, bit for bit: leave publish.description, licence and dtype out"
 
     def _mistakes_of_rows(self) -> Iterator[str]:
         objective, given = self.objective, self.data.format

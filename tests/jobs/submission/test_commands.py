@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.rl.driver import main as rl_driver
 from jobs.submission import commands
 from jobs.submission.commands import Place, Submission, Work, for_server
 from jobs.sweeps.driver import main as sweep_driver
@@ -248,3 +249,20 @@ def test_values_on_top_of_a_file_are_part_of_the_job(
     recipe = load_recipe(str(tmp_path / "a" / "recipe.yaml"), over={"seed": 7})
     for job in (local(recipe, stage), remote(recipe, stage)):
         assert given_to(job, monkeypatch) == recipe.spec
+
+
+def test_rewards_have_a_driver_of_their_own_and_their_module_beside_them(tmp_path: Path, stage: Path) -> None:
+    reward = {"type": "rl", "reward": {"function": "rewards.mine:short"}}
+    recipe = write(tmp_path / "a", objective=reward)
+    (tmp_path / "a" / "rewards" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "a" / "rewards" / "mine.py").touch()
+    words = shlex.split(remote(recipe, stage, resume=True).entrypoint)
+    driver = words[words.index("-m") + 1 :]
+    assert driver == ["jobs.rl.driver", "-", "--resume", "--events"]
+    assert rl_driver.make_context("driver", driver[1:]).params["resume"] is True
+    assert [path.name for path in (stage / "rewards").iterdir()] == ["mine.py"]
+    local(recipe, tmp_path)
+    assert not (tmp_path / "rewards").exists()  # it is where it was
+    (tmp_path / "a" / "short.py").touch()
+    remote(write(tmp_path / "a", objective={"type": "rl", "environment": "short:Episode"}), stage)
+    assert (stage / "short.py").is_file()

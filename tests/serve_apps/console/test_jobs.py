@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -193,3 +195,39 @@ def test_what_goes_on_and_what_was_answered(console: ConsoleSite) -> None:
     assert '<div class="said">22</div>' in live
     console.jobs.say(job.id, "SUCCEEDED")
     assert "Now:" not in console.get(f"/jobs/{job.id}").text
+
+
+def test_rewards_and_the_version_that_is_sampled_with(console: ConsoleSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
+    digest = "d" * 64
+    samples = [{"prompt": "<b>47 or 83?</b>", "answer": "83", "reward": "1", "version": f"2 ({digest[:12]})"}]
+    events: list[dict[str, object]] = [
+        {"event": "eval", "step": 0, "subject": "base", "eval_loss": None, "reward": 0.25},
+        {
+            "event": "rollout",
+            "step": 2,
+            "num_steps": 4,
+            "version": 2,
+            "digest": digest,
+            "metrics": {"reward_mean": 0.5, "mismatch_mean": 0.0125},
+            "samples": samples,
+        },
+    ]
+    console.write("runs", job, {"events.jsonl": lines(events)})
+    page = console.get(f"/jobs/{job.id}").text.replace("&#34;", '"')
+    assert '["step", "sampled answers", "held out, greedy"]' in page
+    assert "<td>0.5</td><td>–</td><td>0.0125</td>" in page
+    assert "Answers of step 2" in page
+    assert "&lt;b&gt;47 or 83?&lt;/b&gt;" in page
+    assert f"/jobs/{job.id}/publish?digest={digest}" in page
+    asked: list[str] = []
+
+    def published(job: Any, digest: str, settings: Any, catalog: Any) -> Any:
+        asked.append(digest)
+        return SimpleNamespace(name=job.name, version=3)
+
+    monkeypatch.setattr("serve_apps.console.jobs.publish_rollout", published)
+    answer = console.post(f"/jobs/{job.id}/publish?digest={digest}")
+    assert answer.headers["hx-redirect"].endswith("/versions/3")
+    other = console.post(f"/jobs/{job.id}/publish?digest={'e' * 64}")
+    assert (other.status_code, asked) == (409, [digest])

@@ -158,7 +158,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     job, histories = catalog.jobs.add("train_1", name="tone", recipe=recipe), Histories()
     history = histories.of(job, settings)
     seen = history.look(job, gone)
-    assert seen == ({}, (), "", "the log is gone", None, None, ())
+    assert seen == ({}, (), "", "the log is gone", None, None, (), {}, {}, None)
     seen = history.look(job, tail)
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, True)
     assert (seen.steps[-1].step, seen.steps[-1].lr, seen.steps[-1].eta_s) == (CURVE_LINES - 2, 1e-3, None)

@@ -180,6 +180,7 @@ API: dict[str, Route] = _DOCUMENTS | {
     "POST /console/jobs": Route(TRAIN, {"name": "new"}),
     "GET /console/jobs/{id}/live": Route(FOLLOW),
     "POST /console/jobs/{id}/stop": Route(TRAIN),
+    "POST /console/jobs/{id}/publish": Route(PUBLISH, query={"digest": "{digest}"}),
     "GET /console/sessions": Route(FOLLOW),
     "GET /console/sessions/{id}": Route(FOLLOW),
     "GET /console/sessions/{id}/live": Route(FOLLOW),

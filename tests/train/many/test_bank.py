@@ -79,14 +79,16 @@ def test_no_bit_of_an_adapter_depends_on_others(base: BaseModel, dtype: str) -> 
         masters = {n: m.clone() for n, m in bank.masters(kept).items()}
         return loss_B[[i for i, name in enumerate(names) if name == kept]], gradients, masters
 
-    for kept in ("eight", "twin", "vera"):
+    for kept in ("eight", "twin", "vera", "dora"):
         first, second = run(kept, 0, 1e-2), run(kept, 7, 3e-1)
         assert torch.equal(first[0], second[0])
         for ours, theirs in zip(first[1:], second[1:], strict=True):
             assert all(torch.equal(tensor, theirs[n]) for n, tensor in ours.items())
 
 
-@pytest.mark.parametrize("spec", [SPECS["three"], LoraSpec(rank=8, dropout=0.1), VeraSpec(rank=8, d_initial=0.3)])
+@pytest.mark.parametrize(
+    "spec", [SPECS["three"], LoraSpec(rank=8, dropout=0.1), VeraSpec(rank=8, d_initial=0.3), SPECS["dora"]]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_begins_as_attach_begins(base: BaseModel, spec: AdapterSpec, dtype: str) -> None:
     bank = AdapterBank(plain(base, getattr(torch, dtype)), base, dtype)  # type: ignore[arg-type]
@@ -100,7 +102,7 @@ def test_an_adapter_begins_as_attach_begins(base: BaseModel, spec: AdapterSpec, 
 
 
 @pytest.mark.parametrize(
-    "spec", [SPECS["eight"], SPECS["three"], SPECS["vera"], VeraSpec(rank=4, save_projection=True)]
+    "spec", [SPECS["eight"], SPECS["three"], SPECS["vera"], VeraSpec(rank=4, save_projection=True), SPECS["dora"]]
 )
 def test_files_are_those_of_a_run_with_these_weights(tiny_base: BaseFactory, spec: AdapterSpec, tmp_path: Path) -> None:
     base = tiny_base(std=0.05, dtype=torch.bfloat16)
@@ -149,6 +151,22 @@ def test_it_goes_on_from_an_adapter_and_from_a_state(base: BaseModel, tmp_path: 
     assert all(torch.equal(m, expected[n]) for n, m in step().items())
     with pytest.raises(ValueError, match="other parameters"):
         bank.restore("one", saved)
+
+
+def test_dora_goes_on_with_its_magnitudes(base: BaseModel, tmp_path: Path) -> None:
+    """From a published adapter, and from a state of a machine whose norms differ in last bits."""
+    bank = make_bank(base, {"dora": SPECS["dora"]}, dtype="float32")
+    bank.write("dora", tmp_path)
+    bank.add("next", SPECS["dora"], seed=0, weights=read_adapter(tmp_path, base.config))
+    assert distance(bank.masters("next"), bank.masters("dora").items()) < 1e-5
+    state = bank.state("dora")
+    assert state.initial
+    bank.restore("dora", state._replace(initial={n: t * 1.001 for n, t in state.initial.items()}))
+    for n, master in bank.masters("dora").items():
+        if "magnitude" in n:
+            began = state.initial[n.replace("lora_magnitude_change", "initial_square_O")]
+            expected = state.masters[n] + (began * 1.001).sqrt() - began.sqrt()
+            torch.testing.assert_close(master, expected)
 
 
 def test_slots_are_given_back_and_taken_again(base: BaseModel) -> None:

@@ -22,6 +22,8 @@ OPTIMIZERS = {
     "narrow": OptimizerSpec(learning_rate=1e-1, max_grad_norm=None),
     "other": OptimizerSpec(learning_rate=1e-2),
     "twin": OptimizerSpec(learning_rate=1e-2),
+    "dora": OptimizerSpec(learning_rate=1e-2, weight_decay=0.1),
+    "magnitudes": OptimizerSpec(learning_rate=1e-2, weight_decay=0.1),
 }
 
 

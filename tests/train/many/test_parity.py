@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.methods.attach import attach
-from loray.spec import AdapterSpec, LoraSpec, OptimizerSpec, VeraSpec
+from loray.spec import AdapterSpec, DoraSpec, LoraSpec, OptimizerSpec, VeraSpec
 from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.hooks import ATTENTION, DENSE
 from loray.train.many.bank import AdapterBank
@@ -30,9 +30,10 @@ SPECS: dict[str, AdapterSpec] = {
     "sixteen": LoraSpec(rank=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
     "again": LoraSpec(rank=16, alpha=8, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
     "vera": VeraSpec(rank=64),
+    "dora": DoraSpec(rank=8),
 }
-ROWS = {"four": 2, "sixteen": 1, "again": 1, "vera": 2}
-RATES = {"four": 2e-3, "sixteen": 1e-3, "again": 2e-3, "vera": 2e-2}
+ROWS = {"four": 2, "sixteen": 1, "again": 1, "vera": 2, "dora": 1}
+RATES = {"four": 2e-3, "sixteen": 1e-3, "again": 2e-3, "vera": 2e-2, "dora": 1e-3}
 
 
 def test_twenty_steps_in_fp32_on_smollm2s_shapes(tiny_base: BaseFactory) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loray.adapters.peft_format import AdapterFiles, write_folder
 from loray.bases.checkpoint import stored_dtype
+from loray.bases.quantized import dequantized
 from loray.bases.registry import BaseModel
 from loray.errors import ConflictError, NotFoundError, SpecError, UnsupportedError
 from loray.methods import method_of
@@ -25,10 +26,11 @@ from loray.methods.expert_lora import has_experts
 from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey
 from loray.methods.vera_module import ProjectionBuffer, draw_pair
-from loray.methods.weights import AdapterWeights
+from loray.methods.weights import MAGNITUDE, AdapterWeights, row_squares
 from loray.spec import MLP_MODULES, AdapterSpec, DType, LoraSpec
 from loray.train.checkpoint import adapter_files
 from loray.train.many.cohort import check_adapter
+from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
 from loray.train.many.rows import Member, Rows, lay_out
 from loray.train.many.stacks import Bucket, BucketKey
@@ -55,6 +57,8 @@ class BankLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._path, self._shared = path, shared
+        self.initial_square_O: Tensor | None
+        self.register_buffer("initial_square_O", None)  # of DoRA, from when one is added: the rows' norms
 
     def forward(self, x: Tensor) -> Tensor:
         rows, shared, path = self._shared.rows, self._shared, self._path
@@ -67,6 +71,7 @@ class BankLinear(nn.Module):
             raise ValueError(f"the model was given {len(x_MI)} tokens; AdapterBank.rows was told {rows.num_tokens}")
         y_MO: Tensor = self.base_layer(x_MI)
         y_MO = add_lora(y_MO, x, x_MI, rows, path, shared.anchor)
+        y_MO = scale_outputs(y_MO, rows, path, self, shared.anchor)
         y_MO = add_vera(y_MO, x, x_MI, rows, path, shared.anchor, shared.pairs)
         return y_MO.view(*x.shape[:-1], -1)
 
@@ -127,6 +132,10 @@ class AdapterBank:
         spec = on_model(self.model, spec)
         linears = self._wrap(spec.target_modules)
         key = _key_of(spec, linears)
+        if key.kind == "dora":
+            for module in map(self.model.get_submodule, linears):
+                if module.initial_square_O is None:
+                    module.initial_square_O = row_squares(dequantized(module.base_layer))
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = Bucket(key, linears, self._dtype, self._device)
@@ -194,6 +203,10 @@ class AdapterBank:
             raise SpecError(f"{name}: the adapter to go on from is {weights.method}, and {spec.method} is trained")
         masters = {peft_name(n).removeprefix("model."): m for n, m in self.masters(name).items()}
         found = {f"{k.path}.{part}": t for k, module in weights.modules.items() for part, t in module.parts.items()}
+        for path, squares_O in self._squares(adapter).items():
+            part = path.removeprefix("model.").removesuffix("initial_square_O")
+            if (magnitude_O := found.pop(f"{part}{MAGNITUDE}", None)) is not None:
+                found[f"{part}lora_magnitude_change"] = magnitude_O.float() - squares_O.sqrt()
         if {n: m.shape for n, m in masters.items()} != {n: t.shape for n, t in found.items()}:
             raise SpecError(f"{name}: the adapter to go on from has other modules or ranks than the one to be trained")
         if differences := list(method.differences(spec, weights, self.base.config)):
@@ -203,6 +216,14 @@ class AdapterBank:
         for n, master in masters.items():
             master.copy_(found[n].to(self._dtype))
         adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))
+
+    def _squares(self, adapter: _Adapter) -> dict[str, Tensor]:
+        """Return what DoRA's magnitudes are changes of, by the names of buffers; nothing for another method."""
+        if adapter.bucket.key.kind != "dora":
+            return {}
+        return {
+            f"{path}.initial_square_O": self.model.get_submodule(path).initial_square_O for path in adapter.bucket.paths
+        }
 
     # -- passes --
 
@@ -284,7 +305,8 @@ class AdapterBank:
             {n: t.detach().to("cpu", copy=True) for n, t in bucket.named(of, adapter.slot)}
             for of in (memory.master, memory.exp_avg, memory.exp_avg_sq)
         )
-        return OptimizerState(masters, exp_avg, exp_avg_sq, adapter.num_updates, initial={})
+        initial = {n: t.to("cpu", copy=True) for n, t in self._squares(adapter).items()}
+        return OptimizerState(masters, exp_avg, exp_avg_sq, adapter.num_updates, initial)
 
     @torch.no_grad()
     def restore(self, name: str, state: OptimizerState) -> None:
@@ -297,6 +319,10 @@ class AdapterBank:
                 raise ValueError(f"the checkpoint trains other parameters than the adapter {name!r}")
             for n, tensor in own.items():
                 tensor.copy_(theirs[n])
+        own = dict(bucket.named(memory.master, adapter.slot))
+        for n, ours in self._squares(adapter).items():  # of another machine they may differ in last bits
+            began = (state.initial or {})[n].to(ours.device).sqrt()
+            own[n.replace("initial_square_O", "lora_magnitude_change")] += began - ours.sqrt()
         adapter.num_updates, adapter.num_passes = state.num_updates, 0
         memory.gradient[adapter.slot].zero_()
         adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))
@@ -341,7 +367,7 @@ class AdapterBank:
 def _key_of(spec: Any, linears: Mapping[str, tuple[int, int]]) -> BucketKey:
     modules = tuple(sorted(spec.target_modules))
     if spec.method != "vera":
-        return BucketKey("lora", spec.rank, modules, spec.dropout, None)
+        return BucketKey("dora" if spec.method == "dora" else "lora", spec.rank, modules, spec.dropout, None)
     outs, widths = zip(*linears.values(), strict=True)
     pair = PairKey(spec.projection_prng_key, spec.rank, max(widths), max(outs))
     return BucketKey("vera", spec.rank, modules, spec.dropout, pair)

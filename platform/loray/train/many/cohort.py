@@ -16,7 +16,7 @@ from loray.spec import AdapterSpec, Method, TrainSpec
 if TYPE_CHECKING:
     from loray.train.data.rows import Dataset  # imports torch, which a driver does not need here
 
-METHODS: tuple[Method, ...] = ("lora", "longlora", "vera")  # of which a bank has stacks
+METHODS: tuple[Method, ...] = ("lora", "longlora", "dora", "vera")  # of which a bank has stacks
 _COMMON = ("base", "dtype", "quantization")  # of all recipes of a job, which has one base in memory
 
 

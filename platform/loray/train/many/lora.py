@@ -22,7 +22,7 @@ from loray.train.many.stacks import Inputs
 
 def add_lora(y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor) -> Tensor:
     """Add s B A x of each adapter to the outputs of the module at `path`, in place. `x_MI` is its input `x`, flat."""
-    if not (parts := rows.of("lora", path)):
+    if not (parts := rows.of(path, "lora", "dora")):
         return y_MO
     inner = inner_products(x, x_MI, rows, parts, path, anchor)
     result: Tensor = Expand.apply(y_MO, anchor, path, parts, *inner)  # type: ignore[no-untyped-call]

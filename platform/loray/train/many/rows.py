@@ -62,14 +62,14 @@ class Rows:
     parts: tuple[Part, ...]
     num_tokens: int
     shared: tuple[Tensor, dict[tuple[int, str], Tensor]] | None = None  # of the last input, see `lora.inner`
-    _of: dict[tuple[Kind, str], list[Part]] = field(default_factory=dict)
+    _of: dict[tuple[str, tuple[Kind, ...]], list[Part]] = field(default_factory=dict)
 
-    def of(self, kind: Kind, path: str) -> list[Part]:
-        """List the parts that adapt this module by a method of this kind."""
-        found = self._of.get((kind, path))
+    def of(self, path: str, *kinds: Kind) -> list[Part]:
+        """List the parts that adapt this module by a method of these kinds."""
+        found = self._of.get((path, kinds))
         if found is None:
-            found = [part for part in self.parts if part.bucket.key.kind == kind and path in part.bucket.inputs]
-            self._of[kind, path] = found
+            found = [part for part in self.parts if part.bucket.key.kind in kinds and path in part.bucket.inputs]
+            self._of[path, kinds] = found
         return found
 
 

@@ -91,6 +91,7 @@ class Bucket:
         # a CPU products of a view with other strides copy it first.
         self._compute: dict[Piece, Tensor] = {}
         self._gradient: dict[Piece, Tensor] = {}
+        self.norms: dict[tuple[str, int], Tensor] = {}  # of DoRA, by path and slot, since the last refresh
 
     def _lay_out(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """Place one kind of parameter after the other, so that each is one range of numbers."""
@@ -187,6 +188,7 @@ class Bucket:
 
     def refresh(self, slots: slice) -> None:
         """Round the masters of these slots to the weights that products read."""
+        self.norms = {key: norm for key, norm in self.norms.items() if not slots.start <= key[1] < slots.stop}
         for piece, view in self._views(self.memory.master):
             if (weights := self._compute[piece]).dtype != view.dtype:
                 weights[slots].copy_(view[slots])

@@ -23,7 +23,7 @@ def add_vera(
     y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor, pairs: dict[Bucket, ProjectionBuffer]
 ) -> Tensor:
     """Add b ⊙ B (d ⊙ A x) of each adapter to the outputs of the module at `path`, in place."""
-    if not (parts := rows.of("vera", path)):
+    if not (parts := rows.of(path, "vera")):
         return y_MO
     if rows.shared is None or rows.shared[0] is not x:
         rows.shared = (x, {})

@@ -25,16 +25,11 @@ def advantages(kind: Advantage, rewards: Sequence[float]) -> NDArray[np.float64]
     none    r
     """
     rewards_G = np.asarray(rewards, dtype=np.float64)
-    centered_G = rewards_G - rewards_G.mean()
-    match kind:
-        case "center":
-            return centered_G
-        case "std":
-            return centered_G / (rewards_G.std(ddof=1) + _TINY)
-        case "rloo":
-            return centered_G * (len(rewards_G) / (len(rewards_G) - 1))
-        case "none":
-            return rewards_G
+    if kind == "none":
+        return rewards_G
+    scale = {"center": 1.0, "std": 1 / (rewards_G.std(ddof=1) + _TINY), "rloo": len(rewards) / (len(rewards) - 1)}
+    advantages_G: NDArray[np.float64] = (rewards_G - rewards_G.mean()) * scale[kind]
+    return advantages_G
 
 
 def has_spread(rewards: Sequence[float]) -> bool:

@@ -66,7 +66,9 @@ class FlatDatums(NamedTuple):
             joined("logprobs", 0.0),
             advantages_N,
             torch.where(mask_N.isnan(), weights_N * advantages_N, mask_N) != 0,
-            *(joined(field, math.nan) for field in ("clip_low", "clip_high", "values")),
+            joined("clip_low", math.nan),
+            joined("clip_high", math.nan),
+            joined("values", math.nan),
             reference_N,
         )
 

@@ -335,6 +335,19 @@ def test_a_tenants_job_asks_no_other_server(deployment: Api) -> None:
         assert http.post("/jobs", json=recipe(objective=objective)).status_code == 201
 
 
+def test_a_server_imports_no_code_of_a_recipe(deployment: Api) -> None:
+    own = [{"type": "rl", "reward": {"function": "os:system"}}, {"type": "grpo", "environment": "os:Environment"}]
+    with deployment.by(principal()) as http:
+        for objective in own:
+            detail = problem(http.post("/jobs", json=recipe(objective=objective)), 422)["detail"]
+            assert "is code of the recipe, which a server does not import" in detail
+        assert not deployment.jobs.submitted
+        objective = {"type": "rl", "reward": {"builtin": "number", "field": "answer"}}
+        assert http.post("/jobs", json=recipe(objective=objective)).status_code == 201
+    (submission,) = deployment.jobs.submitted.values()
+    assert "-m jobs.rl.driver" in submission.entrypoint
+
+
 def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
     """The driver adds them when it opens the data: tests/test_fetching.py."""
     with deployment.by(principal()) as http:

@@ -1,0 +1,1 @@
+"""What runs learn, beside how fast they are."""
