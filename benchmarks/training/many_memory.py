@@ -38,14 +38,13 @@ from loray.train.data.rows import Cut, DataReport, Dataset
 from loray.train.many.cohort import cohorts, load_of
 
 _TOKENS, _ROWS, _HELD_OUT = 16, 8, 1
-_BASE = "smollm2"
 
 
-def recipes(num_adapters: int, rank: int, num_rounds: int, checkpointing: bool) -> list[TrainSpec]:
+def recipes(base: str, num_adapters: int, rank: int, num_rounds: int, checkpointing: bool) -> list[TrainSpec]:
     adapter = VeraSpec(rank=rank, target_modules=ATTENTION_MODULES)
     one = recipe_of(adapter, _TOKENS, checkpointing=checkpointing)
     changes: dict[str, Any] = {
-        "base": _BASE,
+        "base": base,
         "dtype": "bfloat16",
         "max_steps": num_rounds,
         "evaluation": EvaluationSpec(interval_steps=2),
@@ -82,11 +81,11 @@ class _Peaks:
             self._began = time.perf_counter()
 
 
-def measure(home: str, num_adapters: int, rank: int, num_rounds: int, checkpointing: int) -> dict[str, Any]:
+def measure(home: str, name: str, num_adapters: int, rank: int, num_rounds: int, checkpointing: int) -> dict[str, Any]:
     """Train, and compare with the plan."""
     from loray.train.many.loop import train_many
 
-    base, specs = get_base(Path(home), _BASE), recipes(num_adapters, rank, num_rounds, bool(checkpointing))
+    base, specs = get_base(Path(home), name), recipes(name, num_adapters, rank, num_rounds, bool(checkpointing))
     assert len(cohorts(specs, base.config)) == 1
     datas = {spec.name: rows_of(spec.seed, base.config.vocab_size) for spec in specs}
     loads = {spec.name: load_of(spec, datas[spec.name], base.config) for spec in specs}
@@ -123,13 +122,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again, in less memory")
+    parser.add_argument("--base", default="smollm2")
     parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
     home = args.home.absolute()
-    add_base(_BASE, home=home)
+    add_base(args.base, home=home)
     click.echo(machine_line(describe_machine(), load=f"{load_average():.1f}"))
-    command = ["benchmarks.training.many_memory", "--measure", str(home)]
+    command = ["benchmarks.training.many_memory", "--measure", str(home), args.base]
     numbers = (args.adapters, args.rank, args.rounds, int(args.checkpointing))
     (found,) = run_modules([[*command, *map(str, numbers)]])
     click.echo(f"plan: {found['plan']}")
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        home, *numbers = sys.argv[2:]
-        sys.stdout.write(json.dumps(measure(home, *map(int, numbers))) + "\n")
+        home, name, *numbers = sys.argv[2:]
+        sys.stdout.write(json.dumps(measure(home, name, *map(int, numbers))) + "\n")
     else:
         main()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.training import __main__ as train
-from benchmarks.training import many
+from benchmarks.training import many, many_memory
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Step, Target
 from benchmarks.training.steps import RowStep
 from benchmarks.training.workers.attention import VARIANTS
@@ -74,6 +74,14 @@ def test_the_ways_of_many_adapters_train_the_same(tiny_base: Callable[..., BaseM
     assert all(ours == pytest.approx(losses, abs=0.02) for losses in others)
     assert ours != pytest.approx([*found[0]["losses"][0].values()], abs=1e-4)
     assert all(len(way["seconds"]) == 3 for way in found)
+
+
+def test_the_memory_of_many_adapters_is_that_of_a_whole_run(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base()
+    found = many_memory.measure(str(base.path.parent.parent), base.name, 3, 8, 3, 1)
+    assert found["num_succeeded"] == len(found["seconds"]) == 3
+    assert 0 < found["before_bytes"] <= found["rounds_bytes"] <= found["peak_bytes"]
+    assert found["items"]["adapters: weights, masters, gradients, moments"] > 0
 
 
 @pytest.mark.slow
