@@ -27,7 +27,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,17 @@ import numpy as np
 
 from benchmarks.client import Endpoint, Request
 from benchmarks.report import Cell, Report, machine_line
-from benchmarks.stepping import finish
 from benchmarks.world import World, describe_machine, load_average, run_modules, started_cluster
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.local.processes import free_ports
 from loray.spec import (
+    ATTENTION_MODULES,
     AdapterRef,
     FleetSpec,
     GenerateRequest,
     LoraSpec,
     SampleCall,
-    SampleResult,
     SamplingParams,
     ServeSpec,
 )
@@ -106,22 +105,8 @@ class Bench:
         del self.published[:-_KEEP]
         return published_s, seconds
 
-    async def group(self) -> SampleResult:
-        return await self.sampler.sample(self.call(self.version, _GROUP, max_tokens=_ANSWER))
-
-    async def rollouts(self, seconds: float) -> float:
-        """Sample groups, several at once. Returns tokens/s of those that came within the time."""
-        began, num_tokens = time.perf_counter(), 0
-
-        async def sample() -> None:
-            nonlocal num_tokens
-            while time.perf_counter() < began + seconds:
-                await self.group()
-                if time.perf_counter() < began + seconds:
-                    num_tokens += _GROUP * _ANSWER
-
-        await asyncio.gather(*(sample() for _ in range(_GROUPS)))
-        return num_tokens / seconds
+    async def group(self) -> None:
+        await self.sampler.sample(self.call(self.version, _GROUP, max_tokens=_ANSWER))
 
     async def run(self, over: asyncio.Event) -> None:
         """What a run does: groups are sampled ahead while the trainer steps, and each step is published."""
@@ -170,6 +155,20 @@ class Bench:
         return result
 
 
+async def tokens_per_s(group: Callable[[], Awaitable[None]], seconds: float) -> float:
+    """Generate groups, several at once, until the time is over and those under way have ended. Returns tokens/s."""
+    began, num = time.perf_counter(), 0
+
+    async def generate() -> None:
+        nonlocal num
+        while time.perf_counter() < began + seconds:
+            await group()
+            num += 1
+
+    await asyncio.gather(*(generate() for _ in range(_GROUPS)))
+    return num * _GROUP * _ANSWER / (time.perf_counter() - began)
+
+
 def _prompt(number: int, most: int) -> tuple[int, ...]:
     return tuple((7919 * number + 31 * k) % most + 100 for k in range(_PROMPT_TOKENS))
 
@@ -187,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     before = load_average()
     from peft import LoraConfig
 
-    adapter = LoraConfig(r=args.rank, target_modules=list(_MODULES))
+    adapter = LoraConfig(r=args.rank, target_modules=list(ATTENTION_MODULES))
     with started_cluster(1, 4, adapter, base="smollm2", source="smollm2") as world:
         port = free_ports(1)[0]
         most = _GROUP * _GROUPS + 1  # and the stream
@@ -211,7 +210,7 @@ async def _measure(world: World, port: int, args: argparse.Namespace, engine_rat
     ray.init(address=world.local.gcs_address, log_to_driver=False, logging_level="ERROR")
     try:
         trainer = await asyncio.to_thread(trainer_of, world.base.name, args.dtype)
-        spec = LoraSpec(method="lora", rank=args.rank, target_modules=_MODULES)
+        spec = LoraSpec(method="lora", rank=args.rank, target_modules=ATTENTION_MODULES)
         await trainer.create.remote("bench", spec.model_dump(mode="json"), 0)
         resident = Catalog(world.settings.catalog).adapters.resolve(world.names[0])
         bench = Bench(world, port, trainer, resident)
@@ -233,13 +232,13 @@ async def _measure(world: World, port: int, args: argparse.Namespace, engine_rat
         rows.append(_ms("between, beside a run", await bench.stream(resident.name, args.seconds)))
         over.set()
         await run
-        rate = await bench.rollouts(args.seconds)
+        rate = await tokens_per_s(bench.group, args.seconds)
         rows.append(["rollouts", None, None, None, rate, "tokens/s"])
         rows.append(["the engine alone", None, None, None, engine_rate, "tokens/s"])
         differences, num_rescored = await bench.mismatch()
         mean, most = statistics.fmean(differences), max(differences)
-        rows.append(["mismatch, mean", len(differences), None, None, 1e3 * mean, "1e-3"])
-        rows.append(["mismatch, largest", len(differences), None, None, 1e3 * most, "1e-3"])
+        rows.append(["mismatch, mean", len(differences), None, None, 1e6 * mean, "1e-6"])
+        rows.append(["mismatch, largest", len(differences), None, None, 1e6 * most, "1e-6"])
         rows.append(["rescored with other bits", len(differences), None, None, num_rescored, "tokens"])
     finally:
         ray.shutdown()
@@ -253,29 +252,35 @@ def _ms(what: str, seconds: Sequence[float]) -> list[Cell]:
 
 def _alone(home: str, spec: dict[str, Any], seconds: float) -> None:
     """Print the tokens/s of an engine in this process that generates the same groups, all of one adapter."""
-    from loray.engine.build import build_engine
     from loray.settings import Settings
-    from serve_apps.replica.startup import adapter_loader, set_num_threads
+    from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 
     fleet = set_num_threads(ServeSpec.model_validate(spec))
     settings = Settings.from_env({"LORAY_HOME": home})
     base = get_base(settings.home, fleet.base)
     (name,) = (model.name for model in Catalog(settings.catalog).snapshot().models())
     ref = Catalog(settings.catalog).adapters.resolve(name)
-    engine = build_engine(fleet, base, adapter_loader(base, settings))
-    most, numbers, num_tokens, began = base.config.vocab_size - 100, itertools.count(), 0, 0.0
-    for round_ in itertools.count():
-        if round_ == 1:  # the first one has warmed up
-            num_tokens, began = 0, time.perf_counter()
-        for _ in range(_GROUPS):
-            prompt = _prompt(next(numbers), most)
-            for i in range(_GROUP):
-                params = SamplingParams(max_tokens=_ANSWER, ignore_eos=True, seed=i, logprobs=0)
-                engine.add(GenerateRequest(f"{round_}-{next(numbers)}", prompt, params, ref))
-        num_tokens += sum(1 for _ in finish(engine))
-        if round_ and time.perf_counter() > began + seconds:
-            break
-    click.echo(json.dumps({"rate": num_tokens / (time.perf_counter() - began)}))
+    stream = start_engine(fleet, base, adapter_loader(base, settings))
+    most, numbers = base.config.vocab_size - 100, itertools.count()
+
+    async def answer(request: GenerateRequest) -> None:
+        async for _ in stream.generate(request):
+            pass
+
+    async def group() -> None:
+        number = next(numbers)
+        params = [SamplingParams(max_tokens=_ANSWER, ignore_eos=True, seed=i, logprobs=0) for i in range(_GROUP)]
+        prompt = _prompt(number, most)
+        asked = [GenerateRequest(f"{number}-{i}", prompt, own, ref) for i, own in enumerate(params)]
+        await asyncio.gather(*map(answer, asked))
+
+    async def measure() -> float:
+        await tokens_per_s(group, seconds / 4)  # warms up
+        return await tokens_per_s(group, seconds)
+
+    rate = asyncio.run(measure())
+    stream.stop()
+    click.echo(json.dumps({"rate": rate}))
 
 
 if __name__ == "__main__":

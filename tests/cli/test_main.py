@@ -21,7 +21,7 @@ from tests.cli.run import Loray
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
 # What these print is a log, a script or a file's path, or they run until they are stopped.
-TEXT = {("serve",), ("down",), ("logs",), ("jobs", "logs"), ("completion",), ("recipes", "init")}
+TEXT = {("bench",), ("serve",), ("down",), ("logs",), ("jobs", "logs"), ("completion",), ("recipes", "init")}
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

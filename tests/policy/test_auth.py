@@ -21,6 +21,7 @@ TABLE: dict[Action, str] = {
     "infer": "infer",
     "batch": "infer",
     "files": "infer train",
+    "session": "infer train",
     "read": "infer publish promote train",
     "download": "publish promote train",
     "publish": "publish",
