@@ -51,12 +51,10 @@ from loray.spec import (
     ServeSpec,
 )
 from loray.spec.datums import AdamParams, Datum, ForwardBackward, OptimStep
-from loray.spec.methods import LinearModule
 
 _PROMPT_TOKENS, _GROUP, _ANSWER = 64, 8, 32
 _GROUPS = 4  # at once
 _KEEP = 3
-_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 _COLUMNS = ("what", "n", "p50\t.1f", "p99\t.1f", "mean\t.1f", "unit")
 _ALONE = "alone"  # the mode in which the engine is in this process
 
