@@ -2,12 +2,14 @@
 
     python -m benchmarks.quality.rl                      three seeds and the control, 120 steps each: most of an hour
     python -m benchmarks.quality.rl --steps 20 --seeds 0 --no-control --held-out 50
-    python -m benchmarks.quality.rl --digits 3           where two digits are too easy, or too hard to begin with
+    python -m benchmarks.quality.rl --digits 3           where two digits are too easy
+    python -m benchmarks.quality.rl --shots 0            the question alone, which the base hardly ever answers as asked
 
-"Which number is larger, 47 or 83? Answer with the number only." The reward is 1 where the first number of the answer is
-the larger one and nothing but a full stop follows, else 0 (`builtin: number`). No pair of the 400 rows that are trained
-is among the 200 that are held out. The control gets a coin as its reward. All answer the held-out rows greedily over
-HTTP, the base before and each published version afterwards, so that one judge judges all.
+"Which number is larger, 47 or 83? Answer with the number only.", after --shots such questions with answers. The
+reward is 1 where the first number of the answer is the larger one and nothing but a full stop follows, else 0
+(`builtin: number`). No pair of the 400 rows that are trained is among the 200 that are held out. The control gets a
+coin as its reward. All answer the held-out rows greedily over HTTP, the base before and each published version
+afterwards, so that one judge judges all.
 
 A cluster of its own runs in --home, with `loray up` and a `loray train` for each run.
 """
@@ -69,10 +71,17 @@ class Pair(NamedTuple):
     first: int
     second: int
 
-    @property
-    def row(self) -> dict[str, Any]:
-        prompt = f"Which number is larger, {self.first} or {self.second}? Answer with the number only."
-        return {"prompt": prompt, "answer": max(self)}
+    def messages(self, shots: Sequence[Pair] = ()) -> list[dict[str, str]]:
+        """Ask which is larger, after `shots` that are answered."""
+        asked = [
+            {"role": "user", "content": f"Which number is larger, {a} or {b}? Answer with the number only."}
+            for a, b in (*shots, self)
+        ]
+        answers = [{"role": "assistant", "content": str(max(pair))} for pair in shots]
+        return [message for turn in zip(asked, answers, strict=False) for message in turn] + asked[-1:]
+
+    def row(self, shots: Sequence[Pair] = ()) -> dict[str, Any]:
+        return {"messages": self.messages(shots), "answer": max(self)}
 
 
 def pairs(digits: int, num_train: int, num_held_out: int) -> tuple[list[Pair], list[Pair]]:
@@ -131,16 +140,15 @@ class Deployment:
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         return Run(name, published["label"], events)
 
-    def accuracy(self, model: str, held_out: Sequence[Pair], max_tokens: int) -> float:
+    def accuracy(self, model: str, held_out: Sequence[Pair], shots: Sequence[Pair], max_tokens: int) -> float:
         """Judge greedy answers; a share."""
         reward = reward_of(RewardSpec(builtin="number", field="answer"))
 
         def judged(pair: Pair) -> float:
             body = {"model": model, "temperature": 0, "max_tokens": max_tokens}
-            messages = [{"role": "user", "content": pair.row["prompt"]}]
-            response = client.post("/v1/chat/completions", json=body | {"messages": messages})
+            response = client.post("/v1/chat/completions", json=body | {"messages": pair.messages(shots)})
             response.raise_for_status()
-            found = reward(pair.row, response.json()["choices"][0]["message"]["content"])
+            found = reward(pair.row(), response.json()["choices"][0]["message"]["content"])
             assert isinstance(found, float)
             return found
 
@@ -218,26 +226,27 @@ def main(argv: Sequence[str] | None = None) -> Report:
     args = _parser().parse_args(argv)
     machine = describe_machine()
     home = args.home or Path(tempfile.mkdtemp(prefix="loray-rl-"))
-    train, held_out = pairs(args.digits, args.rows, args.held_out)
+    train, held_out = pairs(args.digits, args.shots + args.rows, args.held_out)
+    shots, train = train[: args.shots], train[args.shots :]
     folder = home / "larger"
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawn in (("train", train), ("held_out", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(pair.row)}\n" for pair in drawn))
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(pair.row(shots))}\n" for pair in drawn))
     (folder / "coin.py").write_text(_COIN)
     click.echo(f"{len(train)} pairs of {args.digits}-digit numbers to train, {len(held_out)} held out; {home}")
     rows: list[list[Any]] = []
     curves: dict[str, dict[int, float]] = {}
     gains: dict[str, float] = {}
     with Deployment.started(home) as deployment:
-        base = deployment.accuracy(BASE, held_out, args.max_tokens)
+        base = deployment.accuracy(BASE, held_out, shots, args.max_tokens)
         click.echo(f"{BASE} answers {base:.1%} of the held-out rows right")
         if not 0.05 <= base <= 0.75:
-            click.echo("that is outside of 5 to 75 %: --digits 3 is another task")
+            click.echo("that is outside of 5 to 75 %: --digits and --shots make other tasks")
         runs = [*((seed, False) for seed in args.seeds), *([] if args.no_control else [(0, True)])]
         for seed, is_control in runs:
             began = time.monotonic()
             run = deployment.train(recipe(args, seed, is_control=is_control), folder)
-            trained = deployment.accuracy(run.label, held_out, args.max_tokens)
+            trained = deployment.accuracy(run.label, held_out, shots, args.max_tokens)
             rows.append(row(run, base, trained))
             gains[run.name] = 100 * (trained - base)
             curves[run.name] = {e["step"]: e["reward"] for e in run.events if e["event"] == "eval"}
@@ -256,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=120)
     add("--digits", type=int, default=2)
+    add("--shots", type=int, default=2, help="questions with their answers before the one that is asked")
     add("--rows", type=int, default=400, help="pairs to train on")
     add("--held-out", type=int, default=200)
     add("--interval", type=int, default=20, help="steps between two evaluations")

@@ -148,6 +148,7 @@ class Steps:
         self._durations: list[float] = []
         self._best: float | None = None
         self._failure = ""  # that was told last
+        self._warned = 0.0  # the mismatch that was told last
 
     async def run(self, next_seq: int) -> None:
         """Run all steps that are left. Afterwards the folder has the version to publish. `next_seq`: the number of the
@@ -326,7 +327,9 @@ class Steps:
                 f"{apart.mean:.3g} apart in the mean, in {_MOST_ABOVE} steps one after the other; serve the base in "
                 "the dtype that it is trained in, without a quantised KV cache"
             )
-        if apart.mean > _WARNED_ABOVE.get(self._dtype, _WARNED_ABOVE["bfloat16"]):
+        bound = _WARNED_ABOVE.get(self._dtype, _WARNED_ABOVE["bfloat16"])
+        if apart.mean > max(bound, 2 * self._warned):  # not in each step
+            self._warned = apart.mean
             message = f"trainer and engine are {apart.mean:.3g} apart in log-probabilities, at most {apart.max:.3g}"
             self._emit({"event": "warning", "message": f"step {step}: {message}"})
 

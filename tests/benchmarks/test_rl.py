@@ -16,10 +16,13 @@ def test_no_pair_is_held_out_and_trained() -> None:
     assert (len(train), len(held_out)) == (400, 200)
     assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in held_out}
     assert all(10 <= number < 100 for pair in train for number in pair)
-    assert rl.Pair(47, 83).row == {
-        "prompt": "Which number is larger, 47 or 83? Answer with the number only.",
-        "answer": 83,
-    }
+    row = rl.Pair(47, 83).row([rl.Pair(31, 12)])
+    assert [(message["role"], message["content"]) for message in row["messages"]] == [
+        ("user", "Which number is larger, 31 or 12? Answer with the number only."),
+        ("assistant", "31"),
+        ("user", "Which number is larger, 47 or 83? Answer with the number only."),
+    ]
+    assert row["answer"] == 83
 
 
 @pytest.mark.parametrize("is_control", [False, True])

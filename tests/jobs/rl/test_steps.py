@@ -234,7 +234,7 @@ def test_a_trainer_that_computes_another_model_is_stopped() -> None:
     with pytest.raises(TrainingError, match="trainer and engine compute different models"):
         world.drive()
     warnings = [event["message"] for event in world.of("warning")]
-    assert len(warnings) == 4
+    assert len(warnings) == 1  # it does not grow
     assert "0.3 apart" in warnings[0]
     assert world.trainer.num_updates == 4
 
