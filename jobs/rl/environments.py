@@ -21,7 +21,7 @@ from loray.train.rl.rewards import Environment, Row, Said, Turn, environments_of
 
 log = get_logger(__name__)
 
-_MOST_DEATHS = 5  # of an actor's process, while it does one thing
+_MOST_DEATHS = 3  # of an actor's process, while it does one thing
 _START_S = 120.0  # of an actor's process, which imports
 _LOOK_S = 0.1
 

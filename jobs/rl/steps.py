@@ -93,7 +93,6 @@ class Saved:
     fresh: Sequence[int] = ()
     scored: Mapping[str, Sequence[float]] | None = None
     op: ForwardBackward | None = None
-    num_without_spread: int = 0
 
     def to_bytes(self) -> bytes:
         head = {name: getattr(self, name) for name in self.__slots__ if name != "op"}
@@ -144,7 +143,7 @@ class Steps:
         self._prompts, self._held_out, self._speech = prompts, held_out, speech
         self._folder, self._emit, self._told, self._dtype, self._clock = folder, emit, told, dtype, clock
         self._versions: dict[int, str] = {}  # digests that are kept, by the number of updates
-        self._num_updates = self._num_skipped = self._num_above = self._num_without_spread = 0
+        self._num_skipped = self._num_above = self._num_without_spread = 0
         self._seq_id = 1  # the next one
         self._durations: list[float] = []
         self._best: float | None = None
@@ -167,7 +166,6 @@ class Steps:
         rollouts = Rollouts(self._asker, self._prompts, self._rl, seed=self._spec.seed, cursor=saved.cursor)
         try:
             if saved.step:
-                self._num_without_spread = saved.num_without_spread
                 version = await self._finish(saved, version, {})
             await self._evaluate(saved.step, version)
             for step in range(saved.step + 1, self._num_steps + 1):
@@ -210,7 +208,7 @@ class Steps:
         self._num_without_spread = 0 if told["groups_kept"] else self._num_without_spread + 1
         if found is not None:
             fresh = [i for i, number in enumerate(found.versions) if number == version.number]
-            older = [i for i in range(len(found.episodes)) if i not in set(fresh)]
+            older = [i for i, number in enumerate(found.versions) if number != version.number]
             if self._rl.values == "trainer" and fresh:
                 older = []
             elif self._rl.values == "trainer":
@@ -231,7 +229,6 @@ class Steps:
             fresh,
             scored,
             None if found is None else found.op,
-            self._num_without_spread,
         )
         self._folder.write(EXPERIENCE, saved.to_bytes())
         return saved

@@ -29,7 +29,7 @@ from jobs.workers.worker import preset_threads
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import ensure_base
-from loray.errors import ConflictError, LorayError, NotFoundError, Overloaded, SpecError, TrainingError
+from loray.errors import ConflictError, LorayError, NotFoundError, Overloaded, SpecError, StoreError, TrainingError
 from loray.machine import hardware, memory_left, training_dtype
 from loray.methods.weights import AdapterWeights
 from loray.planning.many import TOKENS_PER_PASS_ON_CPU
@@ -56,7 +56,6 @@ _SHARE, _SHARE_OF_PASS = 0.5, 0.25  # of the memory that is left beside the base
 _IDLE_S = 600.0  # after which a model leaves the bank, and after which without a model in it the trainer ends
 _SOON_IDLE_S = 60.0  # the same where another model wants its place
 _LOOK_S = 15.0
-_KEEP = 8  # versions of a model that are published through its queue
 _DIGEST_LENGTH = 64
 _MODELS = "models"  # the folder of their folders
 _LOCK_S = 30.0  # in which a process that was killed is gone
@@ -70,11 +69,10 @@ class Trainer:
         """Load the base, and go on with the models that are in its folder. `name`: of the actor."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
-        self._name, self._settings = name, settings
-        runs = open_runs(settings, "trainers")
-        self._runs, self._states = runs, open_runs(settings, "states")
+        self._name = name
+        self._runs, self._states = open_runs(settings, "trainers"), open_runs(settings, "states")
         self._held = ExitStack()
-        self._lock(runs.open(base, name))
+        self._lock(self._runs.open(base, name))
         self._base = ensure_base(settings.home, base)
         on_gpu = torch.cuda.is_available()
         self._dtype = training_dtype(hardware(), use_gpu=on_gpu).dtype if dtype == "auto" else dtype
@@ -90,13 +88,13 @@ class Trainer:
         most = _TOKENS_PER_PASS_ON_GPU if on_gpu else TOKENS_PER_PASS_ON_CPU
         self._tokens_per_pass = max(_LEAST_TOKENS, min(most, int(_SHARE_OF_PASS * left) // self._bytes_per_token()))
         self._trainer = BankTrainer(AdapterBank(model, self._base, self._dtype), self._tokens_per_pass)
-        self._store = AdapterStore(open_store(settings.store))
-        self._cache = AdapterCache(self._store, settings.home / "cache", NODE_CACHE_BYTES)
+        store = AdapterStore(open_store(settings.store))
+        self._cache = AdapterCache(store, settings.home / "cache", NODE_CACHE_BYTES)
         self._versions = Versions(self._base, self._cache, name)
         self._clock = SnapshotClock()
         self._models: dict[str, TrainedModel] = {}
         self._failed: list[str] = []  # models that could not be read
-        for folder in runs.make(f"{base}/{_MODELS}").folders():
+        for folder in self._runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
@@ -154,9 +152,9 @@ class Trainer:
         self._begin()
         return await self._find(model).result(seq_id, timeout_s)
 
-    async def publish(self, model: str, kind: str = "ephemeral", keep: int = _KEEP) -> Published:
-        """Make an ephemeral adapter of the weights as they are, of which this actor gives the bytes; the last `keep`
-        of the model stay. Returns its reference and this actor's name.
+    async def publish(self, model: str, kind: str = "ephemeral", keep: int | None = None) -> Published:
+        """Make an ephemeral adapter of the weights as they are, of which this actor gives the bytes. Of the model the
+        last `keep` stay; None: all, as far as the node's cache has room. Returns its reference and this actor's name.
         """
         found = self._find(model)
         async with self._changing:
@@ -251,7 +249,7 @@ class Trainer:
         for model in list(ready):
             try:
                 await self._enter(model)
-            except Overloaded:  # it waits for a place
+            except (Overloaded, StoreError):  # it waits for a place, or for its files
                 ready.remove(model)
             except LorayError as e:  # its files are lost
                 log.error("model %s cannot go on: %s", model.name, e)
@@ -268,7 +266,7 @@ class Trainer:
                 model.done(output)
         steps = [(model, head) for model in ready if isinstance(head := model.head(), OptimStep)]
         if steps:
-            results = await self._compute(self._trainer.optim_step, [step for _, step in steps])
+            results = await self._compute(self._steps, [step for _, step in steps])
             for (model, _), metrics in zip(steps, results, strict=True):
                 model.num_steps += not isinstance(metrics, LorayError)
                 model.done(metrics)
@@ -298,6 +296,13 @@ class Trainer:
             found.append(op)
         return found
 
+    def _steps(self, steps: Sequence[OptimStep]) -> Sequence[Mapping[str, float] | LorayError]:
+        try:
+            return self._trainer.optim_step(steps)
+        except Exception as e:  # sent again, some would be done twice
+            log.exception("%d optimizer steps have failed", len(steps))
+            return [TrainingError(f"the optimizer step has failed: {type(e).__name__}: {e}")] * len(steps)
+
     def _other(self, model: TrainedModel, op: SaveState | LoadState | Publish) -> Result:
         try:
             match op:
@@ -306,7 +311,7 @@ class Trainer:
                 case LoadState():
                     return self._load(model, op.path, op.with_optimizer)
                 case Publish():
-                    return self._publish(model, _KEEP)
+                    return self._publish(model, None)
         except LorayError as e:
             return e
         except Exception as e:
@@ -462,7 +467,7 @@ class Trainer:
             )
             return with_manifest(read_adapter(folder, self._base.config), manifest, digest[:12])
 
-    def _publish(self, model: TrainedModel, keep: int) -> Published:
+    def _publish(self, model: TrainedModel, keep: int | None) -> Published:
         record = model.record
         is_digest = record.initial is not None and len(record.initial) == _DIGEST_LENGTH
         ref = self._versions.publish(

@@ -17,6 +17,8 @@ from loray.publishing.ephemeral import ephemeral
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache
 
+_IN_MEMORY = 4  # of a model
+
 
 class Versions:
     """Owns the files of the last versions of each model, beside those in the node's cache."""
@@ -28,10 +30,17 @@ class Versions:
         self._of: dict[str, list[str]] = {}  # digests of each model, the oldest first
 
     def publish(
-        self, model: str, adapter: AdapterFiles, *, step: int, created_at: datetime, parent: str | None, keep: int
+        self,
+        model: str,
+        adapter: AdapterFiles,
+        *,
+        step: int,
+        created_at: datetime,
+        parent: str | None,
+        keep: int | None,
     ) -> AdapterRef:
         """Make an ephemeral adapter, which engines of this node find in its cache. Of this model the last `keep`
-        versions stay. Raises as `ephemeral`.
+        versions stay; None: all, the older ones in the node's cache alone, which has limits. Raises as `ephemeral`.
         """
         tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
         files = {
@@ -45,14 +54,17 @@ class Versions:
         if ref.digest in own:
             own.remove(ref.digest)
         own.append(ref.digest)
-        self.retire(own[:-keep])
+        if keep is not None:
+            self.retire(own[:-keep])
+        for older in own[: -max(keep or 0, _IN_MEMORY)]:
+            self._files.pop(older, None)
         return replace(ref, holders=(self._holder,))
 
     def give(self, digest: str) -> Mapping[str, bytes]:
         """Return the files of a version by name. Raises AdapterGone."""
         if (files := self._files.get(digest)) is not None:
             return files
-        with self._cache.entry(digest) as entry:  # after a restart
+        with self._cache.entry(digest) as entry:
             if entry.present:
                 names = (*read_manifest(entry.folder).files, AdapterManifest.FILE)
                 return {name: (entry.folder / name).read_bytes() for name in names}

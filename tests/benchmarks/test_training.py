@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.training import __main__ as train
+from benchmarks.training import many
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Step, Target
 from benchmarks.training.steps import RowStep
 from benchmarks.training.workers.attention import VARIANTS
+from benchmarks.training.workers.many import main as time_many
 from benchmarks.training.workers.trainer import main as time_beside_trainer
 from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
@@ -61,6 +63,32 @@ def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseMo
     assert ours == pytest.approx(peft, abs=0.02)
     assert ours == pytest.approx(bf16, abs=0.02)
     assert len(set(ours)) == 4
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("lora", "2,4,4"), ("vera", "2x16")])
+def test_the_ways_of_many_adapters_train_the_same(tiny_base: Callable[..., BaseModel], method: str, ranks: str) -> None:
+    base = tiny_base(std=0.1)
+    home = base.path.parent.parent
+    found = [time_many(home, base.name, way, method, ranks, 2, 24, 3) for way in many.WAYS]
+    ours, *others = ([*losses.values()] for way in found for losses in [way["losses"][-1]])
+    assert all(ours == pytest.approx(losses, abs=0.02) for losses in others)
+    assert ours != pytest.approx([*found[0]["losses"][0].values()], abs=1e-4)
+    assert all(len(way["seconds"]) == 3 for way in found)
+
+
+@pytest.mark.slow
+def test_the_table_of_many_adapters(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(std=0.1)
+    cases = (many.Case("2 LoRA", "lora", "2x4", 1, 16, (1e9, 0.0)),)
+    monkeypatch.setattr(many, "CASES", cases)
+    report = many.main(["--base", str(base.path), "--home", str(tmp_path), "--rounds", "1"])
+    ((name, _, _, _, target, _, _, peft, _, apart, _),) = report.rows
+    assert (name, target, peft) == ("2 LoRA", "≥ 1e+09 MISSED", "≥ 0")
+    assert isinstance(apart, float)
+    assert apart < 0.02
+    assert set(report.more["2 LoRA"]) == set(many.WAYS)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about their own ways

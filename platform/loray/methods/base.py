@@ -131,6 +131,10 @@ class Method(ABC):
     def saved(self, spec: Any, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
         """Say what autograd keeps of a layer for the adapter. `is_shared`: a sequence group shares each row."""
 
+    def saved_together(self, spec: Any, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
+        """Say the same of an adapter that is trained with others in one pass (`loray.train.many`)."""
+        return self.saved(spec, model, element_bytes=element_bytes, is_shared=is_shared)
+
     def factors(self, spec: Any, model: ModelConfig) -> int:
         """Count the elements of A and B that a token is multiplied with in one layer."""
         return self.rank(spec) * sum(out + width for out, width in shapes(spec, model).values())

@@ -97,8 +97,16 @@ class Vera(Method):
         """Count the operands of the two vectors."""
         own = shapes(spec, model)
         outs = [out for out, _ in own.values()]
-        products = len(outs) if spec.dropout else len({input_of(module) for module in own})
-        return SavedTensors("adapter", element_bytes * (sum(outs) + spec.rank * products), element_bytes * max(outs))
+        inner = self.saved_together(spec, model, element_bytes=element_bytes, is_shared=is_shared).nbytes
+        return SavedTensors("adapter", element_bytes * sum(outs) + inner, element_bytes * max(outs))
+
+    def saved_together(
+        self, spec: VeraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool
+    ) -> SavedTensors:
+        """Count A x alone: the outer product is computed again."""
+        own = shapes(spec, model)
+        products = len(own) if spec.dropout else len({input_of(module) for module in own})
+        return SavedTensors("adapter", element_bytes * spec.rank * products, element_bytes * spec.rank)
 
     def pair_elements(self, spec: VeraSpec, model: ModelConfig) -> int:
         (_, max_in), (max_out, _) = _pair_of(spec, model).shapes

@@ -69,7 +69,7 @@ class ManyPlan:
 
     def time_line(self) -> str:
         """Say how long it takes, where the device's rates are known."""
-        return f"a step of all adapters {self.round_s:.2g} s, all steps {self.total_s / 60:.3g} min"
+        return f"a step of all adapters {self.round_s:.3g} s, all steps {self.total_s / 60:.3g} min"
 
 
 def plan_many(loads: Mapping[str, Load], device: Device, num_workers: int = 1) -> ManyPlan:
@@ -165,15 +165,8 @@ def _pair_key(adapter: AdapterSpec) -> tuple[object, ...]:
 
 
 def _saved(shape: RunShape) -> SavedTensors:
-    """Say what is kept of a layer for an adapter. VeRA's vectors are the only operands that are kept by themselves: its
-    outer product is computed again.
-    """
-    spec, e = shape.adapter, shape.element_bytes
-    if spec.method != "vera":
-        return method_of(spec).saved(spec, shape.model, element_bytes=e, is_shared=shape.sequence > 1)
-    own = shapes(spec, shape.model)
-    products = len(own) if spec.dropout else len({input_of(module) for module in own})
-    return SavedTensors("adapter", e * spec.rank * products, e * spec.rank)
+    method, e = method_of(shape.adapter), shape.element_bytes
+    return method.saved_together(shape.adapter, shape.model, element_bytes=e, is_shared=shape.sequence > 1)
 
 
 def _parts(memory: MemoryPlan) -> Iterator[tuple[str, int]]:
@@ -188,9 +181,9 @@ def _parts(memory: MemoryPlan) -> Iterator[tuple[str, int]]:
 
 
 def _step_seconds(load: Load, device: Device) -> float:
-    """Estimate what a step of one adapter takes beside others: what its tokens take of passes that are full, its own
-    small products (LoRA's forward ones, one for modules with the same input and one for each module, and twice as many
-    backward), and its update.
+    """Estimate what a step of one adapter takes beside others: what its tokens take of passes that are full, the
+    small products with matrices of its own (forward one for modules with the same input and one for each module, and
+    twice as many backward), and its update.
     """
     shape = load.shape
     alone = replace(
@@ -199,7 +192,7 @@ def _step_seconds(load: Load, device: Device) -> float:
     estimate = estimate_time(alone, device, plan_traffic(alone))
     share = min(1.0, load.tokens_per_step / alone.tokens_per_step)
     small = 0.0
-    if device.is_host and method_of(shape.adapter).stored_as == "lora":
+    if device.is_host and not method_of(shape.adapter).pair_elements(shape.adapter, shape.model):
         modules = shapes(shape.adapter, shape.model)
         products = 3 * (len(modules) + len({input_of(module) for module in modules})) * shape.model.num_layers
         small = _PRODUCT_S * products * alone.accumulation

@@ -117,6 +117,7 @@ def test_what_a_run_needs(ray_cluster: RayCluster, served: Served, tmp_path: Pat
         driver.train(recipe(tmp_path, served.base.name), settings, lambda event: None, tenant="acme")
 
 
+@pytest.mark.slow
 def test_rewards_that_hang_and_die(ray_cluster: RayCluster, tmp_path: Path) -> None:
     (tmp_path / "own_rewards_of_rl.py").write_text(OWN)
     spec = RlSpec(reward=RewardSpec(function="own_rewards_of_rl:vowels"), timeout_s=2.0)
@@ -161,16 +162,14 @@ def test_a_killed_driver_goes_on(ray_cluster: RayCluster, served: Served, tmp_pa
     command = [sys.executable, "-m", "jobs.rl.driver", str(tmp_path / "recipe.json"), "--events"]
     environment = os.environ | ray_cluster.env
     for kill in range(3):
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if kill else [])], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if '"rollout"' in line and json.loads(line)["step"] >= 3 * (kill + 1):
-                break
-        time.sleep(0.05 * kill)  # in the midst of another step
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        again = [*command, *(["--resume"] if kill else [])]
+        with subprocess.Popen(again, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if '"rollout"' in line and json.loads(line)["step"] >= 3 * (kill + 1):
+                    break
+            time.sleep(0.05 * kill)  # in the midst of another step
+            process.send_signal(signal.SIGKILL)
     done = subprocess.run([*command, "--resume"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert '"published"' in done.stdout
     run = open_runs(ray_cluster.settings).latest(made.spec.name)

@@ -376,6 +376,18 @@ def test_versions_are_published_given_and_retired(home: Path) -> None:
             with pytest.raises(AdapterGone):
                 await trainer.give(refs[1].digest)
             weights = masters(trainer, "one")
+            await trainer.create("two", SPECS["two"], 0)
+            for n in range(6):
+                await steps(trainer, "two", range(n, n + 1), first_seq=1 + 3 * n)
+                await trainer.submit("two", 3 + 3 * n, Publish("two"))
+            found = [await trainer.result("two", 3 + 3 * n, WAIT_S) for n in range(6)]
+            assert len({ref.digest for ref, _ in found}) == 6
+            for ref, _ in found:  # those that its queue has published stay, in the node's cache at least
+                assert sorted(await trainer.give(ref.digest)) == sorted(files)
+            assert len(trainer._versions._files) == 4 + 1
+            await trainer.remove("two")
+            with pytest.raises(AdapterGone):
+                await trainer.give(found[-1][0].digest)
         folder = home / "given"
         folder.mkdir()
         for name, data in files.items():

@@ -48,9 +48,8 @@ def test_gradients_are_those_of_each_alone(tiny_base: BaseFactory, architecture:
         model, parameters = alone(base, bank, name, spec)
         losses(model, own_rows(ids_BT, names, name)).sum().backward()
         assert bank.gradients(name).keys() == parameters.keys()
-        assert (
-            distance(bank.gradients(name), ((n, p.grad) for n, p in parameters.items() if p.grad is not None)) < 1e-10
-        )
+        bound = 1e-5 if spec.method == "dora" else 1e-10  # whose module computes in fp32
+        assert distance(bank.gradients(name), ((n, p.grad) for n, p in parameters.items())) < bound
     with torch.no_grad(), bank.rows(names, ids_BT.shape[1]):
         before = {name: {n: g.clone() for n, g in bank.gradients(name).items()} for name in specs}
         torch.testing.assert_close(losses(bank.model, ids_BT), found_B)

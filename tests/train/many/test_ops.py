@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from loray.methods.pairs import PairKey
-from loray.methods.vera_module import ProjectionBuffer, draw_pair
+from loray.methods.vera_module import draw_pair
 from loray.methods.weights import row_squares
 from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
+from loray.train.many.products import has_grouped
 from loray.train.many.rows import Member, Rows, lay_out
 from loray.train.many.stacks import Bucket, BucketKey
 from loray.train.many.vera import add_vera
@@ -104,8 +105,7 @@ def by_the_ops(kind: Any, own: list[Bucket], x_MI: Tensor) -> Tensor:
     for path, out in zip(PATHS, OUTS, strict=True):
         y_MO = MODULES[path].base_layer(x_MI) if kind == "dora" else x_MI.new_zeros(len(x_MI), out)
         if kind == "vera":
-            pairs = {bucket: ProjectionBuffer(draw_pair(*bucket.key.pair)) for bucket in own}  # type: ignore[misc]
-            found.append(add_vera(y_MO, x_MI, x_MI, rows, path, anchor, pairs))
+            found.append(add_vera(y_MO, x_MI, x_MI, rows, path, anchor))
         else:
             y_MO = add_lora(y_MO, x_MI, x_MI, rows, path, anchor)
             found.append(scale_outputs(y_MO, rows, path, MODULES[path], anchor))
@@ -139,6 +139,30 @@ def test_gradients(kind: Any, bound: float) -> None:
             for name, gradient in bucket.named(bucket.memory.gradient, slot):
                 torch.testing.assert_close(gradient, weights[number, slot, name].grad, rtol=bound, atol=bound)
         assert not bucket.memory.gradient[3].any()  # a slot without rows
+
+
+def test_grouped_products_are_those_of_each() -> None:
+    """What a GPU computes in bf16, by the loop that torch has for it on a CPU."""
+    key = BucketKey("lora", 8, ("q_proj", "v_proj"), 0.0, None)
+    linears = {"layers.0.self_attn.q_proj": (16, 32), "layers.0.self_attn.v_proj": (8, 32)}
+    members = list(zip(SLOTS, SCALES, NUM_TOKENS, strict=True))
+    x_MI = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    results = []
+    for grouped in (None, torch.device("cpu")):
+        bucket = Bucket(key, linears, torch.bfloat16, torch.device("cpu"))
+        for _ in range(5):
+            bucket.take()
+        bucket.memory.master.normal_(generator=torch.Generator().manual_seed(1))
+        bucket.refresh(slice(0, 5))
+        rows = lay_out([Member(bucket, *member, None) for member in members], grouped)
+        assert (rows.parts[0].groups is None) == (grouped is None)
+        anchor = torch.zeros((), requires_grad=True)
+        outs = [add_lora(x_MI.new_zeros(8, out), x_MI, x_MI, rows, path, anchor) for path, (out, _) in linears.items()]
+        (dx_MI,) = torch.autograd.grad(torch.cat(outs, dim=1).float().square().mean(), x_MI)
+        results.append([*(out.detach() for out in outs), dx_MI, bucket.memory.gradient[list(SLOTS)]])
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+    assert not has_grouped(torch.device("cpu"), torch.bfloat16)
 
 
 def test_the_first_layers_input_needs_no_gradient() -> None:

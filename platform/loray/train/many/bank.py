@@ -25,13 +25,13 @@ from loray.methods.attach import on_model, peft_name
 from loray.methods.expert_lora import has_experts
 from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey
-from loray.methods.vera_module import ProjectionBuffer, draw_pair
 from loray.methods.weights import MAGNITUDE, AdapterWeights, row_squares
-from loray.spec import MLP_MODULES, AdapterSpec, DType, LoraSpec
+from loray.spec import MLP_MODULES, AdapterSpec, DType
 from loray.train.checkpoint import adapter_files
 from loray.train.many.cohort import check_adapter
 from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
+from loray.train.many.products import has_grouped
 from loray.train.many.rows import Member, Rows, lay_out
 from loray.train.many.stacks import Bucket, BucketKey
 from loray.train.many.vera import add_vera
@@ -40,11 +40,10 @@ from loray.train.sequence import SequenceGroup
 
 
 class _Shared:
-    """What all modules of a bank read: the rows of the pass, and the pairs of VeRA's buckets."""
+    """What all modules of a bank read: the rows of the pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.rows: Rows | None = None
-        self.pairs: dict[Bucket, ProjectionBuffer] = {}
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
 
@@ -72,7 +71,7 @@ class BankLinear(nn.Module):
         y_MO: Tensor = self.base_layer(x_MI)
         y_MO = add_lora(y_MO, x, x_MI, rows, path, shared.anchor)
         y_MO = scale_outputs(y_MO, rows, path, self, shared.anchor)
-        y_MO = add_vera(y_MO, x, x_MI, rows, path, shared.anchor, shared.pairs)
+        y_MO = add_vera(y_MO, x, x_MI, rows, path, shared.anchor)
         return y_MO.view(*x.shape[:-1], -1)
 
 
@@ -107,6 +106,7 @@ class AdapterBank:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = model.get_input_embeddings().weight.device
         self._shared = _Shared(self._device)
+        self._grouped = self._device if has_grouped(self._device, self._dtype) else None
         self._shapes: dict[str, tuple[int, int]] = {}
         self._buckets: dict[BucketKey, Bucket] = {}
         self._adapters: dict[str, _Adapter] = {}
@@ -139,8 +139,6 @@ class AdapterBank:
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = Bucket(key, linears, self._dtype, self._device)
-            if key.pair is not None:
-                self._shared.pairs[bucket] = ProjectionBuffer(draw_pair(*key.pair))
         adapter = self._adapters[name] = _Adapter(spec, bucket, bucket.take(), seed)
         try:
             self._begin(name, adapter, seed)
@@ -158,7 +156,6 @@ class AdapterBank:
         bucket.give_back(adapter.slot)
         if bucket.is_empty:
             del self._buckets[bucket.key]
-            self._shared.pairs.pop(bucket, None)
 
     def _find(self, name: str) -> _Adapter:
         if (adapter := self._adapters.get(name)) is None:
@@ -245,7 +242,7 @@ class AdapterBank:
         if [name for name, _ in groups] != self.order(names):
             raise ValueError("rows of one adapter are neighbours, and adapters are in the order of AdapterBank.order")
         members = [self._member(self._find(name), num_rows * num_tokens) for name, num_rows in groups]
-        with self._as_rows(lay_out(members)):
+        with self._as_rows(lay_out(members, self._grouped)):
             yield
 
     def _member(self, adapter: _Adapter, num_tokens: int) -> Member:
@@ -255,7 +252,7 @@ class AdapterBank:
             key = [adapter.seed, adapter.num_updates, adapter.num_passes, rank]
             seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
             adapter.num_passes += 1
-        scale = spec.scale if isinstance(spec, LoraSpec) else 1.0
+        scale = getattr(spec, "scale", 1.0)
         return Member(adapter.bucket, adapter.slot, scale, num_tokens, seed)
 
     @contextmanager
@@ -321,8 +318,8 @@ class AdapterBank:
                 tensor.copy_(theirs[n])
         own = dict(bucket.named(memory.master, adapter.slot))
         for n, ours in self._squares(adapter).items():  # of another machine they may differ in last bits
-            began = (state.initial or {})[n].to(ours.device).sqrt()
-            own[n.replace("initial_square_O", "lora_magnitude_change")] += began - ours.sqrt()
+            began = (state.initial or {}).get(n, ours).to(ours.device)
+            own[n.replace("initial_square_O", "lora_magnitude_change")] += began.sqrt() - ours.sqrt()
         adapter.num_updates, adapter.num_passes = state.num_updates, 0
         memory.gradient[adapter.slot].zero_()
         adapter.bucket.refresh(slice(adapter.slot, adapter.slot + 1))

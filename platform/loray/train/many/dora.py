@@ -13,7 +13,8 @@ from torch import Tensor
 
 from loray.bases.quantized import dequantized
 from loray.methods.weights import changed_norms
-from loray.train.many.rows import Part, Rows, each
+from loray.train.many.products import each
+from loray.train.many.rows import Part, Rows
 from loray.train.many.stacks import Bucket
 
 

@@ -30,7 +30,7 @@ from loray.methods.attach import InitialAdapter
 from loray.spec import CheckpointSpec, EndStatus, Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import ADAPTER, Checkpoints, Clock, Leaving, Metrics, Reporter, RunState
+from loray.train.checkpoint import ADAPTER, Checkpoints, Clock, Metrics, Reporter, RunState
 from loray.train.data.batches import BatchStream, Cursor, collate, plan_evaluation
 from loray.train.data.rows import Dataset
 from loray.train.loop import deterministic
@@ -75,7 +75,6 @@ def train_many(
     group: SequenceGroup = SequenceGroup(),  # noqa: B008 - it is frozen
     dtype_reason: str | None = None,
     clock: Clock = time.monotonic,
-    leaving: Leaving = frozenset,
     stopped: Callable[[], Collection[str]] = frozenset,
 ) -> dict[str, Ended]:
     """Train the adapters of one cohort, and say how each has ended. Keys of mappings are the names of `specs`.
@@ -95,7 +94,7 @@ def train_many(
     """
     with deterministic(any(spec.deterministic for spec in specs)):
         device = device or torch.device("cpu")
-        cohort = _Cohort(specs, base, reporter, workdir, tokens_per_pass, device, group, clock, leaving, stopped)
+        cohort = _Cohort(specs, base, reporter, workdir, tokens_per_pass, device, group, clock, stopped)
         try:
             saved = None if resume_from is None else snapshots.read_cohort(resume_from)
             cohort.round = 0 if saved is None else saved.round
@@ -173,7 +172,6 @@ class _Cohort:
         device: torch.device,
         group: SequenceGroup,
         clock: Clock,
-        leaving: Leaving,
         stopped: Callable[[], Collection[str]],
     ) -> None:
         first = specs[0]
@@ -189,7 +187,7 @@ class _Cohort:
         self.model.train()
         minutes = [m for spec in specs if (m := spec.checkpoint.interval_minutes) is not None]
         often = CheckpointSpec(interval_minutes=min(minutes, default=None))
-        self.checkpoints = Checkpoints(often, reporter, workdir, self.world, device, clock, leaving)
+        self.checkpoints = Checkpoints(often, reporter, workdir, self.world, device, clock)
         self.active: dict[str, _Adapter] = {}
         self.ended: dict[str, Ended] = {}
         self.round = 0
@@ -230,9 +228,11 @@ class _Cohort:
         if saved is not None and snapshot is not None:
             optimizer, best_P = snapshots.read_weights(snapshot, name, saved, self.bank.masters(name))
             self.bank.restore(name, optimizer)
-            best = None if best_P is None or saved.best is None else _Best(saved.best, best_P)
+            best = None if saved.best is None or best_P is None else _Best(saved.best, best_P)
         elif found is not None and alone is not None:
             self.bank.restore(name, checkpoint.read_optimizer(alone))
+            if found.eval_loss is not None and found.eval_loss == found.best_eval_loss:
+                best = _Best(found, snapshots.flat(self.bank.masters(name)))
         stream = data.stream(spec, cursor=Cursor(state.epoch, state.index))
         num_steps = state.step if state.is_stale else stream.steps_of(spec)
         rows = data.evaluation

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loray.train.many.rows import Part, Rows, accumulate, add_product, multiply, scale_rows
+from loray.train.many.products import accumulate, add_product, multiply, scale_rows
+from loray.train.many.rows import Part, Rows
 from loray.train.many.stacks import Inputs
 
 

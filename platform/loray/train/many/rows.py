@@ -1,6 +1,6 @@
-"""Which rows of a pass are whose, and products of each adapter's rows with its own matrices.
+"""Which rows of a pass are whose.
 
-Shapes: M tokens of a pass, N those of a bucket, n those of one adapter, g adapters, S slots.
+Shapes: M tokens of a pass, N those of a bucket, I inputs of a module.
 """
 
 from __future__ import annotations
@@ -27,18 +27,28 @@ class Run(NamedTuple):
     scale: float
 
 
+class Groups(NamedTuple):
+    """A bucket's adapters for one product of all of them: their slots, ends of their tokens, scales of tokens."""
+
+    slots: Tensor
+    ends: Tensor
+    scales_N1: Tensor
+
+
 @dataclass(frozen=True)
 class Part:
     """The rows of one bucket's adapters, which are neighbours.
 
     tokens  of the pass's M
     seeds   of the dropout of each adapter, with its tokens of the bucket's N
+    groups  where one product of all adapters is used
     """
 
     bucket: Bucket
     tokens: slice
     runs: tuple[Run, ...]
     seeds: tuple[tuple[slice, int], ...] = ()
+    groups: Groups | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +71,7 @@ class Rows:
 
     parts: tuple[Part, ...]
     num_tokens: int
-    shared: tuple[Tensor, dict[tuple[int, str], Tensor]] | None = None  # of the last input, see `lora.inner`
+    shared: tuple[Tensor, dict[tuple[int, str], Tensor]] | None = None  # of the last input, see `lora.inner_products`
     _of: dict[tuple[str, tuple[Kind, ...]], list[Part]] = field(default_factory=dict)
 
     def of(self, path: str, *kinds: Kind) -> list[Part]:
@@ -83,20 +93,20 @@ class Member(NamedTuple):
     seed: int | None
 
 
-def lay_out(members: Sequence[Member]) -> Rows:
-    """Make the rows of adapters in this order, which is by bucket and slot."""
+def lay_out(members: Sequence[Member], grouped: torch.device | None = None) -> Rows:
+    """Make the rows of adapters in this order, which is by bucket and slot. `grouped`: a device with such products."""
     parts: list[Part] = []
     start = first = 0
     while first < len(members):
         bucket = members[first].bucket
         last = next((i for i in range(first, len(members)) if members[i].bucket is not bucket), len(members))
-        part = _part(members[first:last], start)
+        part = _part(members[first:last], start, grouped)
         parts.append(part)
         start, first = part.tokens.stop, last
     return Rows(tuple(parts), start)
 
 
-def _part(members: Sequence[Member], start: int) -> Part:
+def _part(members: Sequence[Member], start: int, grouped: torch.device | None) -> Part:
     runs: list[Run] = []
     seeds: list[tuple[slice, int]] = []
     at = 0
@@ -111,62 +121,15 @@ def _part(members: Sequence[Member], start: int) -> Part:
         else:
             runs.append(Run(slice(at, end), slice(slot, slot + 1), 1, scale))
         at = end
-    return Part(members[0].bucket, slice(start, start + at), tuple(runs), tuple(seeds))
+    groups = None
+    if grouped is not None and len(runs) > 1 and members[0].bucket.key.rank % 8 == 0:
+        numbers = torch.tensor([(slot, num_tokens) for _, slot, _, num_tokens, _ in members], device=grouped)
+        scales = torch.tensor([member.scale for member in members], device=grouped)
+        ends = numbers[:, 1].cumsum(0, dtype=torch.int32)
+        groups = Groups(numbers[:, 0], ends, scales.repeat_interleave(numbers[:, 1])[:, None])
+    return Part(members[0].bucket, slice(start, start + at), tuple(runs), tuple(seeds), groups)
 
 
 def length(numbers: slice) -> int:
     num: int = numbers.stop - numbers.start
     return num
-
-
-# -- products --
-
-
-def each(x_NK: Tensor, num: int) -> Tensor:
-    """View the rows of `num` adapters with as many each as (num, n, K)."""
-    return x_NK.view(num, -1, x_NK.shape[-1])
-
-
-def multiply(out_NP: Tensor, x_NK: Tensor, weights_SKP: Tensor, part: Part) -> None:
-    """Set each adapter's rows of `out` to those of `x` times its matrix."""
-    for tokens, slots, num, _ in part.runs:
-        out, x = out_NP[tokens], x_NK[tokens]
-        if num == 1:
-            torch.mm(x, weights_SKP[slots.start], out=out)
-        else:
-            torch.bmm(each(x, num), weights_SKP[slots], out=each(out, num))
-
-
-def add_product(out_NP: Tensor, x_NK: Tensor, weights_SKP: Tensor, part: Part) -> None:
-    """Add to each adapter's rows of `out` those of `x` times its matrix times its scale."""
-    for tokens, slots, num, scale in part.runs:
-        out, x = out_NP[tokens], x_NK[tokens]
-        if num == 1:
-            torch.addmm(out, x, weights_SKP[slots.start], alpha=scale, out=out)
-        else:
-            torch.baddbmm(each(out, num), each(x, num), weights_SKP[slots], alpha=scale, out=each(out, num))
-
-
-def scale_rows(x_NK: Tensor, part: Part) -> None:
-    """Multiply each adapter's rows by its scale, in place."""
-    for tokens, _, _, scale in part.runs:
-        if scale != 1:
-            x_NK[tokens] *= scale
-
-
-def accumulate(gradient_SKP: Tensor, x_NK: Tensor, y_NP: Tensor, part: Part, *, scaled: bool) -> None:
-    """Add to each adapter's gradient xᵀ y of its rows, times its scale if `scaled`.
-
-    In 16 bits it is rounded before it is added, as the gradient of a micro-batch is where an adapter trains alone.
-    """
-    in_place = gradient_SKP.dtype == x_NK.dtype
-    for tokens, slots, num, scale in part.runs:
-        alpha, x, y = scale if scaled else 1.0, x_NK[tokens], y_NP[tokens]
-        if num == 1 and in_place:
-            gradient_SKP[slots.start].addmm_(x.t(), y, alpha=alpha)
-        elif num == 1:
-            gradient_SKP[slots.start].add_(x.t() @ y, alpha=alpha)
-        elif in_place:
-            gradient_SKP[slots].baddbmm_(each(x, num).mT, each(y, num), alpha=alpha)
-        else:
-            gradient_SKP[slots].add_(each(x, num).mT @ each(y, num), alpha=alpha)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loray.methods.base import ADAPTER, input_of
 from loray.methods.pairs import PairKey
+from loray.methods.vera_module import ProjectionBuffer, draw_pair
 
 Kind = Literal["lora", "dora", "vera"]
 _ALIGNMENT = 16  # numbers: grouped products want strides of 16 bytes
@@ -76,6 +77,7 @@ class Bucket:
     ) -> None:
         """`linears` has (O, I) of the adapted modules by path, in the model's order."""
         self.key = key
+        self.projection = None if key.pair is None else ProjectionBuffer(draw_pair(*key.pair))
         self._dtype, self._device = dtype, device
         self._free: list[int] = []
         self.num_slots = 0  # which have been used
@@ -95,28 +97,22 @@ class Bucket:
 
     def _lay_out(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """Place one kind of parameter after the other, so that each is one range of numbers."""
-        key, groups = self.key, _by_input(list(linears), apart=self.key.dropout > 0)
-        begin = self._size
-        for paths in groups:
+        kind, rank = self.key.kind, self.key.rank
+        for paths in _by_input(list(linears), apart=self.key.dropout > 0):
             width = linears[paths[0]][1]
-            if key.kind == "vera":
-                inputs = Inputs(paths, None)
-            else:
-                inputs = Inputs(paths, self._place((key.rank * len(paths), width)))
-            self.inputs |= dict.fromkeys(paths, inputs)
-            if (a := inputs.a) is not None:
-                for i, path in enumerate(paths):
-                    start = a.start + i * key.rank * width
-                    self.pieces[self.name(path, "a")] = Piece(start, (key.rank, width))
-        kinds = {"lora": "b", "dora": "bm", "vera": "db"}[key.kind]
-        if key.kind != "vera":
-            self.parameters.append(Parameters(self.name(self.paths[0], "a"), slice(begin, self._size)))
-        for kind in kinds:
+            a = None if kind == "vera" else self._place((rank * len(paths), width))
+            self.inputs |= dict.fromkeys(paths, Inputs(paths, a))
+            for i, path in enumerate(paths):
+                if a is not None:
+                    self.pieces[self.name(path, "a")] = Piece(a.start + i * rank * width, (rank, width))
+        if kind != "vera":
+            self.parameters.append(Parameters(self.name(self.paths[0], "a"), slice(0, self._size)))
+        for part in {"lora": "b", "dora": "bm", "vera": "db"}[kind]:
             begin = self._size
             for path, (out, _) in linears.items():
-                shape = {"d": (key.rank,), "m": (out,)}.get(kind, (out,) if key.kind == "vera" else (out, key.rank))
-                self.pieces[self.name(path, kind)] = self._place(shape)
-            self.parameters.append(Parameters(self.name(self.paths[0], kind), slice(begin, self._size)))
+                shapes = {"d": (rank,), "m": (out,), "b": (out,) if kind == "vera" else (out, rank)}
+                self.pieces[self.name(path, part)] = self._place(shapes[part])
+            self.parameters.append(Parameters(self.name(self.paths[0], part), slice(begin, self._size)))
 
     def _place(self, shape: tuple[int, ...]) -> Piece:
         start = self._size

@@ -21,7 +21,7 @@ from loray.spec import Frozen
 from loray.train.checkpoint import RunState
 from loray.train.optimizer import OptimizerState
 
-_STATES, _BEST = "states", "best"
+_STATES, _BEST, _INITIAL = "states", "best", "initial:"
 
 
 class AdapterState(Frozen):
@@ -51,6 +51,7 @@ def write_weights(folder: Path, name: str, weights: Weights) -> None:
     tensors = {_STATES: torch.stack([flat(values) for values in weights.optimizer[:3]])}
     if weights.best_P is not None:
         tensors[_BEST] = weights.best_P
+    tensors |= {_INITIAL + key: tensor for key, tensor in (weights.optimizer.initial or {}).items()}
     save_file(tensors, _file(folder, name))
 
 
@@ -83,7 +84,8 @@ def read_weights(folder: Path, name: str, saved: AdapterState, like: Mapping[str
     if states_3P.shape != (3, sum(tensor.numel() for tensor in like.values())):
         raise SpecError(f"the snapshot's {name} has other parameters than its recipe; start afresh, without --resume")
     masters, exp_avg, exp_avg_sq = (split(flat_P, like) for flat_P in states_3P)
-    return Weights(OptimizerState(masters, exp_avg, exp_avg_sq, saved.num_updates), best_P)
+    initial = {key.removeprefix(_INITIAL): t for key, t in tensors.items() if key.startswith(_INITIAL)}
+    return Weights(OptimizerState(masters, exp_avg, exp_avg_sq, saved.num_updates, initial), best_P)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -191,7 +191,8 @@ class BankTrainer:
         datums = [ops[row.op].datums[row.number] for row in rows]
         batch = _batch(datums)
         reference_N = self._reference(ops, rows, datums)
-        model.train(with_gradients)  # dropout
+        if model.training != with_gradients:
+            model.train(with_gradients)  # for dropout
         with self.bank.rows([row.model for row in rows], batch.input_ids_BT.shape[1]):
             logprobs_N = -labelled_states(model, batch).losses()
             total = logprobs_N.new_zeros((), dtype=torch.float64)

@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.methods.vera_module import ProjectionBuffer
-from loray.train.many.rows import Part, Rows, each
+from loray.train.many.products import each
+from loray.train.many.rows import Part, Rows
 from loray.train.many.stacks import Bucket, Piece
 
 
-def add_vera(
-    y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor, pairs: dict[Bucket, ProjectionBuffer]
-) -> Tensor:
+def add_vera(y_MO: Tensor, x: Tensor, x_MI: Tensor, rows: Rows, path: str, anchor: Tensor) -> Tensor:
     """Add b ⊙ B (d ⊙ A x) of each adapter to the outputs of the module at `path`, in place."""
     if not (parts := rows.of(path, "vera")):
         return y_MO
@@ -29,7 +27,8 @@ def add_vera(
         rows.shared = (x, {})
     inner, outer = [], []
     for part in parts:
-        a_RI, b_OR = pairs[part.bucket].like(x_MI)
+        assert part.bucket.projection is not None
+        a_RI, b_OR = part.bucket.projection.like(x_MI)
         inputs = part.bucket.inputs[path]
         u_NR = rows.shared[1].get((id(part), path))
         if u_NR is None:
