@@ -13,6 +13,8 @@ import yaml
 
 from loray.recipes.defaults import complete
 from loray.recipes.fields import merge
+from loray.recipes.load import ADAPTERS
+from loray.recipes.many import expand
 from loray.spec import FleetSpec, ServeSpec, TrainSpec
 from tests.cli.documented import Block, blocks, commands, problem
 from tests.conftest import REPOSITORY
@@ -48,8 +50,11 @@ def test_recipes_and_specs_are_valid(page: Path) -> None:
             fields = yaml.safe_load(block.text)
             if fields.keys() <= {"bases", *ServeSpec.model_fields}:
                 FleetSpec.parse(fields, source=page.name)
-            else:  # what it does not say has a default
-                least = {"name": "tone", "data": {"train": "my.jsonl"}}
+                continue
+            least = {"name": "tone", "data": {"train": "my.jsonl"}}  # what it does not say has a default
+            if ADAPTERS in fields:
+                expand(merge(least, fields), lambda base: None)
+            else:
                 TrainSpec.parse(complete(merge(least, fields), "small"), source=page.name)
 
 

@@ -74,7 +74,7 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     recipes: list[Any] = []
 
     def submit(work: Any, *args: object) -> tuple[Any, str]:
-        recipes.append(work.recipe)
+        recipes.extend(work.recipes)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jobs.command.submit", submit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.fixtures.cluster import Served
 # The pages with Python, and which of the names below their blocks use.
 PAGES = ("README.md", "docs/guide/api.md", "docs/howto/canary.md")
 ON_A_CLUSTER = "docs/guide/training.md"
+REWARDS = "docs/guide/train-and-serve.md"
 NAMES = ("support-tone", "dates")
 # The base is random: without these it may go on to the end of its context.
 SHORTER = {
@@ -86,12 +88,23 @@ def test_fine_tuning(served: Served, tmp_path: Path) -> None:
         assert given["job"].fine_tuned_model.startswith("tone@")
 
 
+def test_rewards() -> None:
+    (code,) = _python(REPOSITORY / REWARDS)
+    given: dict[str, Any] = {}
+    exec(compile(code, REWARDS, "exec", dont_inherit=True), given)
+    assert given["short"]({}, "word") == -0.04
+    guess = given["Guess"]()
+    asyncio.run(guess.start({"number": 7}))
+    turns = [asyncio.run(guess.step(answer)) for answer in ("3", " 7")]
+    assert [(turn.reward, turn.done) for turn in turns] == [(0.0, False), (1.0, True)]
+
+
 def test_every_page_with_python_is_run() -> None:
     pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
-    assert {str(page.relative_to(REPOSITORY)) for page in pages if _python(page)} == {*PAGES, ON_A_CLUSTER}
+    assert {str(page.relative_to(REPOSITORY)) for page in pages if _python(page)} == {*PAGES, ON_A_CLUSTER, REWARDS}
     assert not [text for text in SHORTER if not any(text in code for page in pages for code in _python(page))]
 
 
 def _python(page: Path) -> list[str]:
     found = blocks(page.read_text(encoding="utf-8"))
-    return [block.text for block in found if block.language == "python"]
+    return [block.text for block in found if block.language == "python" and not block.is_marked]
