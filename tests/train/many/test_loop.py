@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"learning_rate": 5e-2, "vera_d_lr_ratio": 0.5, "max_grad_norm": 0.1},
         "seed": 3,
     },
-    "dora": {"adapter": {"method": "dora", "rank": 4}, "batch": {"rows": 3}},
+    "dora": {"adapter": {"method": "dora", "rank": 4}, "batch": {"rows": 3}, "optimizer": {"learning_rate": 2e-3}},
     "packed": {
         "adapter": {"method": "lora", "rank": 3, "target_modules": ["q_proj", "v_proj"]},
         "batch": {"rows": 2, "order": "packed"},
