@@ -206,7 +206,7 @@ class AdaptersEvent(TypedDict):
 
 
 class PlanEvent(TypedDict):
-    """What a cohort of adapters takes of its workers."""
+    """Says what a cohort of adapters takes of its workers."""
 
     event: Literal["plan"]
     lines: list[str]

@@ -38,7 +38,7 @@ class Sampling(Protocol):
 
 
 class Scoring(Protocol):
-    """What `jobs.rl.environments.Environments` offers."""
+    """Starts rows and rewards answers; `jobs.rl.environments.Environments`, and what stands for it in tests."""
 
     async def start(self, key: str, row: Mapping[str, Any]) -> tuple[Any, Said]: ...
 

@@ -11,7 +11,7 @@ from loray.catalog import AdapterVersion, Catalog, Job
 from loray.errors import AdapterGone, ClusterError, LorayError
 from loray.publishing import Destination, import_folder
 from loray.settings import Settings
-from loray.spec import ACTOR_NAMESPACE
+from loray.spec import ACTOR_NAMESPACE, trainer_actor
 from loray.store import AdapterStore, open_store
 
 _GIVEN_S = 60.0
@@ -38,7 +38,7 @@ def given_files(base: str, digest: str) -> Mapping[str, bytes]:
     if not ray.is_initialized():
         raise ClusterError("this server has no cluster, in which the version's trainer could be; `loray up` has one")
     try:
-        trainer = ray.get_actor(f"loray-trainer-{base}", namespace=ACTOR_NAMESPACE)  # see `jobs.trainer.trainer_of`
+        trainer = ray.get_actor(trainer_actor(base), namespace=ACTOR_NAMESPACE)
         files: Mapping[str, bytes] = ray.get(trainer.give.remote(digest), timeout=_GIVEN_S)
         return files
     except ValueError as e:

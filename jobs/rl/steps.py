@@ -44,7 +44,7 @@ _DIGITS = 6
 
 
 class TrainerCalls(Protocol):
-    """What a trainer actor offers (`jobs.trainer`)."""
+    """Names the methods that a run calls of a trainer actor (`jobs.trainer`)."""
 
     async def submit(self, model: str, seq_id: int, op: ForwardBackward | OptimStep) -> None: ...
 
@@ -62,7 +62,7 @@ class Retiring(Protocol):
 
 
 class Storage(Protocol):
-    """What a run's folder offers."""
+    """Keeps files by name, as a run's folder does."""
 
     def read(self, name: str) -> bytes | None: ...
 
@@ -109,7 +109,7 @@ class Saved:
 
 
 class Told(NamedTuple):
-    """What the run's events say already: the last step, and the steps that were evaluated."""
+    """Holds what the run's events say already: the last step, and the steps that were evaluated."""
 
     step: int = 0
     evaluated: frozenset[int] = frozenset()

@@ -45,7 +45,7 @@ _STATE = "state.json"
 
 
 class ModelRecord(Frozen):
-    """What a model is from its beginning on. `initial`: a digest, or a folder of a saved state."""
+    """Describes a model from its beginning on. `initial`: a digest, or a folder of a saved state."""
 
     FILE: ClassVar[str] = "model.json"
 
@@ -126,7 +126,7 @@ class TrainedModel:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is a snapshot; without one the model has its first weights."""
+        """Return whether there is a snapshot; without one the model has its first weights."""
         return self._weights is not None
 
     # -- the queue ----------------------------------------------------------------------------------------------------

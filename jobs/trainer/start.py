@@ -8,7 +8,7 @@ import ray
 from ray.actor import ActorHandle
 
 from loray.settings import Settings
-from loray.spec import ACTOR_NAMESPACE, AnyDType
+from loray.spec import ACTOR_NAMESPACE, AnyDType, trainer_actor
 
 
 def trainer_of(base: str, dtype: AnyDType = "auto") -> ActorHandle:
@@ -18,7 +18,7 @@ def trainer_of(base: str, dtype: AnyDType = "auto") -> ActorHandle:
     After a kill Ray starts it again, and sends the calls again that had no answer: they only wait. `dtype` is that of
     one that is started.
     """
-    name = f"loray-trainer-{base}"
+    name = trainer_actor(base)
     try:
         return ray.get_actor(name, namespace=ACTOR_NAMESPACE)
     except ValueError:  # there is none

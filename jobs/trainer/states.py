@@ -27,7 +27,7 @@ from loray.train.optimizer import OptimizerState
 
 
 class SavedState(Frozen):
-    """What a saved state is of: a model's adapter after `step` updates, and the fingerprint of its base."""
+    """Says what a saved state is of: a model's adapter after `step` updates, and the fingerprint of its base."""
 
     FILE: ClassVar[str] = "state.json"
 

@@ -150,6 +150,7 @@ from loray.spec.serving import (
     ServeSpec,
     engine_of,
     is_engine,
+    trainer_actor,
 )
 from loray.spec.training import (
     EXACT_MATCH,
@@ -360,4 +361,5 @@ __all__ = [
     "retrieval_metric",
     "service_tier",
     "split_qualified",
+    "trainer_actor",
 ]

@@ -230,6 +230,11 @@ APPLICATION, GATEWAY = "loray", "gateway"  # on Ray Serve: the application of ga
 ACTOR_NAMESPACE = "loray"  # of Ray's, for actors with names that other processes ask
 
 
+def trainer_actor(base: str) -> str:
+    """Name the actor that trains adapters of a base."""
+    return f"loray-trainer-{base}"
+
+
 def engine_of(base: str) -> str:
     """The name of a base's deployment on Ray Serve, which has its replicas."""
     return f"{_ENGINE}{base}"

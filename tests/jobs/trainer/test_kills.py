@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from jobs.trainer import trainer_of
 from loray.bases.registry import BaseModel
-from loray.spec import ACTOR_NAMESPACE
+from loray.spec import ACTOR_NAMESPACE, trainer_actor
 from loray.spec.datums import AdamParams, ForwardBackward, LossOutput, OptimStep
 from tests.fixtures.cluster import RayCluster
 from tests.jobs.trainer.conftest import SPECS, datum
@@ -27,7 +27,7 @@ WAIT_S = 120.0
 def trainer(ray_cluster: RayCluster, cluster_base: BaseModel) -> Iterator[ActorHandle]:
     found = trainer_of(cluster_base.name, "float32")
     yield found
-    ray.kill(ray.get_actor(f"loray-trainer-{cluster_base.name}", namespace=ACTOR_NAMESPACE), no_restart=True)
+    ray.kill(ray.get_actor(trainer_actor(cluster_base.name), namespace=ACTOR_NAMESPACE), no_restart=True)
 
 
 def call(actor: ActorHandle, method: str, *arguments: Any) -> Any:
