@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fixtures.tape import Arena, Tape, TapeLauncher, refuse_waits
+from tests.fixtures.tape import Arena, Tape, TapeLauncher, at_address, refuse_waits
 
 KERNEL = "take_rows_fp32"
 
@@ -120,6 +120,17 @@ def test_what_was_there_must_still_be() -> None:
         with pytest.raises(AssertionError, match=r"(take_rows_fp32: pool|aten::add_: argument 1) was there"):
             tape.replay()
         del others
+
+
+def test_what_a_tape_only_points_to_is_not_there() -> None:
+    """A tape that is kept has the address of what has gone, where other memory is now."""
+    inputs = [torch.ones(4)]
+    kept = at_address(inputs[0])  # as the earlier tape has it
+    tape, _ = recorded(lambda: inputs[0] + 1)
+    inputs.clear()
+    with pytest.raises(AssertionError, match="was there when the step was recorded"):
+        tape.replay()
+    del kept
 
 
 def test_memory_that_has_moved_is_not_there_any_more() -> None:
