@@ -117,6 +117,7 @@ class Deployment:
         (port,) = free_ports(1)
         deployment = cls(home, port)
         try:
+            deployment.loray("base", "add", BASE)
             deployment.loray("up", "--base", BASE, "--port", str(port))
             yield deployment
         finally:
