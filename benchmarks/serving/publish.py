@@ -4,7 +4,7 @@
     loray bench publish …                                                               the same
 
 A Ray cluster on this machine serves SmolLM2-135M as `loray up` does, and a trainer has an adapter on q, k, v, o.
-Prompts have 64 tokens that no prefix cache holds, and are sampled by calls of the gateway.
+Prompts have 64 tokens that no prefix cache holds, or 16 where it says so, and are sampled by calls of the gateway.
 
     resident       the first token with an adapter that the pool has
     publish        the trainer's call: weights in 16 bits, hashed, written into the node's cache
@@ -52,7 +52,7 @@ from loray.spec import (
 )
 from loray.spec.datums import AdamParams, Datum, ForwardBackward, OptimStep
 
-_PROMPT_TOKENS, _GROUP, _ANSWER = 64, 8, 32
+_PROMPT_TOKENS, _SHORT, _GROUP, _ANSWER = 64, 16, 8, 32
 _GROUPS = 4  # at once
 _KEEP = 3
 _COLUMNS = ("what", "n", "p50\t.1f", "p99\t.1f", "mean\t.1f", "unit")
@@ -71,17 +71,21 @@ class Bench:
         self.published: list[str] = []
         self.version = resident
 
-    def prompt(self) -> tuple[int, ...]:
+    def prompt(self, num_tokens: int = _PROMPT_TOKENS) -> tuple[int, ...]:
         most = self.world.base.config.vocab_size - 100
-        return _prompt(next(self._prompts), most)
+        return _prompt(next(self._prompts), most)[:num_tokens]
 
-    def call(self, adapter: AdapterRef, num_samples: int = 1, **params: Any) -> SampleCall:
+    def call(
+        self, adapter: AdapterRef, num_samples: int = 1, num_tokens: int = _PROMPT_TOKENS, **params: Any
+    ) -> SampleCall:
         given = SamplingParams(**{"max_tokens": 1, "ignore_eos": True, "seed": 0} | params)
-        base = self.world.base.name
-        return SampleCall(base=base, adapter=adapter, prompt_ids=self.prompt(), params=given, num_samples=num_samples)
+        prompt = self.prompt(num_tokens)
+        return SampleCall(
+            base=self.world.base.name, adapter=adapter, prompt_ids=prompt, params=given, num_samples=num_samples
+        )
 
-    async def first_token_s(self, adapter: AdapterRef) -> float:
-        call, began = self.call(adapter), time.perf_counter()
+    async def first_token_s(self, adapter: AdapterRef, num_tokens: int = _PROMPT_TOKENS) -> float:
+        call, began = self.call(adapter, num_tokens=num_tokens), time.perf_counter()
         await self.sampler.sample(call)
         return time.perf_counter() - began
 
@@ -91,12 +95,12 @@ class Bench:
         await self._do(ForwardBackward("bench", (Datum(ids[:-1], ids[1:]),)))
         await self._do(OptimStep("bench", AdamParams(learning_rate=1e-4)))
 
-    async def publish(self) -> tuple[float, float]:
+    async def publish(self, num_tokens: int = _PROMPT_TOKENS) -> tuple[float, float]:
         """Publish the weights, and sample a token. Returns the seconds of the publish, and of both."""
         began = time.perf_counter()
         self.version, _ = await self.trainer.publish.remote("bench", keep=_KEEP)
         published_s = time.perf_counter() - began
-        await self.first_token_s(self.version)
+        await self.first_token_s(self.version, num_tokens)
         seconds = time.perf_counter() - began
         self.published.append(self.version.digest)
         await self.sampler.retire(self.published[:-_KEEP])
@@ -216,14 +220,16 @@ async def _measure(world: World, port: int, args: argparse.Namespace, engine_rat
             await bench.train()
             await bench.publish()
             await bench.first_token_s(resident)
-        warm, published, both = [], [], []
-        for _ in range(args.publishes):
-            warm.append(await bench.first_token_s(resident))
-            await bench.train()
-            publish_s, seconds = await bench.publish()
-            published.append(publish_s)
-            both.append(seconds)
-        rows = [_ms("resident", warm), _ms("publish", published), _ms("published", both)]
+        rows = []
+        for num_tokens, of in ((_PROMPT_TOKENS, ""), (_SHORT, f", {_SHORT} tokens")):
+            warm, published, both = [], [], []
+            for _ in range(args.publishes):
+                warm.append(await bench.first_token_s(resident, num_tokens))
+                await bench.train()
+                publish_s, seconds = await bench.publish(num_tokens)
+                published.append(publish_s)
+                both.append(seconds)
+            rows += [_ms(f"resident{of}", warm), _ms(f"publish{of}", published), _ms(f"published{of}", both)]
         rows.append(_ms("between, alone", await bench.stream(resident.name, args.seconds)))
         over = asyncio.Event()
         run = asyncio.create_task(bench.run(over))

@@ -65,15 +65,26 @@ def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseMo
     assert len(set(ours)) == 4
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("lora", "2,4,4"), ("vera", "2x16")])
-def test_the_ways_of_many_adapters_train_the_same(tiny_base: Callable[..., BaseModel], method: str, ranks: str) -> None:
+@pytest.mark.parametrize("adapters", ["lora:2,4,4", "vera:16x2", "lora:2x2+vera:16"])
+def test_the_ways_of_many_adapters_train_the_same(tiny_base: Callable[..., BaseModel], adapters: str) -> None:
     base = tiny_base(std=0.1)
     home = base.path.parent.parent
-    found = [time_many(home, base.name, way, method, ranks, 2, 24, 3) for way in many.WAYS]
+    found = [time_many(home, base.name, way, "float32", adapters, 1, 2, 24, 3) for way in many.WAYS]
     ours, *others = ([*losses.values()] for way in found for losses in [way["losses"][-1]])
-    assert all(ours == pytest.approx(losses, abs=0.02) for losses in others)
+    assert all(ours == pytest.approx(losses, abs=1e-4) for losses in others)
     assert ours != pytest.approx([*found[0]["losses"][0].values()], abs=1e-4)
     assert all(len(way["seconds"]) == 3 for way in found)
+
+
+def test_one_of_some_adapters_trains_as_beside_all(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base(std=0.1)
+    home = base.path.parent.parent
+    all_of, some = (
+        time_many(home, base.name, "bank", "float32", "lora:2,4x2+vera:8x3", every, 1, 8, 1) for every in (1, 3)
+    )
+    for every, few in zip(all_of["losses"], some["losses"], strict=True):
+        assert {name: every[name] for name in few} == pytest.approx(few, abs=1e-5)
+        assert list(few) == ["0", "3", "6"]
 
 
 def test_the_memory_of_many_adapters_is_that_of_a_whole_run(tiny_base: Callable[..., BaseModel]) -> None:
@@ -89,7 +100,7 @@ def test_the_table_of_many_adapters(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_base(std=0.1)
-    cases = (many.Case("2 LoRA", "lora", "2x4", 1, 16, (1e9, 0.0)),)
+    cases = (many.Case("2 LoRA", "lora:4x2", 1, 16, (1e9, 0.0)),)
     monkeypatch.setattr(many, "CASES", cases)
     report = many.main(["--base", str(base.path), "--home", str(tmp_path), "--rounds", "1"])
     ((name, _, _, _, target, _, _, peft, _, apart, _),) = report.rows

@@ -1,13 +1,15 @@
 """Rounds of many adapters on one base, in one of three ways; prints JSON.
 
-    python -m benchmarks.training.workers.many HOME BASE WAY METHOD RANKS ROWS TOKENS ROUNDS
+    python -m benchmarks.training.workers.many HOME BASE WAY DTYPE ADAPTERS EVERY ROWS TOKENS ROUNDS
 
     bank   all adapters in one forward and backward pass, as `loray train` has several recipes
     alone  one after the other by the loop of a single run, without its start: the base stays in memory
-    peft   one after the other in one PeftModel, with `set_adapter` before each step; PEFT keeps adapters in fp32
+    peft   one after the other in one PeftModel for each method, with `set_adapter` before each step; PEFT keeps
+           adapters in fp32
 
-A round is one step of each adapter: ROWS rows of TOKENS tokens of its own, clipping, AdamW. RANKS are 4,8,16 or 32 × 8.
-Adapters begin with the same weights in all ways, but that in bf16 PEFT's are not rounded.
+A round is one step of each adapter: ROWS rows of TOKENS tokens of its own, clipping, AdamW. ADAPTERS are of methods and
+ranks, each list so many times: lora:8,16x4+vera:256x10 are eight of LoRA and ten of VeRA. Only one of EVERY is
+trained. Adapters begin with the same weights in all ways, but that in bf16 PEFT's are not rounded.
 """
 
 from __future__ import annotations
@@ -45,16 +47,19 @@ Round = Callable[[Mapping[str, TrainBatch]], dict[str, float]]  # returns the me
 _RATES = {"lora": 2e-4, "vera": 4e-3}
 
 
-def main(home: Path, name: str, way: str, method: str, ranks: str, rows: int, tokens: int, rounds: int) -> Any:
+def main(
+    home: Path, name: str, way: str, dtype: str, adapters: str, every: int, rows: int, tokens: int, rounds: int
+) -> Any:
     """Seconds and losses of each round; the first one warms up and has no seconds."""
-    base, specs = get_base(home, name), {str(i): _spec(method, rank) for i, rank in enumerate(_ranks(ranks))}
-    recipe = on_this_machine(recipe_of(next(iter(specs.values())), tokens))
-    rate = _RATES[method]
-    step = {"bank": _bank, "alone": _alone, "peft": _peft}[way](base, specs, recipe, rate)
+    base = get_base(home, name)
+    specs = {name: spec for name, spec in specs_of(adapters).items() if int(name) % every == 0}
+    asked = recipe_of(next(iter(specs.values())), tokens).model_copy(update={"dtype": dtype})
+    recipe = on_this_machine(asked)
+    step = {"bank": _bank, "alone": _alone, "peft": _peft}[way](base, specs, recipe)
     seconds: list[float] = []
     losses: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        batches = {n: _batch(base.config.vocab_size, rows, tokens, [number, i]) for i, n in enumerate(specs)}
+        batches = {n: _batch(base.config.vocab_size, rows, tokens, [number, int(n)]) for n in specs}
         began = time.perf_counter()
         losses.append(step(batches))
         if number:
@@ -62,11 +67,14 @@ def main(home: Path, name: str, way: str, method: str, ranks: str, rows: int, to
     return {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
 
 
-def _ranks(text: str) -> list[int]:
-    if "x" in text:
-        num, rank = map(int, text.split("x"))
-        return [rank] * num
-    return [*map(int, text.split(","))]
+def specs_of(text: str) -> dict[str, AdapterSpec]:
+    """Make the adapters that ADAPTERS describes, named by their numbers."""
+    specs = list[AdapterSpec]()
+    for part in text.split("+"):
+        method, _, rest = part.partition(":")
+        ranks, _, times = rest.partition("x")
+        specs += [_spec(method, int(rank)) for rank in ranks.split(",")] * int(times or 1)
+    return {str(i): spec for i, spec in enumerate(specs)}
 
 
 def _spec(method: str, rank: int) -> AdapterSpec:
@@ -80,10 +88,10 @@ def _batch(vocabulary: int, rows: int, tokens: int, seed: list[int]) -> TrainBat
     return collate(packed, tuple((i,) for i in range(rows)), packed=False)
 
 
-def _bank(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec, rate: float) -> Round:
+def _bank(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec) -> Round:
     bank = AdapterBank(load_model(base, dtype=recipe.chosen_dtype).train(), base, recipe.chosen_dtype)
-    for seed, (name, spec) in enumerate(specs.items()):
-        bank.add(name, spec, seed=seed)
+    for name, spec in specs.items():
+        bank.add(name, spec, seed=int(name))
 
     def step(batches: Mapping[str, TrainBatch]) -> dict[str, float]:
         losses = dict.fromkeys(batches, 0.0)
@@ -97,20 +105,20 @@ def _bank(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec, 
             sums_B = torch.zeros(len(each.names)).index_add_(0, rows_N, weighted_N.detach().float())
             for name, loss in zip(each.names, sums_B.tolist(), strict=True):
                 losses[name] += loss
-        update(bank, [Update(name, rate, recipe.optimizer) for name in batches])
+        update(bank, [Update(name, _RATES[specs[name].method], recipe.optimizer) for name in batches])
         return losses
 
     return step
 
 
-def _alone(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec, rate: float) -> Round:
+def _alone(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec) -> Round:
     """Models with one adapter each, which share the parameters of the base."""
     plain = load_model(base, dtype=recipe.chosen_dtype).train()
     mesh, weights = Mesh.build(1, torch.device("cpu")), BaseWeights(base, recipe.chosen_dtype)
     strategies = {}
-    for seed, (name, spec) in enumerate(specs.items()):
+    for name, spec in specs.items():
         model = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
-        attach(model, spec, seed=seed)
+        attach(model, spec, seed=int(name))
         own = recipe.model_copy(update={"adapter": spec})
         strategies[name] = prepare(objective_of(model, own), own, mesh.world, torch.device("cpu"), weights)
 
@@ -118,45 +126,41 @@ def _alone(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec,
         losses = {}
         for name, batch in batches.items():
             losses[name] = strategies[name].forward_backward(batch, totals={"targets": batch.num_targets}, last=True)
-            strategies[name].step(rate)
+            strategies[name].step(_RATES[specs[name].method])
         return losses
 
     return step
 
 
-def _peft(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec, rate: float) -> Round:
-    plain = load_model(base, dtype=recipe.chosen_dtype)
-    wrapped: Any = None
+def _peft(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec) -> Round:
+    wrapped: dict[str, Any] = {}  # by method
     optimizers: dict[str, torch.optim.AdamW] = {}
-    for seed, (name, spec) in enumerate(specs.items()):
-        config: Any = {"r": spec.rank, "target_modules": list(spec.target_modules)}  # type: ignore[union-attr]
-        if isinstance(spec, VeraSpec):
-            config = VeraConfig(**config, projection_prng_key=0, save_projection=False, d_initial=spec.d_initial)
-        else:
-            config = LoraConfig(**config, lora_alpha=spec.alpha)  # type: ignore[union-attr]
-        torch.manual_seed(seed)
+    own = recipe.optimizer
+    betas = (own.beta1, own.beta2)
+    for name, spec in specs.items():
+        config = _peft_config(spec)
+        torch.manual_seed(int(name))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if wrapped is None:
-                wrapped = get_peft_model(plain, config, adapter_name=name)
+            if spec.method not in wrapped:
+                plain = load_model(base, dtype=recipe.chosen_dtype)
+                wrapped[spec.method] = get_peft_model(plain, config, adapter_name=name).train()
             else:
-                wrapped.add_adapter(name, config)
-        wrapped.set_adapter(name)
-        own = recipe.optimizer
-        trained = [p for p in wrapped.parameters() if p.requires_grad]
-        betas = (own.beta1, own.beta2)
+                wrapped[spec.method].add_adapter(name, config)
+        wrapped[spec.method].set_adapter(name)
+        trained = [p for p in wrapped[spec.method].parameters() if p.requires_grad]
+        rate = _RATES[spec.method]
         optimizers[name] = torch.optim.AdamW(trained, lr=rate, betas=betas, eps=own.eps, weight_decay=own.weight_decay)
-    model = wrapped.base_model.model.train()
 
     def step(batches: Mapping[str, TrainBatch]) -> dict[str, float]:
         losses = {}
         for name, batch in batches.items():
-            wrapped.set_adapter(name)
-            optimizer = optimizers[name]
-            loss = batch_loss(model, batch) / batch.num_targets
+            peft_model, optimizer = wrapped[specs[name].method], optimizers[name]
+            peft_model.set_adapter(name)
+            loss = batch_loss(peft_model.base_model.model, batch) / batch.num_targets
             loss.backward()  # type: ignore[no-untyped-call]
             trained: list[Tensor] = optimizer.param_groups[0]["params"]
-            torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.max_grad_norm or float("inf"))
+            torch.nn.utils.clip_grad_norm_(trained, own.max_grad_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
             losses[name] = float(loss.detach())
@@ -165,7 +169,15 @@ def _peft(base: BaseModel, specs: Mapping[str, AdapterSpec], recipe: TrainSpec, 
     return step
 
 
+def _peft_config(spec: AdapterSpec) -> Any:
+    config: dict[str, Any] = {"r": spec.rank, "target_modules": list(spec.target_modules)}  # type: ignore[union-attr]
+    if isinstance(spec, VeraSpec):
+        return VeraConfig(**config, projection_prng_key=0, save_projection=False, d_initial=spec.d_initial)
+    return LoraConfig(**config, lora_alpha=spec.alpha)  # type: ignore[union-attr]
+
+
 if __name__ == "__main__":
-    home, name, way, method, ranks, *numbers = sys.argv[1:]
-    rows, tokens, rounds = map(int, numbers)
-    sys.stdout.write(json.dumps(main(Path(home), name, way, method, ranks, rows, tokens, rounds)) + "\n")
+    home, name, way, dtype, adapters, *numbers = sys.argv[1:]
+    every, rows, tokens, rounds = map(int, numbers)
+    printed = main(Path(home), name, way, dtype, adapters, every, rows, tokens, rounds)
+    sys.stdout.write(json.dumps(printed) + "\n")

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import httpx
@@ -130,21 +132,32 @@ def test_the_cookbooks_loops_run_and_go_on(deployment: Deployment, loop: str) ->
 
 
 def test_sixty_steps_whatever_is_killed(deployment: Deployment) -> None:
-    """Trainer, front, engine and gateway, in turn, ten times in all."""
+    """Trainer, front, engine and gateway: ten of them, each at least twice, in drawn steps and at drawn moments."""
+    draw = np.random.default_rng(0)
+    victims = draw.permutation([*TITLES, *TITLES, *draw.choice(TITLES, 2)]).tolist()
+    steps = draw.choice(60, len(victims), replace=False).tolist()
     python = python_with("tinker==0.38.0")
     command = [python, "-W", "ignore", str(STEPS), f"{deployment.url}/tinker", "smollm2", "60"]
     client = subprocess.Popen(
         command, cwd=deployment.folder, env=client_environment(), stdout=subprocess.PIPE, text=True
     )
-    num_killed = 0
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(victims[len(killed)])
+        os.kill(deployment.process(killed[-1]), signal.SIGKILL)
+
     assert client.stdout is not None
-    with client:
+    with client, ThreadPoolExecutor(1) as one_after_the_other:
+        kills = []
         for line in client.stdout:
             told = json.loads(line)
-            if told.get("step", 1) % 6 == 0:
-                os.kill(deployment.process(TITLES[num_killed % len(TITLES)]), signal.SIGKILL)
-                num_killed += 1
-    assert (client.returncode, num_killed) == (0, 10)
+            if told.get("step") in steps:
+                Timer(draw.uniform(0.0, 0.5), lambda: kills.append(one_after_the_other.submit(kill))).start()
+    assert client.returncode == 0
+    for each in kills:
+        each.result()
+    assert len(killed) == len(victims)
     run = httpx.get(f"{deployment.url}/tinker/api/v1/training_runs/{told['model']}", timeout=60)
     assert run.status_code == 200
     assert eventually(lambda: _steps_of(deployment, told["model"]) == 60, timeout_s=90)
