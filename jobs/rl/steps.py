@@ -151,8 +151,8 @@ class Steps:
         self._warned = 0.0  # the mismatch that was told last
 
     async def run(self, next_seq: int) -> None:
-        """Run all steps that are left. Afterwards the folder has the version to publish. `next_seq`: the number of the
-        trainer's next operation of the model.
+        """Run all steps that are left, or until there is nothing left to learn. Afterwards the folder has the version
+        to publish. `next_seq`: the number of the trainer's next operation of the model.
 
         Raises TrainingError where there is nothing to learn, trainer and engine compute different models, or the
         trainer does not have the model any more with which the run began.
@@ -176,11 +176,14 @@ class Steps:
                 sampled = self._clock()
                 saved = await self._save(step, taken, version, rollouts.cursor)
                 version = await self._finish(saved, version, {"began": began, "sampled": sampled})
-                await self._evaluate(step, version)
+                is_over = self._has_nothing_to_learn(saved, version)
+                await self._evaluate(step, version, is_last=is_over)
+                if is_over:
+                    break
         finally:
             await rollouts.close()
         if not self._keeps_best or self._best is None:
-            await self._keep(version, self._num_steps, None)
+            await self._keep(version, saved.step, None)
 
     @property
     def _keeps_best(self) -> bool:
@@ -236,12 +239,6 @@ class Steps:
 
     async def _finish(self, saved: Saved, version: Version, times: Mapping[str, float]) -> Version:
         """Train what was written down, publish, and tell; returns the version after it."""
-        if self._num_without_spread >= _MOST_WITHOUT_SPREAD:
-            raise TrainingError(
-                f"every answer gets the same reward ({saved.told['reward_mean']:g}) in {_MOST_WITHOUT_SPREAD} steps: "
-                "there is nothing to learn from; make the task easier, show an example in the prompt, or give a reward "
-                "between the two"
-            )
         began = self._clock()
         trained: dict[str, Any] = {}
         if saved.op is not None:
@@ -258,6 +255,24 @@ class Steps:
                 self._durations.append(published_at - times["began"])
             self._tell(saved, version, trained, seconds)
         return version
+
+    def _has_nothing_to_learn(self, saved: Saved, version: Version) -> bool:
+        """Tell whether all answers of many steps had the same reward. Raises TrainingError where that was so from the
+        beginning.
+        """
+        if self._num_without_spread < _MOST_WITHOUT_SPREAD:
+            return False
+        same = (
+            f"every answer gets the same reward ({saved.told['reward_mean']:g}) in {_MOST_WITHOUT_SPREAD} steps: "
+            "there is nothing"
+        )
+        if not version.number:
+            raise TrainingError(
+                f"{same} to learn from; make the task easier, show an example in the prompt, or give a reward between "
+                "the two"
+            )
+        self._emit({"event": "warning", "message": f"{same} left to learn, and the run ends at step {saved.step}"})
+        return True
 
     async def _train(self, saved: Saved, op: ForwardBackward) -> dict[str, Any]:
         """Have the trainer learn; what it has done already it does not do again."""
@@ -347,10 +362,10 @@ class Steps:
             await self._retiring.retire(sorted(gone))
             await self._trainer.retire(sorted(gone))
 
-    async def _evaluate(self, step: int, version: Version) -> None:
+    async def _evaluate(self, step: int, version: Version, *, is_last: bool = False) -> None:
         """Reward greedy answers to held-out rows, before the first step, after the last, and where one is due."""
         every = self._spec.evaluation.interval_steps
-        is_due = step in (0, self._num_steps) or (every is not None and step % every == 0)
+        is_due = is_last or step in (0, self._num_steps) or (every is not None and step % every == 0)
         if not self._held_out or not is_due or step in self._told.evaluated:
             return
         found = await self._asker.greedy(self._held_out, version, at_once=_AT_ONCE)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,24 @@ def test_the_same_reward_everywhere_is_an_error() -> None:
     with pytest.raises(TrainingError, match=r"every answer gets the same reward \(0\) in 20 steps"):
         world.drive()
     assert world.trainer.num_updates == 0
+
+
+def test_a_run_that_has_learned_all_ends_early_with_its_version() -> None:
+    world = World(recipe(steps=60, reward={"builtin": "regex", "pattern": "x"}))
+    learned = world.scoring.reward
+
+    async def reward(row: Mapping[str, Any], answer: str) -> float:
+        return await learned(row, answer) if world.trainer.num_updates < 3 else 1.0
+
+    world.scoring.reward = reward  # type: ignore[assignment, method-assign]
+    world.drive()
+    (warning,) = (e["message"] for e in world.of("warning") if "same reward" in e["message"])
+    last = world.of("rollout")[-1]["step"]
+    assert warning.endswith(f"nothing left to learn, and the run ends at step {last}")
+    assert last < 60
+    assert world.of("eval")[-1]["step"] == last
+    about, _ = kept_version(world.folder.files[BEST])
+    assert about["step"] == last
 
 
 def test_a_trainer_that_computes_another_model_is_stopped() -> None:
