@@ -157,7 +157,7 @@ FREE: list[dict[str, Any]] = [
 
 
 def test_other_rows_do_not_change(worded: BaseModel) -> None:
-    free = [request(f"free-{i}", (1, 50 + i, 60), seed=i, max_tokens=30, **k) for i, k in enumerate(FREE * 2)]
+    free = [request(f"free-{i}", (1, 50 + i, 60), seed=i, max_tokens=16, **k) for i, k in enumerate(FREE * 2)]
     alone = answers(make_engine(worded), free)
     held = [
         request(f"held-{i}", PROMPT, temperature=1.0, seed=i, max_tokens=25, structured=constraint)
