@@ -16,6 +16,7 @@ from loray.train.data.shards import FolderCache
 def test_steps_from_places_all_over_an_epoch(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "_STRIP", 64)
     monkeypatch.setattr(batches, "_STRIPS", 32)
+    monkeypatch.setattr(rows, "_STEPS", 10)
     rows.write_columns(FolderCache(tmp_path), 20_000)
     found = rows.measure(str(tmp_path), order, num_workers=1)
     assert set(found) == {"held_bytes", "count_s", "block_s", "step_s"}

@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,9 +23,8 @@ from loray.engine.build import build_engine
 from loray.engine.engine import check_request
 from loray.engine.metrics import EngineStats
 from loray.engine.pool.packed import PackedAdapter, Packer
-from loray.engine.request import Request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, Overloaded, RequestError, StoreError
-from loray.spec import AdapterRef, GenerateRequest, ServeSpec, TokenDelta
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from tests.fixtures.engines import hold, make_engine, request, run
 from tests.fixtures.peft_adapters import Adapters
 
@@ -89,17 +89,20 @@ def test_closing_a_stream_cancels_its_request(stream: AsyncEngine) -> None:
 
 
 def test_an_idle_engine_holds_no_request(stream: AsyncEngine) -> None:
-    def held() -> list[object]:
-        gc.collect()
-        ours = (o for o in gc.get_objects() if type(o) in (Request, GenerateRequest))
-        return [o for o in ours if (o.spec if isinstance(o, Request) else o).request_id.startswith("held")]
+    held: list[weakref.ref[SamplingParams]] = []  # who has a request has these
+
+    def asked(name: str, max_tokens: int) -> GenerateRequest:
+        made = request(name, IDS, max_tokens=max_tokens)
+        held.append(weakref.ref(made.params))
+        return made
 
     async def test() -> None:
-        await asyncio.gather(*(collect(stream, request(f"held-{i}", IDS, max_tokens=6)) for i in range(3)))
-        async with aclosing(stream.generate(request("held-cancelled", IDS, max_tokens=400))) as deltas:
+        await asyncio.gather(*(collect(stream, asked(f"held-{i}", 6)) for i in range(3)))
+        async with aclosing(stream.generate(asked("held-cancelled", 400))) as deltas:
             await anext(aiter(deltas))
         await idle(stream)
-        while held():  # until the engine's thread waits again
+        while any(params() is not None for params in held):  # until the engine's thread waits again
+            gc.collect()
             await asyncio.sleep(0.01)
 
     go(test())

@@ -18,7 +18,7 @@ from loray.spec import AdapterRef
 from tests.fixtures.scheduling import Packed, Simulation, World, adapter
 
 ENGINE = str(Path(loray.engine.__file__).parent)
-FEW, MANY = 250, 4000
+FEW, MANY = 250, 2000
 
 
 def executed_lines(function: Callable[[], object]) -> int:

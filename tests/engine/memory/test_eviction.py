@@ -190,7 +190,7 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Outcome, Out
 
 
 def test_hot_prefixes_stay_beside_many_adapters(compare: Callable[..., tuple[Outcome, Outcome, Outcome]]) -> None:
-    by_value, prefixes_go, adapters_go = compare(mixed(1200, prefix_tokens=80), block_s=0.004, token_s=0.001)
+    by_value, prefixes_go, adapters_go = compare(mixed(600, prefix_tokens=80), block_s=0.004, token_s=0.001)
     assert by_value.prefix_hits > 1.5 * prefixes_go.prefix_hits
     assert by_value.adapter_hits > 1.1 * adapters_go.adapter_hits
     assert by_value.seconds < 0.9 * min(prefixes_go.seconds, adapters_go.seconds)
@@ -200,7 +200,7 @@ def test_hot_prefixes_stay_beside_many_adapters(compare: Callable[..., tuple[Out
 def test_neither_class_starves_where_the_other_is_costly(
     compare: Callable[..., tuple[Outcome, Outcome, Outcome]], block_s: float, token_s: float
 ) -> None:
-    by_value, prefixes_go, adapters_go = compare(mixed(1200, prefix_tokens=80), block_s=block_s, token_s=token_s)
+    by_value, prefixes_go, adapters_go = compare(mixed(600, prefix_tokens=80), block_s=block_s, token_s=token_s)
     assert by_value.seconds < 1.05 * min(prefixes_go.seconds, adapters_go.seconds)
     assert by_value.prefix_hits > 0.1
     assert by_value.adapter_hits > 0.1
@@ -208,7 +208,7 @@ def test_neither_class_starves_where_the_other_is_costly(
 
 def test_what_was_hot_goes_when_the_traffic_changes() -> None:
     """The floor rises: prefixes that nobody asks for any more make way for adapters, however costly they were."""
-    hot, later = mixed(600, prefix_tokens=80), [c for c in mixed(3000, prefix_tokens=80, seed=1) if c.adapter]
+    hot, later = mixed(300, prefix_tokens=80), [c for c in mixed(1500, prefix_tokens=80, seed=1) if c.adapter]
     costs = {"block_s": 0.004, "token_s": 0.001}
     alone, after = replay_calls(later, **costs), replay_calls(hot + later, **costs)
     placed_before = replay_calls(hot, **costs)

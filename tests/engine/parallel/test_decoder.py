@@ -114,8 +114,9 @@ def test_ranks_give_what_one_gives(world: World) -> None:
         torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("world", ["TP=2", "TP=2, Gemma 2"], indirect=True)
 def test_ranks_compute_what_is_guessed(world: World) -> None:
-    requests = for_each([None, *world.adapters], max_tokens=12)
+    requests = for_each([None, *world.adapters], max_tokens=8)
     expected = run(world.one(), requests, together=True)
     Told(world.engine, expected)
     before = world.engine.stats()
@@ -131,13 +132,14 @@ def test_more_than_two_ranks_guess_nothing(world: World) -> None:
     assert world.engine._model.is_batch_invariant == (world.communicator.shard.world_size == 2)
 
 
+@pytest.mark.parametrize("world", ["TP=4"], indirect=True)
 def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:
     schema = {"type": "array", "items": {"enum": ["a", 1, None]}, "maxItems": 4}
     constraint = Constraint.from_schema(schema, whitespace="")
-    params: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 2}
+    params: dict[str, Any] = {"temperature": 1.0, "seed": 2}
     requests = [
-        request("held", range(9), world.adapters[0], structured=constraint, **params),
-        request("free", range(9), **params),
+        request("held", range(9), world.adapters[0], structured=constraint, max_tokens=60, **params),
+        request("free", range(9), max_tokens=20, **params),
     ]
     expected = run(world.one(), requests)
     assert run(world.engine, requests) == expected

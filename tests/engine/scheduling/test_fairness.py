@@ -194,7 +194,7 @@ PRIORITIES = st.sampled_from([0, 0, 1])
 
 
 @pytest.mark.parametrize("refunds", [False, True])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_tenant_that_was_forgotten_wins_nothing_by_coming_back(refunds: bool, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -346,7 +346,7 @@ def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() 
     waiting: dict[str, list[Request]] = {name: [] for name in kinds}
     low = sim.add(10, 1, tenant="low", priority=1)
     num_added = 0
-    for _ in range(500):
+    for _ in range(250):
         for name, sizes in kinds.items():
             waiting[name] = [r for r in waiting[name] if r.state is RequestState.WAITING]
             while len(waiting[name]) < (2 if name == "long" else 90):
@@ -358,7 +358,7 @@ def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() 
     sim.most_prompt = budget
     bound.check()
     assert bound.of_counters < 2 * budget + 2 * 200 * 2
-    assert min(sim.served[name] for name in kinds) > 30_000
+    assert min(sim.served[name] for name in kinds) > 15_000
     assert low.state is RequestState.WAITING
 
 

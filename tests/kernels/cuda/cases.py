@@ -278,10 +278,11 @@ def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tu
     return pool, meta
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "block_tokens", "is_int8"),  # each two of them together
+    [(torch.bfloat16, 16, False), (torch.float16, 48, False), (torch.bfloat16, 48, True), (torch.float16, 16, True)],
+)
 @pytest.mark.parametrize(("num_heads", "num_kv", "d"), [(9, 3, 64), (8, 2, 128), (12, 1, 128), (2, 2, 64), (20, 1, 64)])
-@pytest.mark.parametrize("block_tokens", [16, 48])
-@pytest.mark.parametrize("is_int8", [False, True])
 def test_heads_of_a_decode_step(
     ops: Ops, is_int8: bool, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
 ) -> None:

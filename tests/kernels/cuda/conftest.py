@@ -35,9 +35,17 @@ def gathers(launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch) -> CudaOp
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    """Few steps are recorded before the start: each takes a tenth of a second."""
-    monkeypatch.setattr(graphs, "SIZES", (16,))
+    """Few steps are recorded before the start, of eight rows: each takes a tenth of a second."""
+    monkeypatch.setattr(graphs, "SIZES", (8,))
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA, graphs.KINDS[-1]))
+    return use_shim_ops(monkeypatch)
+
+
+@pytest.fixture
+def base_ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
+    """For engines without adapters: their recorded step has four rows."""
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
     return use_shim_ops(monkeypatch)
 
 

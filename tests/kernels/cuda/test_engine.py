@@ -72,9 +72,14 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     "architecture", ["MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"]
 )
 def test_a_familys_replayed_steps_give_the_logits_of_peft(
-    tiny_base: Callable[..., BaseModel], ops: ShimOps, architecture: str, tmp_path: Path
+    tiny_base: Callable[..., BaseModel],
+    ops: ShimOps,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    tmp_path: Path,
 ) -> None:
     """Windows, soft caps, two RoPEs, norms of results, and parts of fused modules in the rows of a pair's B."""
+    monkeypatch.setattr(graphs, "KINDS", (graphs.KINDS[-1],))
     base = tiny_base(architecture, **({"sliding_window": 24} if architecture == "MistralForCausalLM" else {}))
     names = ("lora-r16", "dora", "vera-all", "longlora", "ia3-outputs", "road-1")
     adapters = make_adapters(base, tmp_path, configs_for(base, {name: CONFIGS[name] for name in names}))
@@ -158,6 +163,7 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     """Requests join and leave; several share an adapter or use none, some have penalties, one has a context of two
     splits. The pool is so small that adapters and requests are evicted.
     """
+    monkeypatch.setattr(graphs, "SIZES", (16,))
     own = [*(mixed[name] for name in names), None]
     requests = mixture(18, own, lambda i: 3 + 2 * (i % 5), SAMPLING)
     requests += [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
@@ -376,6 +382,7 @@ def test_a_step_without_memory_fails_a_request_of_its_own(
 def test_so_it_is_on_every_rank(
     base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(graphs, "KINDS", (graphs.KINDS[-1],))
     ranks = use_shim_ranks(monkeypatch)
     engine = make_engine(base, list(mixed.values()), tensor_parallel_size=2, num_threads=1, max_num_seqs=6)
     try:

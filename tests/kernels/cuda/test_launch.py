@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from loray_kernels import ITEM_TOKENS, MAX_PAIR_RANK, BackendUnavailable, backend, use_device
 from loray_kernels import sampling as draws
+from loray_kernels.compiled import cache_folder
 from loray_kernels.cuda import attention, launch, ops, sampling, tables, upload
 from loray_kernels.cuda.launch import FILES, SOURCES, Compiled, CupyLauncher, compile_source
 from loray_kernels.sampling import MAX_TOP
@@ -144,11 +147,25 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("rows.cu", "NORM_THREADS") == ops.NORM_THREADS
 
 
+def kept_log(name: str, arch: str) -> str:
+    """What the compiler says of a source. To compile takes seconds, so it is kept until one of them changes."""
+    digest = hashlib.sha256(f"{launch.version()} {arch}".encode())
+    for path in (Path(launch.__file__), *sorted(SOURCES.iterdir())):
+        digest.update(path.read_bytes())
+    log = cache_folder() / "tests" / f"{name}-{arch}-{digest.hexdigest()[:16]}.log"
+    if not log.exists():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        whole = log.with_suffix(f".{os.getpid()}")
+        whole.write_text(compile_source(name, arch).log)
+        whole.replace(log)
+    return log.read_text()
+
+
 @pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])
 def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     """Without toolkit headers; no kernel spills registers."""
     try:
-        logs = [compile_source(name, arch).log for name in FILES]
+        logs = [kept_log(name, arch) for name in FILES]
     except BackendUnavailable as e:
         if "need NVRTC" in str(e):
             pytest.skip(str(e))

@@ -168,7 +168,7 @@ def test_a_base_in_int4_decodes_by_recorded_steps(
         return {name: torch.stack(rows) for name, rows in spy.logits.items()}
 
     recorded = run_on(quantized_tensors(base, "int4"), 1e9)
-    assert ops.replayed == [16] * 3
+    assert ops.replayed == [8] * 3
     of_prompts = int4.num  # a replay does not come here
     scattered = run_on(quantized_tensors(base, "int4"), 0)
     assert int4.num == of_prompts + 3 * 4 * base.config.num_layers

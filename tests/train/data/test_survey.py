@@ -73,7 +73,8 @@ def test_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         look(path)
 
 
-def test_duplicates_and_rows_of_both_splits(tmp_path: Path) -> None:
+def test_duplicates_and_rows_of_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # no processes for three parts
     path = jsonl(tmp_path, *({"id": i, **row} for i, row in enumerate([*rows(6), *rows(2), *rows(1)])))
     found = look(path, eval_fraction=0)
     assert (found.num_duplicates, found.num_held_out) == (3, 0)

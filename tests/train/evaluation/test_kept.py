@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +23,7 @@ from loray.train.evaluation import perplexity, retrieval
 from loray.train.evaluation.measure import MeasuredModel, identity, measure, subjects
 from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
 from tests.fixtures.peft_adapters import make_adapter
+from tests.fixtures.ranks import forked
 from tests.fixtures.training_data import documents
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
@@ -32,16 +31,6 @@ YARN = RopeParameters(rope_type="yarn", rope_theta=10000.0, factor=2, original_m
 CPU = torch.device("cpu")
 MODEL = {"base": "b"}
 PASSES = [Pass(str(i), 2, "it") for i in range(4)]
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from loray.train.evaluation.perplexity import KeptFigures, Pass
-
-def compute(i):
-    return {"nll": i / 7} if i < 2 else os.kill(os.getpid(), signal.SIGKILL)
-
-KeptFigures(Path(sys.argv[1])).figures({"base": "b"}, [Pass(str(i), 2, "it") for i in range(4)], compute)
-"""
 
 
 def files_of(home: Path) -> list[Path]:
@@ -52,9 +41,22 @@ def no_pass(i: int) -> Figures:
     pytest.fail(f"pass {i} is computed again")
 
 
+def be_killed(home: Path) -> None:
+    """In the third pass."""
+
+    def compute(i: int) -> Figures:
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"nll": i / 7}
+
+    KeptFigures(home).figures(MODEL, PASSES, compute)
+
+
 def test_a_killed_process_loses_the_pass_under_way_alone(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = forked(be_killed, tmp_path)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [path.stem for path in files_of(tmp_path)] == ["0", "1"]
     asked: list[int] = []
     shares: list[float] = []

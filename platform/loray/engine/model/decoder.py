@@ -182,11 +182,12 @@ class Frequencies(NamedTuple):
 
 
 def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
-    """Compute the frequencies that transformers has, bit for bit; its functions compute all scaled kinds."""
-    if rope.rope_type == "default":
+    """Compute the frequencies that transformers has, bit for bit; its functions compute most scaled kinds."""
+    if rope.rope_type in ("default", "linear"):
         exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
-    from transformers import LlamaConfig  # takes seconds, and few bases are of a scaled kind
+        inverse_d = 1.0 / (rope.rope_theta**exponent_d)
+        return Frequencies(inverse_d / rope.factor if rope.rope_type == "linear" and rope.factor else inverse_d, 1.0)
+    from transformers import LlamaConfig  # takes seconds, and few bases are of another kind
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # The supported kinds do not use the model's context length; transformers warns if it does not fit.
