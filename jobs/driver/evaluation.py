@@ -18,7 +18,7 @@ from jobs.driver.fit import build_measuring, cause
 from jobs.events import Emit, appending, first_line
 from jobs.runs.folders import RunFolder
 from jobs.workers.measuring import Findings, Measurement, measure_here
-from jobs.workers.reporting import start_sink
+from jobs.workers.sink import start_sink
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError, SpecError
 from loray.fetching import fetched

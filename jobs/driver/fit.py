@@ -22,7 +22,8 @@ from jobs.runs.folders import BATCH, SCORE, RunFolder, last_step
 from jobs.trackers import tensorboard
 from jobs.workers import measuring, worker
 from jobs.workers.placement import WholeGroups, worker_resources
-from jobs.workers.reporting import EventSender, start_sink
+from jobs.workers.reporting import EventSender
+from jobs.workers.sink import start_sink
 from loray.bases.registry import BaseModel
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.machine import Hardware, hardware

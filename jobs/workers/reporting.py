@@ -20,7 +20,6 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.metrics import Gauge
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.events import EvalEvent, Event, LoopEvent, StartEvent, StepEvent, encode, figures
 from jobs.runs.folders import PREFIX, metrics_of, name_of, step_of
@@ -43,26 +42,6 @@ _GAUGES = {  # of a step's event, without `train_`
     "num_tokens": "tokens",
     "skipped_steps": "skipped_steps",
 }
-
-
-class _EventSink:
-    """Appends lines to the run's file, each in one write."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-
-    def append(self, line: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
-
-
-def start_sink(path: Path) -> ActorHandle:
-    """Starts the actor that appends to `path`, a file of this node. The actor ends with this driver."""
-    here = ray.get_runtime_context().get_node_id()
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_EventSink)
-    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
-    started: ActorHandle = actor.options(scheduling_strategy=strategy).remote(str(path))
-    return started
 
 
 class EventSender:

@@ -128,30 +128,28 @@ OPERATIONS: dict[str, Callable[[Catalog, str], object]] = {
 WRITES = ("register", "check_name", "promote", "rollback", "delete_alias", "set_canary", "end_canary", "share")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_anothers_adapter_is_as_unknown_as_any(catalog: Catalog, acme: Catalog, operation: str) -> None:
+def test_anothers_adapter_is_as_unknown_as_any(catalog: Catalog, acme: Catalog) -> None:
     bring(acme, "tone", 8, aliases=("prod",))
     beta = catalog.view(BETA)
     beta.adapters.record_upload(digest(7))
     before = catalog.snapshot()
-    said = []
-    for name in ("acme/tone", "acme/nope"):
-        with pytest.raises(AdapterNotFound) as told:
-            OPERATIONS[operation](beta, name)
-        said.append(str(told.value).replace(name, "NAME"))
-    assert said[0] == said[1] == "no adapter 'NAME'; `loray adapters ls` lists them"
-    assert catalog.snapshot() == before
+    for operation, call in OPERATIONS.items():
+        for name in ("acme/tone", "acme/nope"):
+            with pytest.raises(AdapterNotFound) as told:
+                call(beta, name)
+            assert str(told.value) == f"no adapter '{name}'; `loray adapters ls` lists them", operation
+        assert catalog.snapshot() == before, operation
 
 
-@pytest.mark.parametrize("operation", WRITES)
-def test_another_tenant_reads_what_it_sees_and_changes_nothing(catalog: Catalog, acme: Catalog, operation: str) -> None:
+def test_another_tenant_reads_what_it_sees_and_changes_nothing(catalog: Catalog, acme: Catalog) -> None:
     bring(acme, "tone", 8, aliases=("prod",))
     acme.adapters.share("tone", "shared", ["beta"])
     beta = catalog.view(BETA)
     before = catalog.snapshot()
-    refused(PermissionDenied, "another tenant", OPERATIONS[operation], beta, "acme/tone")
-    assert catalog.snapshot() == before
-    assert beta.aliases.get("acme/tone", "prod").version == 2
+    for operation in WRITES:
+        refused(PermissionDenied, "another tenant", OPERATIONS[operation], beta, "acme/tone")
+        assert catalog.snapshot() == before, operation
+        assert beta.aliases.get("acme/tone", "prod").version == 2, operation
 
 
 def test_what_a_canary_counts_is_its_tenants(catalog: Catalog, acme: Catalog) -> None:
@@ -289,9 +287,10 @@ def test_the_audit_log_has_the_tenant_and_who(catalog: Catalog, acme: Catalog) -
     ]
 
 
-@pytest.mark.parametrize(("visibility", "shared_with"), [("shared", []), ("public", ["beta"]), ("shared", ["a/b"])])
-def test_bad_shares(acme: Catalog, visibility: Visibility, shared_with: list[str]) -> None:
-    refused(SpecError, r"shared_with|tenant's name", acme.adapters.share, "tone", visibility, shared_with)
+def test_bad_shares(acme: Catalog) -> None:
+    bad: list[tuple[Visibility, list[str]]] = [("shared", []), ("public", ["beta"]), ("shared", ["a/b"])]
+    for visibility, shared_with in bad:
+        refused(SpecError, r"shared_with|tenant's name", acme.adapters.share, "tone", visibility, shared_with)
 
 
 def test_tags_are_set_changed_and_taken_away(catalog: Catalog, acme: Catalog) -> None:
@@ -314,11 +313,10 @@ def test_tags_are_set_changed_and_taken_away(catalog: Catalog, acme: Catalog) ->
     ]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("", "x"), ("a=b", "x"), ("a/b", "x"), ("k" * 97, "x"), ("k", "\x00"), ("k", "v" * 5001)]
-)
-def test_malformed_tags(acme: Catalog, key: str, value: str) -> None:
-    refused(SpecError, "is not a valid tag's", acme.tags.set, "tone", key, value)
+def test_malformed_tags(acme: Catalog) -> None:
+    for key, value in (("", "x"), ("a=b", "x"), ("a/b", "x"), ("k" * 97, "x"), ("k", "\x00"), ("k", "v" * 5001)):
+        refused(SpecError, "is not a valid tag's", acme.tags.set, "tone", key, value)
+    assert not acme.tags.of("tone")
 
 
 def test_a_name_has_so_many_tags(acme: Catalog) -> None:

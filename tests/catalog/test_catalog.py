@@ -110,17 +110,19 @@ def test_one_namespace_for_bases_and_adapters(catalog: Catalog) -> None:
     assert catalog.snapshot().bases == {"smollm2": BASE}
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a@b", "default/a/b", "/a", "-a", "x" * 97])
-def test_bad_names(catalog: Catalog, name: str) -> None:
-    refused(SpecError, "not a valid adapter name", publish, catalog, name, 1)
+def test_bad_names(catalog: Catalog) -> None:
+    for name in ("", "a b", "a@b", "default/a/b", "/a", "-a", "x" * 97):
+        refused(SpecError, "not a valid adapter name", publish, catalog, name, 1)
 
 
-@pytest.mark.parametrize("alias", ["", "3", "3a", "a b", "a.b"])
-def test_bad_aliases(catalog: Catalog, alias: str) -> None:
-    refused(SpecError, "not a valid alias", publish, catalog, "tone", 1, aliases=(alias,))
+def test_bad_aliases(catalog: Catalog) -> None:
+    bad = ("", "3", "3a", "a b", "a.b")
+    for alias in bad:
+        refused(SpecError, "not a valid alias", publish, catalog, "tone", 1, aliases=(alias,))
     assert tuple(catalog.snapshot().models()) == ()
     publish(catalog, "tone", 1)
-    refused(SpecError, "not a valid alias", catalog.aliases.move, "tone", alias, 1)
+    for alias in bad:
+        refused(SpecError, "not a valid alias", catalog.aliases.move, "tone", alias, 1)
 
 
 def test_resolution(catalog: Catalog) -> None:

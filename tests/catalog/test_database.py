@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -72,13 +71,53 @@ def test_no_statement_is_prepared(postgres: Postgres) -> None:
     engine.dispose()
 
 
+# Forks of a process that has imported what they need and opened nothing: imports take longer than the rest.
+FORKS = """
+import sys
+from multiprocessing import get_context
+
+import alembic.command
+import psycopg
+
+from loray.catalog import Catalog
+from tests.fixtures.versions import digest, manifest
+
+number, url = int(sys.argv[1]), sys.argv[2]
+fork = get_context("fork")
+begin = fork.Barrier(number).wait
+
+
+def create(i):
+    begin()
+    print(Catalog(url).change_counter(), flush=True)
+
+
+def register(i):
+    catalog = Catalog(url)
+    begin()
+    for n in range(10 * i, 10 * i + 5):
+        catalog.adapters.register("tone", digest(n), manifest(n), ["prod"])
+
+
+processes = [fork.Process(target=globals()[sys.argv[3]], args=(i,)) for i in range(number)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(max(abs(process.exitcode) for process in processes))
+"""
+
+
+def in_processes(number: int, url: str, function: str) -> list[str]:
+    """The lines that so many processes print, each of which calls a function of FORKS."""
+    command = [sys.executable, "-c", FORKS, str(number), url, function]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_processes_create_one_database(url: str) -> None:
-    code = f"from loray.catalog import Catalog; print(Catalog({url!r}).change_counter())"
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(4)]
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert (out, process.returncode) == ("0\n", 0), err
+    assert in_processes(4, url, "create") == ["0"] * 4
 
 
 def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,27 +195,7 @@ def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) 
 
 def test_processes_register_one_name_at_once(url: str) -> None:
     """Separate processes, each with connections of its own, as drivers of several jobs are."""
-    code = (
-        "import sys\n"
-        "from loray.catalog import Catalog\n"
-        "from tests.fixtures.versions import digest, manifest\n"
-        f"catalog = Catalog({url!r})\n"
-        "sys.stdin.readline()\n"
-        "for i in range(5):\n"
-        "    n = 10 * int(sys.argv[1]) + i\n"
-        "    catalog.adapters.register('tone', digest(n), manifest(n), ['prod'])\n"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(3)
-    ]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+    in_processes(3, url, "register")
     catalog = Catalog(url)
     assert sorted(catalog.adapters.get("tone").versions) == list(range(1, 16))
     assert catalog.adapters.resolve("tone@prod").version == 15  # every registration moved it to the version it made

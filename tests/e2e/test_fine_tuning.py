@@ -56,13 +56,13 @@ def ended(client: openai.OpenAI, job_id: str) -> Any:
     return client.fine_tuning.jobs.retrieve(job_id)
 
 
-def train_and_ask(client: openai.OpenAI, base: str, *, num_rows: int, metadata: dict[str, str]) -> Any:
+def train_and_ask(client: openai.OpenAI, base: str, *, suffix: str, num_rows: int, metadata: dict[str, str]) -> Any:
     """Go the whole way, and return the job."""
     file = client.files.create(file=("rows.jsonl", lines(ROW, num_rows)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model=base,
         training_file=file.id,
-        suffix="letters",
+        suffix=suffix,
         seed=1,
         metadata=metadata,
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
@@ -76,7 +76,7 @@ def train_and_ask(client: openai.OpenAI, base: str, *, num_rows: int, metadata: 
     assert losses[-1] < losses[0]
     assert job.trained_tokens > 0
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model == "letters@1"
+    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model == f"{suffix}@1"
 
     def answers() -> bool:
         try:
@@ -93,24 +93,30 @@ def train_and_ask(client: openai.OpenAI, base: str, *, num_rows: int, metadata: 
 @pytest.mark.cluster
 def test_from_a_file_to_a_model_on_the_cluster(served: Served) -> None:
     with client_of(served.url) as client:
-        first = train_and_ask(client, served.base.name, num_rows=20, metadata=QUICK)
-        file = client.files.create(file=("pairs.jsonl", lines(PAIR, 8)), purpose="fine-tune")
-        further = client.fine_tuning.jobs.create(
-            model=first.fine_tuned_model,
-            training_file=file.id,
-            suffix="letters",
-            metadata=QUICK,
-            method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}},
-        )
-        further = ended(client, further.id)
-        assert (further.status, further.fine_tuned_model) == ("succeeded", "letters@2"), further
-        assert served.catalog.adapters.version("letters", 2).manifest.parent is not None
-
+        train_and_ask(client, served.base.name, suffix="letters", num_rows=20, metadata=QUICK)
         wrong = lines(ROW, 2) + b'{"messages": [{"role": "user", "content": "alone"}]}\n'
         file = client.files.create(file=("wrong.jsonl", wrong), purpose="fine-tune")
         failed = ended(client, client.fine_tuning.jobs.create(model=served.base.name, training_file=file.id).id)
         assert (failed.status, failed.error.param) == ("failed", "training_file")
         assert "line 3" in failed.error.message
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_model_learns_from_pairs_and_a_job_is_cancelled(served: Served) -> None:
+    with client_of(served.url) as client:
+        first = train_and_ask(client, served.base.name, suffix="further", num_rows=20, metadata=QUICK)
+        file = client.files.create(file=("pairs.jsonl", lines(PAIR, 8)), purpose="fine-tune")
+        further = client.fine_tuning.jobs.create(
+            model=first.fine_tuned_model,
+            training_file=file.id,
+            suffix="further",
+            metadata=QUICK,
+            method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}},
+        )
+        further = ended(client, further.id)
+        assert (further.status, further.fine_tuned_model) == ("succeeded", "further@2"), further
+        assert served.catalog.adapters.version("further", 2).manifest.parent is not None
 
         file = client.files.create(file=("rows.jsonl", lines(ROW, 20)), purpose="fine-tune")
         long = client.fine_tuning.jobs.create(
@@ -133,7 +139,7 @@ def test_from_a_file_to_a_model_with_smollm2(tmp_path: Path) -> None:
         subprocess.run([*command, "up", "--port", str(port)], env=env, check=True, timeout=300)
         with client_of(f"http://127.0.0.1:{port}") as client:
             began_at = time.monotonic()
-            train_and_ask(client, "smollm2", num_rows=20, metadata={})
+            train_and_ask(client, "smollm2", suffix="letters", num_rows=20, metadata={})
             print(f"{time.monotonic() - began_at:.0f} s from the file to the answer")
     finally:
         subprocess.run([*command, "down"], env=env, check=True, timeout=180)

@@ -168,10 +168,16 @@ def test_a_window_that_is_shorter_than_rows_has_a_mask(
     ],
 )
 @pytest.mark.parametrize(
-    "architecture",
-    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM"],
+    ("architecture", "tied"),
+    [
+        ("LlamaForCausalLM", False),
+        ("LlamaForCausalLM", True),
+        ("Qwen2ForCausalLM", True),
+        ("Qwen3ForCausalLM", False),
+        ("Gemma3ForCausalLM", True),
+        ("Phi3ForCausalLM", False),
+    ],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_exactly(
     tiny_base: Callable[..., BaseModel], architecture: str, adapter: dict[str, Any], tied: bool
 ) -> None:

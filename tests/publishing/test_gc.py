@@ -219,7 +219,7 @@ class SteppedStore(LocalStore):
         return stepped
 
 
-@pytest.mark.parametrize("num_rounds", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_rounds", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_version_loses_its_files(
     num_rounds: int,
     postgres: Postgres,

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -85,7 +85,10 @@ def connect(location: S3Location, *, quick: bool = False) -> Any:
     """
     import boto3
     from botocore.config import Config
+    from botocore.session import get_session
 
+    known = get_session()
+    known.register_component("data_loader", _descriptions(known.get_config_variable("data_path")))
     keys = AwsCredentials("", "") if location.credentials_file is None else read_keys(location.credentials_file)
     endpoint = endpoint_of(location)
     session = boto3.session.Session(
@@ -93,6 +96,7 @@ def connect(location: S3Location, *, quick: bool = False) -> Any:
         aws_secret_access_key=keys.secret_key or None,
         aws_session_token=keys.session_token,
         region_name=region_of(location),
+        botocore_session=known,
     )
     return session.client(
         "s3",
@@ -108,6 +112,14 @@ def connect(location: S3Location, *, quick: bool = False) -> Any:
             response_checksum_validation="when_supported",
         ),
     )
+
+
+@cache
+def _descriptions(data_path: str | None) -> Any:
+    """Botocore's loader of what AWS's API is: megabytes of JSON, which each session would read again for 0.1 s."""
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
 
 
 # -- multipart uploads ------------------------------------------------------------------------------------------------

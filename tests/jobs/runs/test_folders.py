@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -128,21 +127,46 @@ def test_the_error_names_runs_of_the_folder_store(s3_server: Any, tmp_path: Path
         runs.latest("other")
 
 
-def test_a_run_has_one_driver(settings: Settings, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+# Takes the run of each environment that it reads, and leaves it at the next line.
+DRIVER = """
+import json
+import sys
+
+from jobs.runs import folders, leases
+from loray.settings import Settings
+
+leases.BEAT_S = 0.1
+while line := sys.stdin.readline():
+    with folders.open_runs(Settings.from_env(json.loads(line))).latest("arithmetic").locked("job-1", print):
+        print("has it", flush=True)
+        sys.stdin.readline()
+    print("left it", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def other_driver() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.communicate(timeout=60)
+
+
+def test_a_run_has_one_driver(
+    settings: Settings, runs: Runs, other_driver: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.1)
     run = runs.new("arithmetic", "job")
-    code = (
-        "import sys; from jobs.runs import folders, leases; from loray.settings import Settings; leases.BEAT_S = 0.1\n"
-    )
-    code += "with folders.open_runs(Settings.from_env()).latest('arithmetic').locked('job-1', print): print(); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | settings.to_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout is not None
-    assert other.stdout.readline() == b"\n"
+    assert other_driver.stdin is not None
+    assert other_driver.stdout is not None
+    other_driver.stdin.write(f"{json.dumps(settings.to_env())}\n")
+    other_driver.stdin.flush()
+    assert other_driver.stdout.readline() == "has it\n"
     with pytest.raises(ConflictError, match="at work on th"), run.locked("job-2", no_loss):
         pass
-    other.communicate(b"\n", timeout=60)
+    other_driver.stdin.write("\n")
+    other_driver.stdin.flush()
+    assert other_driver.stdout.readline() == "left it\n"
     for job in ("job-2", "job-3"):
         with run.locked(job, no_loss):
             pass

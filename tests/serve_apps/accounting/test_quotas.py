@@ -24,6 +24,7 @@ from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
 from serve_apps.accounting.accounts import UsageMeter
 from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import event
 
 _START = 1_800_000_000.0
@@ -91,6 +92,12 @@ class Database:
                 await deployment.exchange()
             if self.now >= until:
                 break
+
+
+@pytest.fixture
+def catalog_url(tmp_path: Path) -> str:
+    """tests/catalog/test_quotas.py has the statements on both kinds of database."""
+    return sqlite_catalog(tmp_path)
 
 
 @pytest.fixture

@@ -15,6 +15,13 @@ from loray.client import CatalogClient
 from loray.publishing import Destination, import_folder
 from tests.cli.run import Loray, Result
 from tests.fixtures.api import Api, listening
+from tests.fixtures.catalogs import sqlite_catalog
+
+
+@pytest.fixture
+def catalog_url(tmp_path: Path) -> str:
+    """On SQLite: tests/catalog has each statement on both kinds of database. Routes of adapters are asked on both."""
+    return sqlite_catalog(tmp_path / "home")
 
 
 @pytest.fixture

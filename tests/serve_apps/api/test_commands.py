@@ -21,14 +21,8 @@ from loray.settings import Settings
 from loray.spec import Evaluation
 from tests.cli.run import Loray
 from tests.fixtures.api import Api
-from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import RESULTS, event
 from tests.fixtures.versions import BASE, digest, manifest, publish
-
-
-@pytest.fixture
-def catalog_url(tmp_path: Path) -> str:
-    return sqlite_catalog(tmp_path)
 
 
 def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

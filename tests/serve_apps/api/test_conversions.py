@@ -20,14 +20,8 @@ from loray.publishing.convert import command_of, environment_of, raise_failure
 from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from tests.fixtures.api import Api
-from tests.fixtures.catalogs import sqlite_catalog
 
 STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); sys.stdin.read()'
-
-
-@pytest.fixture
-def catalog_url(tmp_path: Path) -> str:
-    return sqlite_catalog(tmp_path)
 
 
 @pytest.mark.parametrize(

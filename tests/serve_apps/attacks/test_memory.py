@@ -27,36 +27,37 @@ import sys
 from pathlib import Path
 from tests.fixtures.api import Api
 
-home, catalog, folder, base = sys.argv[1:]
+home, catalog, base, *folders = sys.argv[1:]
 api = Api(Path(home), catalog)
-upload = api.http.post("/uploads").json()["id"]
-for file in Path(folder).iterdir():
-    api.http.put(f"/uploads/{upload}/files/{file.name}", content=file.read_bytes())
-print(api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base}).status_code)
-print("torch" in sys.modules)
+for folder in folders:
+    upload = api.http.post("/uploads").json()["id"]
+    for file in Path(folder).iterdir():
+        api.http.put(f"/uploads/{upload}/files/{file.name}", content=file.read_bytes())
+    print(api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base}).status_code)
+    print("torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("is_stored", [False, True], ids=["drawn", "stored"])
-def test_a_vera_folder_is_published_without_torch(
-    tmp_path: Path, api: Api, base: BaseModel, peft_folder: Callable[..., Path], is_stored: bool
+def test_vera_folders_are_published_without_torch(
+    tmp_path: Path, api: Api, base: BaseModel, peft_folder: Callable[..., Path]
 ) -> None:
-    """By a process that has nothing but the server's modules. What was published is what engines read."""
-    folder = peft_folder(base, "vera")
-    if is_stored:
-        tensors = load_file(folder / WEIGHTS_FILE)
-        pair = draw_pair(5, 16, 128, 128)
-        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI.bfloat16(), pair.b_OR.half()), strict=True))
-        save_file(tensors, folder / WEIGHTS_FILE)
-    command = [sys.executable, "-W", "ignore", "-c", SERVER, str(api.settings.home), api.settings.catalog]
-    out = subprocess.run([*command, str(folder), base.name], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["201", "False"]
-    projection, pair_read = (
-        api.catalog.adapters.version("tone", 1).manifest.projection,
-        read_adapter(folder, base.config).pair,
-    )
-    assert (projection is None, pair_read is None) == (False, False)
-    assert projection.sha256 == pair_read.digest
+    """By a process that has nothing but the server's modules, of a pair that is drawn and of one that is stored. What
+    was published is what engines read.
+    """
+    drawn, stored = (peft_folder(base, "vera") for _ in range(2))
+    tensors = load_file(stored / WEIGHTS_FILE)
+    pair = draw_pair(5, 16, 128, 128)
+    tensors |= dict(zip(PAIR_NAMES, (pair.a_RI.bfloat16(), pair.b_OR.half()), strict=True))
+    save_file(tensors, stored / WEIGHTS_FILE)
+    command = [sys.executable, "-W", "ignore", "-c", SERVER, str(api.settings.home), api.settings.catalog, base.name]
+    out = subprocess.run([*command, str(drawn), str(stored)], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["201", "False"] * 2
+    for version, folder in ((1, drawn), (2, stored)):
+        projection = api.catalog.adapters.version("tone", version).manifest.projection
+        pair_read = read_adapter(folder, base.config).pair
+        assert projection is not None
+        assert pair_read is not None
+        assert projection.sha256 == pair_read.digest
 
 
 def test_a_pair_of_any_rank_is_checked_in_a_few_megabytes() -> None:
@@ -95,23 +96,23 @@ def test_a_conversion_takes_no_more_than_its_part(
     assert asked == [4 << 30, 8 << 30]
 
 
-@pytest.mark.parametrize(("left", "num_cores"), [(6 << 30, 8), (64 << 30, 1)], ids=["memory", "processors"])
+@pytest.mark.usefixtures("conversions_at_once")
 def test_a_conversion_beside_which_there_is_nothing_left_is_the_only_one(
-    api: Api,
-    base: BaseModel,
-    peft_folder: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    left: int,
-    num_cores: int,
+    api: Api, base: BaseModel, peft_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
-    monkeypatch.setattr("serve_apps.api.conversions.num_cores", lambda: num_cores)
-    made = api.services.conversions = Conversions(api.settings, lambda: left)
     path = "/adapters/tone/versions/1/download?format=gguf"
-    with made._memory():
-        refused = api.http.get(path)
-        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
-        assert api.http.get("/adapters").status_code == 200
+
+    def check(left: int, num_cores: int) -> None:
+        monkeypatch.setattr("serve_apps.api.conversions.num_cores", lambda: num_cores)
+        made = api.services.conversions = Conversions(api.settings, lambda: left)
+        with made._memory():
+            refused = api.http.get(path)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+            assert api.http.get("/adapters").status_code == 200
+
+    check(left=6 << 30, num_cores=8)
+    check(left=64 << 30, num_cores=1)
     assert api.http.get(path).status_code == 200
 
 

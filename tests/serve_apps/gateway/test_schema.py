@@ -155,7 +155,7 @@ def known_names(case: Any, base: BaseModel) -> None:
 @pytest.mark.parametrize(("operation", "mode"), CASES)
 def test_every_answer_is_described(app: Any, base: BaseModel, operation: str, mode: GenerationMode) -> None:
     @given(case=cases_of(app, operation, mode))
-    @examples(25 if operation.startswith("POST") and operation != "POST /ping" else 3)
+    @examples(10 if operation.startswith("POST") and operation != "POST /ping" else 3)
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE:
             known_names(case, base)

@@ -17,12 +17,11 @@ from pydantic import BaseModel, Field
 from loray.publishing import Destination, publish
 from tests.cli.documented import blocks
 from tests.conftest import REPOSITORY
-from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import Served
 
 # The pages with Python, and which of the names below their blocks use.
 PAGES = ("README.md", "docs/guide/api.md", "docs/howto/canary.md")
-ON_A_CLUSTER = "docs/guide/training.md"
+FINE_TUNING = "docs/guide/training.md"  # which tests/serve_apps/gateway/fine_tuning/test_jobs.py runs
 REWARDS = "docs/guide/train-and-serve.md"
 NAMES = ("support-tone", "dates")
 # The base is random: without these it may go on to the end of its context.
@@ -71,23 +70,6 @@ def test_a_page(page: str, served_alone: Served, tmp_path: Path, monkeypatch: py
         assert isinstance(given["answer"].choices[0].message.parsed, given["Person"])
 
 
-@pytest.mark.cluster
-def test_fine_tuning(served: Served, tmp_path: Path) -> None:
-    chats = tmp_path / "chats.jsonl"
-    messages = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}]
-    chats.write_text(20 * (json.dumps({"messages": messages}) + "\n"))
-    (code,) = _python(REPOSITORY / ON_A_CLUSTER)
-    code = code.replace("chats.jsonl", str(chats)).replace('"smollm2"', f'"{served.base.name}"')
-    begin, end = code.split("job = client.fine_tuning.jobs.retrieve(")
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=4, timeout=90) as client:
-        given: dict[str, Any] = {"client": client, "messages": messages[:1], "Path": Path}
-        exec(compile(begin, ON_A_CLUSTER, "exec", dont_inherit=True), given)
-        job_id = given["job"].id
-        assert eventually(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "succeeded", 120)
-        exec(compile("job = client.fine_tuning.jobs.retrieve(" + end, ON_A_CLUSTER, "exec", dont_inherit=True), given)
-        assert given["job"].fine_tuned_model.startswith("tone@")
-
-
 def test_rewards() -> None:
     (code,) = _python(REPOSITORY / REWARDS)
     given: dict[str, Any] = {}
@@ -101,7 +83,7 @@ def test_rewards() -> None:
 
 def test_every_page_with_python_is_run() -> None:
     pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
-    assert {str(page.relative_to(REPOSITORY)) for page in pages if _python(page)} == {*PAGES, ON_A_CLUSTER, REWARDS}
+    assert {str(page.relative_to(REPOSITORY)) for page in pages if _python(page)} == {*PAGES, FINE_TUNING, REWARDS}
     assert not [text for text in SHORTER if not any(text in code for page in pages for code in _python(page))]
 
 

@@ -104,7 +104,7 @@ def read(form: ToolParserName, use: ToolUse, text: str) -> tuple[str, list[tuple
 def test_forced_calls_are_calls_and_valid(tokens: Tokens, form: ToolParserName, use: ToolUse) -> None:
     constraint, schemas = tokens.constraint(use, form), {t.name: t.parameters for t in use.callable}
     counts = set[int]()
-    for seed in range(20):
+    for seed in range(10):
         text = tokens.drawn(constraint, seed)
         if text is None:
             continue
@@ -139,7 +139,7 @@ RICH: dict[str, Any] = {
 def test_parameters_of_each_type_are_valid_and_may_be_left_out(tokens: Tokens, form: ToolParserName) -> None:
     use = ToolUse((Tool("rich", RICH, strict=True),), "required", parallel=False)
     constraint, keys = tokens.constraint(use, form), set[str]()
-    for seed in range(30):
+    for seed in range(20):
         text = tokens.drawn(constraint, seed, num=800)
         assert text is not None
         said, [(name, arguments)] = read(form, use, text)

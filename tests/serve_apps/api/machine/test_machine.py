@@ -53,7 +53,7 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
 
 def test_random_requests(tmp_path: Path) -> None:
     numbers = count()
-    check(tmp_path, lambda: sqlite_catalog(tmp_path / str(next(numbers))), num_runs=6, num_steps=100)
+    check(tmp_path, lambda: sqlite_catalog(tmp_path / str(next(numbers))), num_runs=4, num_steps=100)
 
 
 @pytest.mark.slow

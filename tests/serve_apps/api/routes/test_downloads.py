@@ -25,14 +25,8 @@ from loray.spec import Principal
 from loray.store import adapters
 from serve_apps.api.site import create_app
 from tests.fixtures.api import Api, InProcess, mounted, problem
-from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.stores import damage_object
-
-
-@pytest.fixture
-def catalog_url(tmp_path: Path) -> str:
-    return sqlite_catalog(tmp_path)
 
 
 @pytest.fixture
@@ -44,6 +38,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("conversions_at_once")
 def test_every_form(
     api: Api, client: CatalogClient, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, scratch: Path
 ) -> None:
@@ -60,6 +55,7 @@ def test_every_form(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.usefixtures("conversions_at_once")
 def test_forms_that_cannot_be_made(
     api: Api, client: CatalogClient, tone: AdapterVersion, tmp_path: Path, scratch: Path
 ) -> None:

@@ -29,12 +29,6 @@ from loray.files import unpack_tar
 from loray.publishing import uploads as uploading
 from loray.publishing.uploads import MAX_OPEN
 from tests.fixtures.api import Api
-from tests.fixtures.catalogs import sqlite_catalog
-
-
-@pytest.fixture
-def catalog_url(tmp_path: Path) -> str:
-    return sqlite_catalog(tmp_path)
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ from loray.settings import Settings
 from loray.spec import Limits, Principal, TrainSpec
 from serve_apps.auth import Authenticator
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
+from tests.cli.documented import blocks
+from tests.conftest import REPOSITORY
 from tests.fixtures.api import FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.fixtures.gateway import ScriptedEngines, error_of, file_storage, gateway_app, openai_of
+from tests.fixtures.gateway import HELLO, ScriptedEngines, error_of, file_storage, gateway_app, openai_of
 from tests.fixtures.keys import access_of
 from tests.fixtures.versions import digest, manifest
 
@@ -75,7 +77,7 @@ def make(base: BaseModel, home: Path, access: Callable[[str], Authenticator] = a
     catalog.bases.add(base.name, base.fingerprint)
     files, jobs = file_storage(url, home), FakeJobs()
     tuning = FineTuning(jobs, Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": url}))
-    app = gateway_app(base, url, ScriptedEngines(), access=access(url), files=files, tuning=tuning)
+    app = gateway_app(base, url, ScriptedEngines(HELLO), access=access(url), files=files, tuning=tuning)
     return Site(app, catalog, jobs, home, base)
 
 
@@ -163,6 +165,24 @@ async def test_openais_client_from_a_file_to_the_jobs_end(site: Site) -> None:
         (checkpoint,) = [one async for one in await client.fine_tuning.jobs.checkpoints.list(job.id)]
         assert (checkpoint.fine_tuned_model_checkpoint, checkpoint.step_number) == ("tone@3", 2)
         assert (checkpoint.metrics.train_loss, checkpoint.metrics.valid_loss) == (1.5, 1.25)
+
+
+def test_the_guides_example(site: Site, client: TestClient, tmp_path: Path) -> None:
+    """As it stands there; while the job runs it is asked no further."""
+    (tmp_path / "chats.jsonl").write_bytes(rows(*[CHAT] * 20))
+    page = REPOSITORY / "docs" / "guide" / "training.md"
+    (code,) = (block.text for block in blocks(page.read_text(encoding="utf-8")) if block.language == "python")
+    code = code.replace("chats.jsonl", str(tmp_path / "chats.jsonl")).replace('"smollm2"', f'"{site.base.name}"')
+    begin, end = code.split("job = client.fine_tuning.jobs.retrieve(")
+    asking = openai.OpenAI(base_url="http://testserver/v1", api_key="-", max_retries=0, http_client=client)
+    given: dict[str, Any] = {"client": asking, "messages": CHAT["messages"][:1], "Path": Path}
+    exec(compile(begin, page, "exec", dont_inherit=True), given)
+    described = {"base": site.base.name, "base_fingerprint": site.base.fingerprint}
+    site.catalog.adapters.register("tone", digest(1), manifest(1).model_copy(update=described))
+    site.catalog.jobs.start(given["job"].id)
+    site.catalog.jobs.end(given["job"].id, "succeeded", version=1)
+    exec(compile(f"job = client.fine_tuning.jobs.retrieve({end}", page, "exec", dont_inherit=True), given)
+    assert (given["job"].status, given["job"].fine_tuned_model) == ("succeeded", "tone@1")
 
 
 async def test_pairs_and_what_the_recipe_has_further(site: Site) -> None:
