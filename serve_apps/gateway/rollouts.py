@@ -168,6 +168,7 @@ class Rollouts:
                         tenant=share_of(principal, None),
                         priority=allowed_priority(principal, call.priority),
                         cache_salt=cache_salt(principal.tenant, call.salt),
+                        output_kind="delta" if params.stop else "final",  # the gateway finds stop strings
                     )
                 )
             )

@@ -17,12 +17,12 @@ from ray.exceptions import ActorDiedError
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
 from loray.errors import EngineError, Overloaded, ReplicaUnavailable
-from loray.spec import GenerateRequest, ServeSpec, TokenDelta, TokenLogprobs
+from loray.spec import GenerateRequest, SamplingParams, ServeSpec, TokenDelta, TokenLogprobs
 from serve_apps.channel.frames import ChannelAddress, pack
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import ReplicaRequests
+from serve_apps.replica.requests import MOST_HELD, ReplicaRequests
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.channel import NODE, Out
 from tests.fixtures.engines import make_engine
@@ -194,6 +194,25 @@ class Closed(ServeEngineClient):
         async with super().running(late):
             yield
         await self.close()
+
+
+@pytest.mark.parametrize(("dies_after", "num_left"), [(1, 1), (2, 1 + MOST_HELD + 1)])
+async def test_an_answer_that_nobody_reads_along_loses_what_was_held(
+    live: LiveHandle, dies_after: int, num_left: int
+) -> None:
+    """And another replica computes it again, to the same bits."""
+    params = SamplingParams(max_tokens=60, seed=1, logprobs=0, ignore_eos=True)
+    asked = GenerateRequest("r", (1, 2, 3), params, output_kind="final")
+
+    async def ask(dies_after: int | None) -> tuple[list[int], list[TokenLogprobs]]:
+        live.dies_after, live.requests = dies_after, []
+        async with engines_of(live) as engines:
+            deltas = [delta async for delta in engines.generate(asked, fit=False)]
+        return [t for d in deltas for t in d.token_ids], [lp for d in deltas for lp in d.logprobs or ()]
+
+    undisturbed = await ask(None)
+    assert await ask(dies_after) == undisturbed
+    assert [len(r.output_ids) for r in live.requests] == [0, num_left]
 
 
 CHAT = [{"role": "user", "content": "1 + 2?"}]
