@@ -103,11 +103,10 @@ class _Ongoing:
     most_held: int = 0  # before the first token
 
     def ready(self, out: TokenOutput) -> list[TokenOutput]:
-        """Return what the reader gets now that `out` has come. A prompt's log-probabilities are not held."""
-        if out.error is None:
-            self.held.append(out)
-            if out.finish_reason is None and out.prompt_logprobs is None and len(self.held) <= self.most_held:
-                return []
+        """Take what the reader gets after the step that gave `out`. A prompt's log-probabilities are not held."""
+        ends = out.finish_reason is not None or out.error is not None
+        if not ends and out.prompt_logprobs is None and len(self.held) <= self.most_held:
+            return []
         if self.output_kind == "final":
             self.most_held = MOST_HELD
         ready, self.held = self.held, []
@@ -170,6 +169,15 @@ class ReplicaRequests:
         if how == "lost":
             raise ReplicaUnavailable("the connection to the gateway was lost; send the request again")
 
+    async def run_all(self, requests: Sequence[tuple[GenerateRequest, int]], fit: bool, outlet: RequestOutlet) -> None:
+        """As `run`, of several requests, each with its stream. The first error ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request, stream in requests:
+                    group.create_task(self.run(request, fit, outlet, stream))
+        except ExceptionGroup as e:
+            raise e.exceptions[0] from None
+
     async def _attempts(self, request: GenerateRequest, fit: bool, ongoing: _Ongoing) -> str:
         asked = self._fitted(request) if fit else request
         try:
@@ -218,15 +226,17 @@ class ReplicaRequests:
         by_outlet: dict[RequestOutlet, list[tuple[int, TokenOutput]]] = {}
         ended: list[tuple[_Ongoing, str | Exception]] = []
         for ongoing, out in outputs:
-            if ready := ongoing.ready(out):
-                by_outlet.setdefault(ongoing.outlet, []).extend((ongoing.stream, one) for one in ready)
             if out.error is not None:
                 ended.append((ongoing, out.error))
                 continue
+            ongoing.held.append(out)
             if ongoing.tracked is not None and out.token_id is not None:
                 ongoing.tracked.num_output_tokens += 1
             if out.finish_reason is not None:
                 ended.append((ongoing, out.finish_reason))
+        for ongoing, out in outputs:  # now, as the tokens of a request that one step has given stay together
+            if ready := ongoing.ready(out):
+                by_outlet.setdefault(ongoing.outlet, []).extend((ongoing.stream, one) for one in ready)
         for outlet, items in by_outlet.items():
             outlet.send(items)
         if ended:

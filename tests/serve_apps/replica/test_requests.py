@@ -69,7 +69,7 @@ class Stepped:
 
     def __init__(self) -> None:
         self.now, self.sent, self.left = 0.0, list[list[TokenOutput]](), dict[int, Callable[[str], None]]()
-        self.metrics = ReplicaMetrics(lambda: self.now)
+        self.metrics, self.cancelled = ReplicaMetrics(lambda: self.now), list[str]()
 
     async def begin(self, kind: OutputKind, **params: Any) -> asyncio.Task[None]:
         engine: Any = self
@@ -79,14 +79,17 @@ class Stepped:
         return run
 
     def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
-        self._deliver = lambda out: sink.deliver([(key, out)])
+        self._deliver = lambda outs: sink.deliver([(key, out) for out in outs])
 
     def cancel(self, request_id: str) -> None:
-        pass
+        self.cancelled.append(request_id)
 
     def step(self, token: int | None, **fields: Any) -> None:
         self.now += 1
-        self._deliver(TokenOutput("r", token, **fields))
+        self._deliver([TokenOutput("r", token, **fields)])
+
+    def forced(self, *tokens: int) -> None:
+        self._deliver([TokenOutput("r", token) for token in tokens])
 
     def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
         assert {stream for stream, _ in outputs} == {5}
@@ -131,6 +134,19 @@ async def test_what_was_held_precedes_an_error() -> None:
     assert place.tokens == [[0], [1, 2]]
 
 
+async def test_tokens_of_one_step_stay_together() -> None:
+    """What a grammar has forced is computed again as a whole, too."""
+    place = Stepped()
+    run = await place.begin("final")
+    place.forced(0, 1)
+    for i in range(MOST_HELD):
+        place.step(i)
+    place.forced(50, 51, 52)
+    assert place.tokens == [[0, 1], [*range(MOST_HELD), 50, 51, 52]]
+    place.left[5]("abort")
+    await run
+
+
 async def test_parts_of_a_scored_prompt_are_not_held() -> None:
     place, part = Stepped(), (TokenLogprobs(-1.0, (), 1),)
     run = await place.begin("final", prompt_logprobs=0)
@@ -141,6 +157,19 @@ async def test_parts_of_a_scored_prompt_are_not_held() -> None:
     place.left[5]("abort")
     await run
     assert place.tokens == [[None], [None], [0]]
+
+
+async def test_the_first_error_of_several_requests_ends_the_others() -> None:
+    class Fails(Stepped):
+        def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+            if request.request_id == "b":
+                raise EngineError("broken")
+
+    place: Any = Fails()
+    asked = [(GenerateRequest(name, (1,), SamplingParams()), i) for i, name in enumerate("abc")]
+    with pytest.raises(EngineError, match="broken"):
+        await ReplicaRequests(place, place.metrics).run_all(asked, False, place)
+    assert (sorted(place.cancelled), place.left) == (["a", "c"], {})
 
 
 async def test_an_embedding_goes_to_a_reader_of_this_process() -> None:
