@@ -140,13 +140,14 @@ class Call:
         self._task = asyncio.create_task(self._follow())
 
     def takes(self, request: GenerateRequest) -> bool:
-        """Tell whether the request may join those that are here: it is of their prompt, and they are not sent yet."""
+        """Tell whether the request may join those that are here, which are not sent yet. They are samples of one
+        `SampleCall`, which an error of any of them ends: their prompt is one object.
+        """
         is_sent = self._response is not None or self._task.done()
         if is_sent or not 0 < len(self._requests) < _MOST_TOGETHER:
             return False
         one = next(iter(self._requests.values()))
-        asked = (request.prompt_ids, request.adapter, request.cache_salt)
-        return asked == (one.prompt_ids, one.adapter, one.cache_salt)
+        return request.prompt_ids is one.prompt_ids and request.adapter == one.adapter
 
     def join(self, request: GenerateRequest, inbox: Inbox) -> None:
         self._requests[inbox] = request
@@ -518,7 +519,7 @@ class ServeEngineClient:
             router.own.end(request.request_id)
 
     def _call(self, request: GenerateRequest, fit: bool, listener: Listener, inbox: Inbox) -> Call:
-        """Send the request; where nobody reads along, with those of the same prompt that begin in this pass."""
+        """Send the request; where nobody reads along, with other samples of its call that begin in this pass."""
         is_alone = fit or request.output_kind == "delta" or bool(request.output_ids)
         call = None if is_alone else self._together
         if call is None or not call.takes(request):

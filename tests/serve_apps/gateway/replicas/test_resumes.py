@@ -229,14 +229,15 @@ def group(num_samples: int, prompt: tuple[int, ...] = (1, 2, 3)) -> list[Generat
     return [GenerateRequest(f"s{i}", prompt, own, output_kind="final") for i, own in enumerate(params)]
 
 
-async def test_requests_of_one_prompt_that_nobody_reads_along_are_one_call(live: LiveHandle) -> None:
-    """Up to eight; others have calls of their own. Their answers are those of calls of their own."""
+async def test_samples_of_one_prompt_are_one_call(live: LiveHandle) -> None:
+    """Up to eight. An equal prompt is another trainer's call, whose errors are its own; and streams of people have
+    calls of their own. The answers are the same.
+    """
     asked = group(10)
     answers = await sampled(live, None, *asked)
     assert live.num_together == [8, 2]
-    other = replace(asked[2], prompt_ids=(3, 4))
-    first, _, second = await sampled(live, None, asked[0], other, replace(asked[1], output_kind="delta"))
-    assert [first, second] == answers[:2]
+    another = replace(asked[1], prompt_ids=(*asked[1].prompt_ids,))
+    assert await sampled(live, None, asked[0], another, replace(asked[2], output_kind="delta")) == answers[:3]
     assert live.num_together == [1, 1, 1]
 
 
