@@ -296,17 +296,18 @@ class Connection:
         self._reader = asyncio.create_task(self._read())
 
     def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
-        """Send one step's results, each with its stream. Never waits.
+        """Send results, each with its stream. Never waits.
 
         A prompt's log-probabilities are packed and sent in parts, when the gateway has read what came before; the
         tokens of their stream follow them, and those of others go on.
         """
         behind = self._writer.behind
-        later = [(s, out) for s, out in outputs if out.prompt_logprobs is not None or s in behind]
-        if later:
-            outputs = [(s, out) for s, out in outputs if out.prompt_logprobs is None and s not in behind]
-            for stream, output in later:
-                self._writer.write_later(stream, parts(stream, output))
+        late = {s for s, out in outputs if out.prompt_logprobs is not None or s in behind}
+        if late:
+            for stream, output in outputs:
+                if stream in late:
+                    self._writer.write_later(stream, parts(stream, output))
+            outputs = [(s, out) for s, out in outputs if s not in late]
         if outputs:
             self._writer.write(frame(SENT, time.monotonic()) + pack(outputs))
 

@@ -2,8 +2,9 @@
 
     HELLO    replica   the connection's name, REPLICA#NUMBER; after the token
     WELCOME  gateway   the connection stands
-    TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
-    SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
+    TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step, or of several for a stream that
+                       nobody reads along
+    SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …], as TOKENS
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
     EMBEDDED replica   stream, the prompt's embedding as little-endian floats of four bytes, before its finish reason
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
@@ -11,7 +12,7 @@
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds; prefixes
                        that it holds, and those that are gone
     AGAIN    gateway   a report was missed: the whole, please
-    SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
+    SENT     replica   its clock, in seconds, when what follows was sent: tokens
     LOAD     replica   how many streams of other gateways it has
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of

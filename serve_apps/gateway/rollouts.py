@@ -151,6 +151,7 @@ class Rollouts:
             adapter = replace(adapter, holders=tuple(dict.fromkeys((*adapter.holders, *call.holders))))
         check_length(base.limit_of(adapter), len(call.prompt_ids), params.max_tokens, param="prompt_ids")
         name, logprobs = f"sample-{uuid.uuid4().hex}", params.logprobs or 0
+        prompt_ids = tuple(call.prompt_ids)
         answers = []
         for i in range(call.num_samples):
             own = {
@@ -162,12 +163,13 @@ class Rollouts:
                 _Answer(
                     GenerateRequest(
                         request_id=f"{name}-{i}",
-                        prompt_ids=tuple(call.prompt_ids),
+                        prompt_ids=prompt_ids,
                         params=params.model_copy(update=own),
                         adapter=adapter,
                         tenant=share_of(principal, None),
                         priority=allowed_priority(principal, call.priority),
                         cache_salt=cache_salt(principal.tenant, call.salt),
+                        output_kind="delta" if params.stop else "final",  # the gateway finds stop strings
                     )
                 )
             )

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from loray.bases.registry import BaseModel, get_base
@@ -108,11 +108,17 @@ class EngineReplica:
         collect_when_quiet(lambda: stream.stats().is_idle)
 
     async def generate_to(
-        self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int
+        self,
+        request: GenerateRequest,
+        fit: bool,
+        gateway: ChannelAddress,
+        stream: int,
+        others: Sequence[tuple[GenerateRequest, int]] = (),
     ) -> AsyncGenerator[str, None]:
         """Run the request; its tokens go to `gateway` as `stream`, over this replica's connection to it. Yields that
         connection's name when the request has ended. Closing it cancels the request.
 
+        `others`: requests with their streams that are run beside it; the first error ends all.
         `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
         ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached. If a rank is lost, this
         process ends: so Serve knows at once, and its requests go on elsewhere.
@@ -125,7 +131,10 @@ class EngineReplica:
         except OSError as e:
             raise ReplicaUnavailable(f"the replica cannot reach the gateway: {e}", _replica_id()) from e
         try:
-            await self._requests.run(request, fit, connection, stream)
+            if others:
+                await self._requests.run_all(((request, stream), *others), fit, connection)
+            else:
+                await self._requests.run(request, fit, connection, stream)
         except RankLost:
             os._exit(1)  # the engine has logged why
         yield connection.name

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +21,9 @@ from serve_apps.tracing import ReplicaTrace, Tracing
 if TYPE_CHECKING:
     from loray.engine.async_engine import AsyncEngine
     from loray.engine.request import TokenOutput
-    from loray.spec import GenerateRequest, TokenDelta
+    from loray.spec import GenerateRequest, OutputKind, TokenDelta
+
+MOST_HELD = 31  # tokens of a request that nobody reads along: they are lost, and computed again, where a replica dies
 
 
 class ReplicaDemand:
@@ -72,7 +74,9 @@ class RequestOutlet(Protocol):
     """Takes the results of streams: a connection to a gateway, or the streams of this process."""
 
     def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
-        """Send one step's results, each with its stream. Called in the engine's thread; neither blocks nor raises."""
+        """Send results, each with its stream, of which there may be several in their order. Called in the engine's
+        thread; neither blocks nor raises.
+        """
 
     def watch(self, stream: int, left: Callable[[str], None]) -> None:
         """Have `left` called in the event loop when the reader wants no more: "stop", "abort", or "lost" if it is gone.
@@ -85,13 +89,28 @@ class RequestOutlet(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Ongoing:
-    """`ended`: the finish reason or what the reader said when it left, or the request's error."""
+    """`ended`: the finish reason or what the reader said when it left, or the request's error. `held`: what the reader
+    has not got yet, of which there may be `most_held`.
+    """
 
     stream: int
     outlet: RequestOutlet
+    output_kind: OutputKind
     times: RequestTimes
     tracked: TrackedRequest | None
     ended: asyncio.Future[str]
+    held: list[TokenOutput] = field(default_factory=list)
+    most_held: int = 0  # before the first token
+
+    def ready(self, out: TokenOutput) -> list[TokenOutput]:
+        """Take what the reader gets after the step that gave `out`. A prompt's log-probabilities are not held."""
+        ends = out.finish_reason is not None or out.error is not None
+        if not ends and out.prompt_logprobs is None and len(self.held) <= self.most_held:
+            return []
+        if self.output_kind == "final":
+            self.most_held = MOST_HELD
+        ready, self.held = self.held, []
+        return ready
 
     def end(self, how: str | Exception) -> None:
         if self.ended.done():
@@ -130,7 +149,8 @@ class ReplicaRequests:
         trace = None if self._tracing is None else self._tracing.replica(request)
         if trace is not None:
             self._traces[request.request_id] = trace
-        ongoing = _Ongoing(stream, outlet, self._metrics.arrived(request), tracked, self._loop.create_future())
+        times, ended = self._metrics.arrived(request), self._loop.create_future()
+        ongoing = _Ongoing(stream, outlet, request.output_kind, times, tracked, ended)
         outlet.watch(stream, ongoing.end)
         how: str | Exception = "abort"
         try:
@@ -148,6 +168,15 @@ class ReplicaRequests:
                 trace.end(ongoing.times, how)
         if how == "lost":
             raise ReplicaUnavailable("the connection to the gateway was lost; send the request again")
+
+    async def run_all(self, requests: Sequence[tuple[GenerateRequest, int]], fit: bool, outlet: RequestOutlet) -> None:
+        """As `run`, of several requests, each with its stream. The first error ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request, stream in requests:
+                    group.create_task(self.run(request, fit, outlet, stream))
+        except ExceptionGroup as e:
+            raise e.exceptions[0] from None
 
     async def _attempts(self, request: GenerateRequest, fit: bool, ongoing: _Ongoing) -> str:
         asked = self._fitted(request) if fit else request
@@ -200,11 +229,14 @@ class ReplicaRequests:
             if out.error is not None:
                 ended.append((ongoing, out.error))
                 continue
-            by_outlet.setdefault(ongoing.outlet, []).append((ongoing.stream, out))
+            ongoing.held.append(out)
             if ongoing.tracked is not None and out.token_id is not None:
                 ongoing.tracked.num_output_tokens += 1
             if out.finish_reason is not None:
                 ended.append((ongoing, out.finish_reason))
+        for ongoing, out in outputs:  # now, as the tokens of a request that one step has given stay together
+            if ready := ongoing.ready(out):
+                by_outlet.setdefault(ongoing.outlet, []).extend((ongoing.stream, one) for one in ready)
         for outlet, items in by_outlet.items():
             outlet.send(items)
         if ended:

@@ -138,6 +138,7 @@ class ToolCallDelta:
 
 Pooling = Literal["last", "mean"]  # of the prompt's hidden states, after the final norm
 FinishReason = Literal["stop", "length", "tool_calls"]  # tool_calls: a chat's, where a parser found calls
+OutputKind = Literal["delta", "final"]
 BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
@@ -219,6 +220,8 @@ class GenerateRequest:
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     pooling      an embedding is wanted and no answer, so max_tokens is 0
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
+    output_kind  delta: each token is given when it has been computed. final: nobody reads along, so that those after
+                 the first one come some at a time
     """
 
     request_id: str
@@ -232,6 +235,7 @@ class GenerateRequest:
     traceparent: str | None = None
     pooling: PoolingParams | None = None
     output_ids: tuple[int, ...] = ()
+    output_kind: OutputKind = "delta"
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

@@ -57,6 +57,7 @@ _STATS_TIMEOUT_S = 5.0
 _HEALTH_TIMEOUT_S = 1.0  # the timeout of Kubernetes' probes
 _NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
 _STARTING_S = 10.0  # after which a client tries again while a replica starts
+_MOST_TOGETHER = 8  # requests of one call: a router chooses one replica for all
 _REAP_S = 10.0  # for a call whose stream has ended
 _ASK_S = 1.0  # between looks for replicas that do not report yet
 _DRAIN_LOOK_S = 0.5  # between looks for replicas that are leaving
@@ -116,29 +117,52 @@ class Broadcast:
 
 
 class Call:
-    """Follows a call of a replica, whose error becomes the inbox's. Used from one event loop.
+    """Follows a call of a replica, whose error becomes that of its inboxes. Used from one event loop.
 
-    `cold_start_s`: how long it waits for a replica to be started; None: replicas run, and one will take it soon. It is
-    asked at the beginning and, since the last replica may stop in between, when none has taken the call in time.
+    The requests that join in one pass of the loop have one call, which the next pass sends if nobody does before.
+
+    send          makes the call for requests, each with its stream
+    cold_start_s  how long it waits for a replica to be started; None: replicas run, and one will take it soon. It is
+                  asked at the beginning and, since the last replica may stop in between, when none has taken the call
+                  in time
     """
 
     def __init__(
         self,
-        response: DeploymentResponseGenerator[Any],
+        send: Callable[[Sequence[tuple[GenerateRequest, int]]], DeploymentResponseGenerator[Any]],
         listener: Listener,
-        inbox: Inbox,
-        cold_start_s: Callable[[], float | None] = lambda: None,
+        cold_start_s: Callable[[], float | None],
     ) -> None:
-        self._response, self._listener, self._inbox = response, listener, inbox
-        self._cold_start_s = cold_start_s
+        self._send, self._listener, self._cold_start_s = send, listener, cold_start_s
+        self._requests: dict[Inbox, GenerateRequest] = {}  # those that are read
+        self._response: DeploymentResponseGenerator[Any] | None = None
+        self._all_told = True  # that have left
         self._task = asyncio.create_task(self._follow())
 
-    def leave(self, reason: str) -> None:
+    def takes(self, request: GenerateRequest) -> bool:
+        """Tell whether the request may join those that are here, which are not sent yet. They are samples of one
+        `SampleCall`, which an error of any of them ends: their prompt is one object.
+        """
+        is_sent = self._response is not None or self._task.done()
+        if is_sent or not 0 < len(self._requests) < _MOST_TOGETHER:
+            return False
+        one = next(iter(self._requests.values()))
+        return request.prompt_ids is one.prompt_ids and request.adapter == one.adapter
+
+    def join(self, request: GenerateRequest, inbox: Inbox) -> None:
+        self._requests[inbox] = request
+
+    def send(self) -> None:
+        """Send the requests now."""
+        self._response = self._send([(request, inbox.stream) for inbox, request in self._requests.items()])
+
+    def leave(self, inbox: Inbox, reason: str) -> None:
         """Say that nobody reads the stream any more. A request of which tokens come still ends: "stop" or "abort"."""
-        is_told = self._listener.forget(self._inbox, reason)
-        if self._task.done():
+        del self._requests[inbox]
+        self._all_told &= self._listener.forget(inbox, reason)
+        if self._requests or self._task.done():
             return
-        if is_told:
+        if self._all_told:
             timer = asyncio.get_running_loop().call_later(_REAP_S, self._cancel)
             self._task.add_done_callback(lambda _: timer.cancel())
         else:
@@ -153,6 +177,8 @@ class Call:
 
         `_replica_result_future` is private: what is accepted in this turn of the loop, Serve's own `cancel` leaves out.
         """
+        if self._response is None:
+            return
         accepted = self._response._replica_result_future
         if not accepted.done():
             self._response.cancel()
@@ -161,18 +187,25 @@ class Call:
 
     async def _follow(self) -> None:
         try:
+            if self._response is None:
+                self.send()
+            assert self._response is not None
             await _accepted(self._response, self._cold_start_s)
             connection = None
             async for name in self._response:
                 connection = str(name)
-            self._listener.returned(self._inbox, connection or "")
+            for inbox in self._requests:
+                self._listener.returned(inbox, connection or "")
         except (asyncio.CancelledError, RequestCancelledError):
-            self._inbox.fail(EngineError("the request was cancelled"))
-            self._give_back()
+            self._fail(EngineError("the request was cancelled"))
             raise
-        except Exception as e:  # noqa: BLE001 - the inbox's reader gets it
-            self._inbox.fail(_translated(e))
-            self._give_back()
+        except Exception as e:  # noqa: BLE001 - the inboxes' readers get it
+            self._fail(_translated(e))
+
+    def _fail(self, error: Exception) -> None:
+        for inbox in self._requests:
+            inbox.fail(error)
+        self._give_back()
 
 
 async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: Callable[[], float | None]) -> None:
@@ -364,6 +397,7 @@ class ServeEngineClient:
         self._draining = DrainingReplicas(spec.drain_grace_s)
         self._demand = demand
         self._reading: dict[str, Inbox] = {}  # by request
+        self._together: Call | None = None  # the last one of requests along which nobody reads
         self._cold: set[str] = set()  # requests that wait, and no replica runs
         self._start_failed = False  # and no replica has run since
         self._resumes = {"lost": 0, "moved": 0}
@@ -457,10 +491,8 @@ class ServeEngineClient:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
             router.own.begin(request.request_id)
-            cold_start_s = partial(self._cold_start_s, request.request_id)
-            response = self._calls.generate_to.remote(request, fit, listener.address, inbox.stream)
-            call = Call(response, listener, inbox, cold_start_s)
-            with reading(request, call.leave):
+            call = self._call(request, fit, listener, inbox)
+            with reading(request, partial(call.leave, inbox)):
                 async for delta in inbox:
                     if not has_begun:
                         has_begun, now = True, time.monotonic()
@@ -485,6 +517,26 @@ class ServeEngineClient:
             self._cold.discard(request.request_id)
             self._quarantine.leave(request.request_id)
             router.own.end(request.request_id)
+
+    def _call(self, request: GenerateRequest, fit: bool, listener: Listener, inbox: Inbox) -> Call:
+        """Send the request; where nobody reads along, with other samples of its call that begin in this pass."""
+        is_alone = fit or request.output_kind == "delta" or bool(request.output_ids)
+        call = None if is_alone else self._together
+        if call is None or not call.takes(request):
+            send, cold_start_s = partial(self._send, fit, listener), partial(self._cold_start_s, request.request_id)
+            call = Call(send, listener, cold_start_s)
+        call.join(request, inbox)
+        if is_alone:
+            call.send()
+        else:
+            self._together = call
+        return call
+
+    def _send(
+        self, fit: bool, listener: Listener, requests: Sequence[tuple[GenerateRequest, int]]
+    ) -> DeploymentResponseGenerator[Any]:
+        (request, stream), *others = requests
+        return self._calls.generate_to.remote(request, fit, listener.address, stream, others)
 
     async def _died(self, request: GenerateRequest, replica: str | None, among: Collection[str] | None = None) -> None:
         if replica is not None and not (request.adapter is not None and request.adapter.is_ephemeral):

@@ -172,9 +172,10 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[list[RunningReplica]]:
         """Serve calls it again, with pauses, until a replica accepts the request."""
         now = time.monotonic()
-        request = _request(pending_request)
-        if request is not None:
-            own.place(request.request_id, None)
+        requests = _requests(pending_request)
+        request = requests[0] if requests else None
+        for one in requests:
+            own.place(one.request_id, None)
         views = [self._view(r, now) for r in candidate_replicas]
         self._remind(candidate_replicas, views)
         tie = "" if request is None else request.request_id
@@ -186,7 +187,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             num_tokens = len(request.prompt_ids) + len(request.output_ids)
             chosen = next(view for view in views if view.id == ranked[0].replica)
             num_known = self._routing.num_known(chosen, prefix) * TOLD_BLOCKS * self._block_tokens
-            own.place(request.request_id, chosen.id, num_tokens - num_known)
+            for one in requests:
+                own.place(one.request_id, chosen.id, num_tokens - num_known)
         if pending_request is not None:
             pending_request.ranked, pending_request.prefix = ranked, prefix
             pending_request.routing_context.should_backoff = True  # every replica has been offered
@@ -195,16 +197,17 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called when a replica has accepted the request."""
-        request = _request(pending_request)
-        if request is None:
+        requests = _requests(pending_request)
+        if not requests:
             return
-        own.accepted(request.request_id, str(replica_id.unique_id))
+        for request in requests:
+            own.accepted(request.request_id, str(replica_id.unique_id))
         ranked: Sequence[Candidate] = getattr(pending_request, "ranked", ())
         chosen = next((c for c in ranked if c.replica == replica_id.unique_id), None)
         if chosen is not None:
             prefix: Sequence[str] = getattr(pending_request, "prefix", ())
             self._routing.sent(chosen, _adapter(request), now=time.monotonic(), prefix=prefix)
-            _decisions.setdefault(self._deployment, dict.fromkeys(REASONS, 0))[chosen.reason] += 1
+            _decisions.setdefault(self._deployment, dict.fromkeys(REASONS, 0))[chosen.reason] += len(requests)
             _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -272,10 +275,12 @@ def _name(replica: RunningReplica) -> str:
     return str(replica.replica_id.unique_id)
 
 
-def _request(pending: PendingRequest | None) -> GenerateRequest | None:
-    """The request of a call of `generate`; None for other calls."""
-    first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, GenerateRequest) else None
+def _requests(pending: PendingRequest | None) -> list[GenerateRequest]:
+    """The requests of a call of `EngineReplica.generate_to`, all with one prompt and adapter; none for other calls."""
+    args = () if pending is None else pending.args
+    if not args or not isinstance(args[0], GenerateRequest):
+        return []
+    return [args[0], *(request for request, _ in (args[4] if len(args) > 4 else ()))]
 
 
 def _adapter(request: GenerateRequest | None) -> str | None:

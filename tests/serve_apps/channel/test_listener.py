@@ -80,6 +80,9 @@ async def test_logprobs_of_a_long_prompt(node: str) -> None:
         to = await replica.to(gateway.address)
         to.send([(inbox.stream, Out(7, "length", 3, prompt[1], prompt))])
         assert await inbox.take() == TokenDelta((7,), "length", 3, (prompt[1],), prompt)
+        inbox = gateway.open()
+        to.send([(inbox.stream, Out(7, prompt_logprobs=prompt)), (inbox.stream, Out(8, "stop"))])  # one step's
+        assert await everything(inbox) == [7, 8]
 
 
 @LOOPS

@@ -123,6 +123,7 @@ def test_a_call_becomes_the_requests_of_its_samples(site_of: Callable[..., Site]
     assert {(r.cache_salt, r.prompt_ids) for r in requests} == {("acme/s", PROMPT)}
     assert {r.adapter for r in requests} == {replace(site.ref, holders=("own", "trainer"))}
     assert len({r.request_id for r in requests}) == 3
+    assert {r.output_kind for r in requests} == {"final"}
     assert result.sequences == (SampledSequence((1, 2), (-1.0, -2.0), "length", 32),) * 3
     assert site.engines.fits == [False] * 3
 
@@ -148,6 +149,7 @@ def test_tokens_up_to_the_one_that_completes_a_stop_string_are_the_answer(site_o
     (sequence,) = site.sample(params={"stop": ("two",)}).sequences
     assert (sequence.token_ids, sequence.stop_reason) == (text[:7], "stop")
     assert sequence.logprobs == tuple(-float(i) for i in text[:7])
+    assert site.engines.requests[0].output_kind == "delta"  # no token is computed in vain
     assert site.engines.closed == [site.engines.requests[0].request_id]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +13,21 @@ from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine, TokenSink
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
-from loray.errors import ContextLengthExceeded, Overloaded, RequestError
+from loray.errors import ContextLengthExceeded, EngineError, Overloaded, RequestError
 from loray.policy.demand import Observation
 from loray.settings import Settings
-from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
+from loray.spec import (
+    AdapterRef,
+    AutoscalingSpec,
+    GenerateRequest,
+    OutputKind,
+    SamplingParams,
+    ServeSpec,
+    TokenDelta,
+    TokenLogprobs,
+)
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import LocalStreams, ReplicaDemand, ReplicaRequests
+from serve_apps.replica.requests import MOST_HELD, LocalStreams, ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader
 
 
@@ -53,6 +62,114 @@ async def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, as
     engine: Any = Limited(estimate, exact)
     assert await ask(engine, 100) == [TokenDelta((7,), "length")]
     assert engine.asked == asked
+
+
+class Stepped:
+    """An engine whose steps the test makes, and where their results go: `sent`, what of the stream goes at once."""
+
+    def __init__(self) -> None:
+        self.now, self.sent, self.left = 0.0, list[list[TokenOutput]](), dict[int, Callable[[str], None]]()
+        self.metrics, self.cancelled = ReplicaMetrics(lambda: self.now), list[str]()
+
+    async def begin(self, kind: OutputKind, **params: Any) -> asyncio.Task[None]:
+        engine: Any = self
+        asked = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=99, **params), output_kind=kind)
+        run = asyncio.create_task(ReplicaRequests(engine, self.metrics).run(asked, False, self, 5))
+        await asyncio.sleep(0)
+        return run
+
+    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+        self._deliver = lambda outs: sink.deliver([(key, out) for out in outs])
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    def step(self, token: int | None, **fields: Any) -> None:
+        self.now += 1
+        self._deliver([TokenOutput("r", token, **fields)])
+
+    def forced(self, *tokens: int) -> None:
+        self._deliver([TokenOutput("r", token) for token in tokens])
+
+    def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
+        assert {stream for stream, _ in outputs} == {5}
+        self.sent.append([out for _, out in outputs])
+
+    def watch(self, stream: int, left: Callable[[str], None]) -> None:
+        self.left[stream] = left
+
+    def unwatch(self, stream: int) -> None:
+        del self.left[stream]
+
+    @property
+    def tokens(self) -> list[list[int | None]]:
+        return [[out.token_id for out in outputs] for outputs in self.sent]
+
+
+@pytest.mark.parametrize("kind", ["delta", "final"])
+async def test_what_nobody_reads_along_comes_some_tokens_at_a_time(kind: OutputKind) -> None:
+    """The first one at once. Metrics are of the tokens as they are computed."""
+    place, most = Stepped(), MOST_HELD + 1
+    run = await place.begin(kind)
+    for i in range(most + 10):
+        place.step(i, logprobs=TokenLogprobs(-float(i), (), 1), finish_reason="length" if i == most + 9 else None)
+    await run
+    whole = list(range(most + 10))
+    assert place.tokens == ([[i] for i in whole] if kind == "delta" else [[0], whole[1 : most + 1], whole[most + 1 :]])
+    assert [out.logprobs.logprob for outputs in place.sent for out in outputs if out.logprobs] == [-i for i in whole]
+    found = {s.name: s.value for f in place.metrics.request_families() for s in f.samples}
+    assert [found[f"loray_inter_token_latency_seconds_{what}"] for what in ("count", "sum")] == [most + 9] * 2
+    assert found["loray_time_to_first_token_seconds_sum"] == 1
+    assert found["loray_request_generation_tokens_sum"] == most + 10
+
+
+async def test_what_was_held_precedes_an_error() -> None:
+    place = Stepped()
+    run = await place.begin("final")
+    for i in range(3):
+        place.step(i)
+    place.step(None, error=EngineError("broken"))
+    with pytest.raises(EngineError, match="broken"):
+        await run
+    assert place.tokens == [[0], [1, 2]]
+
+
+async def test_tokens_of_one_step_stay_together() -> None:
+    """What a grammar has forced is computed again as a whole, too."""
+    place = Stepped()
+    run = await place.begin("final")
+    place.forced(0, 1)
+    for i in range(MOST_HELD):
+        place.step(i)
+    place.forced(50, 51, 52)
+    assert place.tokens == [[0, 1], [*range(MOST_HELD), 50, 51, 52]]
+    place.left[5]("abort")
+    await run
+
+
+async def test_parts_of_a_scored_prompt_are_not_held() -> None:
+    place, part = Stepped(), (TokenLogprobs(-1.0, (), 1),)
+    run = await place.begin("final", prompt_logprobs=0)
+    for token in (None, None, 0):
+        place.step(token, prompt_logprobs=part)
+    place.step(1)
+    assert place.tokens == [[None], [None], [0]]
+    place.left[5]("abort")
+    await run
+    assert place.tokens == [[None], [None], [0]]
+
+
+async def test_the_first_error_of_several_requests_ends_the_others() -> None:
+    class Fails(Stepped):
+        def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+            if request.request_id == "b":
+                raise EngineError("broken")
+
+    place: Any = Fails()
+    asked = [(GenerateRequest(name, (1,), SamplingParams()), i) for i, name in enumerate("abc")]
+    with pytest.raises(EngineError, match="broken"):
+        await ReplicaRequests(place, place.metrics).run_all(asked, False, place)
+    assert (sorted(place.cancelled), place.left) == (["a", "c"], {})
 
 
 async def test_an_embedding_goes_to_a_reader_of_this_process() -> None:

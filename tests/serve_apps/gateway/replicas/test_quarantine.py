@@ -54,12 +54,12 @@ class Replicas(Handle):
         super().__init__()
         self._deployment = deployment
 
-    def remote(self, request, fit, gateway, stream):  # type: ignore[no-untyped-def]
+    def remote(self, request, fit, gateway, stream, others):  # type: ignore[no-untyped-def]
         dies = self._deployment.kills and request.adapter is not None and request.adapter.digest == BAD.digest
         self._deployment.num_deaths += dies
         router.own.accepted(request.request_id, f"replica#{self._deployment.num_deaths}")
         self.scripts.append([self._deployment.death] if dies else [LAST])
-        return super().remote(request, fit, gateway, stream)
+        return super().remote(request, fit, gateway, stream, others)
 
 
 @pytest.fixture

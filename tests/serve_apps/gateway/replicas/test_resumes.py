@@ -17,17 +17,17 @@ from ray.exceptions import ActorDiedError
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
 from loray.errors import EngineError, Overloaded, ReplicaUnavailable
-from loray.spec import GenerateRequest, ServeSpec, TokenDelta, TokenLogprobs
+from loray.spec import GenerateRequest, SamplingParams, ServeSpec, TokenDelta, TokenLogprobs
 from serve_apps.channel.frames import ChannelAddress, pack
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import ReplicaRequests
+from serve_apps.replica.requests import MOST_HELD, ReplicaRequests
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.channel import NODE, Out
 from tests.fixtures.engines import make_engine
 from tests.fixtures.gateway import events_of, gateway_app
-from tests.fixtures.handles import REQUEST, Handle, LiveHandle, engines_of, raised_by, tokens
+from tests.fixtures.handles import REQUEST, Beside, Handle, LiveHandle, engines_of, raised_by, tokens
 
 IDS = (5, 6, 7, 8)
 
@@ -41,11 +41,13 @@ def out(position: int) -> Out:
 class Scripted(Handle):
     """Replicas that generate IDS, after those of the given scripts. Each request comes to another one."""
 
-    def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> Any:
+    def remote(
+        self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int, others: Sequence[Beside]
+    ) -> Any:
         if not self.scripts:
             self.scripts.append([out(i) for i in range(len(request.output_ids), len(IDS))])
         router.own.accepted(request.request_id, f"r{len(self.requests)}")
-        return super().remote(request, fit, gateway, stream)
+        return super().remote(request, fit, gateway, stream, others)
 
 
 async def resumed(handle: Handle, **spec: Any) -> tuple[list[TokenDelta], dict[str, int]]:
@@ -194,6 +196,87 @@ class Closed(ServeEngineClient):
         async with super().running(late):
             yield
         await self.close()
+
+
+@pytest.mark.parametrize(("dies_after", "num_left"), [(1, 1), (2, 1 + MOST_HELD + 1)])
+async def test_an_answer_that_nobody_reads_along_loses_what_was_held(
+    live: LiveHandle, dies_after: int, num_left: int
+) -> None:
+    """And another replica computes it again, to the same bits."""
+    params = SamplingParams(max_tokens=60, seed=1, logprobs=0, ignore_eos=True)
+    asked = GenerateRequest("r", (1, 2, 3), params, output_kind="final")
+
+    undisturbed = await sampled(live, None, asked)
+    assert await sampled(live, dies_after, asked) == undisturbed
+    assert [len(r.output_ids) for r in live.requests] == [0, num_left]
+
+
+async def sampled(live: LiveHandle, dies_after: int | None, *asked: GenerateRequest) -> list[TokenDelta]:
+    """Each answer as one delta."""
+    live.dies_after, live.requests, live.num_together = dies_after, [], []
+
+    async def answer(engines: ServeEngineClient, request: GenerateRequest) -> TokenDelta:
+        deltas = [delta async for delta in engines.generate(request, fit=False)]
+        scores = tuple(lp for d in deltas for lp in d.logprobs or ())
+        return TokenDelta(tuple(t for d in deltas for t in d.token_ids), deltas[-1].finish_reason, 0, scores)
+
+    async with engines_of(live) as engines:
+        return await asyncio.gather(*(answer(engines, request) for request in asked))
+
+
+def group(num_samples: int, prompt: tuple[int, ...] = (1, 2, 3)) -> list[GenerateRequest]:
+    params = [SamplingParams(max_tokens=40, seed=i, logprobs=0, ignore_eos=True) for i in range(num_samples)]
+    return [GenerateRequest(f"s{i}", prompt, own, output_kind="final") for i, own in enumerate(params)]
+
+
+async def test_samples_of_one_prompt_are_one_call(live: LiveHandle) -> None:
+    """Up to eight. An equal prompt is another trainer's call, whose errors are its own; and streams of people have
+    calls of their own. The answers are the same.
+    """
+    asked = group(10)
+    answers = await sampled(live, None, *asked)
+    assert live.num_together == [8, 2]
+    another = replace(asked[1], prompt_ids=(*asked[1].prompt_ids,))
+    assert await sampled(live, None, asked[0], another, replace(asked[2], output_kind="delta")) == answers[:3]
+    assert live.num_together == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dies_after", [1, 2])
+async def test_each_of_a_call_whose_replica_dies_goes_on(
+    live: LiveHandle, monkeypatch: pytest.MonkeyPatch, dies_after: int
+) -> None:
+    monkeypatch.setattr(live, "dies_once", True)
+    asked = group(5)
+    undisturbed = await sampled(live, None, *asked)
+    assert len({answer.token_ids for answer in undisturbed}) == 5
+    assert await sampled(live, dies_after, *asked) == undisturbed
+    assert live.num_together[0] == 5
+    so_far = {len(r.output_ids) for r in live.requests[5:]}
+    assert {0} < so_far | {0} <= {0, 1, 1 + MOST_HELD + 1}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_caller_that_leaves_ends_all_of_its_call(begun: bool) -> None:
+    """Over the connection those of which tokens came; else the call is cancelled."""
+    handle = Scripted([*([Out(5)] if begun else []), "hang"])
+    async with engines_of(handle) as engines:
+        asked = [replace(REQUEST, request_id=f"s{i}", output_kind="final") for i in range(3)]
+        readers = [asyncio.create_task(tokens(engines, request, fit=False)) for request in asked]
+        while not handle.responses or handle.responses[0]._to is None or len(handle.responses[0].script) > 0:
+            await asyncio.sleep(0)
+        while begun and not engines._listener.result()._sources:  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        for reader in readers[1:]:
+            reader.cancel()
+        await asyncio.wait(readers[1:])
+        (response,) = handle.responses
+        assert not response.cancelled
+        readers[0].cancel()
+        await asyncio.wait(readers)
+        assert response.cancelled
+        while begun and not response.left:
+            await asyncio.sleep(0)
+        assert engines._reading == {}
 
 
 CHAT = [{"role": "user", "content": "1 + 2?"}]

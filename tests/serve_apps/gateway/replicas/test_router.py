@@ -270,6 +270,22 @@ async def test_a_request_does_not_wait_for_a_long_prompt_of_this_gateway(pair: l
         assert await route(router, with_prompt(10)) == "one"
 
 
+async def test_each_request_of_a_call_counts(pair: list[Replica]) -> None:
+    pair[1].report()
+    pair[0].report(DIGESTS[0])
+    before = decisions("engine")["pool"]
+    async with routing(pair) as router:
+        asked, *others = with_prompt(100), with_prompt(100), with_prompt(100)
+        asked.args += [None, 1, [(other.args[0], 2 + i) for i, other in enumerate(others)]]
+        assert await route(router, asked) == "one"
+        names = [one.args[0].request_id for one in (asked, *others)]
+        assert (module.own.num("one"), module.own.tokens("one")) == (3, 300)
+        assert [module.own.replica_of(name) for name in names] == ["one"] * 3
+        assert decisions("engine")["pool"] - before == 3
+        for name in names:
+            module.own.end(name)
+
+
 async def test_a_request_that_is_refused_is_on_one_replica_alone(pair: list[Replica]) -> None:
     pair[1].report()
     pair[0].report(DIGESTS[0])
