@@ -217,14 +217,14 @@ class Rope:
     def prepare(self, rope: RopeParameters) -> None:
         """Compute the frequencies of an adapter before a step needs them. May be called from any thread.
 
-        Raises IntegrityError where they cannot be computed or are not finite.
+        Raises IntegrityError where they cannot be computed, are not finite or are 0.
         """
         try:
             inverse_d, factor = self._frequencies(rope)
         except Exception as e:
             raise IntegrityError(f"its RoPE parameters {rope.to_hf()} cannot be computed: {e!r}") from e
-        if not (inverse_d.isfinite().all() and math.isfinite(factor)):
-            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} give frequencies that are not finite")
+        if not (inverse_d.isfinite().all() and (inverse_d > 0).all() and math.isfinite(factor)):
+            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} give frequencies that are not finite, or 0")
 
     def numbers(self, rope: RopeParameters) -> npt.NDArray[np.float32]:
         """Give inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's descriptor."""
