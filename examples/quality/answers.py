@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loray.bases.registry import BaseModel, get_base
 from loray.engine.build import build_engine
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
+POOL_BYTES = 1 << 30
 _AT_ONCE = 64
 
 
@@ -33,7 +35,7 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
     num_requests = len(refs) * len(prompts)
     spec = ServeSpec(
         base=name,
-        pool_bytes=1 << 30,
+        pool_bytes=POOL_BYTES,
         max_num_seqs=_AT_ONCE,
         max_queued=num_requests,
         max_loading=num_requests,
@@ -43,13 +45,14 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
         spec, base, lambda ref, packer: packer.pack(read_adapter(Path(weights[ref.digest]), base.config))
     )
     params = SamplingParams(max_tokens=max_tokens, temperature=0)
-    for q, ids in enumerate(tokenizer(prompts)["input_ids"]):
-        for a, ref in enumerate(refs):
-            engine.add(GenerateRequest(f"{a}/{q}", tuple(ids), params, ref))
     tokens: dict[str, list[int]] = {f"{a}/{q}": [] for a in range(len(refs)) for q in range(len(prompts))}
-    for output in finish(engine):
-        if output.token_id is not None:
-            tokens[output.request_id].append(output.token_id)
+    with closing(engine):
+        for q, ids in enumerate(tokenizer(prompts)["input_ids"]):
+            for a, ref in enumerate(refs):
+                engine.add(GenerateRequest(f"{a}/{q}", tuple(ids), params, ref))
+        for output in finish(engine):
+            if output.token_id is not None:
+                tokens[output.request_id].append(output.token_id)
     texts = {key: str(tokenizer.decode(ids, skip_special_tokens=True)) for key, ids in tokens.items()}
     return {"answers": [[texts[f"{a}/{q}"] for q in range(len(prompts))] for a in range(len(refs))]}
 

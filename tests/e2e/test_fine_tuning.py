@@ -51,7 +51,7 @@ def client_of(url: str) -> Iterator[openai.OpenAI]:
 def ended(client: openai.OpenAI, job_id: str) -> Any:
     """The job once it has ended."""
     assert eventually(
-        lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed", "cancelled"), 240
+        lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed", "cancelled"), 240, 0.5
     ), client.fine_tuning.jobs.retrieve(job_id)
     return client.fine_tuning.jobs.retrieve(job_id)
 

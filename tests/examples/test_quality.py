@@ -117,9 +117,10 @@ def test_the_best_rates_seeds_make_a_result() -> None:
 @pytest.mark.parametrize("system", ["loray", "peft"])
 @pytest.mark.parametrize("method", METHODS)
 def test_both_systems_learn_the_same(
-    system: str, method: str, tiny_base: BaseFactory, data: Path, tmp_path: Path
+    system: str, method: str, tiny_base: BaseFactory, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_base()
+    monkeypatch.setattr(answers, "POOL_BYTES", 16 << 20)  # to clear a pool of a gibibyte takes longer than all the rest
     rows = [json.dumps({"prompt": "say", "completion": " yes yes yes"})] * 12
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
