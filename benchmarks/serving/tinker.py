@@ -41,8 +41,10 @@ def main() -> None:
     args = parser.parse_args()
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env.setdefault("TINKER_API_KEY", "tml-benchmark")
-    command = [args.python, "-W", "ignore", str(_CLIENT), args.url, args.base, str(args.steps)]
-    printed = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # From its standard input, because beside its file this module would be the one named `tinker`.
+    command = [args.python, "-W", "ignore", "-", args.url, args.base, str(args.steps)]
+    client = _CLIENT.read_text(encoding="utf-8")
+    printed = subprocess.run(command, env=env, check=True, input=client, stdout=subprocess.PIPE, text=True).stdout
     told = json.loads(printed.splitlines()[-1])
     direct_s = passes_beside(args.base, told["ranks"][2], told["num_tokens"])
     sys.stdout.write(json.dumps(describe_machine() | summary(told, direct_s), indent=2) + "\n")
