@@ -283,6 +283,17 @@ def run_modules(commands: Sequence[Sequence[str]], num_threads: int | None = Non
     return found
 
 
+def run_loray(home: Path, *arguments: str) -> str:
+    """Run a command with a home and without this process's settings; returns what it prints. SystemExit if it fails."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
+    env |= {"LORAY_HOME": str(home), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "loray.cli.main", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"loray {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
 @contextmanager
 def running(
     command: Sequence[str], log: Path, env: Mapping[str, str], *, pipes: bool = False

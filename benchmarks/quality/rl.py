@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +33,7 @@ import httpx
 import numpy as np
 
 from benchmarks.report import Report
-from benchmarks.world import describe_machine
+from benchmarks.world import describe_machine, run_loray
 from loray.local.processes import free_ports
 from loray.spec import RewardSpec
 from loray.train.rl.rewards import reward_of
@@ -117,26 +115,17 @@ class Deployment:
         (port,) = free_ports(1)
         deployment = cls(home, port)
         try:
-            deployment.loray("base", "add", BASE)
-            deployment.loray("up", "--base", BASE, "--port", str(port))
+            run_loray(home, "base", "add", BASE)
+            run_loray(home, "up", "--base", BASE, "--port", str(port))
             yield deployment
         finally:
-            deployment.loray("down")
-
-    def loray(self, *arguments: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
-        environment |= {"LORAY_HOME": str(self._home), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "loray.cli.main", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"loray {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
-        return done.stdout
+            run_loray(home, "down")
 
     def train(self, recipe: Mapping[str, Any], folder: Path) -> Run:
         name = recipe["name"]
         file = folder / f"{name}.yaml"
         file.write_text(json.dumps(recipe))
-        published = json.loads(self.loray("train", str(file), "--no-plan", "--json"))
+        published = json.loads(run_loray(self._home, "train", str(file), "--no-plan", "--json"))
         (run, *_) = sorted((self._home / "runs" / name).iterdir(), reverse=True)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         return Run(name, published["label"], events)

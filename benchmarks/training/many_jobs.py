@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ import click
 
 from benchmarks.options import one_or_more
 from benchmarks.report import Report, machine_line
-from benchmarks.world import describe_machine, watch
+from benchmarks.world import describe_machine, run_loray, watch
 
 BASE = "smollm2"
 _TARGET = 5.0
@@ -46,7 +44,7 @@ def write(folder: Path, num_adapters: int, steps: int) -> Path:
         "name": "customer",
         "base": BASE,
         "adapter": {"method": "lora", "rank": 8},
-        "data": {"train": str(rows / "c0.jsonl"), "max_length": 64},
+        "data": {"train": str(rows / "c0.jsonl"), "format": "raw", "max_length": 64},
         "batch": {"rows": 2},
         "max_steps": steps,
         "tracking": [],
@@ -63,19 +61,10 @@ def _row(number: int, draw: random.Random) -> dict[str, str]:
     return {"prompt": prompt, "completion": f" C{number}: {sum(count for count, _ in orders)}"}
 
 
-def loray(home: Path, *arguments: str) -> float:
-    """Run a command, and return its seconds."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
+def timed(home: Path, *arguments: str) -> float:
+    """Run a command of loray, and return its seconds."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "loray.cli.main", *arguments],
-        env=env | {"LORAY_HOME": str(home), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"loray {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    run_loray(home, *arguments)
     return time.perf_counter() - began
 
 
@@ -86,15 +75,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
     home = Path(tempfile.mkdtemp(prefix="loray-many-"))
     recipe = write(home / "data", args.adapters, args.steps)
     rows = home / "data" / "customers"
-    loray(home, "base", "add", BASE)
+    run_loray(home, "base", "add", BASE)
     with watch() as disturbance:
-        together = loray(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
-        num_published = len(list((home / "runs").glob("customer-c*")))
+        together = timed(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
+        num_published = len(list((home / "runs").glob("customer-c*/*/published.json")))
         click.echo(f"{args.adapters} adapters in one job: {together:.0f} s")
         alone = 0.0
         for number in range(args.alone):
             file = rows / f"c{number}.jsonl"
-            alone += loray(
+            alone += timed(
                 home, "train", str(recipe), "--set", f"name=alone-{number}", "--set", f"data.train={file}", "--no-plan"
             )
             click.echo(f"{number + 1} of {args.alone} commands: {alone:.0f} s")

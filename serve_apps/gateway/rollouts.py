@@ -52,7 +52,7 @@ class _Answer:
 
     @property
     def delta(self) -> Delta | None:
-        """What its account is charged with; None: nothing came."""
+        """Say what its account is charged with; None: nothing came."""
         if not self.has_begun.is_set():
             return None
         num_prompt, num_output = len(self.request.prompt_ids), len(self.token_ids)

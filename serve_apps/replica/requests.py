@@ -170,7 +170,7 @@ class ReplicaRequests:
             raise ReplicaUnavailable("the connection to the gateway was lost; send the request again")
 
     async def run_all(self, requests: Sequence[tuple[GenerateRequest, int]], fit: bool, outlet: RequestOutlet) -> None:
-        """As `run`, of several requests, each with its stream. The first error ends the others."""
+        """Run several requests as `run` does one, each with its stream. The first error ends the others."""
         try:
             async with asyncio.TaskGroup() as group:
                 for request, stream in requests:
