@@ -76,17 +76,27 @@ def main(argv: Sequence[str] | None = None) -> Report:
     recipe = write(home / "data", args.adapters, args.steps)
     rows = home / "data" / "customers"
     run_loray(home, "base", "add", BASE)
-    with watch() as disturbance:
-        together = timed(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
-        num_published = len(list((home / "runs").glob("customer-c*/*/published.json")))
-        click.echo(f"{args.adapters} adapters in one job: {together:.0f} s")
-        alone = 0.0
-        for number in range(args.alone):
-            file = rows / f"c{number}.jsonl"
-            alone += timed(
-                home, "train", str(recipe), "--set", f"name=alone-{number}", "--set", f"data.train={file}", "--no-plan"
-            )
-            click.echo(f"{number + 1} of {args.alone} commands: {alone:.0f} s")
+    try:
+        with watch() as disturbance:
+            together = timed(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
+            num_published = len(list((home / "runs").glob("customer-c*/*/published.json")))
+            click.echo(f"{args.adapters} adapters in one job: {together:.0f} s")
+            alone = 0.0
+            for number in range(args.alone):
+                file = rows / f"c{number}.jsonl"
+                alone += timed(
+                    home,
+                    "train",
+                    str(recipe),
+                    "--set",
+                    f"name=alone-{number}",
+                    "--set",
+                    f"data.train={file}",
+                    "--no-plan",
+                )
+                click.echo(f"{number + 1} of {args.alone} commands: {alone:.0f} s")
+    finally:
+        run_loray(home, "down")  # the cluster that the first command has started
     scaled = alone * args.adapters / args.alone
     ratio = scaled / together
     target = f"≥ {_TARGET:g}" + ("" if ratio >= _TARGET else " MISSED")
