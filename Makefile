@@ -9,16 +9,11 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# The tests of clusters and servers often wait; the others take what these leave of two cores. All are begun at once,
-# since the last one would be alone with two cores. The output comes when a part has ended.
+# Everything on a CPU that needs no Ray cluster. The tests of commands and servers often wait; the others take what these
+# leave of two cores. All are begun at once, since the last one would be alone with two cores. The output comes when a
+# part has ended.
 test: .venv/.ready
-	@$(MAKE) --no-print-directory --jobs=5 --output-sync=target test-cluster test-numeric test-kernels test-rest test-doors
-
-# Only files with such a test: to import the others takes seconds.
-CLUSTER = $(sort $(shell grep -rl --include='test_*.py' 'mark\.cluster' tests)) tests/serve_apps/servers
-
-test-cluster: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(CLUSTER)
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
 NUMERIC := $(addprefix tests/,benchmarks engine)
 KERNELS := $(addprefix tests/,kernels train)
@@ -35,6 +30,13 @@ test-rest: .venv/.ready
 
 test-doors: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
+
+# Jobs, deployments and whole loops on one Ray cluster of this machine. Only files with such a test: to import the others
+# takes seconds.
+CLUSTER = $(sort $(shell grep -rl --include='test_*.py' 'mark\.cluster' tests)) tests/serve_apps/servers
+
+test-cluster: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(CLUSTER)
 
 # What a slower CPU computes: torch's kernels and ours as on one with AVX2, then as on any x86-64.
 PORTABLE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow"
