@@ -28,7 +28,7 @@ from loray.spec import LoraSpec
 from loray.spec.datums import Datum, ForwardBackward
 
 _CLIENT = Path(__file__).with_name("tinker_client.py")
-_PASSES = 50
+PASSES, NUM_TOKENS, RANK = 50, 32, 16  # of the client's single passes
 _MODEL = "benchmark-of-the-protocol"
 
 
@@ -41,17 +41,17 @@ def main() -> None:
     args = parser.parse_args()
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env.setdefault("TINKER_API_KEY", "tml-benchmark")
-    # From its standard input, because beside its file this module would be the one named `tinker`.
-    command = [args.python, "-W", "ignore", "-", args.url, args.base, str(args.steps)]
+    # As a text, because beside its file this module would be the one named `tinker`.
     client = _CLIENT.read_text(encoding="utf-8")
-    printed = subprocess.run(command, env=env, check=True, input=client, stdout=subprocess.PIPE, text=True).stdout
-    told = json.loads(printed.splitlines()[-1])
-    direct_s = passes_beside(args.base, told["ranks"][2], told["num_tokens"])
-    sys.stdout.write(json.dumps(describe_machine() | summary(told, direct_s), indent=2) + "\n")
+    command = [args.python, "-W", "ignore", "-c", client, args.url, args.base, str(args.steps)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True, bufsize=1) as running:
+        told, computing_s = asyncio.run(passes_beside(running, args.base))
+    sys.stdout.write(json.dumps(describe_machine() | summary(told, computing_s), indent=2) + "\n")
 
 
-def summary(told: dict[str, Any], direct_s: list[float]) -> dict[str, Any]:
-    """The figures of a run. `direct_s`: seconds of the same pass where the trainer is asked without the protocol."""
+def summary(told: dict[str, Any], computing_s: list[float]) -> dict[str, Any]:
+    """The figures of a run. `computing_s`: seconds of the client's pass in the trainer itself."""
     mixed, turns = told["mixed"], told["one at a time"]
     medians = [statistics.median(seconds) for seconds in mixed["seconds"]]
     lone, of_eight = told["alone"][1:], mixed["losses"][2]
@@ -63,7 +63,7 @@ def summary(told: dict[str, Any], direct_s: list[float]) -> dict[str, Any]:
         "times_faster": mixed["steps_per_s"] / turns["steps_per_s"],
         "longest_wait_of_median": max(map(max, mixed["seconds"])) / statistics.median(medians),
         "loss_difference_to_a_lone_client": max(abs(a - b) for a, b in zip(of_eight, lone, strict=True)),
-        "overhead_of_a_pass_s": statistics.median(told["pass_s"]) - statistics.median(direct_s),
+        "overhead_of_a_pass_s": statistics.median(told["pass_s"]) - statistics.median(computing_s),
         "first_token_s": quantiles(told["first_token_s"]),
         "publish_to_first_token_s": quantiles(told["publish_to_first_token_s"]),
     }
@@ -73,8 +73,12 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {name: float(np.quantile(seconds, q)) for name, q in (("p50", 0.5), ("p99", 0.99))}
 
 
-def passes_beside(base: str, rank: int, num_tokens: int) -> list[float]:
-    """Seconds of the client's pass, sent to the trainer's actor from this process."""
+async def passes_beside(client: subprocess.Popen[str], base: str) -> tuple[dict[str, Any], list[float]]:
+    """Return what the client tells, and the seconds of its pass where this process asks the trainer's actor, in turn
+    with the client, less those of two calls of the actor.
+    """
+    assert client.stdin is not None
+    assert client.stdout is not None
     cluster = current_cluster(Settings.from_env().home)
     if cluster is None:
         raise SystemExit("no cluster runs in this LORAY_HOME: `loray up` first")
@@ -84,23 +88,28 @@ def passes_beside(base: str, rank: int, num_tokens: int) -> list[float]:
     from jobs.trainer import trainer_of
 
     ray.init(address=cluster.gcs_address, log_to_driver=False, logging_level="ERROR")
-    trainer = trainer_of(base)
-    tokens = np.arange(100, 100 + num_tokens + 1)
+    tokens = np.arange(100, 100 + NUM_TOKENS + 1)
     row = Datum(tokens[:-1], tokens[1:])
-
-    async def measure() -> list[float]:
-        spec = LoraSpec(rank=rank).model_dump(mode="json")
-        await trainer.create.remote(_MODEL, spec, 0, None)
-        found = []
-        for seq in range(1, _PASSES + 1):
-            began = time.perf_counter()
-            await trainer.submit.remote(_MODEL, seq, ForwardBackward(_MODEL, (row,), forward_only=True))
+    trainer, found = None, list[float]()
+    for line in client.stdout:
+        if told := line.strip():
+            return json.loads(told), found
+        if trainer is None:
+            trainer = await asyncio.to_thread(trainer_of, base)
+            await trainer.create.remote(_MODEL, LoraSpec(rank=RANK).model_dump(mode="json"), 0, None)
+        seq = len(found) + 1
+        began = time.perf_counter()
+        await trainer.submit.remote(_MODEL, seq, ForwardBackward(_MODEL, (row,), forward_only=True))
+        await trainer.result.remote(_MODEL, seq, 60.0)
+        done = time.perf_counter()
+        for _ in range(2):
             await trainer.result.remote(_MODEL, seq, 60.0)
-            found.append(time.perf_counter() - began)
-        await trainer.remove.remote(_MODEL)
-        return found
-
-    return asyncio.run(measure())
+        found.append(2 * done - began - time.perf_counter())
+        if len(found) == PASSES:
+            await trainer.remove.remote(_MODEL)
+        client.stdin.write("\n")
+        client.stdin.flush()
+    raise SystemExit("the client ended before its time")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tests.faults.world import command_line
 from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import free_port
 from tests.serve_apps.tinker.cookbook import MODEL, write_working_directory
-from tests.serve_apps.tinker.environments import COOKBOOK, client_environment, python_with, run_client
+from tests.serve_apps.tinker.environments import COOKBOOK, LATER_COOKBOOK, client_environment, python_with, run_client
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,12 @@ TITLES = (
     "ray::ServeReplica:loray:engine-smollm2",
     "ray::ServeReplica:loray:gateway",
 )
-LOOPS: dict[str, dict[str, Any]] = {"sl_loop": {}, "rl_loop": {"group_size": 8, "max_tokens": 48}}
+_GROUPS = {"group_size": 8, "max_tokens": 48}
+LOOPS: list[tuple[str, str | None, dict[str, Any]]] = [
+    ("sl_loop", None, {}),
+    ("rl_loop", None, _GROUPS),
+    ("rl_loop", LATER_COOKBOOK, _GROUPS | {"loss_fn": "importance_sampling"}),
+]
 
 
 @dataclass
@@ -100,21 +105,24 @@ def test_the_sdk_trains_goes_on_and_samples(deployment: Deployment, version: str
     assert deployment.answers(f"spoken-{version.replace('.', '-')}@1")
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_the_cookbooks_loops_run_and_go_on(deployment: Deployment, loop: str) -> None:
-    log = deployment.folder / loop
+@pytest.mark.parametrize(("loop", "cookbook", "options"), LOOPS, ids=["sl_loop", "rl_loop", "rl_loop of 0.6.1"])
+def test_the_cookbooks_loops_run_and_go_on(
+    deployment: Deployment, tmp_path: Path, loop: str, cookbook: str | None, options: dict[str, Any]
+) -> None:
+    log = tmp_path / loop
     given = {
         "base_url": f"{deployment.url}/tinker",
         "model_name": MODEL,
         "batch_size": 8,
         "lora_rank": 8,
-        **LOOPS[loop],
+        **options,
     }
-    python = python_with(*COOKBOOK)
+    python = python_with(*COOKBOOK, without_dependencies=cookbook)
 
     def run(**more: Any) -> str:
-        options = [f"{name}={value}" for name, value in (given | {"log_path": log, "save_every": 2} | more).items()]
-        told = run_client(python, "-m", f"tinker_cookbook.recipes.{loop}", *options, folder=deployment.folder)
+        told_of = given | {"log_path": log, "save_every": 2} | more
+        arguments = [f"{name}={value}" for name, value in told_of.items()]
+        told = run_client(python, "-m", f"tinker_cookbook.recipes.{loop}", *arguments, folder=deployment.folder)
         assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-4000:]
         return told.stdout + told.stderr
 
