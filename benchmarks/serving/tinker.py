@@ -90,7 +90,8 @@ async def passes_beside(client: subprocess.Popen[str], base: str) -> tuple[dict[
     ray.init(address=cluster.gcs_address, log_to_driver=False, logging_level="ERROR")
     tokens = np.arange(100, 100 + NUM_TOKENS + 1)
     row = Datum(tokens[:-1], tokens[1:])
-    trainer, found = None, list[float]()
+    trainer: Any = None
+    found: list[float] = []
     for line in client.stdout:
         if told := line.strip():
             return json.loads(told), found

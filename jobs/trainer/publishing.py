@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from safetensors.torch import save
-
 from loray.adapters.manifest import read_manifest
-from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from loray.adapters.peft_format import AdapterFiles, files_in_memory
 from loray.bases.registry import BaseModel
 from loray.errors import AdapterGone
 from loray.publishing.ephemeral import ephemeral
@@ -42,15 +39,18 @@ class Versions:
         """Make an ephemeral adapter, which engines of this node find in its cache. Of this model the last `keep`
         versions stay; None: all, the older ones in the node's cache alone, which has limits. Raises as `ephemeral`.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
-        files = {
-            CONFIG_FILE: (json.dumps(adapter.config, indent=2, sort_keys=True) + "\n").encode(),
-            WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
-        }
-        ref, whole = ephemeral(files, self._base, run=model, step=step, created_at=created_at, parent=parent)
+        own = self._of.setdefault(model, [])
+        ref, whole = ephemeral(
+            files_in_memory(adapter),
+            self._base,
+            run=model,
+            step=step,
+            created_at=created_at,
+            parent=parent,
+            earlier=self._files.get(own[-1]) if own else None,
+        )
         self._cache.put(ref.digest, whole)
         self._files[ref.digest] = whole
-        own = self._of.setdefault(model, [])
         if ref.digest in own:
             own.remove(ref.digest)
         own.append(ref.digest)

@@ -28,10 +28,10 @@ from loray.adapters.peft_format import (
     WEIGHTS_FILE,
     parse_adapter,
     parse_config,
-    read_adapter,
+    read_config,
     without_prefix,
 )
-from loray.bases.checkpoint import DTYPES, header_end, parse_header
+from loray.bases.checkpoint import DTYPES, TensorEntry, parse_header
 from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed, packed_name, save_packed
 from loray.errors import AdapterGone, IntegrityError, LorayError, UnsupportedError
@@ -117,8 +117,12 @@ class AdapterLoader:
             if ref.is_ephemeral:
                 if not is_cached:
                     write_entry(entry.folder, files_given(ref))
-                return packer.pack(self._cached(ref, entry.folder)[0])
-            weights, files = self._cached(ref, entry.folder) if is_cached else self._stored(ref, entry.folder, packer)
+                return packer.pack(self._cached(ref, entry.folder, packer))
+            files: Files = {}
+            if is_cached:
+                weights = self._cached(ref, entry.folder, packer)
+            else:
+                weights, files = self._stored(ref, entry.folder, packer)
             packed = packer.pack(weights)
             if is_cached and packed.pair is not None:
                 return packed
@@ -134,10 +138,15 @@ class AdapterLoader:
             self.cache_writer.submit(ref.label, write, held.pop_all(), packer.memory)
         return packed
 
-    def _cached(self, ref: AdapterRef, folder: Path) -> tuple[AdapterWeights, Files]:
-        manifest = read_manifest(folder)
-        check_declared(read_header(folder / WEIGHTS_FILE), manifest, source=ref.label)
-        return self._checked(ref, manifest, read_adapter(folder, self.base.config)), {}
+    def _cached(self, ref: AdapterRef, folder: Path, packer: Packer) -> AdapterWeights:
+        manifest, path = read_manifest(folder), folder / WEIGHTS_FILE
+        entries = read_header(path)
+        check_declared(entries, manifest, source=ref.label)
+        whole = _aligned(packer.memory, entries, path.stat().st_size)
+        with path.open("rb") as f:
+            f.readinto(whole.numpy().data)
+        tensors = without_prefix(_views(whole, entries, source=ref.label))
+        return self._checked(ref, manifest, parse_adapter(folder, read_config(folder), tensors, self.base.config))
 
     def _stored(self, ref: AdapterRef, folder: Path, packer: Packer) -> tuple[AdapterWeights, Files]:
         """Read the adapter from the store and verify it. Returns its files too; errors name `folder`."""
@@ -203,15 +212,8 @@ class _Stored:
         num_bytes = size.result()
         check_tensors(entries, source=source, file_bytes=num_bytes)  # before memory is taken by what it says
         check_declared(entries, self.manifest, source=source)
-        skip = -header_end(beginning, source=source) % 8  # so that the tensors are aligned
-        whole = memory.empty(skip + num_bytes, torch.uint8)[skip:]
-        try:
-            tensors = {
-                name: whole[e.start : e.stop].view(getattr(torch, DTYPES[e.dtype])).view(e.shape)
-                for name, e in entries.items()
-            }
-        except RuntimeError as e:  # a tensor that does not begin at a multiple of its elements
-            raise IntegrityError(f"{source} is damaged: its header is not that of a safetensors file ({e})") from e
+        whole = _aligned(memory, entries, num_bytes)
+        tensors = _views(whole, entries, source=source)
         data = whole.numpy().data
         data[: len(beginning)] = beginning
         starts = range(len(beginning), num_bytes, _RANGE_BYTES)
@@ -240,6 +242,23 @@ class _Stored:
         if WEIGHTS_FILE not in self.manifest.files:
             return 0  # `read` says so
         return self.store.file_size(self.digest, WEIGHTS_FILE, self.manifest.files[WEIGHTS_FILE])
+
+
+def _aligned(memory: Recycled, entries: Mapping[str, TensorEntry], num_bytes: int) -> torch.Tensor:
+    """Take memory for a file of weights, in which the tensors are aligned."""
+    skip = -min((entry.start for entry in entries.values()), default=0) % 8
+    return memory.empty(skip + num_bytes, torch.uint8)[skip:]
+
+
+def _views(whole: torch.Tensor, entries: Mapping[str, TensorEntry], *, source: str) -> dict[str, torch.Tensor]:
+    """View the tensors in a file's bytes. Raises IntegrityError where one begins within an element."""
+    try:
+        return {
+            name: whole[e.start : e.stop].view(getattr(torch, DTYPES[e.dtype])).view(e.shape)
+            for name, e in entries.items()
+        }
+    except RuntimeError as e:
+        raise IntegrityError(f"{source} is damaged: its header is not that of a safetensors file ({e})") from e
 
 
 def _is_good(packed_file: Path) -> bool:

@@ -40,6 +40,18 @@ def test_equal_weights_have_equal_digests(base: BaseModel, peft_folder: Callable
 
 
 @pytest.mark.parametrize("method", ["lora", "vera"])
+def test_an_earlier_step_describes_a_later_one(base: BaseModel, peft_folder: Callable[..., Path], method: str) -> None:
+    _, earlier = ephemeral(files_of(peft_folder(base, method, 1)), base, run="acme", step=3, created_at=BEGAN)
+    files = files_of(peft_folder(base, method, 2))
+    ref, whole = ephemeral(files, base, run="acme", step=4, created_at=BEGAN, earlier=earlier)
+    assert (ref, whole) == ephemeral(files, base, run="acme", step=4, created_at=BEGAN)
+    verify_files(whole, ref.digest)
+    other = "vera" if method == "lora" else "lora"
+    of_other = files_of(peft_folder(base, other))
+    assert ephemeral(of_other, base, run="acme", step=5, created_at=BEGAN, earlier=whole)[0].method == other
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
 def test_what_was_sampled_is_published_with_its_digest(
     base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:

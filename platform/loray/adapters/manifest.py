@@ -125,9 +125,12 @@ def describe_files(files: Mapping[str, bytes], base: BaseModel, details: Manifes
         lambda: io.BytesIO(files[WEIGHTS_FILE]),
         source,
     )
-    return _described(
-        checked, base, details, {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}, None, source
-    )
+    return _described(checked, base, details, hashes_of(files), None, source)
+
+
+def hashes_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Hash files in memory for their manifest."""
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
 
 
 def _described(

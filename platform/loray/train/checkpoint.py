@@ -14,7 +14,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from math import isfinite
@@ -282,13 +282,20 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
     head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
     """
-    from loray.methods.attach import on_model, peft_name, trained_norms  # they import PEFT
+    from loray.methods.attach import on_model, trained_norms  # they import PEFT
 
-    method, spec = method_of(spec), on_model(model, spec)
+    return files_with(model, on_model(model, spec), trained, trained_norms(model))
+
+
+def files_with(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor], norms: Sequence[str]) -> AdapterFiles:
+    """Make the files of `save_adapter` of a `spec` that names the modules of `model`, and of these trained norms."""
+    from loray.methods.attach import peft_name  # it imports PEFT
+
+    method = method_of(spec)
     published = method.published(spec, model, {peft_name(name): t for name, t in trained.items()})
     tensors = {PREFIX + name: t for name, t in published.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
-    modules_to_save = trained_norms(model)
+    modules_to_save = [*norms]
     if token_ids is None and model.get_input_embeddings().weight.requires_grad:
         modules_to_save.append("embed_tokens")
     tensors |= method.stored_beside(spec, model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loray.adapters.peft_format import read_adapter
+from loray.adapters.peft_format import files_in_memory, read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import ConflictError, NotFoundError, SpecError, UnsupportedError
 from loray.methods.attach import attach
@@ -115,9 +115,8 @@ def test_files_are_those_of_a_run_with_these_weights(tiny_base: BaseFactory, spe
         assert bank.files("it", dtype).config == theirs.config
         save_adapter(model, spec, tmp_path / "theirs", trained={n: m.to(as_dtype) for n, m in state.masters.items()})
         bank.write("it", tmp_path / "ours", dtype)
-        assert {f.name: f.read_bytes() for f in (tmp_path / "ours").iterdir()} == {
-            f.name: f.read_bytes() for f in (tmp_path / "theirs").iterdir()
-        }
+        ours, wanted = ({f.name: f.read_bytes() for f in (tmp_path / of).iterdir()} for of in ("ours", "theirs"))
+        assert ours == wanted == files_in_memory(bank.files("it", dtype))
     assert {t.dtype for t in bank.files("it").tensors.values()} <= {torch.bfloat16, torch.float32}
 
 

@@ -27,7 +27,7 @@ from loray.methods.lora_module import replace_module, target_linears
 from loray.methods.pairs import PairKey
 from loray.methods.weights import MAGNITUDE, AdapterWeights, row_squares
 from loray.spec import MLP_MODULES, AdapterSpec, DType
-from loray.train.checkpoint import adapter_files
+from loray.train.checkpoint import files_with
 from loray.train.many.cohort import check_adapter
 from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
@@ -353,8 +353,10 @@ class AdapterBank:
         dtype  None: that of the base's checkpoint
         """
         as_dtype = getattr(torch, dtype or stored_dtype(self.base.path))
-        trained = {n: m.to("cpu", as_dtype, copy=True) for n, m in self.masters(name).items()}
-        return adapter_files(self.model, self._find(name).spec, trained)
+        adapter = self._find(name)
+        rounded = adapter.bucket.memory.master[adapter.slot].to("cpu", as_dtype, copy=True)  # all at once
+        trained = dict(adapter.bucket.named(rounded[None], 0))
+        return files_with(self.model, adapter.spec, trained, norms=())
 
     def write(self, name: str, folder: Path, dtype: DType | None = None) -> None:
         """Write `files` to `folder`."""
