@@ -87,7 +87,7 @@ def _rewarded(method: Reinforcement) -> dict[str, Any]:
     deviation, which makes much of the small differences between similar texts.
     """
     hyper = method.hyperparameters
-    objective = {"type": "rl", "reward": {"grader": method.grader.model_dump(exclude_none=True)}}
+    objective: dict[str, Any] = {"type": "rl", "reward": {"grader": method.grader.model_dump(exclude_none=True)}}
     evaluation = {}
     if hyper.batch_size != "auto":
         objective["prompts_per_step"] = hyper.batch_size

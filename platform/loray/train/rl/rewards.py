@@ -219,8 +219,9 @@ def _rouge(n: int, text: str, reference: str) -> float:
 def _gleu(text: str, reference: str) -> float:
     """GLEU (Wu et al., 2016): precision or recall of all n-grams up to four, whichever is less."""
     a, b = (re.findall(r"\w+|[^\w\s]", given) for given in (text, reference))
-    common, *sizes = (sum(counts) for counts in zip(*(_overlap(a, b, n) for n in range(1, 5)), strict=True))
-    return common / max(*sizes, 1)
+    found = [_overlap(a, b, n) for n in range(1, 5)]
+    common, of_a, of_b = (sum(counts[i] for counts in found) for i in range(3))
+    return common / max(of_a, of_b, 1)
 
 
 def _alike(a: Sequence[str], b: Sequence[str]) -> float:
