@@ -329,15 +329,17 @@ def _start(prepared: Prepared, step: int, dtype: str) -> Event:
 
 def _told(events: Path) -> Told:
     """Reads what the run's events say already."""
-    step, evaluated = 0, set[int]()
+    step, evaluated, num_tokens = 0, set[int](), 0
     lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
     for line in lines:
         event = decode(line)
         if event is not None and event["event"] == "rollout":
             step = max(step, event["step"])
+        elif event is not None and event["event"] == "step":
+            num_tokens = event["num_tokens"]
         elif event is not None and event["event"] == "eval":
             evaluated.add(event["step"])
-    return Told(step, frozenset(evaluated))
+    return Told(step, frozenset(evaluated), num_tokens)
 
 
 def publish_kept(
