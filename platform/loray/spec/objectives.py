@@ -275,6 +275,7 @@ _PLAIN = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequen
 
 
 _PLACE = re.compile(r"\{\{\s*(?:item\.([\w-]+)|sample\.output_text)\s*\}\}")
+_MOST_FILLED = 100_000  # characters
 GraderType = Literal["string_check", "text_similarity"]
 TextMetric = Literal["fuzzy_match", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"]
 
@@ -331,13 +332,17 @@ class GraderSpec(Frozen):
         return tuple(dict.fromkeys(filter(None, _PLACE.findall(f"{self.input} {self.reference}"))))
 
     def compared(self, row: Mapping[str, Any], answer: str) -> tuple[str, str]:
-        """Fill in `input` and `reference`. Raises KeyError for a field that the row does not have."""
-
-        def value(place: re.Match[str]) -> str:
-            found = answer if place[1] is None else row[place[1]]
-            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-
-        return _PLACE.sub(value, self.input), _PLACE.sub(value, self.reference)
+        """Fill in `input` and `reference`. Raises KeyError for a field that the row does not have, ValueError where
+        more than 100,000 characters are filled in: a template may name a long field many times.
+        """
+        fields = {name: row[name] for name in self.reads}
+        values = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in fields.items()}
+        values[""] = answer
+        for template in (self.input, self.reference):
+            if sum(len(values[name]) for name in _PLACE.findall(template)) > _MOST_FILLED:
+                raise ValueError(f"a grader compares texts of at most {_MOST_FILLED:,} characters; name shorter fields")
+        filled = (_PLACE.sub(lambda place: values[place[1] or ""], text) for text in (self.input, self.reference))
+        return next(filled), next(filled)
 
 
 class RewardSpec(Frozen):

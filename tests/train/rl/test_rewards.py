@@ -147,6 +147,13 @@ def test_fuzzy_match_is_the_longest_common_subsequence(a: str, b: str) -> None:
     assert found == pytest.approx(2 * longest[-1][-1] / (len(a) + len(b)) if a or b else 1.0)
 
 
+def test_a_template_does_not_multiply_a_long_field() -> None:
+    reward = reward_of(RewardSpec(grader=SAME | {"reference": "{{item.answer}}" * 11}))
+    with pytest.raises(ValueError, match="at most 100,000 characters"):
+        reward({"answer": "a" * 10_000}, "a")
+    assert reward({"answer": "a" * 9_000}, "a" * 99_000) == 1
+
+
 def test_which_fields_a_reward_reads() -> None:
     grader = SAME | {"input": "{{ item.prefix }}{{sample.output_text}}", "reference": "{{item.answer}}{{item.prefix}}"}
     assert RlSpec(reward=RewardSpec(grader=grader)).reads == ("prefix", "answer")
