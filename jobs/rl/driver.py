@@ -45,7 +45,6 @@ from loray.store import AdapterStore, open_store
 from loray.telemetry import configure_logging
 from loray.train.data.rows import Cut
 from loray.train.rl.prompts import Prompt, Prompts, Speech, read_prompts
-from loray.train.rl.rewards import check_rows
 
 _TRAINED = "trained"  # a file of the run, once all steps are done: only publishing is left
 
@@ -146,9 +145,9 @@ def prepare(recipe: Recipe, settings: Settings, catalog: Catalog, tenant: str, s
             max_length=max_length - objective.max_tokens,
             max_eval_rows=spec.evaluation.max_rows,
             seed=spec.seed,
+            needed=objective.reads,
             fetched=copies,
         )
-    check_rows(objective, [prompt.row for prompt in (*prompts.train, *prompts.held_out)])
     per_epoch = len(prompts.train) / objective.prompts_per_step
     num_steps = spec.max_steps or max(1, round((spec.num_epochs or 1) * per_epoch))
     return Prepared(spec, objective, base, speech, prompts, max_length, num_steps, initial)
@@ -330,15 +329,17 @@ def _start(prepared: Prepared, step: int, dtype: str) -> Event:
 
 def _told(events: Path) -> Told:
     """Reads what the run's events say already."""
-    step, evaluated = 0, set[int]()
+    step, evaluated, num_tokens = 0, set[int](), 0
     lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
     for line in lines:
         event = decode(line)
         if event is not None and event["event"] == "rollout":
             step = max(step, event["step"])
+        elif event is not None and event["event"] == "step":
+            num_tokens = event["num_tokens"]
         elif event is not None and event["event"] == "eval":
             evaluated.add(event["step"])
-    return Told(step, frozenset(evaluated))
+    return Told(step, frozenset(evaluated), num_tokens)
 
 
 def publish_kept(

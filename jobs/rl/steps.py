@@ -109,10 +109,13 @@ class Saved:
 
 
 class Told(NamedTuple):
-    """Holds what the run's events say already: the last step, and the steps that were evaluated."""
+    """Holds what the run's events say already: the last step, the steps that were evaluated, and the tokens that were
+    learned.
+    """
 
     step: int = 0
     evaluated: frozenset[int] = frozenset()
+    num_tokens: int = 0
 
 
 class Steps:
@@ -144,6 +147,7 @@ class Steps:
         self._folder, self._emit, self._told, self._dtype, self._clock = folder, emit, told, dtype, clock
         self._versions: dict[int, str] = {}  # digests that are kept, by the number of updates
         self._num_skipped = self._num_above = self._num_without_spread = 0
+        self._num_tokens = told.num_tokens
         self._seq_id = 1  # the next one
         self._durations: list[float] = []
         self._best: float | None = None
@@ -426,6 +430,7 @@ class Steps:
         )
         if not trained:
             return
+        self._num_tokens += trained["num_tokens"]
         lasted = self._durations[-1] if self._durations else sum(seconds.values())
         typical = fmean(self._durations[-20:]) if self._durations else lasted
         event: dict[str, Any] = {
@@ -437,7 +442,7 @@ class Steps:
             "lr": trained["lr"],
             "grad_norm": trained["grad_norm"],
             "tokens_per_s": trained["num_tokens"] / max(lasted, 1e-9),
-            "num_tokens": trained["num_tokens"],
+            "num_tokens": self._num_tokens,
             "skipped_steps": self._num_skipped,
             "eta_s": typical * (self._num_steps - saved.step),
             "reward": saved.told["reward_mean"],

@@ -138,7 +138,7 @@ class JobTracker:
             if isinstance(each.objective, RlSpec) and each.objective.runs_code is not None:
                 raise SpecError(
                     f"{each.objective.runs_code} is code of the recipe, which a server does not import: take "
-                    "objective.reward.builtin, or `loray train` in the cluster itself"
+                    "objective.reward.builtin or grader, or `loray train` in the cluster itself"
                 )
             _check_files(each, catalog)
         with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:

@@ -143,6 +143,7 @@ def open_gateway(
     refuses = settings.refuses_unknown_fields
     gateway = Gateway(served, directory, gateways, accounts, refuses_unknown_fields=refuses)
     files = FileStorage(settings) if settings.files else None
-    tuning = None if jobs is None or files is None else FineTuning(jobs, settings)
+    sampled = None if gateways is None else fleet.names  # jobs of `loray serve` have a cluster of their own
+    tuning = None if jobs is None or files is None else FineTuning(jobs, settings, sampled)
     app = create_app(gateway, access, tracing, frozenset(settings.origins), files, tuning)
     return log_access(app, settings.access_log)

@@ -75,8 +75,15 @@ def train_and_ask(client: openai.OpenAI, base: str, *, suffix: str, num_rows: in
     assert len(losses) == 2 * -(-(num_rows - max(1, num_rows // 20)) // 4)
     assert losses[-1] < losses[0]
     assert job.trained_tokens > 0
+    assert job.fine_tuned_model == f"{suffix}@1"
+    check_answers(client, job)
+    return job
+
+
+def check_answers(client: openai.OpenAI, job: Any) -> None:
+    """The job's only checkpoint is its model, which answers."""
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model == f"{suffix}@1"
+    assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
 
     def answers() -> bool:
         try:
@@ -87,7 +94,6 @@ def train_and_ask(client: openai.OpenAI, base: str, *, suffix: str, num_rows: in
         return bool(answer.choices[0].message.content is not None)
 
     assert eventually(answers)
-    return job
 
 
 @pytest.mark.cluster
@@ -125,6 +131,36 @@ def test_a_model_learns_from_pairs_and_a_job_is_cancelled(served: Served) -> Non
         assert eventually(lambda: client.fine_tuning.jobs.retrieve(long.id).status == "running", 60)
         client.fine_tuning.jobs.cancel(long.id)
         assert ended(client, long.id).status == "cancelled"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_model_learns_from_a_grader(served: Served) -> None:
+    grader = {"type": "text_similarity", "name": "alike", "evaluation_metric": "fuzzy_match"}
+    grader |= {"input": "{{sample.output_text}}", "reference": "{{item.answer}}"}
+    hyper = {"n_epochs": 1, "batch_size": 2, "compute_multiplier": 0.5, "eval_interval": 2}
+    further = json.loads(QUICK["loray.recipe"]) | {"objective": {"max_tokens": 8}, "max_steps": 3, "num_epochs": None}
+    with client_of(served.url) as client:
+        row = {"messages": ROW["messages"][:2], "answer": "aeiou aeiou"}
+        file = client.files.create(file=("rows.jsonl", lines(row, 12)), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model=served.base.name,
+            training_file=file.id,
+            suffix="graded",
+            seed=1,
+            metadata={"loray.recipe": json.dumps(further)},
+            method={"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyper}},
+        )
+        job = ended(client, job.id)
+        assert (job.status, job.error, job.fine_tuned_model) == ("succeeded", None, "graded@1"), job
+        assert job.method.reinforcement.grader.to_dict() == grader
+        events = [event.data for event in client.fine_tuning.jobs.list_events(job.id)][::-1]
+        rewards = [data["train_reward_mean"] for data in events if "train_reward_mean" in data]
+        assert len(rewards) == 3
+        assert 0 < rewards[0] < 1
+        assert [data["step"] for data in events if "valid_reward_mean" in data] == [0, 2, 3]
+        assert job.trained_tokens > 0
+        check_answers(client, job)
 
 
 @pytest.mark.slow

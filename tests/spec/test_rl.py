@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loray.errors import SpecError
+from loray.recipes.fields import given, to_yaml
 from loray.recipes.load import load_recipe
 from loray.spec import RlSpec, TrainSpec
 
@@ -39,6 +41,19 @@ def test_losses_have_their_own_bounds() -> None:
     assert (dapo.clip_low, dapo.clip_high, dapo.kl) == (0.8, 1.28, 0.1)
 
 
+def test_a_grader_is_given_by_its_fields_and_written_back(tmp_path: Path) -> None:
+    grader = {"type": "text_similarity", "evaluation_metric": "rouge_l", "reference": "{{item.answer}}"}
+    grader["input"] = "{{sample.output_text}}"
+    spec = recipe({"reward": {"grader": grader}})
+    assert isinstance(spec.objective, RlSpec)
+    assert spec.objective.runs_code is None
+    pairs = [f"objective.reward.grader.{name}={value}" for name, value in grader.items()]
+    rest = {"name": "larger", "data": {"train": "a.jsonl"}}
+    assert load_recipe(over=given(["objective.type=rl", *pairs]) | rest).spec == spec
+    (tmp_path / "recipe.yaml").write_text(to_yaml(spec, "small"))
+    assert load_recipe(str(tmp_path / "recipe.yaml")).spec.objective == spec.objective
+
+
 @pytest.mark.parametrize(
     ("objective", "told"),
     [
@@ -50,6 +65,7 @@ def test_losses_have_their_own_bounds() -> None:
         ({"reward": None}, "give a reward"),
         ({"environment": "a:B"}, "give a reward"),
         ({"group_size": 1}, "greater than or equal to 2"),
+        ({"reward": {"grader": {"type": "endpoint"}}}, "type 'endpoint' is not supported: take string_check or"),
     ],
 )
 def test_objectives_that_are_refused(objective: dict[str, Any], told: str) -> None:

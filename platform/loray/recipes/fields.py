@@ -133,7 +133,7 @@ def _value(text: str, *, is_list: bool) -> Any:
     """Numbers and words stay text, which the recipe's types read; lists, mappings and null are YAML."""
     if is_list and not text.startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
-    if text[:1] in ("[", "{") or text in ("null", "~", ""):
+    if text in ("null", "~", "") or (text[:1] in ("[", "{") and text[:2] != "{{"):  # which begins a grader's template
         return parse_plain(text, source=repr(text))
     return text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from loray.spec.datums import TokenLoss
 from loray.spec.fields import Default, Frozen
@@ -272,16 +274,89 @@ _IMPORTED = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _PLAIN = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
+_PLACE = re.compile(r"\{\{\s*(?:item\.([\w-]+)|sample\.output_text)\s*\}\}")
+_MOST_FILLED = 100_000  # characters
+GraderType = Literal["string_check", "text_similarity"]
+TextMetric = Literal["fuzzy_match", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"]
+
+
+def _template(text: str) -> str:
+    rest = _PLACE.sub(" ", text)
+    if (at := re.search(r"\{[{%]", rest)) is not None:
+        raise ValueError(
+            f"{rest[at.start() :][:40]!r} is not supported: a template has {{{{item.FIELD}}}}, a field of the row, and "
+            "{{sample.output_text}}, the answer"
+        )
+    return text
+
+
+Template = Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(_template)]
+
+
+class GraderSpec(Frozen):
+    """A grader under OpenAI's names. It compares `input` with `reference`: texts in which {{item.FIELD}} stands for a
+    field of the row, as JSON where it is no string, and {{sample.output_text}} for the answer.
+
+    string_check     is worth 1 or 0. `operation` eq: both are equal; ne: they are not; like: `input` has `reference` in
+                     it; ilike: it has, in upper or lower case
+    text_similarity  is worth from 0 to 1, by `evaluation_metric`
+    """
+
+    type: GraderType
+    name: str = Field(default="grader", max_length=256)
+    input: Template
+    reference: Template
+    operation: Literal["eq", "ne", "like", "ilike"] | None = None
+    evaluation_metric: TextMetric | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_known(cls, data: Any) -> Any:
+        for field, known in (("type", get_args(GraderType)), ("evaluation_metric", get_args(TextMetric))):
+            given = data.get(field) if isinstance(data, Mapping) else None
+            if isinstance(given, str) and given not in known:
+                raise ValueError(f"the grader's {field} {given[:80]!r} is not supported: take {' or '.join(known)}")
+        return data
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.type == "string_check") != (self.operation is not None):
+            raise ValueError("string_check has an operation (eq, ne, like or ilike), and text_similarity has none")
+        if (self.type == "text_similarity") != (self.evaluation_metric is not None):
+            raise ValueError("text_similarity has an evaluation_metric, and string_check has none")
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields of a row that it reads."""
+        return tuple(dict.fromkeys(filter(None, _PLACE.findall(f"{self.input} {self.reference}"))))
+
+    def compared(self, row: Mapping[str, Any], answer: str) -> tuple[str, str]:
+        """Fill in `input` and `reference`. Raises KeyError for a field that the row does not have, ValueError where
+        more than 100,000 characters are filled in: a template may name a long field many times.
+        """
+        fields = {name: row[name] for name in self.reads}
+        values = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in fields.items()}
+        values[""] = answer
+        for template in (self.input, self.reference):
+            if sum(len(values[name]) for name in _PLACE.findall(template)) > _MOST_FILLED:
+                raise ValueError(f"a grader compares texts of at most {_MOST_FILLED:,} characters; name shorter fields")
+        filled = (_PLACE.sub(lambda place: values[place[1] or ""], text) for text in (self.input, self.reference))
+        return next(filled), next(filled)
+
+
 class RewardSpec(Frozen):
     """What an answer is worth, as `loray.train.rl.rewards` computes it.
 
     builtin      exact: the answer is the row's `field`; contains: it has it in it; number: its first number is `field`,
                  and nothing but a full stop follows; regex: `pattern` is found in it, and with a `field` its first
                  group is that; json_schema: it is JSON of `json_schema`, or of the schema in the row's `field`
+    grader       instead: one of OpenAI's
     function     instead: module:function of yours, called with a row and an answer, that returns a number
     """
 
     builtin: Literal["exact", "contains", "number", "regex", "json_schema"] | None = None
+    grader: GraderSpec | None = None
     function: str | None = Field(default=None, pattern=_IMPORTED)
     field: str | None = Field(default=None, min_length=1)
     pattern: str | None = Field(default=None, min_length=1)
@@ -289,8 +364,8 @@ class RewardSpec(Frozen):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        if (self.builtin is None) == (self.function is None):
-            raise ValueError("give builtin, or function as module:function")
+        if sum(kind is not None for kind in (self.builtin, self.grader, self.function)) != 1:
+            raise ValueError("give builtin, or grader, or function as module:function")
         if self.builtin in ("exact", "contains", "number") and self.field is None:
             raise ValueError(f"{self.builtin} compares with a field of the row: name it, as field: answer")
         if (self.builtin == "regex") != (self.pattern is not None):
@@ -299,9 +374,16 @@ class RewardSpec(Frozen):
             raise ValueError("json_schema needs the schema, as json_schema, or as the field of the row that has it")
         if self.builtin != "json_schema" and self.json_schema is not None:
             raise ValueError("json_schema is for builtin: json_schema")
-        if self.function is not None and self.field is not None:
-            raise ValueError("a function is given the whole row: leave field out")
+        if self.builtin is None and self.field is not None:
+            raise ValueError("a function is given the whole row, and a grader names its fields: leave field out")
         return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that each row must have."""
+        if self.grader is not None:
+            return self.grader.reads
+        return () if self.field is None else (self.field,)
 
 
 class RlSpec(_ObjectiveSpec):
@@ -350,6 +432,13 @@ class RlSpec(_ObjectiveSpec):
         ),
         "objective.reward": Default("what an answer is worth: one that is built in, or a function of yours"),
         "objective.reward.builtin": Default("exact, contains, number, regex or json_schema"),
+        "objective.reward.grader": Default("OpenAI's, as a fine-tuning request names it"),
+        "objective.reward.grader.type": Default("string_check or text_similarity"),
+        "objective.reward.grader.name": Default("for people"),
+        "objective.reward.grader.input": Default("what is compared: {{sample.output_text}} is the answer"),
+        "objective.reward.grader.reference": Default("with what: {{item.FIELD}} is a field of the row"),
+        "objective.reward.grader.operation": Default("of string_check: eq, ne, like or ilike"),
+        "objective.reward.grader.evaluation_metric": Default("of text_similarity: fuzzy_match, gleu or a rouge"),
         "objective.reward.function": Default("a function of yours, as module:function"),
         "objective.reward.field": Default("the field of a row that has the right answer"),
         "objective.reward.pattern": Default("of regex"),
@@ -410,6 +499,11 @@ class RlSpec(_ObjectiveSpec):
         low, high = self.clip or (None, None)
         given = {"clip_low": low, "clip_high": high, "ratio_cap": self.ratio_cap, "beta": self.beta}
         return TokenLoss(type=self.loss, divisor=divisor, kl=self.kl, **given)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that each row must have for the reward."""
+        return () if self.reward is None else self.reward.reads
 
     @property
     def runs_code(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Literal, TypeVar
@@ -27,10 +27,19 @@ from loray.schemas.openai.fine_tuning import (
     FineTuningRequest,
 )
 from loray.settings import Settings
-from loray.spec import FORMAT_COLUMNS, ColumnNames, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
+from loray.spec import (
+    FORMAT_COLUMNS,
+    ColumnNames,
+    JobStatus,
+    Principal,
+    RlSpec,
+    TrainSpec,
+    qualified_name,
+    split_qualified,
+)
 from loray.store.objects import ObjectStore
 from serve_apps.gateway.fine_tuning.progress import JobProgress, Progress
-from serve_apps.gateway.fine_tuning.recipe import file_of, hyperparameters_of, recipe_of
+from serve_apps.gateway.fine_tuning.recipe import file_of, method_of, recipe_of
 from serve_apps.places import MostPlaces, Places
 
 T = TypeVar("T", FineTuningEvent, FineTuningCheckpoint)
@@ -55,8 +64,9 @@ class FineTuning:
     and may be called from several threads. Raise LorayError; RequestError names the field.
     """
 
-    def __init__(self, server: RayJobServer, settings: Settings) -> None:
-        self._server, self._settings = server, settings
+    def __init__(self, server: RayJobServer, settings: Settings, served: Collection[str] | None = None) -> None:
+        """`served`: bases of the deployment that jobs may sample from; None: a job finds out."""
+        self._server, self._settings, self._served = server, settings, served
         self._places = Places("requests for training jobs", _ASKING)
         self._progress = lru_cache(maxsize=_MOST_FOLLOWED)(self._opened)
 
@@ -71,6 +81,12 @@ class FineTuning:
         """Train the recipe that the request stands for, and publish what it gives."""
         called = secrets.token_hex(8)
         recipe = recipe_of(asked, called[:8], catalog, self._settings.home)
+        if isinstance(recipe.objective, RlSpec) and self._served is not None and recipe.base not in self._served:
+            raise RequestError(
+                f"answers are sampled by the deployment of {recipe.base}, and this one serves "
+                f"{', '.join(self._served)}: train one of these, or `loray up {recipe.base}` in this cluster first",
+                "model",
+            )
         if recipe.publish.aliases:
             check(catalog.principal, "promote")
         for param, file_id in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
@@ -137,8 +153,7 @@ class FineTuning:
         status = _STATUS[job.status]
         if status == "running" and not told.has_begun:
             status = "validating_files"
-        hyper, kind = hyperparameters_of(recipe, self._settings.home), recipe.objective.type
-        method = {"sft": "supervised"}.get(kind, kind)
+        method = method_of(recipe, self._settings.home)
         eta_s, at = step.get("eta_s"), step.get("time")
         finish = None
         if status == "running" and isinstance(eta_s, int | float) and isinstance(at, int | float):
@@ -159,8 +174,8 @@ class FineTuning:
             result_files=[],
             trained_tokens=step.get("num_tokens"),
             seed=recipe.seed,
-            hyperparameters=hyper,
-            method={"type": method, method: {"hyperparameters": hyper}},
+            hyperparameters=method[method["type"]]["hyperparameters"],
+            method=method,
             integrations=[],
             metadata=recipe.metadata or {},
         )
@@ -223,7 +238,12 @@ def _problem(line: bytes, recipe: TrainSpec) -> str | None:
         return f"a row must be an object, not {type(row).__name__}"
     others = recipe.data.columns or ColumnNames()
     forms = [columns for name, columns in FORMAT_COLUMNS.items() if name in recipe.objective.formats]
+    needed: tuple[str, ...] = ()
+    if isinstance(recipe.objective, RlSpec):
+        forms, needed = [("messages",), ("prompt",)], recipe.objective.reads
     if not any(all(column in row or others.of(column) in row for column in columns) for columns in forms):
         known = " or ".join(" and ".join(f"`{column}`" for column in columns) for columns in forms)
         return f"a row has {known} for this method, and this one has {', '.join(map(shown, row)) or 'nothing'}"
+    if missing := [name for name in needed if row.get(name) is None]:
+        return f"the row has no `{missing[0]}`, which the reward reads"
     return None

@@ -78,6 +78,14 @@ class JobProgress:
             self._step = fields
             data = {"step": step, "train_loss": fields.get("loss"), "total_steps": fields.get("num_steps")}
             data["learning_rate"] = fields.get("lr")
+        elif kind == "rollout" and isinstance(metrics := fields.get("metrics"), dict):
+            data = {
+                "step": step,
+                "train_reward_mean": metrics.get("reward_mean"),
+                "total_steps": fields.get("num_steps"),
+            }
+        elif kind == "eval" and "reward" in fields:
+            data = {"step": step, "valid_reward_mean": fields["reward"]}
         elif kind == "eval" and fields.get("subject") == "adapter" and isinstance(step, int):
             data = {"step": step, "valid_loss": fields.get("eval_loss")}
         elif kind in _UNTOLD or kind == "eval" or (kind == "progress" and fields.get("done")):

@@ -18,8 +18,8 @@ from loray.recipes.defaults import complete, defaults_of
 from loray.recipes.fields import merge
 from loray.recipes.load import size_of_base
 from loray.recipes.sources import UPLOADED
-from loray.schemas.openai.fine_tuning import RECIPE, DpoHyperparameters, FineTuningRequest
-from loray.spec import TrainSpec
+from loray.schemas.openai.fine_tuning import RECIPE, DpoHyperparameters, FineTuningRequest, Reinforcement
+from loray.spec import RlSpec, TrainSpec
 from loray.spec.fields import mistakes
 
 _OF_REQUEST = {  # fields of a recipe that the request has under other names
@@ -31,6 +31,7 @@ _OF_REQUEST = {  # fields of a recipe that the request has under other names
     "data.train": "training_file",
     "data.eval": "validation_file",
 }
+_GROUP_SIZE: int = RlSpec.model_fields["group_size"].default  # answers to a prompt, of compute_multiplier 1
 _FROM_PARENT = {"base", "adapter", "quantization"}  # what an adapter's recipe says and a run that goes on needs
 
 
@@ -60,6 +61,10 @@ def recipe_of(asked: FineTuningRequest, job: str, catalog: Catalog, home: Path) 
         fields["objective"] = {"type": "dpo"}
         if isinstance(hyper, DpoHyperparameters) and hyper.beta != "auto":
             fields["objective"]["beta"] = hyper.beta
+    if asked.method is not None and asked.method.type == "reinforcement":
+        assert asked.method.reinforcement is not None
+        del fields["batch"]  # bounds a pass alone
+        fields |= _rewarded(asked.method.reinforcement)
     merge(fields, _further(asked.metadata.get(RECIPE)))
     fields = complete(fields, size_of_base(fields["base"], shapes_in(home)))
     rate = fields.get("optimizer", {}).get("learning_rate") if isinstance(fields.get("optimizer"), dict) else None
@@ -75,6 +80,24 @@ def recipe_of(asked: FineTuningRequest, job: str, catalog: Catalog, home: Path) 
         )
         param = next((theirs for ours, theirs in _OF_REQUEST.items() if paths[0] == ours), f"metadata.{RECIPE}")
         raise RequestError(told, param) from e
+
+
+def _rewarded(method: Reinforcement) -> dict[str, Any]:
+    """The sections of a recipe that learns from a grader, with `rl`'s own values: `grpo` divides rewards by their
+    deviation, which makes much of the small differences between similar texts.
+    """
+    hyper = method.hyperparameters
+    objective: dict[str, Any] = {"type": "rl", "reward": {"grader": method.grader.model_dump(exclude_none=True)}}
+    evaluation = {}
+    if hyper.batch_size != "auto":
+        objective["prompts_per_step"] = hyper.batch_size
+    if hyper.compute_multiplier != "auto":
+        objective["group_size"] = round(_GROUP_SIZE * hyper.compute_multiplier)
+    if hyper.eval_interval != "auto":
+        evaluation["interval_steps"] = hyper.eval_interval
+    if hyper.eval_samples != "auto":
+        evaluation["max_rows"] = hyper.eval_samples
+    return {"objective": objective, "evaluation": evaluation}
 
 
 def _begun(model: str, catalog: Catalog) -> dict[str, Any]:
@@ -126,10 +149,22 @@ def file_of(source: str) -> str:
     return source.removeprefix(UPLOADED)
 
 
-def hyperparameters_of(recipe: TrainSpec, home: Path) -> dict[str, Any]:
+def method_of(recipe: TrainSpec, home: Path) -> dict[str, Any]:
+    """The method of a request that the recipe would stand for, with its hyperparameters; by the name of its objective
+    where a request has none for it.
+    """
+    objective, hyper = recipe.objective, _hyperparameters_of(recipe, home)
+    if isinstance(objective, RlSpec) and objective.reward is not None and objective.reward.grader is not None:
+        grader = objective.reward.grader.model_dump(exclude_none=True)
+        return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyper}}
+    name = "supervised" if objective.type == "sft" else objective.type
+    return {"type": name, name: {"hyperparameters": hyper}}
+
+
+def _hyperparameters_of(recipe: TrainSpec, home: Path) -> dict[str, Any]:
     """What the recipe has for the hyperparameters that a request names; `auto` where it has no such value."""
-    size = size_of_base(recipe.base, shapes_in(home))
-    default = defaults_of(recipe.adapter.method, recipe.objective.type)["optimizer.learning_rate"].on(size)
+    size, objective, evaluation = size_of_base(recipe.base, shapes_in(home)), recipe.objective, recipe.evaluation
+    default = defaults_of(recipe.adapter.method, objective.type)["optimizer.learning_rate"].on(size)
     rate, rows, accumulation = recipe.optimizer.learning_rate, recipe.batch.rows, recipe.batch.accumulation
     epochs = recipe.num_epochs
     found: dict[str, Any] = {
@@ -137,6 +172,14 @@ def hyperparameters_of(recipe: TrainSpec, home: Path) -> dict[str, Any]:
         "batch_size": "auto" if rows is None else rows * (1 if accumulation == "auto" else accumulation),
         "learning_rate_multiplier": rate / default if isinstance(default, float) else "auto",
     }
-    if recipe.objective.type == "dpo":
-        found["beta"] = recipe.objective.beta
+    if objective.type == "dpo":
+        found["beta"] = objective.beta
+    if isinstance(objective, RlSpec):
+        found |= {
+            "batch_size": objective.prompts_per_step,
+            "compute_multiplier": objective.group_size / _GROUP_SIZE,
+            "eval_interval": evaluation.interval_steps or "auto",
+            "eval_samples": evaluation.max_rows,
+            "reasoning_effort": "default",
+        }
     return found

@@ -21,7 +21,7 @@ from jobs.events import Event
 from jobs.rl import driver
 from jobs.rl.environments import Environments, EpisodeFailed
 from jobs.runs.folders import open_runs
-from loray.errors import SpecError
+from loray.errors import DataError, SpecError
 from loray.recipes.load import Recipe, load_recipe
 from loray.spec import RewardSpec, RlSpec
 from tests.fixtures.cluster import RayCluster, Served
@@ -111,7 +111,7 @@ def test_what_a_run_needs(ray_cluster: RayCluster, served: Served, tmp_path: Pat
             lambda event: None,
         )
     reward = {"reward": {"builtin": "exact", "field": "right"}}
-    with pytest.raises(SpecError, match=r"objective.reward.field is 'right', which row 1 has not"):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: the row has no `right`, which the reward reads"):
         driver.train(recipe(tmp_path, served.base.name, objective=reward), settings, lambda event: None)
     with pytest.raises(SpecError, match="code of the recipe"):
         driver.train(recipe(tmp_path, served.base.name), settings, lambda event: None, tenant="acme")

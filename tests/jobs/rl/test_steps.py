@@ -90,7 +90,8 @@ class World:
 
     def _told(self) -> Told:
         evaluated = frozenset(event["step"] for event in self.of("eval"))
-        return Told(max((event["step"] for event in self.of("rollout")), default=0), evaluated)
+        num_tokens = max((event["num_tokens"] for event in self.of("step")), default=0)
+        return Told(max((event["step"] for event in self.of("rollout")), default=0), evaluated, num_tokens)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -197,6 +198,8 @@ def test_after_a_killed_driver_steps_are_counted_once(method: str, nth: int, is_
     steps = [op for op in world.trainer.accepted.values() if isinstance(op, OptimStep)]
     learned = [event for event in world.of("rollout") if event["metrics"]["groups_kept"]]
     assert len(steps) == world.trainer.num_updates == len(learned)
+    ops = [op for op in world.trainer.accepted.values() if isinstance(op, ForwardBackward)]
+    assert world.of("step")[-1]["num_tokens"] == sum(op.num_tokens for op in ops)
     world.drive()  # there is nothing left to do
     assert world.trainer.num_updates == len(learned)
 

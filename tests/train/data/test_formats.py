@@ -36,6 +36,7 @@ def rendered(*messages: dict[str, Any]) -> str:
     [
         ("chat", {"messages": MESSAGES}),
         ("chat", {"messages": MESSAGES[1:], "system": "Be brief.", "text": "not this"}),
+        ("chat", {"messages": [SYSTEM | {"role": "developer"}, *MESSAGES[1:]]}),
         ("sharegpt", SHAREGPT | {"system": "Be brief."}),
         ("sharegpt", {"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT["conversations"]]}),
         ("sharegpt", {"conversations": MESSAGES}),

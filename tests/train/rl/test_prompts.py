@@ -26,11 +26,18 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def read(rows: list[dict[str, Any]], folder: Path, tokenizer: Any, max_length: int = 200, **data: Any) -> Prompts:
+def read(
+    rows: list[dict[str, Any]],
+    folder: Path,
+    tokenizer: Any,
+    max_length: int = 200,
+    needed: tuple[str, ...] = (),
+    **data: Any,
+) -> Prompts:
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     spec = DataSpec(train=str(folder / "rows.jsonl"), **data)
     speech = Speech(tokenizer, raw=spec.format == "raw", system=spec.system)
-    return read_prompts(spec, speech, max_length=max_length, max_eval_rows=100, seed=0)
+    return read_prompts(spec, speech, max_length=max_length, max_eval_rows=100, seed=0, needed=needed)
 
 
 def texts(prompts: Prompts, tokenizer: Any) -> list[str]:
@@ -81,6 +88,14 @@ def test_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
 def test_bad_rows(rows: list[dict[str, Any]], told: str, tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=told):
         read(rows, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": "a", "other": 1}, {"prompt": "a", "answer": None}])
+def test_a_row_without_what_the_reward_reads(wrong: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "answer": 0}] * 9
+    assert len(read(rows, tmp_path, tokenizer, needed=("answer",), eval_fraction=0.5).held_out) > 0
+    with pytest.raises(DataError, match="line 7: the row has no `answer`, which the reward reads"):
+        read([*rows[:6], wrong, *rows], tmp_path, tokenizer, needed=("answer",), eval_fraction=0.5)
 
 
 def test_observations_go_on_after_sampled_tokens(tokenizer: Any) -> None:

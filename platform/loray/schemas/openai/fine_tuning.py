@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from loray.errors import RequestError
-from loray.schemas.openai import fields
-from loray.schemas.openai.fields import Body
+from loray.schemas.openai.fields import Body, SmallObject
 from loray.schemas.openai.files import Answer
-from loray.spec import JobMetadata
+from loray.spec import GraderSpec, JobMetadata
 
 RECIPE = "loray.recipe"  # the key of `metadata` with further fields of the recipe, as JSON
 _METADATA_CHARACTERS = 512  # of any other value, as OpenAI has it
@@ -35,7 +34,8 @@ def _refused(reason: str) -> AfterValidator:
 
 
 _ELSEWHERE = "no integrations: `tracking` in the recipe sends metrics to MLflow or W&B, with the deployment's own keys"
-_NO_GRADERS = "reinforcement is not supported: train with the method supervised or dpo"
+_NO_FORMAT = "answers are sampled as the model is: leave response_format out, and give a reward to those of that form"
+_NO_EFFORT = "no model reasons more or less when it is told to: leave reasoning_effort out"
 
 
 class Hyperparameters(Body):
@@ -52,6 +52,21 @@ class DpoHyperparameters(Hyperparameters):
     beta: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
 
 
+class ReinforcementHyperparameters(Hyperparameters):
+    """`batch_size`: prompts of a step. `compute_multiplier`: of the answers to a prompt, eight. `eval_interval`: steps.
+    `eval_samples`: held-out rows that an evaluation has answered.
+    """
+
+    compute_multiplier: Auto | Annotated[float, Field(ge=0.25, le=128)] = "auto"
+    eval_interval: Auto | Annotated[int, Field(ge=1)] = "auto"
+    eval_samples: Auto | Annotated[int, Field(ge=1)] = "auto"
+    reasoning_effort: Annotated[
+        Literal["default", "low", "medium", "high"] | None,
+        AfterValidator(lambda effort: None if effort == "default" else effort),
+        _refused(_NO_EFFORT),
+    ] = None
+
+
 class Supervised(Body):
     hyperparameters: Hyperparameters = Hyperparameters()
 
@@ -60,18 +75,23 @@ class Dpo(Body):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
+class Reinforcement(Body):
+    grader: GraderSpec
+    response_format: Annotated[SmallObject | None, _refused(_NO_FORMAT)] = None
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
+
+
 class FineTuningMethod(Body):
-    type: Literal["supervised", "dpo"]
+    type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
     dpo: Dpo | None = None
-    reinforcement: Annotated[fields.SmallObject | None, _refused(_NO_GRADERS)] = None
+    reinforcement: Reinforcement | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_graders(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") == "reinforcement":
-            raise RequestError(_NO_GRADERS, "method.type")
-        return value
+    @model_validator(mode="after")
+    def _has_a_grader(self) -> Self:
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise RequestError("reinforcement has a grader: {type: string_check or text_similarity, ...}")
+        return self
 
 
 class FineTuningRequest(Body):
@@ -99,9 +119,9 @@ class FineTuningRequest(Body):
     @property
     def chosen(self) -> Hyperparameters:
         """Returns the hyperparameters of the method, wherever the request has them."""
-        of_method: Supervised | Dpo | None = None
+        of_method: Supervised | Dpo | Reinforcement | None = None
         if self.method is not None:
-            of_method = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+            of_method = getattr(self.method, self.method.type)
         return self.hyperparameters or (Hyperparameters() if of_method is None else of_method.hyperparameters)
 
 
@@ -147,7 +167,9 @@ class FineTuningJobList(Answer):
 
 
 class FineTuningEvent(Answer):
-    """`data` of a step: step, train_loss, total_steps, learning_rate; of an evaluation: step, valid_loss."""
+    """`data` of a step: step, train_loss, total_steps, learning_rate; of an evaluation: step, valid_loss. Of answers
+    that were rewarded: step, train_reward_mean, total_steps; step, valid_reward_mean.
+    """
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"

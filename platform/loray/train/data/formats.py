@@ -313,6 +313,8 @@ def _message(given: Any) -> Message:
         message = _spoken(message)
     if not isinstance(message.get("role"), str):
         raise ValueError("every message needs a `role`, as user or assistant, and `content`")
+    if message["role"] == "developer":  # OpenAI's newer name
+        message["role"] = "system"
     if calls := message.pop("tool_calls", None):
         message["tool_calls"] = [_call(call) for call in _list(calls, "tool_calls")]
     content = message.get("content", "" if calls else None)

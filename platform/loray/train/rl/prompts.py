@@ -87,14 +87,16 @@ def read_prompts(
     max_length: int,
     max_eval_rows: int,
     seed: int,
+    needed: Sequence[str] = (),
     fetched: Mapping[str, Copy] = MappingProxyType({}),
 ) -> Prompts:
-    """Read the rows of `spec.train` and `spec.eval`, or hold `eval_fraction` of the first out. Raises DataError, also
-    where a prompt has more than `max_length` tokens.
+    """Read the rows of `spec.train` and `spec.eval`, or hold `eval_fraction` of the first out. `needed`: the fields
+    that a reward reads of each. Raises DataError, also where a prompt has more than `max_length` tokens.
     """
-    train = [prompt for source in spec.train_sources for prompt in _weighed(source, spec, speech, max_length, fetched)]
+    how = (spec, speech, max_length, needed, fetched)
+    train = [prompt for source in spec.train_sources for prompt in _weighed(source, *how)]
     if spec.eval is not None:
-        held_out = [p for source in spec.eval_sources for p in _read(source, spec, speech, max_length, fetched)]
+        held_out = [prompt for source in spec.eval_sources for prompt in _read(source, *how)]
     elif spec.eval_fraction and len(train) > 1:
         chosen = held_out_documents(len(train), num_held_out(len(train), spec.eval_fraction), seed)
         held_out = [train[i] for i in chosen]
@@ -105,15 +107,25 @@ def read_prompts(
 
 
 def _weighed(
-    source: DataSource, spec: DataSpec, speech: Speech, max_length: int, fetched: Mapping[str, Copy]
+    source: DataSource,
+    spec: DataSpec,
+    speech: Speech,
+    max_length: int,
+    needed: Sequence[str],
+    fetched: Mapping[str, Copy],
 ) -> list[Prompt]:
     if source.weight != 1:
         raise SpecError(f"prompts are drawn one after the other: leave the weight of {source.path} out")
-    return _read(source, spec, speech, max_length, fetched)[: spec.max_rows]
+    return _read(source, spec, speech, max_length, needed, fetched)[: spec.max_rows]
 
 
 def _read(
-    source: DataSource, spec: DataSpec, speech: Speech, max_length: int, fetched: Mapping[str, Copy]
+    source: DataSource,
+    spec: DataSpec,
+    speech: Speech,
+    max_length: int,
+    needed: Sequence[str],
+    fetched: Mapping[str, Copy],
 ) -> list[Prompt]:
     prompts = []
     for found in find_files(source.path, fetched.get(source.path)):
@@ -126,6 +138,8 @@ def _read(
         for part, content in read_parts(cut(file).parts):
             try:
                 for index, row in records_of(content):
+                    if missing := [name for name in needed if row.get(name) is None]:
+                        raise BadRow(index, f"the row has no `{missing[0]}`, which the reward reads")
                     prompts.append(_prompt(row, *column, speech, max_length, index))
             except BadRow as e:
                 raise located(e, part) from e

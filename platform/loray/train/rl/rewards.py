@@ -11,12 +11,14 @@ import inspect
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from loray.errors import DataError, SpecError
-from loray.spec import RewardSpec, RlSpec
+from loray.spec import GraderSpec, RewardSpec, RlSpec
 
 Row = Mapping[str, Any]
 Reward = Callable[[Row, str], float | Awaitable[float]]
@@ -79,19 +81,10 @@ def reward_of(spec: RewardSpec) -> Reward:
     if spec.function is not None:
         function: Reward = _imported(spec.function)
         return function
+    if spec.grader is not None:
+        return _graded(spec.grader)
     assert spec.builtin is not None
     return _BUILT_IN[spec.builtin](spec)
-
-
-def check_rows(spec: RlSpec, rows: Sequence[Row]) -> None:
-    """Raise SpecError where a built-in reward reads a field that rows have not."""
-    field = None if spec.reward is None else spec.reward.field
-    for i, row in enumerate(rows):
-        if field is not None and row.get(field) is None:
-            raise SpecError(
-                f"objective.reward.field is {field!r}, which row {i + 1} has not: it has {', '.join(row)}; give every "
-                "row the right answer, or name another field"
-            )
 
 
 def _imported(name: str) -> Any:
@@ -196,4 +189,65 @@ _BUILT_IN: Mapping[str, Callable[[RewardSpec], Reward]] = {
     "number": _number,
     "regex": _regex,
     "json_schema": _json_schema,
+}
+
+
+# -- graders ----------------------------------------------------------------------------------------------------------
+
+
+def _graded(spec: GraderSpec) -> Reward:
+    score = _SCORES[spec.operation or spec.evaluation_metric or ""]
+    return lambda row, answer: float(score(*spec.compared(row, answer)))
+
+
+def _overlap(a: Sequence[str], b: Sequence[str], n: int) -> tuple[int, int, int]:
+    """Count the n-grams of both, those of `a`, and those of `b`."""
+    grams_a, grams_b = (Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (a, b))
+    return (grams_a & grams_b).total(), grams_a.total(), grams_b.total()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _rouge(n: int, text: str, reference: str) -> float:
+    """ROUGE-N (Lin, 2004): the F1 score of n-grams of words."""
+    common, *sizes = _overlap(_words(text), _words(reference), n)
+    return 2 * common / max(sum(sizes), 1)
+
+
+def _gleu(text: str, reference: str) -> float:
+    """GLEU (Wu et al., 2016): precision or recall of all n-grams up to four, whichever is less."""
+    a, b = (re.findall(r"\w+|[^\w\s]", given) for given in (text, reference))
+    found = [_overlap(a, b, n) for n in range(1, 5)]
+    common, of_a, of_b = (sum(counts[i] for counts in found) for i in range(3))
+    return common / max(of_a, of_b, 1)
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> float:
+    """The F1 score of the longest common subsequence: of characters that is rapidfuzz's `ratio`, of words ROUGE-L.
+
+    Bit by bit for all of `a` at once (Hyyrö, 2004): a bit that is 0 in `left` is an element that has been matched.
+    """
+    if not a and not b:
+        return 1.0
+    places: dict[str, int] = {}
+    for i, element in enumerate(a):
+        places[element] = places.get(element, 0) | 1 << i
+    left = every = (1 << len(a)) - 1
+    for element in b:
+        found = left & places.get(element, 0)
+        left = ((left + found) | (left - found)) & every
+    return 2 * (len(a) - left.bit_count()) / (len(a) + len(b))
+
+
+_SCORES: Mapping[str, Callable[[str, str], float]] = {
+    "eq": lambda text, reference: text == reference,
+    "ne": lambda text, reference: text != reference,
+    "like": lambda text, reference: reference in text,
+    "ilike": lambda text, reference: reference.casefold() in text.casefold(),
+    "fuzzy_match": _alike,
+    "gleu": _gleu,
+    **{f"rouge_{n}": partial(_rouge, n) for n in range(1, 6)},
+    "rouge_l": lambda text, reference: _alike(_words(text), _words(reference)),
 }

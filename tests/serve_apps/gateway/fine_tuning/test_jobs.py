@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from loray.catalog import Catalog, Job
 from loray.publishing.user_files import FileWriter
 from loray.schemas.openai.fine_tuning import RECIPE
 from loray.settings import Settings
-from loray.spec import Limits, Principal, TrainSpec
+from loray.spec import Limits, Principal, RlSpec, TrainSpec
 from serve_apps.auth import Authenticator
 from serve_apps.gateway.fine_tuning.jobs import FineTuning
 from tests.cli.documented import blocks
@@ -37,6 +37,11 @@ PAIR = {
     "preferred_output": [{"role": "assistant", "content": "ho"}],
     "non_preferred_output": [{"role": "assistant", "content": "no"}],
 }
+QUESTION = {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}
+SAME = {"type": "string_check", "name": "same", "operation": "eq"}
+SAME |= {"input": "{{ sample.output_text }}", "reference": "{{item.answer}}"}
+ALIKE = {k: v for k, v in SAME.items() if k != "operation"}
+ALIKE |= {"type": "text_similarity", "evaluation_metric": "rouge_l"}
 
 
 def rows(*records: Mapping[str, Any]) -> bytes:
@@ -71,12 +76,17 @@ class Site:
             (folder / PUBLISHED).write_text(json.dumps({"recipe": {}, "event": published}))
 
 
-def make(base: BaseModel, home: Path, access: Callable[[str], Authenticator] = access_of) -> Site:
+def make(
+    base: BaseModel,
+    home: Path,
+    access: Callable[[str], Authenticator] = access_of,
+    served: Collection[str] | None = None,
+) -> Site:
     url = sqlite_catalog(home)
     catalog = Catalog(url)
     catalog.bases.add(base.name, base.fingerprint)
     files, jobs = file_storage(url, home), FakeJobs()
-    tuning = FineTuning(jobs, Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": url}))
+    tuning = FineTuning(jobs, Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": url}), served or {base.name})
     app = gateway_app(base, url, ScriptedEngines(HELLO), access=access(url), files=files, tuning=tuning)
     return Site(app, catalog, jobs, home, base)
 
@@ -210,6 +220,104 @@ async def test_pairs_and_what_the_recipe_has_further(site: Site) -> None:
         assert [one.id async for one in await client.fine_tuning.jobs.list(metadata=wanted)] == [job.id]
 
 
+async def test_answers_are_graded(site: Site) -> None:
+    hyper = {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": 0.5, "compute_multiplier": 1.5}
+    hyper |= {"eval_interval": 5, "eval_samples": 7, "reasoning_effort": "default"}
+    async with openai_of(site.app) as client:
+        file = site.file(rows(QUESTION))
+        given: dict[str, Any] = {"model": site.base.name, "training_file": file, "suffix": "sums"}
+        method: Any = {"type": "reinforcement", "reinforcement": {"grader": SAME, "hyperparameters": hyper}}
+        job = await client.fine_tuning.jobs.create(**given, method=method)
+        recipe = recipe_of(site, job.id)
+        assert isinstance(recipe.objective, RlSpec)
+        assert (recipe.objective.type, recipe.objective.prompts_per_step, recipe.objective.group_size) == ("rl", 6, 12)
+        assert (recipe.num_epochs, recipe.evaluation.interval_steps, recipe.evaluation.max_rows) == (2, 5, 7)
+        assert recipe.objective.reads == ("answer",)
+        assert recipe.optimizer.learning_rate == pytest.approx(0.5 * 1e-4)  # of a base of unknown size
+        assert job.method.type == "reinforcement"
+        assert job.method.reinforcement.grader.model_dump() == SAME
+        assert job.method.reinforcement.hyperparameters.model_dump() == hyper
+
+        site.catalog.jobs.start(job.id)
+        site.jobs.say(job.id, "RUNNING")
+        common = {"step": 1, "num_steps": 2}
+        rollout = {"event": "rollout", **common, "metrics": {"reward_mean": 0.25}}
+        step = {"event": "step", **common, "loss": 0.5, "lr": 1e-4, "reward": 0.25, "num_tokens": 9}
+        held = {"event": "eval", "step": 1, "subject": "adapter", "eval_loss": None, "reward": 0.75}
+        site.run(site.catalog.jobs.get(job.id), held | {"step": 0, "subject": "base"}, rollout, step, held)
+        events = [one async for one in await client.fine_tuning.jobs.list_events(job.id)]
+        assert [one.data for one in events if one.type == "metrics"] == [
+            {"step": 1, "valid_reward_mean": 0.75},
+            {"step": 1, "train_loss": 0.5, "total_steps": 2, "learning_rate": 1e-4},
+            {"step": 1, "train_reward_mean": 0.25, "total_steps": 2},
+            {"step": 0, "valid_reward_mean": 0.75},
+        ]
+
+        further = json.dumps({"objective": {"type": "grpo", "max_tokens": 8}})
+        method = {"type": "reinforcement", "reinforcement": {"grader": ALIKE}}
+        other = await client.fine_tuning.jobs.create(**given, method=method, metadata={RECIPE: further})
+        objective = recipe_of(site, other.id).objective
+        assert isinstance(objective, RlSpec)
+        assert (objective.type, objective.max_tokens, objective.group_size) == ("grpo", 8, 8)
+        assert other.method.reinforcement.grader.model_dump() == ALIKE
+        assert other.method.reinforcement.hyperparameters.eval_interval == "auto"
+
+
+def graded(grader: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    given = {"grader": SAME | (grader or {}), **fields}
+    return {"method": {"type": "reinforcement", "reinforcement": given}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"method": {"type": "reinforcement"}}, "method", "reinforcement has a grader"),
+        (
+            graded({"type": "python", "source": "def grade(): ..."}),
+            "method.reinforcement.grader",
+            "take string_check or",
+        ),
+        (
+            graded({"type": "score_model", "model": "o3"}),
+            "method.reinforcement.grader",
+            "'score_model' is not supported",
+        ),
+        (graded({"type": "multi", "graders": {}}), "method.reinforcement.grader", "'multi' is not supported"),
+        (graded({"operation": "equal"}), "method.reinforcement.grader.operation", "'eq', 'ne', 'like' or 'ilike'"),
+        (graded({"input": "{{sample.output_json}}"}), "method.reinforcement.grader.input", "{{sample.output_text}}"),
+        (graded({"reference": "{{item.right}}"}), "training_file", "line 1: the row has no `right`, which the reward"),
+        (graded(response_format={"type": "json_schema"}), "method.reinforcement.response_format", "leave response_"),
+        (
+            graded(hyperparameters={"reasoning_effort": "low"}),
+            "method.reinforcement.hyperparameters",
+            "leave reasoning",
+        ),
+        (graded(hyperparameters={"compute_multiplier": 0.1}), "method.reinforcement.hyperparameters.compute_", "0.25"),
+        ({"validation_file": "CHAT", **graded()}, "validation_file", "line 1: the row has no `answer`"),
+        ({"training_file": "PAIR", **graded()}, "training_file", "line 1: a row has `messages` or `prompt` for this"),
+    ],
+)
+def test_wrong_graders(site: Site, client: TestClient, fields: dict[str, Any], param: str, message: str) -> None:
+    body = {"model": site.base.name, "training_file": site.file(rows(QUESTION))} | fields
+    for name in ("training_file", "validation_file"):
+        if (row := {"CHAT": CHAT, "PAIR": PAIR}.get(body.get(name, ""))) is not None:
+            body[name] = site.file(rows(row))
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert str(error["param"]).startswith(param), error
+    assert message in error["message"]
+    assert site.jobs.submitted == {}
+
+
+def test_answers_need_a_deployment_of_the_base(base: BaseModel, tmp_path: Path) -> None:
+    site = make(base, tmp_path, served={"other"})
+    with closing(site.catalog), TestClient(site.app, headers={"Authorization": "Bearer -"}) as client:
+        body = {"model": base.name, "training_file": site.file(rows(QUESTION))} | graded()
+        error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
+        assert (error["param"], error["type"]) == ("model", "invalid_request_error")
+        assert f"this one serves other: train one of these, or `loray up {base.name}`" in error["message"]
+        assert client.post("/v1/fine_tuning/jobs", json=body | {"method": {"type": "supervised"}}).status_code == 200
+
+
 async def test_going_on_from_an_adapter(site: Site) -> None:
     described = {"base": site.base.name, "base_fingerprint": site.base.fingerprint}
     site.catalog.adapters.register("tone", digest(1), manifest(1).model_copy(update=described))
@@ -253,7 +361,6 @@ async def test_a_failed_job_says_why(site: Site) -> None:
         ({"validation_file": "file-unknown"}, "validation_file", "there is no file"),
         ({"suffix": "not a name"}, "suffix", "letters"),
         ({"suffix": "BASE"}, "suffix", "base"),
-        ({"method": {"type": "reinforcement"}}, "method", "reinforcement is not supported"),
         ({"method": {"type": "dpo"}}, "training_file", "line 1: a row has `chosen` and `rejected` or"),
         ({"method": {"type": "supervised"}, "hyperparameters": {}}, "hyperparameters", "not beside it too"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "no integrations"),
@@ -370,6 +477,8 @@ async def test_tenants_have_their_own_files_jobs_and_limits(base: BaseModel, tmp
             await ours.fine_tuning.jobs.create(**given)
         assert int(error.value.response.headers["retry-after"]) > 0
         site.catalog.jobs.end(job.id, "succeeded", version=1)
+        grading = {**given, "training_file": site.file(rows(QUESTION), tenant="acme")} | graded()
+        assert (await ours.fine_tuning.jobs.create(**grading)).method.type == "reinforcement"  # no code of a tenant's
         assert (await ours.fine_tuning.jobs.retrieve(job.id)).fine_tuned_model == "tone@1"
         for further in ({"num_workers": 999}, {"publish": {"aliases": ["prod"]}}):
             with pytest.raises(openai.PermissionDeniedError):
