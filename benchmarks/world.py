@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -335,12 +336,14 @@ def until(is_so: Callable[[], bool], name: str, timeout_s: float = _START_S) -> 
 
 def is_healthy(port: int) -> bool:
     """Whether the server at a port of this machine answers /health."""
-    import httpx
-
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
-    except httpx.TransportError:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 # Memory.

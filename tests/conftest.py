@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from loray import priority
 from loray.bases.registry import BaseModel, add_base
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ pytest_plugins = [
 # An example may take as long as a busy machine makes it: no test is about time. The examples are the same in each run.
 settings.register_profile("loray", deadline=None, derandomize=True)
 settings.load_profile("loray")
+
+# An engine in a test's process has the test's priority: in the background it would wait for all that runs beside, for
+# minutes. Before others import it.
+compute_in_background = priority.compute_in_background
+pytest.MonkeyPatch().setattr(priority, "compute_in_background", lambda process=None: None)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

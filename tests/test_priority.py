@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loray.priority import ForegroundTime, YieldGate, compute_in_background, run_soon
+from loray.priority import ForegroundTime, YieldGate, run_soon
+from tests.conftest import compute_in_background
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")

@@ -16,7 +16,7 @@ from benchmarks.serving import batches, cold_start, conversations, host, invocat
 from benchmarks.serving.__main__ import main as serving
 from benchmarks.serving.cases import PRESETS
 from benchmarks.serving.targets import verdicts
-from benchmarks.world import Speed, Steady
+from benchmarks.world import MachineRates, Speed, Steady
 from loray.bases.registry import BaseModel
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -29,7 +29,11 @@ def base(tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch) -
     return base
 
 
-def test_the_engine_in_process_a_server_and_peft_run_the_same_requests(base: BaseModel, tmp_path: Path) -> None:
+def test_the_engine_in_process_a_server_and_peft_run_the_same_requests(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To measure them takes seconds, as in other tests.
+    monkeypatch.setattr("benchmarks.serving.__main__.measure_rates", lambda *_: MachineRates(1e10, 1e11))
     systems = ["--preset", "tiny", "--system", "loray", "--system", "loray-serve", "--peer", "peft", "--repeat", "1"]
     systems += ["--dtype", "float32"]
     file = tmp_path / "serving.json"

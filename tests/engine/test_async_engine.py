@@ -25,6 +25,7 @@ from loray.engine.metrics import EngineStats
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, Overloaded, RequestError, StoreError
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
+from tests.conftest import compute_in_background
 from tests.fixtures.engines import hold, make_engine, request, run
 from tests.fixtures.peft_adapters import Adapters
 
@@ -283,5 +284,11 @@ def test_a_stop_in_a_turn_is_not_slept_through(stream: AsyncEngine) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-def test_steps_run_in_the_background(stream: AsyncEngine) -> None:
-    assert stream.call(lambda: os.sched_getscheduler(threading.get_native_id())).result(60) == os.SCHED_IDLE
+def test_steps_run_in_the_background(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.engine.async_engine.compute_in_background", compute_in_background)
+    stream = AsyncEngine(make_engine(base, num_threads=1))
+    stream.start()
+    try:
+        assert stream.call(lambda: os.sched_getscheduler(threading.get_native_id())).result(60) == os.SCHED_IDLE
+    finally:
+        stream.stop()

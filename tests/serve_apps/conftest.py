@@ -31,14 +31,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 @pytest.fixture
-def conversions_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The API's conversions have the priority of tests: beside other ones, what computes in the background would wait
-    for minutes.
-    """
-    monkeypatch.setattr("serve_apps.api.conversions.compute_in_background", lambda process: None)
-
-
-@pytest.fixture
 def loray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loray:
     for name in ("LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

@@ -96,9 +96,9 @@ REAL_ROPE = RopeParameters(rope_type="linear", rope_theta=100000.0, factor=2.0)
 REAL_CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "lora-8": (LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION), None),
     "lora-16": (LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"]), None),
-    "lora-32": (LoraConfig(r=32, lora_alpha=16, target_modules=ATTENTION), None),
+    "lora-32": (LoraConfig(r=32, lora_alpha=16, target_modules=["v_proj", "o_proj"]), None),
     "lora-64": (LoraConfig(r=64, lora_alpha=16, target_modules=ALL), None),
-    "rslora-16": (LoraConfig(r=16, lora_alpha=4, use_rslora=True, target_modules=ALL), None),
+    "rslora-16": (LoraConfig(r=16, lora_alpha=4, use_rslora=True, target_modules=["o_proj", "down_proj"]), None),
     "vera-256": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-256b": (VeraConfig(r=256, target_modules=ATTENTION, save_projection=False), None),
     "vera-all": (VeraConfig(r=128, target_modules=ALL, save_projection=False), None),

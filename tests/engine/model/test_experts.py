@@ -25,6 +25,7 @@ from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.spec import RopeParameters
 from loray.train.model import load_model
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.forked_workers import ForkedWorkers
 from tests.fixtures.parity import Case, check_mixed_batch
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, Oracle, make_adapter, make_adapters
 
@@ -100,7 +101,7 @@ def test_ranks_give_what_one_gives(tiny_base: Callable[..., BaseModel], tmp_path
     one = make_engine(base, adapters, num_threads=1)
     alone = Spy(one)
     expected = run(one, requests, together=True)
-    engine = make_engine(base, adapters, tensor_parallel_size=2, num_threads=1)
+    engine = make_engine(base, adapters, workers=ForkedWorkers, tensor_parallel_size=2, num_threads=1)
     try:
         together = Spy(engine)
         assert run(engine, requests) == expected

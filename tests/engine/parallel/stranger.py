@@ -1,19 +1,14 @@
-"""Who reaches an engine's ports and does not know its secret: tries what makes others run a program.
-
-`python -m tests.engine.parallel.stranger HOST PORT PID MARKER`: HOST and PORT of the meeting, PID of rank 0. Writes a
-line once it has tried the meeting, and goes on with each port that opens until its input ends.
-"""
+"""Who reaches an engine's ports and does not know its secret: tries what makes others run a program."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import socket
-import sys
-import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection
 
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -42,21 +37,17 @@ def ports(pid: int, host: str) -> set[int]:
     return found
 
 
-def main(host: str, port: int, pid: int, marker: str) -> None:
+def attack(host: str, port: int, pid: int, marker: str, told: Connection) -> None:
+    """`host` and `port` of the meeting, `pid` of rank 0. Tells when it has tried the meeting, goes on with each port
+    that opens until it is told something, and tells how many they were.
+    """
     program = pickle.dumps(Program(marker))
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
     for name in ("joined-1", "control/0", "control/1", "data/0", "data/1", "control/0/0", "control/rank_0"):
         store.set(name, program)
     tried: dict[int, list[socket.socket]] = {}
-    ends = threading.Event()
-
-    def until_input_ends() -> None:
-        sys.stdin.read()
-        ends.set()
-
-    threading.Thread(target=until_input_ends, daemon=True).start()
     has_told = False
-    while not ends.is_set():
+    while not told.poll():
         for opened in ports(pid, host) - tried.keys():
             tried[opened] = []
             for sent in (program, len(program).to_bytes(8, "little") + program, b"\xff" * 64, b""):
@@ -64,11 +55,7 @@ def main(host: str, port: int, pid: int, marker: str) -> None:
                     tried[opened].append(socket.create_connection((host, opened), timeout=5))
                     tried[opened][-1].sendall(sent)
         if not has_told:
-            print("tried", flush=True)
+            told.send("tried")
             has_told = True
         time.sleep(0.001)
-    print(len(tried), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    told.send(len(tried))

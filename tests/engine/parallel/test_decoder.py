@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from peft import IA3Config, LoraConfig, MissConfig, RoadConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.async_engine import AsyncEngine
-from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.memory.blocks import Geometry
 from loray.engine.parallel.communicator import Communicator
@@ -32,10 +31,11 @@ from loray.engine.pool.pool import Pool
 from loray.errors import EngineError, RankLost, SpecError, UnsupportedError
 from loray.methods.road import RoadWeights
 from loray.methods.weights import AdapterWeights, ModuleKey
-from loray.spec import Constraint, RopeParameters, ServeSpec
+from loray.spec import Constraint, RopeParameters
 from loray_kernels import KvLayout
-from tests.conftest import REPOSITORY
+from tests.engine.parallel.stranger import attack
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.forked_workers import ForkedWorkers
 from tests.fixtures.guesses import Told
 from tests.fixtures.parity import configs_for
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
@@ -98,7 +98,8 @@ def world(
     base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
     adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), configs_for(base, ADAPTERS))
     # Small, so that adapters leave and come back, and gaps are closed. An adapter is not much smaller on more ranks.
-    engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=12 * size << 14)
+    spec: dict[str, Any] = {"tensor_parallel_size": size, "num_threads": 1, "pool_bytes": 12 * size << 14}
+    engine = make_engine(base, adapters, workers=ForkedWorkers, **spec)
     yield World(base, adapters, engine)
     engine.close()
 
@@ -232,8 +233,9 @@ def test_ranks_have_their_heads_of_keys_and_values_in_int8(tiny_base: Callable[.
     base = tiny_base("Qwen3ForCausalLM", num_attention_heads=8, num_key_value_heads=4)
     adapters = make_adapters(base, tmp_path, {"r6": ADAPTERS["r6"]})
     requests = for_each([None, *adapters], max_tokens=8)
-    one = make_engine(base, adapters, num_threads=1, kv_cache_dtype="int8")
-    two = make_engine(base, adapters, num_threads=1, kv_cache_dtype="int8", tensor_parallel_size=2)
+    spec: dict[str, Any] = {"num_threads": 1, "kv_cache_dtype": "int8"}
+    one = make_engine(base, adapters, **spec)
+    two = make_engine(base, adapters, workers=ForkedWorkers, tensor_parallel_size=2, **spec)
     try:
         assert two.pool.geometry.num_tokens == one.pool.geometry.num_tokens
         alone, together = Spy(one), Spy(two)
@@ -323,38 +325,32 @@ def test_a_stranger_runs_nothing_takes_no_place_and_the_engine_starts(
     tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:
     base, marker = tiny_base(), tmp_path / "ran"
-    strangers: list[subprocess.Popen[str]] = []
+    context = multiprocessing.get_context("forkserver")
+    connection, told = context.Pipe()
+    strangers: list[BaseProcess] = []
 
-    class Attacked(LocalWorkers):
+    class Attacked(ForkedWorkers):
         """The other ranks start when the stranger has tried the meeting."""
 
         def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
-            arguments = [args[0].host, str(args[0].port), str(os.getpid()), str(marker)]
-            command = [sys.executable, "-W", "ignore", "-m", "tests.engine.parallel.stranger", *arguments]
-            stranger = subprocess.Popen(
-                command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            strangers.append(stranger)
-            assert stranger.stdout is not None
-            assert stranger.stdout.readline() == "tried\n"
+            meeting = args[0].host, args[0].port, os.getpid(), str(marker)
+            strangers.append(context.Process(target=attack, args=(*meeting, told)))
+            strangers[0].start()
+            assert connection.recv() == "tried"
             super().__init__(args, base)
 
         own_address = staticmethod(own_address)
 
-    fields = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20, "itl_slo_ms": 1e9}
     asked = [request("r", prompts(1)[0], max_tokens=4)]
     try:
-        spec = ServeSpec(**fields, tensor_parallel_size=2, num_threads=1)
-        engine = build_engine(spec, base, None, None, Attacked)  # type: ignore[arg-type]
+        engine = make_engine(base, workers=Attacked, tensor_parallel_size=2, num_threads=1)
         try:
-            engine.warm_up()
-            expected = run(make_engine(base, num_threads=1), asked)
-            assert run(engine, asked) == expected
+            assert run(engine, asked) == run(make_engine(base, num_threads=1), asked)
         finally:
             engine.close()
     finally:
-        (stranger,) = strangers
-        out, _ = stranger.communicate("", timeout=60)
-    assert int(out) >= 3, "the meeting, and two groups of rank 0"
-    assert stranger.returncode == 0
+        connection.send("end")
+        strangers[0].join(60)
+    assert connection.recv() >= 3, "the meeting, and two groups of rank 0"
+    assert strangers[0].exitcode == 0
     assert not marker.exists()

@@ -178,7 +178,7 @@ def test_a_trainer_that_was_killed_goes_on(home: Path, is_due: bool) -> None:
             ours = await steps(trainer, "one", range(2))
             await trainer.submit("one", 5, learn("one", 2))
             while trainer._models["one"].next_seq < 6:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             async with trainer._changing:  # after the snapshot
                 pass
         async with running() as trainer:  # a gradient that no step has used

@@ -19,6 +19,7 @@ from loray.errors import DeadlineExceeded, LorayError, RateLimited, UnsupportedE
 from loray.publishing.convert import command_of, environment_of, raise_failure
 from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
+from tests.conftest import compute_in_background
 from tests.fixtures.api import Api
 
 STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); sys.stdin.read()'
@@ -93,7 +94,11 @@ def test_a_client_that_leaves_ends_the_process(make: Callable[..., Any], tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes have no such priority")
-def test_a_process_computes_in_the_background_from_its_start(make: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_process_computes_in_the_background_from_its_start(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_apps.api.conversions.compute_in_background", compute_in_background)
+
     async def run() -> int:
         running = asyncio.ensure_future(make(tmp_path / "pid"))
         while not is_written(tmp_path / "pid"):

@@ -96,7 +96,6 @@ def test_a_conversion_takes_no_more_than_its_part(
     assert asked == [4 << 30, 8 << 30]
 
 
-@pytest.mark.usefixtures("conversions_at_once")
 def test_a_conversion_beside_which_there_is_nothing_left_is_the_only_one(
     api: Api, base: BaseModel, peft_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("conversions_at_once")
 def test_every_form(
     api: Api, client: CatalogClient, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, scratch: Path
 ) -> None:
@@ -55,7 +54,6 @@ def test_every_form(
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.usefixtures("conversions_at_once")
 def test_forms_that_cannot_be_made(
     api: Api, client: CatalogClient, tone: AdapterVersion, tmp_path: Path, scratch: Path
 ) -> None:
