@@ -1,4 +1,4 @@
-// The loops of a product's tiles: compiled once for each product, in a source of its own.
+// The loops of a product's tiles: compiled once for each product, in plain.cpp or quantized.cpp.
 #pragma once
 
 #include "linear.h"
@@ -16,8 +16,8 @@ __attribute__((noinline, flatten)) static void tile(const Product& product,
 }
 
 template <int NV, int NT, class Product>
-static inline void tile_of(const Product& product, i64 count, const Inputs<typename Product::Operand>& inputs, i64 token,
-                           const char* panel, PanelFetch& fetch, float* sums) {
+static inline void tile_of(const Product& product, i64 count, const Inputs<typename Product::Operand>& inputs,
+                           i64 token, const char* panel, PanelFetch& fetch, float* sums) {
     if (count == NT)
         tile<NT, NV>(product, inputs, token, panel, fetch, sums);
     else if constexpr (NT > 1)
