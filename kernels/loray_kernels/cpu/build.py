@@ -28,9 +28,10 @@ import torch
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
+# Those that take longest come first.
 _SOURCES = (
-    *("attention.cpp", "causal.cpp", "experts.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp"),
-    "vera.cpp",
+    *("attention.cpp", "quantized.cpp", "plain.cpp", "causal.cpp", "linear.cpp", "lora.cpp", "vera.cpp", "layer.cpp"),
+    *("rows.cpp", "experts.cpp", "sample.cpp"),
 )
 # No contraction and no fast math: values are rounded only where the sources say.
 _FLAGS = (

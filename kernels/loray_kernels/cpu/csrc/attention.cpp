@@ -132,24 +132,22 @@ struct Attention {
                 take_keys<P, Q>(w.keys + j, at, layout.block_tokens, n, d, fetch);
             for (i64 i = 0; i < n; i++) values[j + i] = values_of(block, head) + (position + i) * width();
         });
-        const auto attended = [&](auto score, auto add) {
-            attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add, beside);
-        };
-        const auto with_values = [&](auto add) {
-            if (!in_place) return attended(packed_keys(w, num, d), add);
-            const auto read_keys = [&](const typename P::Unit* of, i64 count) {
+        const bool values_there = values_in_place(rows);
+        if (!values_there) P::pack_values(w.values, values, num, d, fetch);
+        // One function for each, whose branches cost less than the code of all their pairs.
+        const auto score = [&](const typename P::Unit* of, i64 count) {
+            if (in_place)
                 product_of_keys<P, Q>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT,
                                       w.scores, count, fetch);
-            };
-            attended(read_keys, add);
+            else
+                packed_keys(w, num, d)(of, count);
         };
-        if constexpr (P::PER_UNIT == 1)
-            if (values_in_place(rows))
-                return with_values([&](const float* weights, float* sums, i64 count) {
-                    product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
-                });
-        P::pack_values(w.values, values, num, d, fetch);
-        with_values(packed_values(w, num, d));
+        const auto add = [&](const typename P::Unit* weights, float* sums, i64 count) {
+            if constexpr (P::PER_UNIT == 1)
+                if (values_there) return product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
+            packed_values(w, num, d)(weights, sums, count);
+        };
+        attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale, score, add, beside);
     }
 
     // Adds keys [key, key + num) of an item and their values to what is prefetched. All keys of a block of the pool share

@@ -47,8 +47,8 @@ static void pack_integers(const uint8_t* q, const float* scales, const float* ze
 
 template <class T, class Y>
 void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, int threads, Meanwhile meanwhile) {
-    const auto put = [&](i64 t, i64 column, auto n, Vec sums) {
-        store_n(y + t * w.out + column, rounded(sums, x), n);
+    const auto put = [y, width = w.out](i64 t, i64 column, auto n, Vec sums) {
+        store_n(y + t * width + column, rounded(sums, (const T*)nullptr), n);
     };
     if (w.bits == 8)
         linear_of_integers<8>(x, x_stride, num_tokens, w, put, threads, meanwhile);

@@ -29,8 +29,8 @@ static const T* const* rows_of(const T* pool, const Rows& rows, i64 width, i64 f
 
 template <class T>
 void vera_shrink(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& matrix, float* z, int threads) {
-    linear_of(x, x_stride, matrix, [&](i64 t, i64 column, auto n, Vec sums) {
-        store_n(z + t * matrix.out + column, sums, n);
+    linear_of(x, x_stride, matrix, [z, width = matrix.out](i64 t, i64 column, auto n, Vec sums) {
+        store_n(z + t * width + column, sums, n);
     })(num_tokens, threads);
 }
 
@@ -43,7 +43,7 @@ static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 f
     const T* const* d_rows = rows_of(pool, d, rank, first, num_tokens, memory[0]);
     const T* const* b_rows = rows_of(pool, b, matrix.out, first, num_tokens, memory[1]);
     T* scaled = (T*)memory[2].get(num_tokens * rank * sizeof(T));
-    const auto expand = linear_of((const T*)scaled, rank, matrix, [&](i64 t, i64 column, auto n, Vec sums) {
+    const auto expand = linear_of((const T*)scaled, rank, matrix, [=](i64 t, i64 column, auto n, Vec sums) {
         T* to = y + t * y_stride + column;
         store_n(to, load_n(to, n) + sums * load_n(b_rows[t] + column, n), n);
     });

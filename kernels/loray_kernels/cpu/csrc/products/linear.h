@@ -91,10 +91,6 @@ struct PanelFetch {
     }
 };
 
-// A function with the loops of a tile: one for all that is done with its sums, into which all it calls is inlined, so that
-// sums stay in registers.
-#define TILE __attribute__((noinline, flatten))
-
 // The inputs of the tokens from `first` on, `stride` apart.
 template <class Operand>
 struct Inputs {
@@ -189,6 +185,12 @@ struct PlainProduct {
     }
 };
 
+// The sums of `count` tokens from `token` on with the first `num_vectors` vectors of a panel: VECTORS, or 1. Whatever is
+// done with them: a tile takes long to compile. See tile.h.
+template <class Product>
+void sums_of(const Product& product, i64 count, i64 num_vectors, const Inputs<typename Product::Operand>& inputs,
+             i64 token, const char* panel, PanelFetch& fetch, float* sums);
+
 // put(t, column, n, sums) takes the outputs of token t from `column` on; n as in `vectors`.
 template <class T, class Product, class Put>
 struct Linear {
@@ -199,33 +201,12 @@ struct Linear {
 
     using Operand = typename Product::Operand;
 
-    // The first NV vectors of a panel; only the last panel may have fewer than all.
-    template <int NT, int NV>
-    TILE void tile(const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column, PanelFetch& fetch) const {
-        Vec sums[NT][NV];
-        product.template multiply<NT, NV>(inputs, token, panel, fetch, sums);
-        if (column + NV * W <= w.out)
-            finish<NT, NV>(sums, token, column, [](int) { return Whole{}; });
-        else
-            finish<NT, NV>(sums, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
-    }
-
-    // `width(v)`: the number of outputs in vector v.
-    template <int NT, int NV, class F>
-    inline void finish(const Vec (&sums)[NT][NV], i64 token, i64 column, F width) const {
-        each<NV>([&](auto v) {
-            const Vec add = w.bias ? load_n(w.bias + column + v * W, width(v)) : zero();
-            each<NT>([&](auto t) { put(token + t, column + v * W, width(v), sums[t][v] + add); });
-        });
-    }
-
-    template <int NV, int NT = TOKENS>
-    inline void tile_of(i64 count, const Inputs<Operand>& inputs, i64 token, const char* panel, i64 column,
-                        PanelFetch& fetch) const {
-        if (count == NT)
-            tile<NT, NV>(inputs, token, panel, column, fetch);
-        else if constexpr (NT > 1)
-            tile_of<NV, NT - 1>(count, inputs, token, panel, column, fetch);
+    // One vector of outputs of each token; the sums of neighbouring tokens are `num_vectors` vectors apart.
+    template <class N>
+    inline void finish(const float* sums, i64 num_vectors, i64 count, i64 token, i64 column, N n) const {
+        const Put own = put;  // which its stores cannot change, as a compiler sees
+        const Vec add = w.bias ? load_n(w.bias + column, n) : zero();
+        for (i64 t = 0; t < count; t++) own(token + t, column, n, load(sums + t * num_vectors * W) + add);
     }
 
     // Tokens [inputs.first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full
@@ -237,12 +218,18 @@ struct Linear {
         PanelFetch fetch = {weights + (tiles == 1 ? AHEAD : size), ceil_div(ceil_div(Product::FETCHED, 64), tiles), rows,
                             min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
+        const i64 num_vectors = p * COLUMNS + W < w.out ? VECTORS : 1;  // only the last panel may have fewer than all
+        alignas(64) float sums[TOKENS * COLUMNS];
         for (i64 i = 0, t = inputs.first; i < tiles; i++) {
             const i64 count = Product::WHOLE_TILES ? min_(TOKENS, last - t) : num / tiles + (i < num % tiles);
-            if (p * COLUMNS + W < w.out)
-                tile_of<VECTORS>(count, inputs, t, weights, p * COLUMNS, fetch);
-            else
-                tile_of<1>(count, inputs, t, weights, p * COLUMNS, fetch);
+            sums_of(product, count, num_vectors, inputs, t, weights, fetch, sums);
+            for (i64 v = 0; v < num_vectors; v++) {
+                const i64 column = p * COLUMNS + v * W, left = w.out - column;
+                if (left >= W)
+                    finish(sums + v * W, num_vectors, count, t, column, Whole{});
+                else if (left > 0)
+                    finish(sums + v * W, num_vectors, count, t, column, left);
+            }
             t += count;
         }
     }

@@ -290,9 +290,9 @@ constexpr int few_vectors(i64 rows) { return W < 16 && rows <= FEW ? 2 * VECTORS
 constexpr i64 STEPS = 4;  // of a sum between two calls of Fetch::some
 constexpr i64 UNITS = 2;  // of keys; a unit of four vectors of keys takes two or four cache lines
 
-// The same for any number of rows and any multiple of W columns.
+// The same for any number of rows and any multiple of W columns: its tiles are compiled once for all its callers.
 template <class P>
-static inline void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
+__attribute__((noinline)) static void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
                            float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
     if (W < 16 && rows <= FEW)
         tile_columns<P, 2 * VECTORS, FEW>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
