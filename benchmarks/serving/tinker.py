@@ -45,8 +45,12 @@ def main() -> None:
     client = _CLIENT.read_text(encoding="utf-8")
     command = [args.python, "-W", "ignore", "-c", client, args.url, args.base, str(args.steps)]
     pipe = subprocess.PIPE
+    cluster = current_cluster(Settings.from_env().home)
+    if cluster is None:
+        raise SystemExit("no cluster runs in this LORAY_HOME: `loray up` first")
+    os.environ.update(cluster.client_env)
     with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True, bufsize=1) as running:
-        told, computing_s = asyncio.run(passes_beside(running, args.base))
+        told, computing_s = asyncio.run(passes_beside(running, args.base, cluster.gcs_address))
     sys.stdout.write(json.dumps(describe_machine() | summary(told, computing_s), indent=2) + "\n")
 
 
@@ -63,6 +67,7 @@ def summary(told: dict[str, Any], computing_s: list[float]) -> dict[str, Any]:
         "times_faster": mixed["steps_per_s"] / turns["steps_per_s"],
         "longest_wait_of_median": max(map(max, mixed["seconds"])) / statistics.median(medians),
         "loss_difference_to_a_lone_client": max(abs(a - b) for a, b in zip(of_eight, lone, strict=True)),
+        "pass_s": statistics.median(told["pass_s"]),
         "overhead_of_a_pass_s": statistics.median(told["pass_s"]) - statistics.median(computing_s),
         "first_token_s": quantiles(told["first_token_s"]),
         "publish_to_first_token_s": quantiles(told["publish_to_first_token_s"]),
@@ -73,21 +78,17 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {name: float(np.quantile(seconds, q)) for name, q in (("p50", 0.5), ("p99", 0.99))}
 
 
-async def passes_beside(client: subprocess.Popen[str], base: str) -> tuple[dict[str, Any], list[float]]:
+async def passes_beside(client: subprocess.Popen[str], base: str, address: str) -> tuple[dict[str, Any], list[float]]:
     """Return what the client tells, and the seconds of its pass where this process asks the trainer's actor, in turn
     with the client, less those of two calls of the actor.
     """
     assert client.stdin is not None
     assert client.stdout is not None
-    cluster = current_cluster(Settings.from_env().home)
-    if cluster is None:
-        raise SystemExit("no cluster runs in this LORAY_HOME: `loray up` first")
-    os.environ.update(cluster.client_env)
     import ray
 
     from jobs.trainer import trainer_of
 
-    ray.init(address=cluster.gcs_address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     tokens = np.arange(100, 100 + NUM_TOKENS + 1)
     row = Datum(tokens[:-1], tokens[1:])
     trainer: Any = None
