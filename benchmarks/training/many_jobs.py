@@ -22,13 +22,12 @@ import click
 
 from benchmarks.options import one_or_more
 from benchmarks.report import Report, machine_line
-from benchmarks.world import describe_machine, run_loray, watch
+from benchmarks.world import describe_machine, run_loray
 
 BASE = "smollm2"
 _TARGET = 5.0
 COLUMNS = (
     *("adapters", "one job, s\t.0f", "published", "commands", "one after the other, s\t.0f", "ratio\t.2f", "target"),
-    "others' cores\t.2f",
 )
 
 
@@ -77,30 +76,29 @@ def main(argv: Sequence[str] | None = None) -> Report:
     rows = home / "data" / "customers"
     run_loray(home, "base", "add", BASE)
     try:
-        with watch() as disturbance:
-            together = timed(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
-            num_published = len(list((home / "runs").glob("customer-c*/*/published.json")))
-            click.echo(f"{args.adapters} adapters in one job: {together:.0f} s")
-            alone = 0.0
-            for number in range(args.alone):
-                file = rows / f"c{number}.jsonl"
-                alone += timed(
-                    home,
-                    "train",
-                    str(recipe),
-                    "--set",
-                    f"name=alone-{number}",
-                    "--set",
-                    f"data.train={file}",
-                    "--no-plan",
-                )
-                click.echo(f"{number + 1} of {args.alone} commands: {alone:.0f} s")
+        together = timed(home, "train", str(recipe), "--each", str(rows / "*.jsonl"), "--no-plan")
+        num_published = len(list((home / "runs").glob("customer-c*/*/published.json")))
+        click.echo(f"{args.adapters} adapters in one job: {together:.0f} s")
+        alone = 0.0
+        for number in range(args.alone):
+            file = rows / f"c{number}.jsonl"
+            alone += timed(
+                home,
+                "train",
+                str(recipe),
+                "--set",
+                f"name=alone-{number}",
+                "--set",
+                f"data.train={file}",
+                "--no-plan",
+            )
+            click.echo(f"{number + 1} of {args.alone} commands: {alone:.0f} s")
     finally:
         run_loray(home, "down")  # the cluster that the first command has started
     scaled = alone * args.adapters / args.alone
     ratio = scaled / together
     target = f"≥ {_TARGET:g}" + ("" if ratio >= _TARGET else " MISSED")
-    line = [args.adapters, together, num_published, args.alone, scaled, ratio, target, disturbance.cores]
+    line = [args.adapters, together, num_published, args.alone, scaled, ratio, target]
     report = Report(machine, COLUMNS, [line], " ".join(argv or sys.argv[1:]))
     click.echo(report.text())
     report.write(args.json)
