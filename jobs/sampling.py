@@ -46,7 +46,7 @@ class Sampler:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, GATEWAY, self._application)
             response = getattr(self._handle, method).remote(*arguments)
         except (RayServeException, KeyError) as e:  # KeyError: there is no such application
-            raise SpecError(f"nothing is served in this Ray cluster ({e}); `loray up BASE` there first") from e
+            raise SpecError(f"nothing is served in this Ray cluster ({e}); `loray up --base BASE` there first") from e
         try:
             return await response
         except asyncio.CancelledError:

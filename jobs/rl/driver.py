@@ -281,7 +281,7 @@ async def _check_served(sampler: Sampler, base: BaseModel, prompt: Prompt, tenan
     except (SpecError, NotFoundError) as e:
         raise SpecError(
             f"answers are sampled by the deployment of {base.name}, and this cluster has none ({e}): "
-            f"`loray up {base.name}` in this cluster first"
+            f"`loray up --base {base.name}` in this cluster first"
         ) from e
 
 

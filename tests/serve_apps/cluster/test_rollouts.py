@@ -111,7 +111,7 @@ def test_a_run_publishes_samples_and_retires(served: Served, run: Run, holder: s
 def test_wrong_calls_fail_as_in_the_gateway(run: Run) -> None:
     with pytest.raises(RequestError, match="ask for 1 to 1024"):
         run.sample(0, num_samples=0)
-    with pytest.raises(SpecError, match="`loray up BASE` there first"):
+    with pytest.raises(SpecError, match="`loray up --base BASE` there first"):
         run.sample(0, "no-such-application")
 
 

@@ -314,7 +314,7 @@ def test_answers_need_a_deployment_of_the_base(base: BaseModel, tmp_path: Path) 
         body = {"model": base.name, "training_file": site.file(rows(QUESTION))} | graded()
         error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
         assert (error["param"], error["type"]) == ("model", "invalid_request_error")
-        assert f"this one serves other: train one of these, or `loray up {base.name}`" in error["message"]
+        assert f"this one serves other: train one of these, or `loray up --base {base.name}`" in error["message"]
         assert client.post("/v1/fine_tuning/jobs", json=body | {"method": {"type": "supervised"}}).status_code == 200
 
 
