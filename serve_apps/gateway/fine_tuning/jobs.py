@@ -84,7 +84,8 @@ class FineTuning:
         if isinstance(recipe.objective, RlSpec) and self._served is not None and recipe.base not in self._served:
             raise RequestError(
                 f"answers are sampled by the deployment of {recipe.base}, and this one serves "
-                f"{', '.join(self._served)}: train one of these, or `loray up --base {recipe.base}` in this cluster first",
+                f"{', '.join(self._served)}: train one of these, or `loray up --base {recipe.base}` in this cluster "
+                "first",
                 "model",
             )
         if recipe.publish.aliases:
