@@ -116,7 +116,7 @@ def test_every_method_is_what_peft_makes_of_it(
         )
         assert e.value == pytest.approx(exp(loss), rel=1e-5), e
     values = {e.subject: e.value for e in measured if e.context_length == 64}
-    assert abs(values["adapter"] / values["base"] - 1) > 0.01, "the adapter does next to nothing: nothing is shown"
+    assert abs(values["adapter"] / values["base"] - 1) > 0.005, "the adapter does next to nothing: nothing is shown"
 
 
 def test_a_model_in_training_is_measured_dense_and_left_as_it_was(base: BaseModel) -> None:
