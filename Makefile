@@ -9,9 +9,8 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# Everything on a CPU that needs no Ray cluster. The tests of commands and servers often wait; the others take what these
-# leave of two cores. All are begun at once, since the last one would be alone with two cores. The output comes when a
-# part has ended.
+# Everything on a CPU that needs no Ray cluster. All parts are begun at once, since one that is alone leaves a core idle;
+# the longest, which also compiles kernels, comes before the others. The output comes when a part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
@@ -23,13 +22,13 @@ test-numeric: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
 test-kernels: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow" $(KERNELS)
 
 test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
 
 # Jobs, deployments and whole loops on one Ray cluster of this machine. Only files with such a test: to import the others
 # takes seconds.
