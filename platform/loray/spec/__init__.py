@@ -139,6 +139,7 @@ from loray.spec.objectives import (
     SftSpec,
     SimpoSpec,
     Teaching,
+    lacking,
 )
 from loray.spec.rollouts import ROLLOUT_PRIORITY, SampleCall, SampledBase, SampledSequence, SampleResult, TopLogprobs
 from loray.spec.serving import (
@@ -357,6 +358,7 @@ __all__ = [
     "format_size",
     "has_ended",
     "is_engine",
+    "lacking",
     "meanings",
     "parse_size",
     "printable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -345,8 +345,14 @@ class GraderSpec(Frozen):
         return next(filled), next(filled)
 
 
+def lacking(needed: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """Say which of the fields that a reward reads a row does not have; None: it has all."""
+    missing = next((name for name in needed if row.get(name) is None), None)
+    return None if missing is None else f"the row has no `{missing}`, which the reward reads"
+
+
 class RewardSpec(Frozen):
-    """What an answer is worth, as `loray.train.rl.rewards` computes it.
+    """Says what an answer is worth, as `loray.train.rl.rewards` computes it.
 
     builtin      exact: the answer is the row's `field`; contains: it has it in it; number: its first number is `field`,
                  and nothing but a full stop follows; regex: `pattern` is found in it, and with a `field` its first
@@ -507,7 +513,7 @@ class RlSpec(_ObjectiveSpec):
 
     @property
     def runs_code(self) -> str | None:
-        """What the recipe has imported, where that is no part of loray."""
+        """Name what the recipe has imported, where that is no part of loray."""
         return self.environment if self.reward is None else self.reward.function
 
 

@@ -34,6 +34,7 @@ from loray.spec import (
     Principal,
     RlSpec,
     TrainSpec,
+    lacking,
     qualified_name,
     split_qualified,
 )
@@ -183,7 +184,7 @@ class FineTuning:
 
 
 def model_of(principal: Principal, job: Job) -> str | None:
-    """By which name the caller can ask for what the job has published; None where it has published nothing."""
+    """Find by which name the caller can ask for what the job has published; None where it has published nothing."""
     if job.version is None:
         return None
     tenant, name = split_qualified(job.name)
@@ -201,7 +202,7 @@ def _error(job: Job) -> FineTuningError:
 
 
 def _after(items: list[T], after: str | None) -> list[T]:
-    """Those behind the item of this id. Raises RequestError where there is none."""
+    """Return those behind the item of this id. Raises RequestError where there is none."""
     if after is None:
         return items
     for number, item in enumerate(items):
@@ -245,6 +246,4 @@ def _problem(line: bytes, recipe: TrainSpec) -> str | None:
     if not any(all(column in row or others.of(column) in row for column in columns) for columns in forms):
         known = " or ".join(" and ".join(f"`{column}`" for column in columns) for columns in forms)
         return f"a row has {known} for this method, and this one has {', '.join(map(shown, row)) or 'nothing'}"
-    if missing := [name for name in needed if row.get(name) is None]:
-        return f"the row has no `{missing[0]}`, which the reward reads"
-    return None
+    return lacking(needed, row)

@@ -40,7 +40,7 @@ from loray.train.sequence import SequenceGroup
 
 
 class _Shared:
-    """What all modules of a bank read: the rows of the pass."""
+    """Holds what all modules of a bank read: the rows of the pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.rows: Rows | None = None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from loray.errors import DataError, SpecError
-from loray.recipes.sources import Copy, find_files
-from loray.spec import ColumnNames, DataSource, DataSpec
+from loray.recipes.sources import Copy, SourceFiles, find_files
+from loray.spec import ColumnNames, DataSource, DataSpec, lacking
 from loray.train.data.formats import file_column, messages_of, text_of
 from loray.train.data.read import BadRow, RowFile, cut, located, read_head, read_parts, records_of
 from loray.train.data.rows import held_out_documents, num_held_out
@@ -33,7 +33,7 @@ class Prompts(NamedTuple):
 
 
 class Speech:
-    """What is said to a model as tokens, by its chat template; without one, or with `raw`, as it stands."""
+    """Turns what is said to a model into tokens, by its chat template; without one, or with `raw`, as it stands."""
 
     def __init__(self, tokenizer: Any, *, raw: bool = False, system: str | None = None) -> None:
         check_tokenizer(tokenizer)
@@ -93,10 +93,17 @@ def read_prompts(
     """Read the rows of `spec.train` and `spec.eval`, or hold `eval_fraction` of the first out. `needed`: the fields
     that a reward reads of each. Raises DataError, also where a prompt has more than `max_length` tokens.
     """
-    how = (spec, speech, max_length, needed, fetched)
-    train = [prompt for source in spec.train_sources for prompt in _weighed(source, *how)]
+
+    def read(source: DataSource) -> list[Prompt]:
+        return _read(find_files(source.path, fetched.get(source.path)), spec, speech, max_length, needed)
+
+    train: list[Prompt] = []
+    for source in spec.train_sources:
+        if source.weight != 1:
+            raise SpecError(f"prompts are drawn one after the other: leave the weight of {source.path} out")
+        train += read(source)[: spec.max_rows]
     if spec.eval is not None:
-        held_out = [prompt for source in spec.eval_sources for prompt in _read(source, *how)]
+        held_out = [prompt for source in spec.eval_sources for prompt in read(source)]
     elif spec.eval_fraction and len(train) > 1:
         chosen = held_out_documents(len(train), num_held_out(len(train), spec.eval_fraction), seed)
         held_out = [train[i] for i in chosen]
@@ -106,29 +113,11 @@ def read_prompts(
     return Prompts(tuple(train), tuple(held_out[:max_eval_rows]))
 
 
-def _weighed(
-    source: DataSource,
-    spec: DataSpec,
-    speech: Speech,
-    max_length: int,
-    needed: Sequence[str],
-    fetched: Mapping[str, Copy],
-) -> list[Prompt]:
-    if source.weight != 1:
-        raise SpecError(f"prompts are drawn one after the other: leave the weight of {source.path} out")
-    return _read(source, spec, speech, max_length, needed, fetched)[: spec.max_rows]
-
-
 def _read(
-    source: DataSource,
-    spec: DataSpec,
-    speech: Speech,
-    max_length: int,
-    needed: Sequence[str],
-    fetched: Mapping[str, Copy],
+    files: Iterable[SourceFiles], spec: DataSpec, speech: Speech, max_length: int, needed: Sequence[str]
 ) -> list[Prompt]:
     prompts = []
-    for found in find_files(source.path, fetched.get(source.path)):
+    for found in files:
         kind, names = read_head(found)
         names = tuple(dict.fromkeys(names))
         column = _column(names, spec.columns)
@@ -138,8 +127,8 @@ def _read(
         for part, content in read_parts(cut(file).parts):
             try:
                 for index, row in records_of(content):
-                    if missing := [name for name in needed if row.get(name) is None]:
-                        raise BadRow(index, f"the row has no `{missing[0]}`, which the reward reads")
+                    if (problem := lacking(needed, row)) is not None:
+                        raise BadRow(index, problem)
                     prompts.append(_prompt(row, *column, speech, max_length, index))
             except BadRow as e:
                 raise located(e, part) from e
@@ -147,7 +136,7 @@ def _read(
 
 
 def _column(names: Sequence[str], columns: ColumnNames | None) -> tuple[str, str] | None:
-    """Which of the two the file has, and what it is called there."""
+    """Find which of the two the file has, and what it is called there."""
     for name in ("messages", "prompt"):
         if (theirs := file_column(name, names, columns)) in names:
             return name, theirs

@@ -26,7 +26,7 @@ Said = str | Sequence[int]  # text, which becomes a message of the user, or toke
 
 
 class Turn(NamedTuple):
-    """What follows an answer: what it is worth, whether the episode ends, and what is said next if not."""
+    """Says what follows an answer: what it is worth, whether the episode ends, and what is said next if not."""
 
     reward: float
     done: bool
