@@ -292,8 +292,9 @@ constexpr i64 UNITS = 2;  // of keys; a unit of four vectors of keys takes two o
 
 // The same for any number of rows and any multiple of W columns: its tiles are compiled once for all its callers.
 template <class P>
-__attribute__((noinline)) static void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
-                           float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
+__attribute__((noinline)) static void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b,
+                                              i64 b_stride, i64 num, float* c, i64 c_stride, i64 rows, i64 columns,
+                                              bool add) {
     if (W < 16 && rows <= FEW)
         tile_columns<P, 2 * VECTORS, FEW>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
     else
