@@ -81,7 +81,7 @@ class Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 512])
-    parser.add_argument("--isa", help="generic, avx2, avxvnni or avx512; by default the fastest here")
+    parser.add_argument("--isa", help="generic, avx2, avxvnni, avx512 or amx; by default the fastest here")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()

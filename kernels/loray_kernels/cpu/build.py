@@ -46,9 +46,10 @@ ISA_FLAGS = {
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),  # products of bytes: newer CPUs without AVX-512 have them
     "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512"),
+    "amx": (*_AVX2, *_AVX512, "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16"),
 }
 # Where torch is held to a slower one by its own variable, so are these kernels.
-_HELD_TO = {"default": "generic", "avx2": "avx2"}
+_HELD_TO = {"default": "generic", "avx2": "avx2", "avx512": "avx512"}
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 

@@ -93,10 +93,11 @@ def _isa_for(q_FRLD: Tensor) -> str | None:
 @cache
 def _fast_isa() -> str | None:
     try:
-        if "avx512" not in supported():
+        isa = supported()[-1]
+        if isa not in ("avx512", "amx"):
             return None
-        causal_functions("avx512", torch.bfloat16)
+        causal_functions(isa, torch.bfloat16)
     except BackendUnavailable as e:
         warnings.warn(f"attention by torch's slower kernel: {e}", RuntimeWarning, stacklevel=2)
         return None
-    return "avx512"
+    return isa

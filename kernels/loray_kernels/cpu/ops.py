@@ -61,7 +61,7 @@ class CpuOps(ReferenceOps):
     """
 
     def __init__(self, isa: str | None = None) -> None:
-        """`isa`: "generic", "avx2", "avxvnni" or "avx512"; by default the fastest that this CPU has.
+        """`isa`: "generic", "avx2", "avxvnni", "avx512" or "amx"; by default the fastest that this CPU has.
 
         BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
         """

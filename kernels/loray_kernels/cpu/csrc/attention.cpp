@@ -32,8 +32,8 @@ struct Workspace : KeyBlock<P> {
     float* lanes;
     Softmax total, part;
     Workspace(Scratch& scratch, i64 rows, i64 d) {
-        const i64 sizes[] = {rows * d / P::PER_UNIT, d / P::PER_UNIT * KEYS, KEYS / P::PER_UNIT * d, QUERIES * KEYS,
-                             QUERIES * KEYS, rows * W, rows * d, rows, rows, rows * d, rows, rows};
+        const i64 sizes[] = {rows * d / P::PER_UNIT, d / P::PER_UNIT * KEYS, KEYS / P::PER_UNIT * d, P::QUERIES * KEYS,
+                             P::QUERIES * KEYS, rows * W, rows * d, rows, rows, rows * d, rows, rows};
         i64 bytes = 0;
         for (i64 n : sizes) bytes += ceil_div(n * 4, 64) * 64;
         char* at = (char*)scratch.get(bytes);
@@ -101,12 +101,16 @@ struct Attention {
 
     // Keys and values of one tile of rows are used once. So whole vectors of keys are read from the pool, and by fp32 sums
     // values, too; others are packed.
-    bool keys_in_place(i64 rows) const { return rows <= QUERIES && layout.block_tokens % W == 0; }
-    static bool values_in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= QUERIES; }
+    static constexpr bool KEYS_AS_THEY_ARE = !(P::BY_AMX && HAS_SCALES);
+    bool keys_in_place(i64 rows) const {
+        return KEYS_AS_THEY_ARE && rows <= P::QUERIES && layout.block_tokens % W == 0;
+    }
+    static bool values_in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= P::QUERIES; }
 
     // Calls of Fetch::some in `add_keys`, about.
     i64 pauses(i64 rows, i64 num, i64 d) const {
-        const i64 keys = keys_in_place(rows) ? ceil_div(num, few_vectors(rows) * W) * ceil_div(d / PER_UNIT, UNITS)
+        constexpr i64 units = P::BY_AMX ? 16 : UNITS;
+        const i64 keys = keys_in_place(rows) ? ceil_div(num, few_vectors(rows) * W) * ceil_div(d / PER_UNIT, units)
                                              : ceil_div(num, layout.block_tokens) * ceil_div(d, KEY_STEP);
         return keys + (values_in_place(rows) ? pauses_of(rows, num, d) : P::pauses(num));
     }
@@ -136,11 +140,11 @@ struct Attention {
         if (!values_there) P::pack_values(w.values, values, num, d, fetch);
         // One function for each, whose branches cost less than the code of all their pairs.
         const auto score = [&](const typename P::Unit* of, i64 count) {
-            if (in_place)
-                product_of_keys<P, Q>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens, d / PER_UNIT,
-                                      w.scores, count, fetch);
-            else
-                packed_keys(w, num, d)(of, count);
+            if constexpr (KEYS_AS_THEY_ARE)
+                if (in_place)
+                    return product_of_keys<P, Q>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens,
+                                                 d / PER_UNIT, w.scores, count, fetch);
+            packed_keys(w, num, d)(of, count);
         };
         const auto add = [&](const typename P::Unit* weights, float* sums, i64 count) {
             if constexpr (P::PER_UNIT == 1)
@@ -211,6 +215,7 @@ struct Attention {
         const i64 token = meta.query_start[item.sequence] + item.query;
         const i64 position = first_position(item), context = stop(item), begin = first_key(item);
         const Workspace<P> w(work_memory, all, d);
+        P::begin();
         for (i64 h = 0; h < item.num_heads; h++)
             for (i64 r = 0; r < rows; r++)
                 P::pack_row(w.queries + (h * rows + r) * (d / P::PER_UNIT),

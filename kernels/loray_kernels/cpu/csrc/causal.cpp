@@ -10,7 +10,7 @@
 namespace LORAY_NAMESPACE {
 
 constexpr i64 STRIP = 1024;         // queries of an item of the forward pass
-constexpr i64 ROWS = 16 * QUERIES;  // of these, so many at once
+constexpr i64 ROWS = 96;            // of these, so many at once: whole tiles
 
 // F segments of L positions. R query heads share keys and values: q is (F, R, L, d), k and v are (F, L, d).
 struct Shape {
@@ -92,16 +92,17 @@ struct Forward {
 
     // Queries [from, from + STRIP) of a head.
     void run(i64 head, i64 from) const {
+        P::begin();
         const i64 d = shape.width, stop = min_(from + STRIP, shape.length), num_blocks = ceil_div(stop, KEYS);
         const Packed<P, T> packed = {shape};
         const i64 unit_rows = packed.row();
         Parts parts = {(char*)memory.get(Parts::bytes({num_blocks * packed.block(), num_blocks * packed.block(),
-                                                       ROWS * unit_rows, QUERIES * KEYS, QUERIES * KEYS, ROWS * d, ROWS,
+                                                       ROWS * unit_rows, P::QUERIES * KEYS, P::QUERIES * KEYS, ROWS * d, ROWS,
                                                        ROWS * W}))};
         Unit* keys = parts.take<Unit>(num_blocks * packed.block());
         Unit* values = parts.take<Unit>(num_blocks * packed.block());
         Unit* queries = parts.take<Unit>(ROWS * unit_rows);
-        KeyBlock<P> block = {nullptr, nullptr, parts.take<Unit>(QUERIES * KEYS), parts.take<float>(QUERIES * KEYS)};
+        KeyBlock<P> block = {nullptr, nullptr, parts.take<Unit>(P::QUERIES * KEYS), parts.take<float>(P::QUERIES * KEYS)};
         const Softmax total = {parts.take<float>(ROWS * d), parts.take<float>(ROWS), nullptr};
         float* lanes = parts.take<float>(ROWS * W);
         const i64 shared = head / shape.repeats * shape.head();
@@ -153,6 +154,7 @@ struct Backward {
 
     // One query head: block by block of keys, all queries that see it. In the tiles a row is a key and a column a query.
     void run(i64 head) const {
+        P::begin();
         const i64 d = shape.width, n = shape.blocks(), own = head * shape.head();
         const i64 shared = head / shape.repeats * shape.head();
         const Packed<P, T> packed = {shape};

@@ -69,9 +69,19 @@ struct Step<bf16> {
 };
 #endif
 
+// AMX multiplies tiles of 32 tokens by 32 inputs at once, see amx.h.
+#if defined(__AMX_BF16__)
+template <class T>
+constexpr bool BY_AMX = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool BY_AMX = false;
+#endif
+
 template <class T>
 static i64 panel_size(i64 in) {
-    return ceil_div(in, Step<T>::STEP) * Step<T>::STEP * COLUMNS;
+    constexpr i64 WHOLE = BY_AMX<T> ? 32 : Step<T>::STEP;
+    return ceil_div(in, WHOLE) * WHOLE * COLUMNS;
 }
 
 // Cache lines that are prefetched during the multiplication: those of the next panel, `lines` at a time, and other rows,
@@ -119,14 +129,16 @@ template <class T>
 struct PlainProduct {
     using Operand = typename Step<T>::Operand;
     static constexpr bool WHOLE_TILES = false;
-    static constexpr i64 FETCHED = UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T));  // bytes between two prefetches
+    static constexpr int TILE = BY_AMX<T> ? 32 : TOKENS;  // tokens
+    static constexpr i64 PAUSE = BY_AMX<T> ? 32 : UNROLL * Step<T>::STEP;  // inputs between two prefetches
+    static constexpr i64 FETCHED = PAUSE * COLUMNS * i64(sizeof(T));       // bytes
 
     const T* x;
     i64 x_stride;
     const Matrix<T>& w;
 
     i64 panel_bytes() const { return panel_size<T>(w.in) * i64(sizeof(T)); }
-    i64 fetches() const { return w.in / Step<T>::STEP / UNROLL; }  // of a tile
+    i64 fetches() const { return w.in / PAUSE; }  // of a tile
     Inputs<Operand> inputs(i64 first, i64 last) const {
         return converted(x, x_stride, w.in, first, last, (const Operand*)nullptr);
     }
@@ -212,16 +224,16 @@ struct Linear {
     // Tokens [inputs.first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full
     // one. Some products want whole ones.
     void panel(i64 p, const Inputs<Operand>& inputs, i64 last, const Prefetch& rows) const {
-        const i64 size = product.panel_bytes(), num = last - inputs.first, tiles = ceil_div(num, TOKENS);
+        const i64 size = product.panel_bytes(), num = last - inputs.first, tiles = ceil_div(num, Product::TILE);
         const char* weights = (const char*)w.packed + p * size;
         const i64 times = max_(1, tiles * product.fetches());
         PanelFetch fetch = {weights + (tiles == 1 ? AHEAD : size), ceil_div(ceil_div(Product::FETCHED, 64), tiles), rows,
                             min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
         const i64 num_vectors = p * COLUMNS + W < w.out ? VECTORS : 1;  // only the last panel may have fewer than all
-        alignas(64) float sums[TOKENS * COLUMNS];
+        alignas(64) float sums[Product::TILE * COLUMNS];
         for (i64 i = 0, t = inputs.first; i < tiles; i++) {
-            const i64 count = Product::WHOLE_TILES ? min_(TOKENS, last - t) : num / tiles + (i < num % tiles);
+            const i64 count = Product::WHOLE_TILES ? min_(Product::TILE, last - t) : num / tiles + (i < num % tiles);
             sums_of(product, count, num_vectors, inputs, t, weights, fetch, sums);
             for (i64 v = 0; v < num_vectors; v++) {
                 const i64 column = p * COLUMNS + v * W, left = w.out - column;
@@ -248,7 +260,7 @@ struct Linear {
     // Tokens of a block: of several, whole tiles.
     static i64 block(i64 num_tokens, i64 num) {
         const i64 size = ceil_div(num_tokens, num);
-        return num > 1 ? ceil_div(size, TOKENS) * TOKENS : size;
+        return num > 1 ? ceil_div(size, Product::TILE) * Product::TILE : size;
     }
 
     Shares shares(i64 num_tokens, int threads) const { return {panels() * blocks(num_tokens, threads), threads}; }

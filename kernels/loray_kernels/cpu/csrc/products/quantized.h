@@ -142,6 +142,7 @@ template <int BITS>
 struct QuantizedProduct {
     using Operand = ByteStep::Operand;
     static constexpr bool WHOLE_TILES = true;  // as the inputs are prepared tile by tile
+    static constexpr int TILE = TOKENS;
     static constexpr i64 UNITS = UNROLL / 2, FETCHED = UNITS * UNIT * COLUMNS * BITS / 8;
 
     QuantizedInputs rows;

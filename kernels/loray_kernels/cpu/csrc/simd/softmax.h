@@ -68,8 +68,8 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
     for (int i = 0; i < W; i++) iota[i] = float(i);
     const Vec lane = load(iota), hidden = set1(-__builtin_inff());
     const i64 units = d / P::PER_UNIT;
-    for (i64 first = 0; first < rows; first += QUERIES) {
-        const i64 num = min_(QUERIES, rows - first);
+    for (i64 first = 0; first < rows; first += P::QUERIES) {
+        const i64 num = min_(P::QUERIES, rows - first);
         if (limit + (first + num - 1) / group <= 0 || beside.behind + first / group >= num_keys) continue;
         score(queries + first * units, num);
         for (i64 q = 0; q < num; q++) {

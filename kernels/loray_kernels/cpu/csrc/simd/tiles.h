@@ -5,11 +5,13 @@
 #pragma once
 
 #include "transpose.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace LORAY_NAMESPACE {
 
 constexpr int KEYS = 64;               // keys of a block of the online softmax
-constexpr int QUERIES = 6;             // rows of a tile; with 4 (2) vectors of columns they fit the registers
 constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;
 
 constexpr i64 KEY_STEP = 16;           // elements of a key between two calls of Fetch::some
@@ -51,6 +53,9 @@ struct Fetch {
 // One fp32 in a unit: for any type and any CPU.
 struct Singles {
     static constexpr int PER_UNIT = 1;
+    static constexpr bool BY_AMX = false;
+    static void begin() {}
+    static constexpr int QUERIES = 6;  // rows of a tile; with 4 (2) vectors of columns they fit the registers
     using Unit = float;
     // Calls of Fetch::some while so many values are packed.
     static i64 pauses(i64) { return 0; }
@@ -126,6 +131,14 @@ struct Singles {
 
 struct Pairs {
     static constexpr int PER_UNIT = 2;
+#if defined(__AMX_BF16__)
+    static constexpr bool BY_AMX = true;
+    static void begin() { shaped_rows = 0; }
+#else
+    static constexpr bool BY_AMX = false;
+    static void begin() {}
+#endif
+    static constexpr int QUERIES = BY_AMX ? 16 : 6;
     using Unit = uint32_t;
     static i64 pauses(i64 num) { return padded(num) / 2; }
     static inline Vec mac(Vec acc, const Unit* a, const Unit* b) {
@@ -295,10 +308,12 @@ template <class P>
 __attribute__((noinline)) static void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b,
                                               i64 b_stride, i64 num, float* c, i64 c_stride, i64 rows, i64 columns,
                                               bool add) {
-    if (W < 16 && rows <= FEW)
+    if constexpr (P::BY_AMX)
+        tiles_by_amx(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
+    else if (W < 16 && rows <= FEW)
         tile_columns<P, 2 * VECTORS, FEW>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
     else
-        tile_columns<P, VECTORS, QUERIES>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
+        tile_columns<P, VECTORS, P::QUERIES>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
 }
 
 // c[q][·] += Σₖ a[q][k] · b[k][·] for NQ rows of fp32, NR runs of columns, and rows of b from column `first` on, where
@@ -327,7 +342,7 @@ __attribute__((noinline)) static void tile_of(const float* a, i64 a_stride, cons
 
 // The same for up to NQ rows and whole runs of columns: each element of b is converted to fp32 once. The sums are those
 // of `product` with packed rows.
-template <class T, int NQ = QUERIES>
+template <class T, int NQ = Singles::QUERIES>
 static inline void product_of(const float* a, i64 a_stride, const T* const* b, i64 num, float* c, i64 c_stride,
                               i64 rows, i64 columns, Fetch& fetch) {
     if (rows < NQ) {
@@ -367,9 +382,14 @@ __attribute__((noinline)) static void tile_of_keys(const typename P::Unit* a, i6
 }
 
 // The same for up to NQ rows and any number of vectors.
-template <class P, class T, int NQ = QUERIES>
+template <class P, class T, int NQ = P::QUERIES>
 static inline void product_of_keys(const typename P::Unit* a, i64 a_stride, const float* const* b, i64 num, i64 stride,
                                    i64 units, float* c, i64 rows, Fetch& fetch) {
+    if constexpr (P::BY_AMX) {
+        rows_by_amx(a, a_stride, [&](i64 v) { return (const uint32_t*)b[v]; }, stride, units, c, KEYS, rows, num, false,
+                    [&] { fetch.some(); });
+        return;
+    }
     if (rows < NQ) {
         if constexpr (NQ > 1) product_of_keys<P, T, NQ - 1>(a, a_stride, b, num, stride, units, c, rows, fetch);
         return;
