@@ -100,10 +100,10 @@ struct Attention {
     }
 
     // Keys and values of one tile of rows are used once. So whole vectors of keys are read from the pool, and by fp32 sums
-    // values, too; others are packed.
-    static constexpr bool KEYS_AS_THEY_ARE = !(P::BY_AMX && HAS_SCALES);
+    // values, too; others are packed, and so are int8 keys for AMX, which multiplies pairs of bf16.
+    static constexpr bool CAN_READ_KEYS = !(P::BY_AMX && HAS_SCALES);
     bool keys_in_place(i64 rows) const {
-        return KEYS_AS_THEY_ARE && rows <= P::QUERIES && layout.block_tokens % W == 0;
+        return CAN_READ_KEYS && rows <= P::QUERIES && layout.block_tokens % W == 0;
     }
     static bool values_in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= P::QUERIES; }
 
@@ -140,7 +140,7 @@ struct Attention {
         if (!values_there) P::pack_values(w.values, values, num, d, fetch);
         // One function for each, whose branches cost less than the code of all their pairs.
         const auto score = [&](const typename P::Unit* of, i64 count) {
-            if constexpr (KEYS_AS_THEY_ARE)
+            if constexpr (CAN_READ_KEYS)
                 if (in_place)
                     return product_of_keys<P, Q>(of, d / P::PER_UNIT, keys, padded(num) / W, layout.block_tokens,
                                                  d / PER_UNIT, w.scores, count, fetch);
