@@ -20,7 +20,7 @@ from loray.train.data.rows import load_data
 from loray.train.evaluation import samples
 from loray.train.evaluation.documents import HeldOutPrompt, held_out_prompts
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
-from loray.train.evaluation.samples import Answers, greedy_answer
+from loray.train.evaluation.samples import Answers, greedy_answers
 from tests.fixtures.peft_adapters import make_adapter
 from tests.fixtures.tiny import byte_tokenizer
 
@@ -89,15 +89,18 @@ def naive(model: Any, ids: list[int], num_tokens: int) -> list[int]:
     return ids[-num_tokens:]
 
 
-def test_an_answer_is_the_most_likely_one_and_ends(base: BaseModel) -> None:
+def test_answers_are_the_most_likely_ones_and_end(base: BaseModel) -> None:
+    """Whatever their prompts' lengths are, and each for itself."""
     model = load(base, MeasuredModel("base"), dtype="float32", device=CPU).model
-    prompt = [5, 80, 33, 41, 7]
-    expected = naive(model, prompt, 48)
-    assert greedy_answer(model, prompt, -1) == expected
-    end = expected[5]
-    assert greedy_answer(model, prompt, end) == expected[: expected.index(end)]
-    clock = itertools.count(0.0, 4.0)
-    assert greedy_answer(model, prompt, -1, lambda: next(clock)) == expected[:2]  # ten seconds
+    prompts = [[5, 80, 33, 41, 7], [9, 12], [61] * 9]
+    expected = [naive(model, prompt, 48) for prompt in prompts]
+    assert greedy_answers(model, prompts, -1) == expected
+    end = expected[0][5]
+    assert greedy_answers(model, prompts, end) == [
+        answer[: answer.index(end)] if end in answer else answer for answer in expected
+    ]
+    clock = itertools.count(0.0, 8.0)
+    assert greedy_answers(model, prompts, -1, lambda: next(clock)) == [answer[:2] for answer in expected]
 
 
 def test_base_and_adapter_answer_the_same_prompts(base: BaseModel, tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_a_long_prompt_shows_its_end_and_a_failure_leaves_no_sample(
     model = load(base, MeasuredModel("base"), dtype="float32", device=CPU)
     answers.take("base", lambda: model)
     with monkeypatch.context() as patched:
-        patched.setattr(samples, "greedy_answer", refuse)
+        patched.setattr(samples, "greedy_answers", refuse)
         answers.take("adapter", lambda: model)
     assert answers.samples() == []
     answers.take("adapter", lambda: model)

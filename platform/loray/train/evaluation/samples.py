@@ -18,7 +18,7 @@ from loray.train.evaluation.perplexity import Measured
 log = get_logger(__name__)
 
 _MAX_ANSWER = 48  # tokens
-_ANSWER_S = 10.0  # after which an answer ends where it is
+_ANSWERS_S = 20.0  # after which all answers end where they are
 _SHOWN = 400  # characters of a prompt's end
 
 
@@ -37,7 +37,7 @@ class Answers:
         self._tell(f"answering held-out prompts, {subject}")
         model = load().model
         try:
-            answers = [greedy_answer(model, prompt.ids, self._tokenizer.eos_token_id) for prompt in self._prompts]
+            answers = greedy_answers(model, [prompt.ids for prompt in self._prompts], self._tokenizer.eos_token_id)
         except RuntimeError as e:  # what is measured counts all the same
             log.warning("the %s answers no held-out prompt: %s", subject, e)
             return
@@ -64,15 +64,37 @@ class Answers:
 
 
 @torch.inference_mode()
-def greedy_answer(model: Any, ids: Sequence[int], end: int, clock: Callable[[], float] = time.monotonic) -> list[int]:
-    """Answer a prompt with the most likely tokens, up to the token `end`, 48 tokens, or ten seconds."""
-    began, answer, cache = clock(), list[int](), None
-    inputs = torch.tensor([list(ids)], device=model.device)
-    while len(answer) < _MAX_ANSWER and clock() - began < _ANSWER_S:
-        out = model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
-        token = int(out.logits[0, -1].argmax())
-        if token == end:
+def greedy_answers(
+    model: Any, prompts: Sequence[Sequence[int]], end: int, clock: Callable[[], float] = time.monotonic
+) -> list[list[int]]:
+    """Answer prompts with the most likely tokens: each up to the token `end`, all together up to 48 tokens or twenty
+    seconds.
+    """
+    began, cache = clock(), None
+    answers: list[list[int]] = [[] for _ in prompts]
+    left = set(range(len(prompts)))
+    longest = max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]  # on the left
+    inputs_BT = torch.tensor([[0] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)])
+    mask_BT = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps]).to(model.device)
+    inputs_BT, positions_BT = inputs_BT.to(model.device), (mask_BT.cumsum(1) - 1).clamp(min=0)
+    for _ in range(_MAX_ANSWER):
+        if not left or clock() - began >= _ANSWERS_S:
             break
-        answer.append(token)
-        cache, inputs = out.cache, inputs.new_tensor([[token]])
-    return answer
+        out = model(
+            input_ids=inputs_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        tokens_B = out.logits[:, -1].argmax(-1)
+        for i, token in enumerate(tokens_B.tolist()):
+            if token == end:
+                left.discard(i)
+            elif i in left:
+                answers[i].append(token)
+        cache, inputs_BT, positions_BT = out.cache, tokens_B[:, None], positions_BT[:, -1:] + 1
+        mask_BT = torch.cat((mask_BT, torch.ones_like(inputs_BT)), 1)
+    return answers
