@@ -156,7 +156,7 @@ def test_rates_are_cached_for_their_hardware(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(machine, "hardware", lambda other=other: other)
         assert Machine.here(home).rates is None
     monkeypatch.setattr(machine, "hardware", lambda: AVX2)
-    for text in ("", "[]", "{}", '{"version": 2, "rates": {}}', '{"version": 3, "rates": {"bandwidth": 1}}'):
+    for text in ("", "[]", "{}", '{"version": 3, "rates": {}}', '{"version": 4, "rates": {"bandwidth": 1}}'):
         file.write_text(text)
         assert Machine.here(home).rates is None, text
 

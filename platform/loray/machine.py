@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from loray.spec import DType, format_size
 
-_VERSION = 3  # of what is measured: rates of another one are measured again
+_VERSION = 4  # of what is measured: rates of another one are measured again
 _CPU_INFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_INFO = Path("/proc/meminfo")
