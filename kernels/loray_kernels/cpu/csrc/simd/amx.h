@@ -25,7 +25,7 @@ struct alignas(64) TileShapes {
     }
 };
 
-constexpr i64 TILE_ROWS = 16;  // and units of a row: pairs of inputs, or one sum
+constexpr i64 TILE_ROWS = 16;  // and units of a row, each a pair of inputs or a sum
 
 // Rows of the products' first factors, as `shape_rows` left the registers of this thread. Setting them takes as long as
 // several products. Other libraries set their own, so whoever computes forgets them first.
@@ -42,8 +42,9 @@ static inline void shape_rows(i64 rows) {
     shapes.load();
 }
 
-// c[q][·] (+)= Σₖ a[q][k] · b[k][·] for up to TILE_ROWS rows and four vectors of columns, `at(v)` is the first unit of
-// vector v of b, whose rows are `b_stride` units apart. `num` is a multiple of 8; `between` is called after each 16 of it.
+// c[q][·] (+)= Σₖ a[q][k] · b[k][·] for up to TILE_ROWS rows and four vectors of columns: `at(v)` is the first unit of
+// vector v of b, whose rows are `b_stride` units apart. `num`, of units that are summed, is a multiple of 8; `between` is
+// called after each 16 of them.
 template <class At, class Between>
 static inline void rows_by_amx(const uint32_t* a, i64 a_stride, At at, i64 b_stride, i64 num, float* c, i64 c_stride,
                                i64 rows, i64 vectors, bool add, Between between) {
