@@ -40,13 +40,17 @@ _FLAGS = (
 )
 # From slow to fast, with the compiler's flags; host.cpp knows them by their index.
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16", "vnni"))
+_AVX512 = (
+    *_AVX2,
+    *(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16", "vnni")),
+    "-mprefer-vector-width=512",
+)
 ISA_FLAGS = {
     "generic": (),
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),  # products of bytes: newer CPUs without AVX-512 have them
-    "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512"),
-    "amx": (*_AVX2, *_AVX512, "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16"),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
 }
 # Where torch is held to a slower one by its own variable, so are these kernels.
 _HELD_TO = {"default": "generic", "avx2": "avx2", "avx512": "avx512"}

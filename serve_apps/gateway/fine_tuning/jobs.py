@@ -125,13 +125,13 @@ class FineTuning:
         return self._shown(catalog.principal, self._jobs(catalog).stop(job_id))
 
     def events(self, catalog: Catalog, job_id: str, after: str | None, limit: int) -> FineTuningEventList:
-        """What has happened, newest first."""
+        """Return what has happened, newest first."""
         job = self._jobs(catalog).get(job_id)
         events = _after(self._look(catalog.principal, job).events[::-1], after)
         return FineTuningEventList(data=events[:limit], has_more=len(events) > limit)
 
     def checkpoints(self, catalog: Catalog, job_id: str, after: str | None, limit: int) -> FineTuningCheckpointList:
-        """The version that the job has published."""
+        """Return the version that the job has published."""
         job = self._jobs(catalog).get(job_id)
         checkpoint = self._look(catalog.principal, job).checkpoint
         found = _after([] if checkpoint is None else [checkpoint], after)[:limit]
@@ -231,7 +231,7 @@ def _check_file(catalog: Catalog, store: ObjectStore, file_id: str, param: str, 
 
 
 def _problem(line: bytes, recipe: TrainSpec) -> str | None:
-    """What is wrong with a row, as far as its columns tell."""
+    """Say what is wrong with a row, as far as its columns tell; None where nothing is."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as e:

@@ -75,9 +75,10 @@ def greedy_answers(
     left = set(range(len(prompts)))
     longest = max(map(len, prompts))
     gaps = [longest - len(prompt) for prompt in prompts]  # on the left
-    inputs_BT = torch.tensor([[0] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)])
-    mask_BT = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps]).to(model.device)
-    inputs_BT, positions_BT = inputs_BT.to(model.device), (mask_BT.cumsum(1) - 1).clamp(min=0)
+    padded = [[0] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)]
+    inputs_BT = torch.tensor(padded, device=model.device)
+    mask_BT = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device)
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
     for _ in range(_MAX_ANSWER):
         if not left or clock() - began >= _ANSWERS_S:
             break
