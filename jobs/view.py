@@ -214,7 +214,7 @@ class _Line:
     state: str = "waiting"
     step: StepEvent | None = None
     num_steps: int | None = None
-    eval_loss: float | None = None
+    eval_losses: tuple[float | None, ...] = ()  # the first one, of the base, and the last one
 
 
 class ManyView:
@@ -259,14 +259,9 @@ class ManyView:
                 self._lines = {name: _Line() for name in event["adapters"]}
                 self._print(event)
             case "round":
-                self._stage = describe(event)
+                self._show(event, "training")
             case "progress":
-                self._stage = describe(event)
-                printed, printed_at = self._printed
-                is_due = event["stage"] != printed or time.monotonic() - printed_at >= _STAGE_LINE_S
-                if not self._console.is_terminal and is_due:
-                    self._printed = event["stage"], time.monotonic()
-                    self._print(event)
+                self._show(event, event["stage"])
             case "plan" | "warning" | "worker_lost":
                 self._print(event)
             case "outcomes":
@@ -275,9 +270,21 @@ class ManyView:
                 self.error = event
 
     def table(self) -> Table:
-        """Lists how each adapter has ended."""
-        rows = [(o["name"], o["status"], o["step"], o["label"], o["message"].partition("\n")[0]) for o in self.outcomes]
-        return table(("ADAPTER", "STATE", "STEP", "VERSION", "MESSAGE"), rows, right=("STEP",))
+        """Lists how each adapter has ended, and its held-out loss before and after."""
+        rows = []
+        for o in self.outcomes:
+            losses = self._lines.get(o["name"], _Line()).eval_losses
+            held_out, message = " → ".join(map(number, losses)), o["message"].partition("\n")[0]
+            rows.append((o["name"], o["status"], o["step"], held_out, o["label"], message))
+        return table(("ADAPTER", "STATE", "STEP", "HELD OUT", "VERSION", "MESSAGE"), rows, right=("STEP",))
+
+    def _show(self, event: Event, stage: str) -> None:
+        self._stage = describe(event)
+        printed, printed_at = self._printed
+        is_due = stage != printed or time.monotonic() - printed_at >= _STAGE_LINE_S
+        if not self._console.is_terminal and is_due:
+            self._printed = stage, time.monotonic()
+            self._print(event)
 
     def _of_adapter(self, line: _Line, event: Event) -> None:
         match event["event"]:
@@ -286,7 +293,7 @@ class ManyView:
             case "step":
                 line.state, line.step = "training", event
             case "eval":
-                line.eval_loss = event["eval_loss"]
+                line.eval_losses = (*line.eval_losses[:1], event["eval_loss"])
             case "end":
                 line.state = "publishing" if event["status"] == "succeeded" else event["status"]
                 if event["status"] != "succeeded":
@@ -319,7 +326,7 @@ def _figures(line: _Line) -> tuple[str, str, str, str, str]:
     step = line.step
     if step is None:
         return "", "", "", "", line.state
-    held_out = "" if line.eval_loss is None else f" ({number(line.eval_loss)})"
+    held_out = f" ({number(line.eval_losses[-1])})" if line.eval_losses else ""
     return (
         f"{step['step']}/{step['num_steps']}",
         f"{number(step['loss'])}{held_out}",

@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from loray.planning.run import count_base
 from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent
-ADAPTERS = ("orders", "dates", "codepages")
+TRAININGS = (("orders", "dates"), ("codepages",))  # what one job trains: adapters on the base as it is share its passes
+ADAPTERS = tuple(name for names in TRAININGS for name in names)
 _DONE = "published.json"  # what was published, and of which recipe and data
 
 
@@ -79,20 +81,21 @@ class Demo:
         self._loray("base", "add", "smollm2")
         self._heading(2, "Data: two generated tasks, and sources of this Python")
         prepare(self._work)
-        left = [name for name in ADAPTERS if not self._is_published(name)]
+        left = [[name for name in names if not self._is_published(name)] for names in TRAININGS]
         estimate = estimated(self._loray, self._work, left)
         self._expected = estimate.seconds
         show.expected(self._console, estimate)
-        for i, name in enumerate(ADAPTERS):
-            self._heading(3 + i, f"Train and publish `{name}`: {show.PURPOSE[name]}")
-            if name in left:
-                self._loray("train", str(self._recipe(name)))
-                self._note(name)
-            else:
-                self._console.print(f"published before as {self._noted()[name]['label']}; it goes on from there")
+        for i, names in enumerate(TRAININGS):
+            what = " and ".join(f"`{name}` ({show.PURPOSE[name]})" for name in names)
+            self._heading(3 + i, f"Train and publish {what}{' in one process' if names[1:] else ''}")
+            for name in sorted({*names} - {*left[i]}):
+                label = self._noted()[name]["label"]
+                self._console.print(f"`{name}` was published before as {label}; it goes on from there")
+            if left[i]:
+                self._train(left[i])
         published = [json.loads(self._loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
 
-        self._heading(6, "Serve the base and all three from one replica")
+        self._heading(5, "Serve the base and all three from one replica")
         self._loray("up", "--port", str(port))
         with LorayClient(f"http://127.0.0.1:{port}") as client:
             questions = [
@@ -100,7 +103,7 @@ class Demo:
                 Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
                 Question("codepages", data.codepage(), None, chat=False, max_tokens=48),
             ]
-            self._heading(7, "Send each question to its adapter and to the base, all at once over HTTP")
+            self._heading(6, "Send each question to its adapter and to the base, all at once over HTTP")
             answers, tokens_per_s = ask(client, questions)
             status = client.status()
 
@@ -112,6 +115,18 @@ class Demo:
         ok = show.verdict(self._console, published)
         show.next_steps(self._console, port, self._work / "recipes", keep=keep, seconds=self._seconds())
         return ok
+
+    def _train(self, names: Sequence[str]) -> None:
+        """Train these and note them: also the one that is published when a signal comes, or the other fails."""
+        before = [self._loray.ask("adapters", "show", name) for name in names]
+        is_done = False
+        try:
+            self._loray("train", *(str(self._recipe(name)) for name in names))
+            is_done = True
+        finally:
+            for name, version in zip(names, before, strict=True):
+                if is_done or self._loray.ask("adapters", "show", name) != version:
+                    self._note(name)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

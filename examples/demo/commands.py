@@ -66,7 +66,7 @@ class Commands:
         deadline = time.monotonic() + _STOP_S
         while time.monotonic() < deadline:
             for job in self.ask("jobs", "ls") or ():
-                if job["name"] in names and job["ended_at"] is None:
+                if job["name"] in names and job["ended_at"] is None and job["part_of"] is None:
                     self._run(("jobs", "stop", job["id"]), capture=True, quiet=True)
             code, output = self._run(("down",), capture=True, quiet=True)
             if code == 0 and "a job is running" not in output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ WORK = {
 }
 _FORWARD = 0.5  # of the time of a trained token: measuring has no backward pass
 _START_S = 60.0  # base model, cluster, server and questions
-_RUN_S = 45.0  # of a training: its processes, and publishing
+_RUN_S = 45.0  # of a job: its processes, and publishing
 
 
 class Estimate(NamedTuple):
@@ -37,13 +38,13 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
-def estimated(loray: Commands, work: Path, names: Sequence[str]) -> Estimate:
-    """Estimate the demo with the trainings of `names`, which are left. This machine is measured if it has not been."""
-    seconds, rate, dtype = _START_S, None, "nothing new"
-    for name in names:
+def estimated(loray: Commands, work: Path, jobs: Sequence[Sequence[str]]) -> Estimate:
+    """Estimate the demo with the adapters that each job has left. This machine is measured if it has not been."""
+    seconds, rate, dtype = _START_S + _RUN_S * sum(map(bool, jobs)), None, "nothing new"
+    for name in chain.from_iterable(jobs):
         plan = loray.ask("plan", str(work / "recipes" / f"{name}.yaml"))
         if plan is None:
             return Estimate(hardware().describe(), dtype, None, None)
         dtype, rate = plan["run"]["dtype"], plan["time"]["tokens_per_s"]
-        seconds += _RUN_S + (WORK[name].trained + _FORWARD * WORK[name].measured) / rate
+        seconds += (WORK[name].trained + _FORWARD * WORK[name].measured) / rate
     return Estimate(hardware().describe(), dtype, rate, seconds)

@@ -22,7 +22,7 @@ PURPOSE = {
     "dates": "VeRA, dates to ISO 8601",
     "codepages": "LongLoRA, code-page sources in windows of 2,048 instead of 1,024 tokens",
 }
-_STEPS = 7
+_STEPS = 6
 _MIN_GAIN = 0.10
 
 
@@ -140,7 +140,7 @@ def next_steps(console: Console, port: int, recipes: Path, *, keep: bool, second
 
 
 def training_rate(runs: Path) -> float:
-    """Median tokens/s over the steps of the latest run."""
+    """Median tokens/s over the steps of the latest run; of a job of several adapters, those of this one."""
     latest = max(p for p in runs.iterdir() if p.is_dir())
     events = [json.loads(line) for line in (latest / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(e["tokens_per_s"] for e in events if e["event"] == "step")

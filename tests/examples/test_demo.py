@@ -35,8 +35,8 @@ def processes_of(home: Path) -> list[str]:
     ("until", "to_group", "number"),
     [
         ("The base model", False, signal.SIGTERM),
-        ("training orders as job", True, signal.SIGINT),
-        ("parameters trained", False, signal.SIGTERM),
+        ("training 2 adapters as job", True, signal.SIGINT),
+        ("evaluating held-out rows", False, signal.SIGTERM),
     ],
 )
 def test_an_interrupted_demo_leaves_nothing_behind(

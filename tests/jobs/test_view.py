@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -12,6 +12,15 @@ from rich.console import Console
 from jobs.events import AdapterOutcome, Event, ProgressEvent, describe, encode
 from jobs.view import LossPicture, ManyView, RunView
 from tests.fixtures.events import EVAL, PUBLISHED, SAMPLES, START, step
+
+ROUND: Any = {
+    "event": "round",
+    "num_active": 2,
+    "num_passes": 1,
+    "num_tokens": 100,
+    "tokens_per_s": 50.0,
+    "eta_s": 9.0,
+}
 
 
 def stage(name: str, done: float, total: float | None, **more: float) -> ProgressEvent:
@@ -141,7 +150,7 @@ def test_a_job_of_several_adapters_is_a_table_with_a_line_for_each() -> None:
     view.feed(encode({"event": "adapters", "adapters": dict.fromkeys(names, "job.1"), "num_workers": 1}))
     assert begun == [1]
     assert "and 26 more" in picture()
-    for event in (START, step(7), EVAL):
+    for event in (START, {**EVAL, "eval_loss": 2.5}, step(7), EVAL):
         view.feed(of("a39", event))
     view.feed(of("a38", {"event": "end", "step": 3, "status": "failed", "message": "no finite loss"}))
     rows = [line.split() for line in picture().splitlines() if line.strip().startswith(("a38", "a39"))]
@@ -158,3 +167,16 @@ def test_a_job_of_several_adapters_is_a_table_with_a_line_for_each() -> None:
     assert view.outcomes == ended
     assert describe({"event": "outcomes", "adapters": ended}) == "1 succeeded, 1 failed"
     assert list(view.log) == ["Running entrypoint for job …"]
+    drawn = Console(file=io.StringIO(), width=160)
+    drawn.print(view.table())
+    assert "2.5000 → 1.5000" in cast("io.StringIO", drawn.file).getvalue()
+
+
+def test_without_a_terminal_rounds_have_a_line_each_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr("jobs.view.time.monotonic", lambda: now[0])
+    with ManyView(Console(file=out, width=200)) as view:
+        for number in range(21):
+            view.feed(encode(ROUND | {"round": number}))
+            now[0] += 1
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["0", "10", "20"]
