@@ -37,16 +37,18 @@ CLUSTER = $(sort $(shell grep -rl --include='test_*.py' 'mark\.cluster' tests)) 
 test-cluster: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(CLUSTER)
 
-# What a slower CPU computes: torch's kernels and ours as on one with AVX2, then as on any x86-64.
-PORTABLE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow"
+# What a slower CPU computes: torch's kernels and ours as on one with AVX-512 but no AMX, with AVX2, and on any x86-64.
+PORTABLE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow" --ignore tests/kernels/cuda
 
 test-portable: .venv/.ready
+	@if grep -qw amx_bf16 /proc/cpuinfo; then set -x; \
+	  ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(PORTABLE) tests/kernels; fi
 	@if grep -qw avx512f /proc/cpuinfo; then set -x; \
 	  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PORTABLE) $(addprefix tests/,engine kernels train); \
 	  else echo "without AVX-512, make test is the test with AVX2"; fi
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PORTABLE) $(addprefix tests/,engine kernels)
 
-# The kernels for ARM, emulated: needs qemu-aarch64 and aarch64-linux-gnu-g++.
+# The kernels for ARM, emulated, which needs qemu-aarch64 and aarch64-linux-gnu-g++; and those for AVX2 with VNNI.
 test-arm: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slow tests/kernels
 
