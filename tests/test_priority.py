@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -81,17 +82,26 @@ class Clock:
 
 def test_another_map_of_the_file_sees_until_when_an_engine_computes(tmp_path: Path) -> None:
     clock = Clock()
-    written, read = ForegroundTime(tmp_path / "new"), ForegroundTime(tmp_path / "new")
+    engine, other, read = (ForegroundTime(tmp_path / "new", clock) for _ in range(3))
     assert not read.is_busy(clock())
-    written.begin_step(0.02, clock)
-    assert [read.is_busy(clock() + s) for s in (0, 0.02, 0.024, 0.026, 5)] == [True, True, True, False, False]
-    written.begin_step(1e9, clock)  # what no step was measured for
-    assert not read.is_busy(clock() + 1.1)
-    assert not read.is_busy(clock() - 2), "of before the last start"
+    with engine.step():
+        assert [read.is_busy(clock() + s) for s in (0, 0.5, 0.99, 1.1)] == [True, True, True, False], "it was killed"
+        assert not read.is_busy(clock() - 2), "of before the last start"
+        clock.pass_by(0.3)
+    assert [read.is_busy(clock() + s) for s in (0, 0.004, 0.006)] == [True, True, False]
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(engine.step())
+    clock.pass_by(0.1)
+    second.enter_context(other.step())
+    first.close()
+    assert read.is_busy(clock() + 0.9)
+    second.close()
+    assert not read.is_busy(clock() + 0.006)
 
 
 def gate(tmp_path: Path) -> tuple[Clock, ForegroundTime, YieldGate]:
-    clock, foreground = Clock(), ForegroundTime(tmp_path)
+    clock = Clock()
+    foreground = ForegroundTime(tmp_path, clock)
     return clock, foreground, YieldGate(foreground, clock, clock.pass_by)
 
 
@@ -101,26 +111,36 @@ def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
     began = clock()
     yields.wait()
     assert clock() == began
-    clock.pass_by(0.01)
-    foreground.begin_step(0.03, clock)
-    began = clock()
-    yields.wait()
-    assert clock() - began == pytest.approx(0.035, abs=0.0011)
+    ends_at = clock() + 0.03
+    with ExitStack() as step:
+
+        def sleep(seconds: float) -> None:
+            clock.pass_by(seconds)
+            if clock() >= ends_at:
+                step.close()
+
+        yields = YieldGate(foreground, clock, sleep)
+        step.enter_context(foreground.step())
+        clock.pass_by(0.01)
+        yields.wait()
+    assert clock() - ends_at == pytest.approx(0.005, abs=0.0021)
 
 
 @pytest.mark.parametrize("layer_s", [0.002, 0.05, 3.0])
 def test_beside_an_engine_that_always_computes_a_tenth_of_the_time_is_left(tmp_path: Path, layer_s: float) -> None:
-    clock, foreground, yields = gate(tmp_path)
+    clock, foreground, _ = gate(tmp_path)
 
     def sleep(seconds: float) -> None:
         clock.pass_by(seconds)
-        foreground.begin_step(0.02, clock)
+        with foreground.step():
+            pass
 
     yields = YieldGate(foreground, clock, sleep)
     began = clock()
     for _ in range(20):
         clock.pass_by(layer_s)
-        foreground.begin_step(0.02, clock)
+        with foreground.step():
+            pass
         yields.wait()
     waited = clock() - began - 20 * layer_s
     assert waited == pytest.approx(20 * min(9 * layer_s, 1.0))

@@ -14,7 +14,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -49,7 +50,7 @@ def run_soon() -> None:
         ctypes.CDLL(None).syscall(number, thread, attributes, 0)
 
 
-_LONGEST_STEP_S = 1.0
+_LONGEST_STEP_S = 1.0  # that is waited for: its engine may have been killed
 _FRESH_S = 0.005  # after a step, in which the next one begins
 _SHARE = 0.9  # of the time that is waited at most
 _LONGEST_WAIT_S, _LOOK_S = 1.0, 0.001
@@ -60,18 +61,31 @@ class ForegroundTime:
     one clock for all processes of a machine, in a file of `home` that they map. A write is a store of 8 bytes.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, clock: Callable[[], float] = time.monotonic) -> None:
         home.mkdir(parents=True, exist_ok=True)
         with (home / f"foreground-{socket.gethostname()}").open("a+b") as file:
             file.truncate(8)
             self._until = memoryview(mmap.mmap(file.fileno(), 8)).cast("d")
+        self._clock = clock
+        self._written = 0.0
 
-    def begin_step(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """A step begins that is expected to take so long."""
-        self._until[0] = clock() + min(seconds, _LONGEST_STEP_S)
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """An engine computes for the foreground. How long it will take is not said: beside who does not wait for it, it
+        takes longer than any that was measured.
+        """
+        self._write(_LONGEST_STEP_S)
+        try:
+            yield
+        finally:
+            if self._until[0] == self._written:  # no other engine has begun a step since
+                self._write(_FRESH_S)
 
     def is_busy(self, now: float) -> bool:
-        return -_LONGEST_STEP_S <= now - self._until[0] < _FRESH_S  # before: a time of before the machine's last start
+        return 0 < self._until[0] - now <= _LONGEST_STEP_S  # more: a time of before the machine's last start
+
+    def _write(self, seconds: float) -> None:
+        self._until[0] = self._written = self._clock() + seconds
 
 
 class YieldGate:

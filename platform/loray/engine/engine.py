@@ -6,6 +6,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain
 
@@ -288,14 +289,14 @@ class Engine:
         scheduled = self.scheduler.next()
         outputs += [self._fail(*failed) for failed in scheduled.failed]
         chunks, runner = scheduled.chunks, self._runner
-        if self.foreground is not None and any(not chunk.request.is_background for chunk in chunks):
-            self.foreground.begin_step(self.scheduler.step_time.predict(scheduled.work))
+        is_foreground = any(not chunk.request.is_background for chunk in chunks)
         try:
-            if chunks and not runner.launch(chunks, scheduled.work):  # it needs tokens that are in flight
-                self._collect(0, outputs)
-                if chunks := _not_ended(chunks):
-                    runner.launch(chunks, scheduled.work)
-            self._collect(runner.num_ahead if chunks else 0, outputs)
+            with self.foreground.step() if self.foreground is not None and is_foreground else nullcontext():
+                if chunks and not runner.launch(chunks, scheduled.work):  # it needs tokens that are in flight
+                    self._collect(0, outputs)
+                    if chunks := _not_ended(chunks):
+                        runner.launch(chunks, scheduled.work)
+                self._collect(runner.num_ahead if chunks else 0, outputs)
         except RuntimeError as e:  # perhaps the device is out of memory
             outputs.append(self._undo(e, _not_ended(runner.last_chunks)))
         if not self.scheduler.has_work:  # nobody may call again
