@@ -106,13 +106,32 @@ class LossPicture:
         return drawn
 
 
-class RunView:
+class _View:
+    """Prints events. Stages have lines where there is no terminal: one at the beginning, and one each ten seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._printed: tuple[str, float] = ("", 0.0)  # the last stage that has a line, and when
+
+    def _print(self, event: Event) -> None:
+        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
+
+    def _print_stage(self, stage: str, event: Event) -> None:
+        printed, printed_at = self._printed
+        is_due = stage != printed or time.monotonic() - printed_at >= _STAGE_LINE_S
+        if not self._console.is_terminal and is_due:
+            self._printed = stage, time.monotonic()
+            self._print(event)
+
+
+class RunView(_View):
     """Shows the lines of a job's log. Keeps the events `published` and `error`, and the last other lines in `log`.
     Calls `begun` once, when the job tells its first event.
     """
 
     def __init__(self, console: Console, begun: Callable[[], None] = lambda: None) -> None:
-        self._console, self._begun, self._has_begun = console, begun, False
+        super().__init__(console)
+        self._begun, self._has_begun = begun, False
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -125,7 +144,6 @@ class RunView:
         self._picture = LossPicture(max(8, min(_MOST_COLUMNS, console.width - _BESIDE)))
         self._live = Live(get_renderable=self._render, console=console, transient=True)
         self._eval_loss: float | None = None
-        self._printed: tuple[str, float] = ("", 0.0)  # the last stage that has a line, and when
         self.published: PublishedEvent | None = None
         self.error: ErrorEvent | None = None
         self.log: deque[str] = deque(maxlen=_LOG_LINES)
@@ -192,10 +210,7 @@ class RunView:
     def _stage(self, event: ProgressEvent) -> None:
         stage, total = event["stage"], event["total"]
         self._show(stage, event["done"], total, portion(event).removeprefix(": "), event.get("eta_s"))
-        printed, printed_at = self._printed
-        if not self._console.is_terminal and (stage != printed or time.monotonic() - printed_at >= _STAGE_LINE_S):
-            self._printed = stage, time.monotonic()
-            self._print(event)
+        self._print_stage(stage, event)
 
     def _show(self, stage: str, done: float, total: float | None, figures: str, eta_s: float | None) -> None:
         ends_at = None if eta_s is None else time.monotonic() + eta_s
@@ -203,13 +218,10 @@ class RunView:
             self._task, description=stage, completed=done, total=total, figures=figures, ends_at=ends_at
         )
 
-    def _print(self, event: Event) -> None:
-        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
-
 
 @dataclass
 class _Line:
-    """What the table shows of one adapter."""
+    """Holds what the table shows of one adapter."""
 
     state: str = "waiting"
     step: StepEvent | None = None
@@ -217,16 +229,16 @@ class _Line:
     eval_losses: tuple[float | None, ...] = ()  # the first one, of the base, and the last one
 
 
-class ManyView:
+class ManyView(_View):
     """Shows the log of a job that trains several adapters: a table with a line for each, of many those that train.
     Keeps `outcomes`, the event `error`, and the last other lines in `log`. Calls `begun` at the first event.
     """
 
     def __init__(self, console: Console, begun: Callable[[], None] | None = None) -> None:
-        self._console, self._begun = console, begun
+        super().__init__(console)
+        self._begun = begun
         self._lines: dict[str, _Line] = {}
         self._stage = "starting"
-        self._printed: tuple[str, float] = ("", 0.0)
         self._live = Live(get_renderable=self._render, console=console, transient=True)
         self.outcomes: list[AdapterOutcome] = []
         self.error: ErrorEvent | None = None
@@ -280,11 +292,7 @@ class ManyView:
 
     def _show(self, event: Event, stage: str) -> None:
         self._stage = describe(event)
-        printed, printed_at = self._printed
-        is_due = stage != printed or time.monotonic() - printed_at >= _STAGE_LINE_S
-        if not self._console.is_terminal and is_due:
-            self._printed = stage, time.monotonic()
-            self._print(event)
+        self._print_stage(stage, event)
 
     def _of_adapter(self, line: _Line, event: Event) -> None:
         match event["event"]:
@@ -314,9 +322,6 @@ class ManyView:
         left = len(lines) - len(shown)
         more = [Text(f"and {left} more")] if left else []
         return Group(Text(self._stage, no_wrap=True), made, *more)
-
-    def _print(self, event: Event) -> None:
-        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
 
 
 _RIGHT = ("STEP", "LOSS", "TOKENS/S", "ETA")

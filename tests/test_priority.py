@@ -99,19 +99,10 @@ def test_another_map_of_the_file_sees_until_when_an_engine_computes(tmp_path: Pa
     assert not read.is_busy(clock() + 0.006)
 
 
-def gate(tmp_path: Path) -> tuple[Clock, ForegroundTime, YieldGate]:
+def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
     clock = Clock()
     foreground = ForegroundTime(tmp_path, clock)
-    return clock, foreground, YieldGate(foreground, clock, clock.pass_by)
-
-
-def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
-    clock, foreground, yields = gate(tmp_path)
-    clock.pass_by(0.01)
-    began = clock()
-    yields.wait()
-    assert clock() == began
-    ends_at = clock() + 0.03
+    ends_at = clock() + 0.04
     with ExitStack() as step:
 
         def sleep(seconds: float) -> None:
@@ -120,6 +111,10 @@ def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
                 step.close()
 
         yields = YieldGate(foreground, clock, sleep)
+        clock.pass_by(0.01)
+        began = clock()
+        yields.wait()
+        assert clock() == began
         step.enter_context(foreground.step())
         clock.pass_by(0.01)
         yields.wait()
@@ -128,7 +123,8 @@ def test_the_gate_is_left_when_the_step_has_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer_s", [0.002, 0.05, 3.0])
 def test_beside_an_engine_that_always_computes_a_tenth_of_the_time_is_left(tmp_path: Path, layer_s: float) -> None:
-    clock, foreground, _ = gate(tmp_path)
+    clock = Clock()
+    foreground = ForegroundTime(tmp_path, clock)
 
     def sleep(seconds: float) -> None:
         clock.pass_by(seconds)

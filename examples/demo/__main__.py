@@ -85,14 +85,15 @@ class Demo:
         estimate = estimated(self._loray, self._work, left)
         self._expected = estimate.seconds
         show.expected(self._console, estimate)
-        for i, names in enumerate(TRAININGS):
+        for step, (names, to_train) in enumerate(zip(TRAININGS, left, strict=True), 3):
             what = " and ".join(f"`{name}` ({show.PURPOSE[name]})" for name in names)
-            self._heading(3 + i, f"Train and publish {what}{' in one process' if names[1:] else ''}")
-            for name in sorted({*names} - {*left[i]}):
-                label = self._noted()[name]["label"]
-                self._console.print(f"`{name}` was published before as {label}; it goes on from there")
-            if left[i]:
-                self._train(left[i])
+            self._heading(step, f"Train and publish {what}{' in one process' if names[1:] else ''}")
+            for name in names:
+                if name not in to_train:
+                    label = self._noted()[name]["label"]
+                    self._console.print(f"`{name}` was published before as {label}; it goes on from there")
+            if to_train:
+                self._train(to_train)
         published = [json.loads(self._loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
 
         self._heading(5, "Serve the base and all three from one replica")

@@ -57,8 +57,8 @@ _LONGEST_WAIT_S, _LOOK_S = 1.0, 0.001
 
 
 class ForegroundTime:
-    """Until when engines of this machine compute for requests in the foreground: seconds of `time.monotonic`, which is
-    one clock for all processes of a machine, in a file of `home` that they map. A write is a store of 8 bytes.
+    """Says until when engines of this machine compute for requests in the foreground: seconds of `time.monotonic`,
+    which is one clock for all processes of a machine, in a file of `home` that they map. A write is a store of 8 bytes.
     """
 
     def __init__(self, home: Path, clock: Callable[[], float] = time.monotonic) -> None:
