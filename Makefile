@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled modules are kept, also where an image's environment says otherwise: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos fuzz gpu clean
+.PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-cuda test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos fuzz gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -17,18 +17,27 @@ test: .venv/.ready
 NUMERIC := $(addprefix tests/,benchmarks engine)
 KERNELS := $(addprefix tests/,kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
+CUDA := tests/kernels/cuda
+
+# Databases, stores and homes are made in memory where there is enough of it: on a disk they take twice as long.
+SCRATCH = $(if $(shell df --output=avail /dev/shm 2>/dev/null | awk '$$1 + 0 > 8000000'),TMPDIR=/dev/shm)
+PYTEST = OMP_NUM_THREADS=1 $(SCRATCH) $(BIN)/python -m pytest
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
+	nice -n 5 env $(PYTEST) -m "not cluster and not slow" $(NUMERIC)
 
 test-kernels: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow" $(KERNELS)
+	$(PYTEST) -m "not cluster and not slow" --ignore $(CUDA) $(KERNELS)
 
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
+	nice -n 5 env $(PYTEST) -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
+	nice -n 5 env $(PYTEST) -m "not cluster and not slow and not browser" $(DOORS)
+
+# The kernels for GPUs, and engines with them, without one: CUDA C++ compiled for the CPU, Triton by its interpreter.
+test-cuda: .venv/.ready
+	$(PYTEST) -m "not slow" $(CUDA)
 
 # Jobs, deployments and whole loops on one Ray cluster of this machine. Only files with such a test: to import the others
 # takes seconds.
@@ -38,7 +47,7 @@ test-cluster: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(CLUSTER)
 
 # What a slower CPU computes: torch's kernels and ours as on one with AVX-512 but no AMX, with AVX2, and on any x86-64.
-PORTABLE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow" --ignore tests/kernels/cuda
+PORTABLE = $(PYTEST) -m "not cluster and not slow" --ignore $(CUDA)
 
 test-portable: .venv/.ready
 	@if grep -qw amx_bf16 /proc/cpuinfo; then set -x; \

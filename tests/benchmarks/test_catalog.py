@@ -32,6 +32,7 @@ def test_what_it_fills(tmp_path: Path) -> None:
     catalog.close()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
     benchmark.main(["--adapters", "1000", "--tenants", "4", "--database", "sqlite", "--json", str(file)])

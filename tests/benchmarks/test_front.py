@@ -37,6 +37,7 @@ def test_a_step_waits_for_the_slowest_reader_and_not_for_one_that_has_left() -> 
     assert asyncio.run(run()) == (48, [5, 6] * 25)
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

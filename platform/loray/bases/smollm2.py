@@ -61,9 +61,10 @@ def build(folder: Path, scratch: Path, progress: Progress) -> None:
     if file_sha256(gguf) != _GGUF_SHA256:
         raise IntegrityError(f"{gguf} is not the known file of {REQUIREMENT} (SHA-256 differs); reinstall the package")
     progress("reading the tokenizer", 0.0)
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+    from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Not by AutoTokenizer, which reads the file twice.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     tokenizer.model_max_length = CONFIG["max_position_embeddings"]
     tokenizer.save_pretrained(str(folder))
     progress("reading the tokenizer", 1.0)

@@ -18,7 +18,7 @@ outputs, and works ⌈H/P⌉·P/H times as long as the mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,6 +36,10 @@ class Half(NamedTuple):
     query_heads: range
     kv_heads: range
 
+    def num_elements(self, num_tokens: int, head_dim: int) -> int:
+        """Count the elements of the keys and values of some tokens together."""
+        return 2 * num_tokens * len(self.kv_heads) * head_dim
+
 
 class Span(NamedTuple):
     """Tokens [start, stop) of the whole row, all held by `rank`."""
@@ -44,22 +48,15 @@ class Span(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def num_tokens(self) -> int:
-        return self.stop - self.start
-
 
 class Halo(NamedTuple):
-    """Tokens [start, stop) that `rank` needs from earlier ranks for the queries of one half; empty where equal.
-
-    spans  the tokens that each earlier rank holds, in order
-    """
+    """Tokens [start, stop) that `rank` needs from earlier ranks for the queries of one half; empty where equal."""
 
     rank: int
     half: Half
     start: int
     stop: int
-    spans: tuple[Span, ...]
+    tokens_per_rank: int
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +65,14 @@ class Halo(NamedTuple):
     @property
     def num_hops(self) -> int:
         """Distance to the earliest rank that holds a part of it: 1 for the previous rank."""
-        return self.rank - self.spans[0].rank if self.spans else 0
+        return self.rank - self.start // self.tokens_per_rank if self.num_tokens else 0
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The tokens that each earlier rank holds, in order."""
+        length = self.tokens_per_rank
+        holders = range(self.rank - self.num_hops, self.rank)
+        return tuple(Span(r, max(self.start, r * length), (r + 1) * length) for r in holders)
 
 
 class HaloMessage(NamedTuple):
@@ -77,10 +81,6 @@ class HaloMessage(NamedTuple):
     span: Span
     to: int
     half: Half
-
-    def num_elements(self, head_dim: int, num_rows: int = 1) -> int:
-        """Count the elements of keys and values together."""
-        return 2 * num_rows * self.span.num_tokens * len(self.half.kv_heads) * head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class HaloPlan:
         self._check_rank(rank)
         stop = rank * self.tokens_per_rank
         start = group_start(stop, self.group_size, half.offset) if half.kv_heads else stop  # no plain head for H = 1
-        return Halo(rank, half, start, stop, tuple(self._spans(start, stop)))
+        return Halo(rank, half, start, stop, self.tokens_per_rank)
 
     def received(self, rank: int) -> tuple[HaloMessage, ...]:
         """List the messages to `rank` in the forward pass. The backward pass sends gradients of the same sizes back."""
@@ -136,11 +136,8 @@ class HaloPlan:
 
     def sent(self, rank: int) -> tuple[HaloMessage, ...]:
         """List the messages from `rank` in the forward pass."""
-        self._check_rank(rank)
-        sent: list[HaloMessage] = []
-        for to in range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank))):
-            sent += (message for message in self.received(to) if message.span.rank == rank)
-        return tuple(sent)
+        messages = (message for to in self._receivers(rank) for message in self.received(to))
+        return tuple(message for message in messages if message.span.rank == rank)
 
     @property
     def num_hops(self) -> int:
@@ -149,19 +146,20 @@ class HaloPlan:
 
     def elements_received(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
         """Count the elements that `rank` receives in one layer's forward pass."""
-        return sum(t.num_elements(head_dim, num_rows) for t in self.received(rank))
+        return num_rows * sum(half.num_elements(self.halo(rank, half).num_tokens, head_dim) for half in self.halves)
 
     def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
         """Count the elements that `rank` sends in one layer's forward pass."""
-        return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
+        first, stop, total = rank * self.tokens_per_rank, (rank + 1) * self.tokens_per_rank, 0
+        for to, half in itertools.product(self._receivers(rank), self.halves):
+            num_tokens = max(0, stop - max(first, self.halo(to, half).start))
+            total += num_rows * half.num_elements(num_tokens, head_dim)
+        return total
 
-    def _spans(self, start: int, stop: int) -> Iterator[Span]:
-        length = self.tokens_per_rank
-        while start < stop:
-            rank = start // length
-            end = min(stop, (rank + 1) * length)
-            yield Span(rank, start, end)
-            start = end
+    def _receivers(self, rank: int) -> range:
+        """Later ranks; further ones need nothing from this one."""
+        self._check_rank(rank)
+        return range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank)))
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.num_ranks:
