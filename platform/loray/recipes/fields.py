@@ -7,6 +7,7 @@ import json
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
@@ -49,7 +50,8 @@ class RecipeField(NamedTuple):
     is_list: bool
 
 
-def fields_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, RecipeField]:
+@cache
+def fields_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> Mapping[str, RecipeField]:
     """List all fields of a recipe of `method` with that objective that are no sections, in their order."""
     chosen = {"adapter": METHODS[method].spec, "objective": OBJECTIVES[objective]}
     return {field.path: field for field in _walk(TrainSpec, "", chosen)}
@@ -81,7 +83,8 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _all_fields() -> dict[str, RecipeField]:
+@cache
+def _all_fields() -> Mapping[str, RecipeField]:
     kinds = [(method, objective) for method in METHODS for objective in OBJECTIVES]
     return {path: field for kind in kinds for path, field in fields_of(*kind).items()}
 
