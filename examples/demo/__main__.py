@@ -74,6 +74,7 @@ class Demo:
         self._work = self._home / "demo"
         self._started = time.monotonic()
         self._expected: float | None = None  # seconds for all, as estimated
+        self._catalog: dict[str, Any] = {}  # its adapters by name, as of the last look
 
     def run(self, port: int, *, keep: bool) -> bool:
         """Whether every adapter is as good as it should be."""
@@ -81,6 +82,7 @@ class Demo:
         self._loray("base", "add", "smollm2")
         self._heading(2, "Data: two generated tasks, and sources of this Python")
         prepare(self._work)
+        self._look()
         left = [[name for name in names if not self._is_published(name)] for names in TRAININGS]
         estimate = estimated(self._loray, self._work, left)
         self._expected = estimate.seconds
@@ -119,14 +121,14 @@ class Demo:
 
     def _train(self, names: Sequence[str]) -> None:
         """Train these and note them: also the one that is published when a signal comes, or the other fails."""
-        before = [self._loray.ask("adapters", "show", name) for name in names]
-        is_done = False
+        before, is_done = self._catalog, False
         try:
             self._loray("train", *(str(self._recipe(name)) for name in names))
             is_done = True
         finally:
-            for name, version in zip(names, before, strict=True):
-                if is_done or self._loray.ask("adapters", "show", name) != version:
+            self._look()
+            for name in names:
+                if is_done or self._catalog.get(name) != before.get(name):
                     self._note(name)
 
     def _seconds(self) -> float:
@@ -150,9 +152,13 @@ class Demo:
             return {}
         return found
 
+    def _look(self) -> None:
+        self._catalog = {row["name"]: row for row in self._loray.ask("adapters", "ls") or ()}
+
     def _note(self, name: str) -> None:
-        version = self._loray.ask("adapters", "show", name)
-        entry = {"made_of": self._made_of(name), "label": version["label"], "digest": version["digest"]}
+        row = self._catalog[name]
+        label = f"{name}@{row['version']}"
+        entry = {"made_of": self._made_of(name), "label": label, "digest": row["digest"]}
         (self._work / _DONE).write_text(json.dumps(self._noted() | {name: entry}, indent=2) + "\n", encoding="utf-8")
 
     def _is_published(self, name: str) -> bool:
@@ -160,8 +166,7 @@ class Demo:
         noted = self._noted().get(name)
         if noted is None or noted["made_of"] != self._made_of(name):
             return False
-        version = self._loray.ask("adapters", "show", name)
-        return version is not None and version["digest"] == noted["digest"]
+        return name in self._catalog and bool(self._catalog[name]["digest"] == noted["digest"])
 
 
 def prepare(work: Path) -> None:

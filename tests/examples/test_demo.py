@@ -81,16 +81,19 @@ demo["prepare"](work)
 class Known:
     digest = "a" * 64
     def ask(self, *arguments):
-        return None if self.digest is None else {{"label": "orders@1", "digest": self.digest}}
+        return [{{"name": "orders", "version": 1, "digest": self.digest}}]
 
 known = Known()
 made = demo["Demo"](known, demo["Console"](quiet=True))
 told = [made._is_published("orders")]
+made._look()
 made._note("orders")
 told.append(made._is_published("orders"))
 known.digest = "b" * 64  # somebody has published another version
+made._look()
 told.append(made._is_published("orders"))
 known.digest = "a" * 64
+made._look()
 recipe = work / "recipes" / "orders.yaml"
 recipe.write_text(recipe.read_text() + "seed: 1\\n")
 told.append(made._is_published("orders"))
