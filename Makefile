@@ -9,8 +9,9 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# Everything on a CPU that needs no Ray cluster. All parts are begun at once, since one that is alone leaves a core idle;
-# the longest, which also compiles kernels, comes before the others. The output comes when a part has ended.
+# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once, since one that is
+# alone leaves a core idle; the longest, which also compiles kernels, comes before the others. The output comes when a
+# part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
@@ -19,7 +20,8 @@ KERNELS := $(addprefix tests/,kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
 CUDA := tests/kernels/cuda
 
-# Databases, stores and homes are made in memory where there is enough of it: on a disk they take twice as long.
+# Databases, stores and homes are made in memory where there is enough of it: a PostgreSQL database takes four times as
+# long on a disk.
 SCRATCH = $(if $(shell df --output=avail /dev/shm 2>/dev/null | awk '$$1 + 0 > 8000000'),TMPDIR=/dev/shm)
 PYTEST = OMP_NUM_THREADS=1 $(SCRATCH) $(BIN)/python -m pytest
 

@@ -262,7 +262,9 @@ def test_one_that_is_started_anew_has_the_last_routes(
     asyncio.run(lives())
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, 10000), ({"OMP_WAIT_POLICY": "passive"}, 0)])
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, 10000), ({"GOMP_SPINCOUNT": "77"}, 77), ({"OMP_WAIT_POLICY": "passive"}, 0)]
+)
 def test_a_user_s_setting_counts(given: Mapping[str, str], found: int) -> None:
     own = {name: v for name, v in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     environment = own | {"OMP_DISPLAY_ENV": "VERBOSE"} | given

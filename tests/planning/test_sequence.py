@@ -54,6 +54,7 @@ def test_what_one_sends_another_receives(length: int) -> None:
     received = [t for rank in range(4) for t in plan.received(rank)]
     assert sorted(sent, key=key) == sorted(received, key=key)
     assert all(t.span.rank == rank for rank in range(4) for t in plan.sent(rank))
+    assert sum(plan.elements_sent(r, 64) for r in range(4)) == sum(plan.elements_received(r, 64) for r in range(4))
     for rank in range(4):
         assert plan.elements_sent(rank, 64) == sum(map(num_elements, plan.sent(rank)))
         assert plan.elements_received(rank, 64) == sum(map(num_elements, plan.received(rank)))

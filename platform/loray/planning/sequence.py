@@ -18,7 +18,6 @@ outputs, and works ⌈H/P⌉·P/H times as long as the mean.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -146,18 +145,18 @@ class HaloPlan:
 
     def elements_received(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
         """Count the elements that `rank` receives in one layer's forward pass."""
-        return num_rows * sum(half.num_elements(self.halo(rank, half).num_tokens, head_dim) for half in self.halves)
+        halos = (self.halo(rank, half) for half in self.halves)
+        return num_rows * sum(halo.half.num_elements(halo.num_tokens, head_dim) for halo in halos)
 
     def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
         """Count the elements that `rank` sends in one layer's forward pass."""
-        first, stop, total = rank * self.tokens_per_rank, (rank + 1) * self.tokens_per_rank, 0
-        for to, half in itertools.product(self._receivers(rank), self.halves):
-            num_tokens = max(0, stop - max(first, self.halo(to, half).start))
-            total += num_rows * half.num_elements(num_tokens, head_dim)
-        return total
+        start, stop = rank * self.tokens_per_rank, (rank + 1) * self.tokens_per_rank
+        halos = (self.halo(to, half) for to in self._receivers(rank) for half in self.halves)
+        held = ((halo.half, max(0, stop - max(start, halo.start))) for halo in halos)  # of what they need
+        return num_rows * sum(half.num_elements(num_tokens, head_dim) for half, num_tokens in held)
 
     def _receivers(self, rank: int) -> range:
-        """Later ranks; further ones need nothing from this one."""
+        """The ranks that may need tokens of this one: those within a group's length after it."""
         self._check_rank(rank)
         return range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank)))
 

@@ -83,8 +83,7 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-@cache
-def _all_fields() -> Mapping[str, RecipeField]:
+def _all_fields() -> dict[str, RecipeField]:
     kinds = [(method, objective) for method in METHODS for objective in OBJECTIVES]
     return {path: field for kind in kinds for path, field in fields_of(*kind).items()}
 

@@ -12,16 +12,8 @@ from loray.client import CatalogClient
 from loray.errors import ConflictError, NotFoundError
 from loray.schemas.status import AdapterPlacement
 from tests.fixtures.api import Api, problem
-from tests.fixtures.catalogs import new_postgresql, sqlite_catalog
+from tests.fixtures.catalogs import catalog_url  # noqa: F401, of both kinds, where this folder has SQLite's alone
 from tests.fixtures.versions import BASE, digest, publish
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return sqlite_catalog(tmp_path / "home")
-    return new_postgresql(request.getfixturevalue("postgres"))
-
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
