@@ -9,13 +9,13 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once, since one that is
-# alone leaves a core idle; the longest, which also compiles kernels, comes before the others. The output comes when a
-# part has ended.
+# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once. Those that wait for
+# servers and databases come first: what only computes takes the time that they leave, and at the end a core for each
+# part. The output comes when a part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
-NUMERIC := $(addprefix tests/,benchmarks engine)
+NUMERIC := $(addprefix tests/,engine golden planning simulation)
 KERNELS := $(addprefix tests/,kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
 CUDA := tests/kernels/cuda
@@ -29,13 +29,13 @@ test-numeric: .venv/.ready
 	nice -n 5 env $(PYTEST) -m "not cluster and not slow" $(NUMERIC)
 
 test-kernels: .venv/.ready
-	$(PYTEST) -m "not cluster and not slow" --ignore $(CUDA) $(KERNELS)
+	nice -n 5 env $(PYTEST) -m "not cluster and not slow" --ignore $(CUDA) $(KERNELS)
 
 test-rest: .venv/.ready
-	nice -n 5 env $(PYTEST) -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
+	$(PYTEST) -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
-	nice -n 5 env $(PYTEST) -m "not cluster and not slow and not browser" $(DOORS)
+	$(PYTEST) -m "not cluster and not slow and not browser" $(DOORS)
 
 # The kernels for GPUs, and engines with them, without one: CUDA C++ compiled for the CPU, Triton by its interpreter.
 test-cuda: .venv/.ready

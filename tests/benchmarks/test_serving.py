@@ -29,6 +29,7 @@ def base(tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch) -
     return base
 
 
+@pytest.mark.slow
 def test_the_engine_in_process_a_server_and_peft_run_the_same_requests(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
