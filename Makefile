@@ -9,9 +9,8 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once. Those that wait for
-# servers and databases come first: what only computes takes the time that they leave, and at the end a core for each
-# part. The output comes when a part has ended.
+# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once. The one that waits for
+# servers comes first, and the others take the time that it leaves. The output comes when a part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
@@ -32,7 +31,7 @@ test-kernels: .venv/.ready
 	nice -n 5 env $(PYTEST) -m "not cluster and not slow" --ignore $(CUDA) $(KERNELS)
 
 test-rest: .venv/.ready
-	$(PYTEST) -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
+	nice -n 5 env $(PYTEST) -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
 	$(PYTEST) -m "not cluster and not slow and not browser" $(DOORS)

@@ -286,7 +286,7 @@ def test_any_json_is_passed_on_as_it_was_written(value: object) -> None:
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
         lambda c: st.lists(c) | st.dictionaries(st.text(), c),
-    )
+    ).filter(lambda value: "</parameter>" not in json.dumps(value))  # Qwen3-Coder's end of a value
 )
 def test_any_json_comes_back_from_the_forms_that_are_not_json(value: object) -> None:
     kind = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
