@@ -89,7 +89,7 @@ begin = fork.Barrier(number).wait
 
 def create(i):
     begin()
-    print(Catalog(url).change_counter(), flush=True)
+    print(f"{Catalog(url).change_counter()}\\n", end="", flush=True)  # one write, also where output is not buffered
 
 
 def register(i):
