@@ -9,8 +9,8 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once. The one that waits for
-# servers comes first, and the others take the time that it leaves. The output comes when a part has ended.
+# Everything that needs neither a Ray cluster nor the kernels for GPUs. All parts are begun at once. The one that waits
+# for servers comes first, and the others take the time that it leaves. The output comes when a part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-numeric test-kernels test-rest test-doors
 
