@@ -11,24 +11,25 @@ asks the actors that its reference names. It is loaded once or twice in its shor
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from loray.adapters.files import MAX_CONFIG_BYTES, check_declared, check_header_length, check_tensors, read_header
+from loray.adapters.files import MAX_CONFIG_BYTES, check_declared, check_header_length, check_tensors
 from loray.adapters.manifest import read_manifest, verify_files, with_manifest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     parse_adapter,
     parse_config,
-    read_config,
     without_prefix,
 )
 from loray.bases.checkpoint import DTYPES, TensorEntry, parse_header
@@ -42,10 +43,6 @@ from loray.store import NODE_CACHE_BYTES, AdapterCache, AdapterStore, open_store
 from loray.telemetry import get_logger
 from loray_kernels.memory import Recycled
 from serve_apps.replica.metrics import LoadCounts
-
-if TYPE_CHECKING:
-    from loray.methods.weights import AdapterWeights
-
 
 _log = get_logger(__name__)
 
@@ -117,13 +114,13 @@ class AdapterLoader:
             if ref.is_ephemeral:
                 if not is_cached:
                     write_entry(entry.folder, files_given(ref))
-                return packer.pack(self._cached(ref, entry.folder, packer))
+                return self._packed(ref, entry.folder, _cached(ref, entry.folder, packer.memory), packer)
             files: Files = {}
             if is_cached:
-                weights = self._cached(ref, entry.folder, packer)
+                read = _cached(ref, entry.folder, packer.memory)
             else:
-                weights, files = self._stored(ref, entry.folder, packer)
-            packed = packer.pack(weights)
+                read, files = self._stored(ref, packer.memory)
+            packed = self._packed(ref, entry.folder, read, packer)
             if is_cached and packed.pair is not None:
                 return packed
 
@@ -138,22 +135,12 @@ class AdapterLoader:
             self.cache_writer.submit(ref.label, write, held.pop_all(), packer.memory)
         return packed
 
-    def _cached(self, ref: AdapterRef, folder: Path, packer: Packer) -> AdapterWeights:
-        manifest, path = read_manifest(folder), folder / WEIGHTS_FILE
-        entries = read_header(path)
-        check_declared(entries, manifest, source=ref.label)
-        whole = _aligned(packer.memory, entries, path.stat().st_size)
-        with path.open("rb") as f:
-            f.readinto(whole.numpy().data)
-        tensors = without_prefix(_views(whole, entries, source=ref.label))
-        return self._checked(ref, manifest, parse_adapter(folder, read_config(folder), tensors, self.base.config))
-
-    def _stored(self, ref: AdapterRef, folder: Path, packer: Packer) -> tuple[AdapterWeights, Files]:
-        """Read the adapter from the store and verify it. Returns its files too; errors name `folder`."""
+    def _stored(self, ref: AdapterRef, memory: Recycled) -> tuple[_Read, Files]:
+        """Read the adapter from the store and verify it. Returns its files too."""
         manifest = self.store.manifest(ref.digest)
         stored = _Stored(self.store, ref.digest, manifest, self._ranges)
         config = self._ranges.submit(stored.read, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
-        tensors, data, sha256 = stored.weights(packer.memory)
+        whole, sha256 = stored.weights(memory)
         config_bytes = config.result()
         for name, found in ((CONFIG_FILE, hashlib.sha256(config_bytes).hexdigest()), (WEIGHTS_FILE, sha256)):
             if found != manifest.files[name]:
@@ -161,15 +148,53 @@ class AdapterLoader:
                     f"adapter {ref.digest[:12]} is damaged: {name} in the store differs from its SHA-256; "
                     "publish the adapter again"
                 )
-        parsed = parse_config(folder, config_bytes)
-        weights = parse_adapter(folder, parsed, without_prefix(tensors), self.base.config)
-        return self._checked(ref, manifest, weights), {CONFIG_FILE: config_bytes, WEIGHTS_FILE: data}
+        return _Read(manifest, config_bytes, whole), {CONFIG_FILE: config_bytes, WEIGHTS_FILE: whole.numpy().data}
 
-    def _checked(self, ref: AdapterRef, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
-        """Check the base, and add what only the manifest contains."""
+    def _packed(self, ref: AdapterRef, folder: Path, read: _Read, packer: Packer) -> PackedAdapter:
+        """Pack what was read; errors name `folder`. A file that differs from an earlier one in values alone is not
+        parsed.
+        """
+        manifest, whole = read.manifest, read.whole
         trained = manifest.ref(ref.digest, ref.name, ref.version)
         trained.check_base(self.base.name, self.base.fingerprint, self.base.of)
-        return with_manifest(weights, manifest, ref.label)
+        header = read.header(source=ref.label)
+        declared = (manifest.nbytes, manifest.invocation_tokens, repr(manifest.rope_parameters))
+        kind = (header, read.config, len(whole), declared)
+        if (packed := packer.pack_alike(kind, whole)) is not None:
+            return packed
+        entries = parse_header(header, source=ref.label)
+        check_tensors(entries, source=ref.label, file_bytes=len(whole))
+        check_declared(entries, manifest, source=ref.label)
+        tensors = without_prefix(_views(whole, entries, source=ref.label))
+        weights = parse_adapter(folder, parse_config(folder, read.config), tensors, self.base.config)
+        return packer.pack(with_manifest(weights, manifest, ref.label), file=whole, kind=kind)
+
+
+class _Read(NamedTuple):
+    """The files of one adapter. `whole`: the bytes of its weights, in which tensors are aligned."""
+
+    manifest: AdapterManifest
+    config: bytes
+    whole: Tensor
+
+    def header(self, *, source: str) -> bytes:
+        end = check_header_length(self.whole[:8].numpy().tobytes(), source=source)
+        return self.whole[:end].numpy().tobytes()
+
+
+def _cached(ref: AdapterRef, folder: Path, memory: Recycled) -> _Read:
+    manifest, path = read_manifest(folder), folder / WEIGHTS_FILE
+    try:
+        config = (folder / CONFIG_FILE).read_bytes()
+        with path.open("rb") as f:
+            beginning = f.read(8)
+            end = check_header_length(beginning, source=str(path))
+            whole = _aligned(memory, end, os.fstat(f.fileno()).st_size)
+            f.seek(0)
+            f.readinto(whole.numpy().data)
+    except OSError as e:
+        raise IntegrityError(f"the adapter {ref.label} cannot be read from {folder}: {e.strerror}") from e
+    return _Read(manifest, config, whole)
 
 
 def files_given(ref: AdapterRef) -> Mapping[str, bytes]:
@@ -200,20 +225,19 @@ class _Stored:
     manifest: AdapterManifest
     ranges: ThreadPoolExecutor
 
-    def weights(self, memory: Recycled) -> tuple[dict[str, torch.Tensor], memoryview, str]:
-        """Read the file of weights; returns its tensors, which are views of its bytes, these, and their SHA-256."""
+    def weights(self, memory: Recycled) -> tuple[Tensor, str]:
+        """Read the file of weights; returns its bytes, in which tensors are aligned, and their SHA-256."""
         source = f"adapter {self.digest[:12]}: {WEIGHTS_FILE} in the store"
         size = self.ranges.submit(self._size)
         beginning = self.read(WEIGHTS_FILE, 0, _FIRST_BYTES)
-        missing = check_header_length(beginning, source=source) - len(beginning)
-        if missing > 0:
-            beginning += self.read(WEIGHTS_FILE, len(beginning), len(beginning) + missing)
+        end = check_header_length(beginning, source=source)
+        if end > len(beginning):
+            beginning += self.read(WEIGHTS_FILE, len(beginning), end)
         entries = parse_header(beginning, source=source)
         num_bytes = size.result()
         check_tensors(entries, source=source, file_bytes=num_bytes)  # before memory is taken by what it says
         check_declared(entries, self.manifest, source=source)
-        whole = _aligned(memory, entries, num_bytes)
-        tensors = _views(whole, entries, source=source)
+        whole = _aligned(memory, end, num_bytes)
         data = whole.numpy().data
         data[: len(beginning)] = beginning
         starts = range(len(beginning), num_bytes, _RANGE_BYTES)
@@ -227,7 +251,7 @@ class _Stored:
             for read in reads:
                 read.cancel()
             wait(reads)  # so that none writes to memory that has been freed
-        return tensors, data, sha256.hexdigest()
+        return whole, sha256.hexdigest()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         if name not in self.manifest.files:
@@ -244,13 +268,13 @@ class _Stored:
         return self.store.file_size(self.digest, WEIGHTS_FILE, self.manifest.files[WEIGHTS_FILE])
 
 
-def _aligned(memory: Recycled, entries: Mapping[str, TensorEntry], num_bytes: int) -> torch.Tensor:
-    """Take memory for a file of weights, in which the tensors are aligned."""
-    skip = -min((entry.start for entry in entries.values()), default=0) % 8
+def _aligned(memory: Recycled, header_end: int, num_bytes: int) -> Tensor:
+    """Take memory for a file of weights, in which the tensors are aligned: they begin behind the header."""
+    skip = -header_end % 8
     return memory.empty(skip + num_bytes, torch.uint8)[skip:]
 
 
-def _views(whole: torch.Tensor, entries: Mapping[str, TensorEntry], *, source: str) -> dict[str, torch.Tensor]:
+def _views(whole: Tensor, entries: Mapping[str, TensorEntry], *, source: str) -> dict[str, Tensor]:
     """View the tensors in a file's bytes. Raises IntegrityError where one begins within an element."""
     try:
         return {

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from loray.adapters.manifest import read_manifest
-from loray.adapters.peft_format import read_adapter
+from loray.adapters.peft_format import parse_adapter, read_adapter
 from loray.bases.registry import BaseModel
 from loray.engine.pool.packed import PackedAdapter, Packer, open_packed
 from loray.errors import AdapterGone, BaseMismatch, IntegrityError
 from loray.files import file_sha256
+from loray.methods.weights import AdapterWeights
 from loray.publishing import ephemeral
-from loray.spec import AdapterManifest, AdapterRef
+from loray.spec import AdapterManifest, AdapterRef, RopeParameters
 from loray.store import AdapterStore
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
@@ -237,6 +238,42 @@ def test_an_ephemeral_adapter_of_the_nodes_cache(world: World, rollout: tuple[Ad
         assert same(world.load(ref=ref, loader=AdapterLoader(world.base, world.settings)), expected)
     assert sorted(path.name for path in (world.cached.parent / ref.digest).iterdir()) == sorted(files)  # nothing packed
     assert world.loader.counts.sources["store",] == 0
+
+
+def test_a_version_that_differs_in_values_alone_is_not_parsed(
+    world: World, rollout: tuple[AdapterRef, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an adapter of the store; with other RoPE parameters, bytes or a shorter file it is."""
+    parsed: list[Path] = []
+
+    def parse(folder: Path, *rest: Any) -> AdapterWeights:
+        parsed.append(folder)
+        return parse_adapter(folder, *rest)
+
+    monkeypatch.setattr(adapter_loading, "parse_adapter", parse)
+    world.load()
+    ref, files = rollout
+    later = {name: files[name] for name in ("adapter_config.json", "adapter_model.safetensors")}
+    later["adapter_model.safetensors"] = later["adapter_model.safetensors"][:-2] + b"\0\0"
+    ref, files = ephemeral(later, world.base, run="run", step=6, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    world.loader.cache.put(ref.digest, files)
+    packed = world.load(ref=ref)
+    folder = world.cached.parent / ref.digest
+    assert len(parsed) == 1
+    assert same(packed, world.packer.pack(read_adapter(folder, world.base.config)))
+    assert not same(packed, world.load())
+    manifest = folder / AdapterManifest.FILE
+    raw = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(raw | {"rope_parameters": {"rope_theta": 5.0}}))
+    assert world.load(ref=ref).rope == RopeParameters(rope_theta=5.0)
+    assert parsed[1:] == [folder]
+    manifest.write_text(json.dumps(raw | {"nbytes": raw["nbytes"] + 1}))
+    with pytest.raises(IntegrityError, match="its manifest says"):
+        world.load(ref=ref)
+    manifest.write_text(json.dumps(raw))
+    (folder / "adapter_model.safetensors").write_bytes(files["adapter_model.safetensors"][:-2])
+    with pytest.raises(IntegrityError, match="is damaged"):
+        world.load(ref=ref)
 
 
 def test_an_ephemeral_adapter_that_a_trainer_gives(

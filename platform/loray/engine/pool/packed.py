@@ -16,9 +16,9 @@ import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakValueDictionary
@@ -31,6 +31,7 @@ from loray.bases.checkpoint import DTYPE_CODES
 from loray.bases.weights import WeightSource
 from loray.engine.memory.adapter_layout import OF_INPUTS, AdapterShape, LayerGroup, Matrix, pooled, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
+from loray.engine.pool.copies import KnownFile, KnownFiles, Write, copies_of
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, Role, SharedProjection
 from loray.spec import RopeParameters
@@ -48,6 +49,7 @@ _NORMS = {
     "self_attn.k_norm",
 }
 _FORMAT = 1  # of the file
+_ORDERS = 256  # of rows that are kept: adapters of one recipe have the same
 _PAGE = mmap.PAGESIZE
 
 PackedRows = Mapping[Matrix, Tensor]
@@ -72,13 +74,17 @@ class PackedAdapter:
     pinned: bool = False
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (*self.layered, self.flat)
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.layered, self.flat))
+        return sum(t.nbytes for t in self.parts)
 
     @property
     def host_bytes(self) -> int:
         """The host memory that the rows take."""
-        return sum(bytes_taken(t, pinned=self.pinned) for t in (*self.layered, self.flat))
+        return sum(bytes_taken(t, pinned=self.pinned) for t in self.parts)
 
 
 def bytes_taken(tensor: Tensor, *, pinned: bool) -> int:
@@ -112,6 +118,12 @@ class RowOrder(NamedTuple):
     widths: Mapping[int, tuple[int, int]]
     num_elements: int
 
+    def writes(self, part: int, layer: int, rows: PackedRows) -> Iterator[Write]:
+        """Yield where the rows of a layer go, whose first element in a part is `layer`."""
+        for matrix, tensor in rows.items():
+            for column, width, start in self.stretches[matrix]:
+                yield Write(part, layer, start, tensor[:, column : column + width])
+
     def pieces(self, extents: Iterable[Extent], kind: BlockKind) -> Iterator[CopySpan]:
         """Say which of a layer's elements go to which extent."""
         used: Counter[int] = Counter()
@@ -124,7 +136,8 @@ class RowOrder(NamedTuple):
                 used[e.width] += e.rows
 
 
-def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
+@lru_cache(_ORDERS)
+def row_order(matrices: tuple[Matrix, ...], capacity: int) -> RowOrder:
     """Order rows as `adapter_layout.place` assigns them: among rows of one width as `matrices`."""
     counts = rows_by_width(matrices, capacity)
     widths: dict[int, tuple[int, int]] = {}
@@ -162,34 +175,82 @@ class Packer:
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
     _pairs: WeakValueDictionary[str, SharedProjection] = field(default_factory=WeakValueDictionary)
+    _known: KnownFiles = field(default_factory=KnownFiles)
 
     @property
     def key(self) -> str:
         """A name of how adapters are packed: packers with the same key pack an adapter into the same bytes."""
         return f"{str(self.dtype).removeprefix('torch.')}-{self.geometry.layer_share}-{self.geometry.num_layers}"
 
-    def pack(self, weights: AdapterWeights) -> PackedAdapter:
-        """IntegrityError if a row is not finite in the pool's dtype."""
+    def pack(self, weights: AdapterWeights, *, file: Tensor | None = None, kind: Hashable = None) -> PackedAdapter:
+        """IntegrityError if a row is not finite in the pool's dtype.
+
+        `file`: the bytes that `weights` are views of; `kind`: what it has in common with files that `pack_alike` packs.
+        """
         layers, flat = self._rows(weights)
         token_ids, rows_VD = own_embedding_rows(weights, self.embedding_VD, self.dtype)
         if token_ids:
             flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
         shape = AdapterShape.of(layers, flat)
-        layered = []
-        for group in shape.groups:
-            order = row_order(group.matrices, self.geometry.capacity(BlockKind.LAYERED))
-            rows_LE = self.empty(len(group.layers), order.num_elements)
-            for row_E, layer in zip(rows_LE, group.layers, strict=True):
-                _write(row_E, layers[layer], order)
-            _check_finite(rows_LE, [f"layer {layer} " for layer in group.layers], order)
-            layered.append(rows_LE)
-        order = row_order(shape.flat, self.geometry.capacity(BlockKind.FLAT))
-        flat_E = self.empty(order.num_elements)
-        _write(flat_E, flat, order)
-        _check_finite(flat_E[None], [""], order)
+        writes = list(self._writes(shape, layers, flat))
         # One copy of the pair on the host, however many adapters have it.
         pair = None if weights.pair is None else self._pairs.setdefault(weights.pair.digest, weights.pair)
-        return PackedAdapter(shape, tuple(layered), flat_E, token_ids, pair, weights.rope, pinned=self.pinned)
+        packed = self._empty(shape, token_ids, pair, weights.rope)
+        parts = [part.view(-1) for part in packed.parts]
+        for write in writes:
+            rows_RW = write.source
+            end = write.start + rows_RW.numel()
+            parts[write.part][write.start : end].view(rows_RW.shape).copy_(rows_RW)
+        self._check_finite(packed)
+        if file is not None and pair is None and weights.embedding is None:  # these say by their values what is packed
+            copies = copies_of(writes, file)
+            if copies is not None:
+                self._known.put(kind, KnownFile(shape, weights.rope, copies))
+        return packed
+
+    def pack_alike(self, kind: Hashable, file: Tensor) -> PackedAdapter | None:
+        """Pack the bytes of a file as one of its kind has been packed; None if none has been. Raises as `pack`."""
+        known = self._known.get(kind)
+        if known is None:
+            return None
+        packed = self._empty(known.shape, rope=known.rope)
+        known.fill(packed.parts, file)
+        self._check_finite(packed)
+        return packed
+
+    def _empty(
+        self,
+        shape: AdapterShape,
+        token_ids: tuple[int, ...] = (),
+        pair: SharedProjection | None = None,
+        rope: RopeParameters | None = None,
+    ) -> PackedAdapter:
+        *layered, flat = self._orders(shape)
+        rows = [
+            self.empty(len(group.layers), order.num_elements)
+            for group, order in zip(shape.groups, layered, strict=True)
+        ]
+        return PackedAdapter(shape, tuple(rows), self.empty(flat.num_elements), token_ids, pair, rope, self.pinned)
+
+    def _orders(self, shape: AdapterShape) -> list[RowOrder]:
+        """Order the rows of each group, then the flat ones: of the parts of a packed adapter."""
+        capacity = self.geometry.capacity(BlockKind.LAYERED)
+        layered = [row_order(group.matrices, capacity) for group in shape.groups]
+        return [*layered, row_order(shape.flat, self.geometry.capacity(BlockKind.FLAT))]
+
+    def _writes(self, shape: AdapterShape, layers: Mapping[int, PackedRows], flat: PackedRows) -> Iterator[Write]:
+        """Yield where the rows go: to each group's part layer behind layer, then to that of the flat ones."""
+        *layered, of_flat = self._orders(shape)
+        for part, (group, order) in enumerate(zip(shape.groups, layered, strict=True)):
+            for i, layer in enumerate(group.layers):
+                yield from order.writes(part, i * order.num_elements, layers[layer])
+        yield from of_flat.writes(len(layered), 0, flat)
+
+    def _check_finite(self, packed: PackedAdapter) -> None:
+        layers = [[f"layer {layer} " for layer in group.layers] for group in packed.shape.groups]
+        parts = (*packed.layered, packed.flat[None])
+        for rows_LE, names, order in zip(parts, [*layers, [""]], self._orders(packed.shape), strict=True):
+            _check_finite(rows_LE, names, order)
 
     def empty(self, *shape: int) -> Tensor:
         if self.pinned:
@@ -263,12 +324,6 @@ def _differs(rows_VD: Tensor, base_VD: Tensor) -> Tensor:
 @cache
 def _beside_steps(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _write(to: Tensor, rows: PackedRows, order: RowOrder) -> None:
-    for matrix, tensor in rows.items():
-        for column, width, start in order.stretches[matrix]:
-            to[start : start + matrix.rows * width].view(matrix.rows, width).copy_(tensor[:, column : column + width])
 
 
 def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> None:
