@@ -140,7 +140,7 @@ class AdapterLoader:
         manifest = self.store.manifest(ref.digest)
         stored = _Stored(self.store, ref.digest, manifest, self._ranges)
         config = self._ranges.submit(stored.read, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
-        whole, sha256 = stored.weights(memory)
+        whole, entries, sha256 = stored.weights(memory)
         config_bytes = config.result()
         for name, found in ((CONFIG_FILE, hashlib.sha256(config_bytes).hexdigest()), (WEIGHTS_FILE, sha256)):
             if found != manifest.files[name]:
@@ -148,7 +148,8 @@ class AdapterLoader:
                     f"adapter {ref.digest[:12]} is damaged: {name} in the store differs from its SHA-256; "
                     "publish the adapter again"
                 )
-        return _Read(manifest, config_bytes, whole), {CONFIG_FILE: config_bytes, WEIGHTS_FILE: whole.numpy().data}
+        files: Files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: whole.numpy().data}
+        return _Read(manifest, config_bytes, whole, entries), files
 
     def _packed(self, ref: AdapterRef, folder: Path, read: _Read, packer: Packer) -> PackedAdapter:
         """Pack what was read; errors name `folder`. A file that differs from an earlier one in values alone is not
@@ -162,20 +163,21 @@ class AdapterLoader:
         kind = (header, read.config, len(whole), declared)
         if (packed := packer.pack_alike(kind, whole)) is not None:
             return packed
-        entries = parse_header(header, source=ref.label)
-        check_tensors(entries, source=ref.label, file_bytes=len(whole))
-        check_declared(entries, manifest, source=ref.label)
+        entries = read.entries or _entries(header, manifest, len(whole), source=ref.label)
         tensors = without_prefix(_views(whole, entries, source=ref.label))
         weights = parse_adapter(folder, parse_config(folder, read.config), tensors, self.base.config)
         return packer.pack(with_manifest(weights, manifest, ref.label), file=whole, kind=kind)
 
 
 class _Read(NamedTuple):
-    """The files of one adapter. `whole`: the bytes of its weights, in which tensors are aligned."""
+    """The files of one adapter. `whole`: the bytes of its weights, in which tensors are aligned; `entries`: its header,
+    where that has been checked.
+    """
 
     manifest: AdapterManifest
     config: bytes
     whole: Tensor
+    entries: Mapping[str, TensorEntry] | None = None
 
     def header(self, *, source: str) -> bytes:
         end = check_header_length(self.whole[:8].numpy().tobytes(), source=source)
@@ -225,18 +227,16 @@ class _Stored:
     manifest: AdapterManifest
     ranges: ThreadPoolExecutor
 
-    def weights(self, memory: Recycled) -> tuple[Tensor, str]:
-        """Read the file of weights; returns its bytes, in which tensors are aligned, and their SHA-256."""
+    def weights(self, memory: Recycled) -> tuple[Tensor, Mapping[str, TensorEntry], str]:
+        """Read the file of weights; returns its bytes, in which tensors are aligned, its header, and their SHA-256."""
         source = f"adapter {self.digest[:12]}: {WEIGHTS_FILE} in the store"
         size = self.ranges.submit(self._size)
         beginning = self.read(WEIGHTS_FILE, 0, _FIRST_BYTES)
         end = check_header_length(beginning, source=source)
         if end > len(beginning):
             beginning += self.read(WEIGHTS_FILE, len(beginning), end)
-        entries = parse_header(beginning, source=source)
         num_bytes = size.result()
-        check_tensors(entries, source=source, file_bytes=num_bytes)  # before memory is taken by what it says
-        check_declared(entries, self.manifest, source=source)
+        entries = _entries(beginning, self.manifest, num_bytes, source=source)  # before memory is taken by what it says
         whole = _aligned(memory, end, num_bytes)
         data = whole.numpy().data
         data[: len(beginning)] = beginning
@@ -251,7 +251,7 @@ class _Stored:
             for read in reads:
                 read.cancel()
             wait(reads)  # so that none writes to memory that has been freed
-        return whole, sha256.hexdigest()
+        return whole, entries, sha256.hexdigest()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         if name not in self.manifest.files:
@@ -272,6 +272,14 @@ def _aligned(memory: Recycled, header_end: int, num_bytes: int) -> Tensor:
     """Take memory for a file of weights, in which the tensors are aligned: they begin behind the header."""
     skip = -header_end % 8
     return memory.empty(skip + num_bytes, torch.uint8)[skip:]
+
+
+def _entries(beginning: bytes, manifest: AdapterManifest, num_bytes: int, *, source: str) -> Mapping[str, TensorEntry]:
+    """Read the header of a file of `num_bytes`, and check it against the file and the manifest."""
+    entries = parse_header(beginning, source=source)
+    check_tensors(entries, source=source, file_bytes=num_bytes)
+    check_declared(entries, manifest, source=source)
+    return entries
 
 
 def _views(whole: Tensor, entries: Mapping[str, TensorEntry], *, source: str) -> dict[str, Tensor]:

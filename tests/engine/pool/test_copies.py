@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,16 +24,16 @@ def packer(dtype: torch.dtype = torch.float32) -> Packer:
     return Packer(Geometry(400, LAYERS, 2, 32), dtype, torch.zeros(1, 8))
 
 
-def in_a_file(seed: int, dtype: torch.dtype, *, skip: int = 8) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bytes of which `skip` are a header, and in them tensors in the order of their names, as files have them."""
+def in_a_file(seed: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bytes of which 8 are a header, and in them tensors in the order of their names, as files have them."""
     shapes = {f"{layer}.{m}.a": (RANK, i) for layer in range(LAYERS) for m, (_, i) in SHAPES.items()}
     shapes |= {f"{layer}.{m}.b": (o, RANK) for layer in range(LAYERS) for m, (o, _) in SHAPES.items()}
     shapes["7.norm"] = (1, WIDE)
     generator = torch.Generator().manual_seed(seed)
-    end = skip + sum(a * b for a, b in shapes.values()) * dtype.itemsize
+    end = 8 + sum(a * b for a, b in shapes.values()) * dtype.itemsize
     file = torch.zeros(16 + end, dtype=torch.uint8)[16:]
     tensors = {}
-    at = skip
+    at = 8
     for name in sorted(shapes):
         shape = shapes[name]
         num_bytes = shape[0] * shape[1] * dtype.itemsize
@@ -69,6 +70,8 @@ def test_the_next_file_has_the_same_rows(stored: torch.dtype, pooled: torch.dtyp
     assert not equal(packed, expected)
     assert equal(packing.pack_alike("kind", second), expected)
     assert packing.pack_alike("another", second) is None
+    cut = replace(packing, geometry=replace(packing.geometry, layer_share=48))
+    assert cut.pack_alike("kind", second) is None
 
 
 def test_layers_are_copied_together() -> None:
@@ -76,7 +79,7 @@ def test_layers_are_copied_together() -> None:
     packing = packer()
     file, tensors = in_a_file(0, torch.float32)
     packing.pack(weights_of(tensors), file=file, kind="kind")
-    known = packing._known.get("kind")
+    known = packing._known.get((packing.key, "kind"))
     assert known is not None
     of_layers = [copy for copy in known.copies if copy.shape[0] > 1]
     assert len(known.copies) < 40

@@ -164,13 +164,13 @@ class ShardedAdapter(PackedAdapter):
     @property
     def nbytes(self) -> int:
         """The bytes of all ranks' parts."""
-        return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
+        return sum(t.nbytes for part in (self, *self.others) for t in part.parts)
 
     @property
     def host_bytes(self) -> int:
         """The host memory that all ranks' parts take."""
         parts = (self, *self.others)
-        return sum(bytes_taken(t, pinned=part.pinned) for part in parts for t in (*part.layered, part.flat))
+        return sum(bytes_taken(t, pinned=part.pinned) for part in parts for t in part.parts)
 
 
 def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Write(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """`num` matrices (R, W) of one dtype.
+    """Copies N matrices (R, W) of one dtype; `shape` is (N, R, W).
 
     start, step    elements of the part: the first of the first matrix, and from matrix to matrix
     offset, apart  bytes of the file, and elements from matrix to matrix
@@ -59,7 +59,7 @@ class Copy(NamedTuple):
 
 
 class KnownFile(NamedTuple):
-    """What the packed adapters of some files have in common, and how these are packed."""
+    """Packs the files of one kind. It has what their packed adapters have in common, and the copies."""
 
     shape: AdapterShape
     rope: RopeParameters | None
@@ -110,11 +110,10 @@ def _equally_apart(layers: Sequence[tuple[int, Write]]) -> Iterator[Sequence[tup
     """Cut `layers` into runs that are equally far apart in the file and in the part. Files have layer 10 before 2."""
     distances = [(b - a, to.start - of.start) for (a, of), (b, to) in pairwise(layers)]
     first = 0
-    while first < len(layers):
-        here = distances[first:]
-        num = 1 + sum(1 for _ in takewhile(lambda d: d == here[0], here)) if here and here[0][0] > 0 else 1  # noqa: B023
-        yield layers[first : first + num]
-        first += num
+    for i, distance in enumerate([*distances, None]):
+        if distance is None or distance != distances[first] or distance[0] <= 0:
+            yield layers[first : i + 1]
+            first = i + 1
 
 
 def _copy(run: Sequence[tuple[int, Write]]) -> Copy:

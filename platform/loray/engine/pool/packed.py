@@ -205,12 +205,12 @@ class Packer:
         if file is not None and pair is None and weights.embedding is None:  # these say by their values what is packed
             copies = copies_of(writes, file)
             if copies is not None:
-                self._known.put(kind, KnownFile(shape, weights.rope, copies))
+                self._known.put((self.key, kind), KnownFile(shape, weights.rope, copies))
         return packed
 
     def pack_alike(self, kind: Hashable, file: Tensor) -> PackedAdapter | None:
         """Pack the bytes of a file as one of its kind has been packed; None if none has been. Raises as `pack`."""
-        known = self._known.get(kind)
+        known = self._known.get((self.key, kind))  # a packer of another geometry, made of this one, shares them
         if known is None:
             return None
         packed = self._empty(known.shape, rope=known.rope)
