@@ -24,7 +24,7 @@ from loray.bases.registry import get_bases
 from loray.encryption import uses_tls
 from loray.settings import Settings
 from loray.spec import APPLICATION, GATEWAY, FleetSpec, SampleCall, SampledBase, SampleResult, ServeSpec, engine_of
-from serve_apps.deployment import DRAIN_S, front_nodes
+from serve_apps.deployment import DRAIN_LOOK_S, DRAIN_S, front_nodes
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
 from serve_apps.replica.ranks import bundles
@@ -95,6 +95,7 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
         ray_actor_options={"num_cpus": 0, "runtime_env": environment, **where},
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
     )
     engines = (_engine(spec.for_replicas, fingerprints[spec.base], routing, environment) for spec in fleet.bases)
     return gateway.bind(*engines)
@@ -129,6 +130,7 @@ def _engine(
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
     )
     return versioned(engine, spec.model_dump(mode="json"), fingerprint).bind(spec)
 

@@ -24,6 +24,7 @@ TINKER_IMPORT_PATH = "serve_apps.tinker.app:build"
 # Those that write to the store are on a node with no engine, so that its identity can be another one.
 ON_THE_HEAD = {"node:__internal_head__": 0.001}
 DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
+DRAIN_LOOK_S = 0.2  # between two looks whether they have ended
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12

@@ -472,7 +472,7 @@ class Trainer:
         is_digest = record.initial is not None and len(record.initial) == _DIGEST_LENGTH
         ref = self._versions.publish(
             record.model,
-            self._trainer.files(record.model, self._dtype),
+            self._trainer.files_in_memory(record.model, self._dtype),
             step=model.num_steps,
             created_at=record.created_at,
             parent=record.initial if is_digest else None,

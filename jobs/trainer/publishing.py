@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import datetime
 
 from loray.adapters.manifest import read_manifest
-from loray.adapters.peft_format import AdapterFiles, files_in_memory
 from loray.bases.registry import BaseModel
 from loray.errors import AdapterGone
 from loray.publishing.ephemeral import ephemeral
@@ -29,7 +28,7 @@ class Versions:
     def publish(
         self,
         model: str,
-        adapter: AdapterFiles,
+        files: Mapping[str, bytes],
         *,
         step: int,
         created_at: datetime,
@@ -41,7 +40,7 @@ class Versions:
         """
         own = self._of.setdefault(model, [])
         ref, whole = ephemeral(
-            files_in_memory(adapter),
+            files,
             self._base,
             run=model,
             step=step,

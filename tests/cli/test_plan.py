@@ -173,8 +173,13 @@ def test_rates_are_kept_where_nothing_else_ran(
 ) -> None:
     (cached,) = home.glob("machine-*.json")
     cached.unlink()
-    printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(MACHINE.rates)), "")
-    monkeypatch.setattr("loray.cli.plan.subprocess.run", lambda *args, **kwargs: printed)
+
+    def printed(command: list[str], *, env: dict[str, str], **others: object) -> subprocess.CompletedProcess[str]:
+        assert "OMP_NUM_THREADS" not in env  # the rates are of all cores
+        return subprocess.CompletedProcess(command, 0, json.dumps(asdict(MACHINE.rates)), "")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("loray.cli.plan.subprocess.run", printed)
     monkeypatch.setattr("loray.cli.plan.psutil.cpu_percent", lambda seconds: percent)
     code, out, err = plan("lora_smollm2", "--json")
     assert code == 0

@@ -179,3 +179,28 @@ def test_what_is_put_is_there_until_it_is_removed(node: Node, describe_one: Call
     assert cache.remove(name)
     assert node.store.fetches == []
     assert (node.held("adapters"), node.held("locks")) == ([], [])
+
+
+def test_what_is_put_is_not_hashed_again_until_it_has_changed(
+    node: Node, describe_one: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor after the machine has been started anew."""
+    name, folder = node.names[0], describe_one(0)
+    hashed: list[Path] = []
+    monkeypatch.setattr("loray.store.cache.verify_folder", hashed.append)
+    node.cache().put(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    path = node.cache().get(name)
+    assert hashed == []
+    boot = tmp_path / "boot_id"
+    with monkeypatch.context() as patch:
+        boot.write_text("another\n")
+        patch.setattr("loray.store.cache._BOOT", boot)
+        node.cache().get(name)
+        assert hashed == [path]
+        boot.unlink()
+        node.cache().get(name)
+        assert hashed == [path, path]
+    monkeypatch.undo()
+    damage(path / WEIGHTS)
+    verify_folder(node.cache().get(name))
+    assert node.store.fetches == [name]

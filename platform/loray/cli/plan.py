@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -94,7 +95,10 @@ def measured(home: Path, *, even_if_busy: bool = True) -> Machine:
     if is_busy and not even_if_busy:
         return machine
     click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
-    done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # rates are of all cores
+    done = subprocess.run(
+        [sys.executable, "-m", "loray.train.rates"], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
     machine = machine._replace(rates=Rates.from_json(json.loads(done.stdout)))

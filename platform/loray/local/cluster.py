@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from loray import SPIN_COUNT
 from loray.files import file_lock, write_private
@@ -147,6 +148,8 @@ _TEMP_ROOT = Path("/tmp")
 @dataclass(frozen=True, slots=True)
 class LocalCluster(LocalServer):
     """A running cluster. `address` is the URL of dashboard and job server, `gcs_address` the argument of ray.init."""
+
+    grace_s: ClassVar[float] = 1.0  # a raylet waits ten seconds for its agents, which nothing depends on
 
     address: str
     gcs_address: str

@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from loray.errors import ClusterError
 from loray.files import write_private
 
 LOOPBACK = "127.0.0.1"
 
-_GRACE_S = 3.0
 _POLL_S = 0.1
 
 
@@ -50,6 +49,8 @@ class Process:
 class LocalServer(Process):
     """A server process that outlives the process that started it. It leads a session of its own."""
 
+    grace_s: ClassVar[float] = 3.0  # from SIGTERM to SIGKILL
+
     def end(self) -> None:
         """End every process of its session: with SIGTERM, then with SIGKILL.
 
@@ -62,7 +63,7 @@ class LocalServer(Process):
         for number in (signal.SIGTERM, signal.SIGKILL):
             for member in session_members(self.pid):
                 kill(member, number)
-            deadline = time.monotonic() + _GRACE_S
+            deadline = time.monotonic() + self.grace_s
             while time.monotonic() < deadline and session_members(self.pid):
                 time.sleep(0.05)
 

@@ -23,6 +23,8 @@ log = get_logger(__name__)
 NODE_CACHE_BYTES = 16 << 30  # of disk
 _SCAN_INTERVAL_S = 60.0
 _STALE_S = 3600.0
+_MOST_SEAL = 4096  # bytes
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CacheEntry(NamedTuple):
@@ -65,10 +67,13 @@ class AdapterCache:
                     shutil.rmtree(left, ignore_errors=True)
 
     def put(self, digest: str, files: Mapping[str, bytes]) -> None:
-        """Add an adapter of these files, which the caller has hashed; nothing happens where it is present."""
+        """Add an adapter of these files, which the caller has hashed, so that other processes need not; nothing happens
+        where it is present.
+        """
         with self.entry(digest) as entry:
             if not entry.present:
                 write_entry(entry.folder, files)
+                (self._locks / digest).write_text(_seal(entry.folder), encoding="utf-8")
 
     def get(self, digest: str) -> Path:
         """The adapter's folder, fetched where the cache lacks it. It may be evicted at any time unless it is pinned.
@@ -98,12 +103,12 @@ class AdapterCache:
         path = self._entries / check_digest(digest)
         while True:
             with self._lock(digest, fcntl.LOCK_SH) as handle:
-                if self._is_good(digest, path, is_good):
+                if self._is_good(digest, path, handle, is_good):
                     _note_use(handle)
                     yield CacheEntry(path, present=True)
                     return
-            with self._lock(digest, fcntl.LOCK_EX):
-                if self._is_good(digest, path, is_good):
+            with self._lock(digest, fcntl.LOCK_EX) as handle:
+                if self._is_good(digest, path, handle, is_good):
                     continue
                 self._remove(path)
                 try:
@@ -138,15 +143,18 @@ class AdapterCache:
             self._added, self._room = 0, self._max_bytes - total
             self._next_scan = time.monotonic() + _SCAN_INTERVAL_S
 
-    def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
-        """The entry is present, and was verified once by this process: one of an earlier process may be damaged."""
+    def _is_good(self, digest: str, path: Path, handle: int, is_good: Callable[[Path], bool] | None) -> bool:
+        """The entry is present, and was verified once by this process: one of an earlier process may be damaged, unless
+        it is as `put` has written it. `handle`: of its lock.
+        """
         if not path.is_dir():
             return False
         with self._mutex:
             if digest in self._trusted:
                 return True
         try:
-            if is_good is None or not is_good(path):
+            seal = os.pread(handle, _MOST_SEAL, 0).decode()
+            if not (seal and seal == _seal(path)) and (is_good is None or not is_good(path)):
                 verify_folder(path)
         except IntegrityError as e:
             log.warning("cached adapter is damaged and is fetched again: %s", e)
@@ -215,6 +223,17 @@ def write_entry(folder: Path, files: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _seal(folder: Path) -> str:
+    """Names, sizes and times of an entry's files, and since when the machine runs: what was not synced may be damaged
+    after a crash. Empty where the system does not say that.
+    """
+    try:
+        boot = _BOOT.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    return boot + "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in sorted(folder.iterdir()))
 
 
 def _note_use(handle: int) -> None:

@@ -117,6 +117,13 @@ def test_files_are_those_of_a_run_with_these_weights(tiny_base: BaseFactory, spe
         bank.write("it", tmp_path / "ours", dtype)
         ours, wanted = ({f.name: f.read_bytes() for f in (tmp_path / of).iterdir()} for of in ("ours", "theirs"))
         assert ours == wanted == files_in_memory(bank.files("it", dtype))
+        assert ours == bank.files_in_memory("it", dtype)
+        with torch.no_grad():
+            for master in bank.masters("it").values():
+                master.add_(0.25)
+        changed = bank.files_in_memory("it", dtype)  # as a later version
+        assert ours != changed == files_in_memory(bank.files("it", dtype))
+        bank.restore("it", state)
     assert {t.dtype for t in bank.files("it").tensors.values()} <= {torch.bfloat16, torch.float32}
 
 

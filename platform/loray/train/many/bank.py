@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loray.adapters.peft_format import AdapterFiles, write_folder
+from loray.adapters.peft_format import AdapterFiles, files_in_memory, write_folder
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.quantized import dequantized
 from loray.bases.registry import BaseModel
@@ -33,6 +33,7 @@ from loray.train.many.dora import scale_outputs
 from loray.train.many.lora import add_lora
 from loray.train.many.products import has_grouped
 from loray.train.many.rows import Member, Rows, lay_out
+from loray.train.many.slot_files import SlotFiles
 from loray.train.many.stacks import Bucket, BucketKey
 from loray.train.many.vera import add_vera
 from loray.train.optimizer import OptimizerState
@@ -85,6 +86,7 @@ class _Adapter:
     seed: int
     num_updates: int = 0
     num_passes: int = 0
+    slot_files: dict[torch.dtype, SlotFiles] = field(default_factory=dict)
 
 
 class AdapterBank:
@@ -352,11 +354,28 @@ class AdapterBank:
 
         dtype  None: that of the base's checkpoint
         """
-        as_dtype = getattr(torch, dtype or stored_dtype(self.base.path))
         adapter = self._find(name)
-        rounded = adapter.bucket.memory.master[adapter.slot].to("cpu", as_dtype, copy=True)  # all at once
-        trained = dict(adapter.bucket.named(rounded[None], 0))
-        return files_with(self.model, adapter.spec, trained, norms=())
+        return self._files(adapter, self._rounded(adapter, dtype))
+
+    @torch.no_grad()
+    def files_in_memory(self, name: str, dtype: DType | None = None) -> dict[str, bytes]:
+        """Make the bytes of `files`."""
+        adapter = self._find(name)
+        slot = self._rounded(adapter, dtype)
+        if (known := adapter.slot_files.get(slot.dtype)) is not None:
+            return known.files(slot)
+        made = self._files(adapter, slot)
+        files = files_in_memory(made)
+        if (found := SlotFiles.of(made, files, slot)) is not None:
+            adapter.slot_files[slot.dtype] = found
+        return files
+
+    def _rounded(self, adapter: _Adapter, dtype: DType | None) -> Tensor:
+        as_dtype = getattr(torch, dtype or stored_dtype(self.base.path))
+        return adapter.bucket.memory.master[adapter.slot].to("cpu", as_dtype, copy=True)  # all at once
+
+    def _files(self, adapter: _Adapter, slot: Tensor) -> AdapterFiles:
+        return files_with(self.model, adapter.spec, dict(adapter.bucket.named(slot[None], 0)), norms=())
 
     def write(self, name: str, folder: Path, dtype: DType | None = None) -> None:
         """Write `files` to `folder`."""

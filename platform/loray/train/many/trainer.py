@@ -80,6 +80,10 @@ class BankTrainer:
         """Copy a model's weights in PEFT's format."""
         return self.bank.files(model, dtype)
 
+    def files_in_memory(self, model: str, dtype: DType) -> dict[str, bytes]:
+        """Copy a model's weights as the bytes of files in PEFT's format."""
+        return self.bank.files_in_memory(model, dtype)
+
     def state(self, model: str) -> tuple[OptimizerState, dict[str, Tensor]]:
         """Copy the optimizer's state of a model, and the gradients that no step has used, none where they are 0."""
         has_any = model in self._has_gradients
