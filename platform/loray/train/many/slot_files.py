@@ -53,4 +53,3 @@ class SlotFiles(NamedTuple):
         pieces = slot.split(self.sizes)
         weights = torch.cat([pieces[i] for i in self.order])
         return {CONFIG_FILE: self.config, WEIGHTS_FILE: b"".join((self.header, weights.view(torch.uint8).numpy().data))}
-
