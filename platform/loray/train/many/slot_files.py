@@ -50,6 +50,6 @@ class SlotFiles(NamedTuple):
 
     def files(self, slot: Tensor) -> dict[str, bytes]:
         """Make the files of these numbers."""
-        pieces = slot.split(self.sizes)
+        pieces = torch.split(slot, self.sizes)
         weights = torch.cat([pieces[i] for i in self.order])
         return {CONFIG_FILE: self.config, WEIGHTS_FILE: b"".join((self.header, weights.view(torch.uint8).numpy().data))}
