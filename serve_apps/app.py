@@ -164,7 +164,7 @@ class GatewayReplica:
         return gateway.own_families()
 
     async def run_line(self, key_id: str | None, tenant: str, endpoint: str, body: bytes) -> LineAnswer:
-        """As `GatewayLines`, and so the two below."""
+        """Answer as `GatewayLines` does; so do the two below."""
         return await self._lines.run_line(key_id, tenant, endpoint, body)
 
     async def bases_of(self, key_id: str | None, tenant: str, models: Collection[str]) -> Mapping[str, str | None]:
@@ -174,7 +174,7 @@ class GatewayReplica:
         return await self._lines.loads()
 
     async def sample(self, call: SampleCall) -> SampleResult:
-        """As `Rollouts`, and so the one below."""
+        """Answer as `Rollouts` does; so does the one below."""
         rollouts: Rollouts = self.app.state.rollouts
         return await rollouts.sample(call)
 

@@ -30,6 +30,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def boot_id() -> str:
+    """Return the name of this boot of the machine. Raises OSError where the system has none."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+
+
 def canonical_json(data: Any) -> str:
     """JSON with sorted keys and without spaces: equal data gives equal text, and so equal digests."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -191,13 +191,11 @@ def test_what_is_put_is_not_hashed_again_until_it_has_changed(
     node.cache().put(name, {path.name: path.read_bytes() for path in folder.iterdir()})
     path = node.cache().get(name)
     assert hashed == []
-    boot = tmp_path / "boot_id"
     with monkeypatch.context() as patch:
-        boot.write_text("another\n")
-        patch.setattr("loray.store.cache._BOOT", boot)
+        patch.setattr("loray.store.cache.boot_id", lambda: "another")
         node.cache().get(name)
         assert hashed == [path]
-        boot.unlink()
+        patch.setattr("loray.store.cache.boot_id", lambda: (tmp_path / "missing").read_text())
         node.cache().get(name)
         assert hashed == [path, path]
     monkeypatch.undo()

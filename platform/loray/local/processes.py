@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from loray.errors import ClusterError
-from loray.files import write_private
+from loray.files import boot_id, write_private
 
 LOOPBACK = "127.0.0.1"
 
@@ -167,8 +167,7 @@ def start_time(pid: int) -> int | None:
 
 def pid_scope() -> str:
     """The name of where pids and start times are valid: this boot, in this container's pid namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{boot_id()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from loray.adapters.manifest import verify_folder
 from loray.errors import IntegrityError
+from loray.files import boot_id
 from loray.store.adapters import AdapterStore, check_digest
 from loray.telemetry import get_logger
 
@@ -24,7 +25,6 @@ NODE_CACHE_BYTES = 16 << 30  # of disk
 _SCAN_INTERVAL_S = 60.0
 _STALE_S = 3600.0
 _MOST_SEAL = 4096  # bytes
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CacheEntry(NamedTuple):
@@ -73,7 +73,7 @@ class AdapterCache:
         with self.entry(digest) as entry:
             if not entry.present:
                 write_entry(entry.folder, files)
-                (self._locks / digest).write_text(_seal(entry.folder), encoding="utf-8")
+                (self._locks / digest).write_bytes(_seal(entry.folder))
 
     def get(self, digest: str) -> Path:
         """The adapter's folder, fetched where the cache lacks it. It may be evicted at any time unless it is pinned.
@@ -153,7 +153,7 @@ class AdapterCache:
             if digest in self._trusted:
                 return True
         try:
-            seal = os.pread(handle, _MOST_SEAL, 0).decode()
+            seal = os.pread(handle, _MOST_SEAL, 0)
             if not (seal and seal == _seal(path)) and (is_good is None or not is_good(path)):
                 verify_folder(path)
         except IntegrityError as e:
@@ -225,15 +225,15 @@ def write_entry(folder: Path, files: Mapping[str, bytes]) -> None:
         raise
 
 
-def _seal(folder: Path) -> str:
-    """Names, sizes and times of an entry's files, and since when the machine runs: what was not synced may be damaged
-    after a crash. Empty where the system does not say that.
+def _seal(folder: Path) -> bytes:
+    """Return names, sizes and times of an entry's files behind the name of this boot: what was not synced may be
+    damaged after a crash. Empty where the system does not say it, or a file is being written.
     """
     try:
-        boot = _BOOT.read_text(encoding="utf-8")
+        files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+        return "\n".join([boot_id(), *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in files)]).encode()
     except OSError:
-        return ""
-    return boot + "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in sorted(folder.iterdir()))
+        return b""
 
 
 def _note_use(handle: int) -> None:

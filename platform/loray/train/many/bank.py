@@ -86,7 +86,7 @@ class _Adapter:
     seed: int
     num_updates: int = 0
     num_passes: int = 0
-    slot_files: dict[torch.dtype, SlotFiles] = field(default_factory=dict)
+    slot_files: dict[torch.dtype, SlotFiles | None] = field(default_factory=dict)
 
 
 class AdapterBank:
@@ -366,8 +366,8 @@ class AdapterBank:
             return known.files(slot)
         made = self._files(adapter, slot)
         files = files_in_memory(made)
-        if (found := SlotFiles.of(made, files, slot)) is not None:
-            adapter.slot_files[slot.dtype] = found
+        if slot.dtype not in adapter.slot_files:
+            adapter.slot_files[slot.dtype] = SlotFiles.of(made, files, slot)
         return files
 
     def _rounded(self, adapter: _Adapter, dtype: DType | None) -> Tensor:

@@ -44,7 +44,7 @@ class _Row(NamedTuple):
 
 
 class _Output:
-    """What the passes of one operation have computed so far."""
+    """Holds what the passes of one operation have computed so far."""
 
     def __init__(self, num_datums: int) -> None:
         self.logprobs: list[Array | None] = [None] * num_datums
