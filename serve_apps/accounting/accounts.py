@@ -21,12 +21,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loray.catalog import Catalog
 from loray.errors import LorayError, Overloaded, RequestError
-from loray.locations import FileLocation, parse_location
 from loray.policy.fair_admission import FairAdmission
 from loray.policy.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.settings import DEFAULT_BATCH_FACTOR, Settings
 from loray.spec import BATCH_PRIORITY, Delta, GenerateRequest, Principal, UsageEvent, service_tier
-from loray.store import open_store
 from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
 from serve_apps.http import path_of
@@ -153,12 +151,8 @@ class UsageMeter:
         if self._settings is None:
             yield
             return
-        home, url, days = self._settings.home, self._settings.store, self._settings.usage_days
-        # A folder is on the disk that has the log.
-        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
-        open_catalog = partial(Catalog, self._settings.catalog)
-        self._writer = UsageWriter(open_catalog, home, days, open_objects)
-        async with self._with_owner(open_catalog) as exchange:
+        self._writer = UsageWriter.of(self._settings)
+        async with self._with_owner(partial(Catalog, self._settings.catalog)) as exchange:
             task = asyncio.create_task(follow_owner(self._gate, exchange, self._is_limited))
             try:
                 yield

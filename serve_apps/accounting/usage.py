@@ -15,13 +15,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import NamedTuple
 
 from loray.catalog import Catalog
 from loray.errors import DataError, LorayError, NotFoundError, StoreError
+from loray.locations import FileLocation, parse_location
+from loray.settings import Settings
 from loray.spec import UsageEvent
+from loray.store import open_store
 from loray.store.objects import ObjectStore
 from loray.telemetry import get_logger
 
@@ -279,6 +283,14 @@ class UsageWriter:
         ]
         for thread in self._threads:
             thread.start()
+
+    @classmethod
+    def of(cls, settings: Settings) -> UsageWriter:
+        """Open the writer of a process with these settings."""
+        url = settings.store
+        # A folder is on the disk that has the log.
+        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
+        return cls(partial(Catalog, settings.catalog), settings.home, settings.usage_days, open_objects)
 
     def add(self, event: UsageEvent) -> None:
         """Take an event at once. Where the disk has not kept up for very long, it is lost, and the log says so."""

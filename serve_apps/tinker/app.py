@@ -67,7 +67,7 @@ def create_app(front: Front, access: Authenticator) -> FastAPI:
         yield
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-        front.close()
+        await front.close()
         await access.stop()
 
     app = FastAPI(title="loray tinker", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

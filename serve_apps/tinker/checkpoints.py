@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from loray.catalog import Catalog
-from loray.errors import AdapterNotFound, ConflictError, LorayError, RequestError
+from loray.errors import AdapterNotFound, ConflictError, LorayError, NotFoundError, RequestError
 from loray.files import scratch_folder
 from loray.publishing.publish import Destination, import_folder
 from loray.schemas.tinker import results
@@ -23,7 +23,7 @@ from loray.telemetry import get_logger
 from serve_apps.tinker.futures import POLL_S, Answer, Future
 from serve_apps.tinker.sessions import ServedName, now
 from serve_apps.tinker.trainers import TrainerAway
-from serve_apps.tinker.training import Training
+from serve_apps.tinker.training import Training, answer
 
 _log = get_logger(__name__)
 
@@ -111,19 +111,31 @@ class Checkpoints:
             raise RequestError(str(e), "path") from e
 
     async def result(self, principal: Principal, request_id: RequestId) -> Answer | None:
-        """Wait for what a request saves, or for any other result of a model's queue; None: it has not come yet."""
-        model = await self.training.records.model(principal, request_id.of)
+        """Wait for the result of a request of a model's queue; None: it has not come yet. Raises what it has failed
+        with. What is saved is written down first, also where another process of this kind was asked to save it.
+        """
+        records, trainers = self.training.records, self.training.trainers
+        model = await records.model(principal, request_id.of)
         if request_id.seq == 0:
-            return await self.training.result(principal, request_id)
+            return await self.training.begun(principal, model, request_id)
         future = self.training.futures.find(str(request_id), principal.tenant)
-        if future is None:
-            saved = await self.training.records.ask(
-                principal, lambda catalog: catalog.tinker.saved_by(request_id.of, request_id.seq)
-            )
-            if saved is None:
-                return await self.training.result(principal, request_id)
-            future = self._start(principal, model, request_id, saved)
-        return await future.wait(POLL_S)
+        if future is not None:
+            return await future.wait(POLL_S)
+        failure: LorayError = NotFoundError(f"what {request_id} has saved is not there any more")
+        try:
+            found = await trainers.ask(model.base, "result", model.id, request_id.seq, POLL_S)
+            if found is None:
+                return None
+            if not _is_saved(found):
+                return await answer(model.id, found)
+        except TrainerAway:
+            raise
+        except LorayError as e:
+            failure = e
+        saved = await records.ask(principal, lambda catalog: catalog.tinker.saved_by(request_id.of, request_id.seq))
+        if saved is None:
+            raise failure
+        return await self._start(principal, model, request_id, saved).wait(POLL_S)
 
     def _start(
         self,
@@ -260,6 +272,11 @@ class Checkpoints:
             model = await self.training.records.model(principal, row.model_id)
             await self.training.trainers.ask(model.base, "delete", row.folder)
         await self.training.records.ask(principal, delete)
+
+
+def _is_saved(result: object) -> bool:
+    """Return whether a trainer's result is of SaveState or Publish."""
+    return isinstance(result, tuple) or (isinstance(result, Mapping) and "folder" in result)
 
 
 def _delete_version(catalog: Catalog, row: TinkerCheckpoint) -> None:

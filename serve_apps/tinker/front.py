@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
@@ -15,10 +15,11 @@ from loray.policy.auth import check
 from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
 from loray.settings import Settings
-from loray.spec import Principal
+from loray.spec import Principal, UsageEvent
 from loray.spec.tinker import TinkerSession
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
+from serve_apps.accounting.usage import UsageWriter
 from serve_apps.tinker.checkpoints import Checkpoints, Publisher, publish_files
 from serve_apps.tinker.futures import POLL_S, Answer, Futures
 from serve_apps.tinker.sampling import Gateways, Sampling
@@ -31,18 +32,34 @@ _log = get_logger(__name__)
 WATCH_S = 30.0
 
 
+class Usage(Protocol):
+    """Takes what passes use, and has written it down when it is closed."""
+
+    def add(self, event: UsageEvent) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Front:
     """All operations of the protocol."""
 
     def __init__(
-        self, names: ServedNames, records: Records, trainers: Trainers, gateways: Gateways, publish: Publisher
+        self,
+        names: ServedNames,
+        records: Records,
+        trainers: Trainers,
+        gateways: Gateways,
+        publish: Publisher,
+        usage: Usage,
     ) -> None:
+        """`usage` is closed with the front."""
         self.names, self.records, self.trainers = names, records, trainers
         self.futures = Futures()
         self.sessions = Sessions(records)
-        self.training = Training(names, records, self.futures, trainers)
+        self.training = Training(names, records, self.futures, trainers, usage.add)
         self.sampling = Sampling(names, records, self.futures, gateways)
         self.checkpoints = Checkpoints(self.training, publish)
+        self._usage = usage
         self._has_looked = False
 
     async def result(self, principal: Principal, request_id: RequestId) -> Answer | None:
@@ -131,8 +148,9 @@ class Front:
             await self._forget(Principal(tenant=session.tenant), session.id)
         await self.checkpoints.delete_expired()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.futures.close()
+        await asyncio.to_thread(self._usage.close)
 
 
 def _end(model_id: str, catalog: Catalog) -> None:
@@ -157,4 +175,5 @@ def open_front(settings: Settings) -> Front:
         return publish_files(Destination(name, store, catalog.view(principal)), served, files)
 
     names = ServedNames(sampler.bases, partial(get_base, settings.home), settings.tinker_names)
-    return Front(names, Records(catalog), Trainers(names, trainer_of), sampler, publish)
+    usage = UsageWriter.of(settings)
+    return Front(names, Records(catalog), Trainers(names, trainer_of), sampler, publish, usage)

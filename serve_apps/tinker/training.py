@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -47,12 +47,13 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 @dataclass
 class Training:
-    """Models in the trainers of their bases."""
+    """Models in the trainers of their bases. `charge` takes what a pass has used, and writes it down soon."""
 
     names: ServedNames
     records: Records
     futures: Futures
     trainers: Trainers
+    charge: Callable[[UsageEvent], None]
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -192,12 +193,16 @@ class Training:
         model = await self.live_model(principal, asked.model_id)
         served = await self.names.find(model.base)
         asked.check(served.base.config.vocab_size, served.context_length)
-        if any(limits.max_budget is not None for limits in (principal.limits, principal.tenant_limits)):
+        has_budget = any(limits.max_budget is not None for limits in (principal.limits, principal.tenant_limits))
+        if has_budget:
             await self.records.ask(principal, lambda catalog: _check_budget(catalog, principal))
         operation = ForwardBackward(model.id, asked.datums, asked.loss, asked.forward_only)
         told = await self.submit(model, asked.seq_id, operation)
         used = _used(principal, model, told["request_id"], operation.num_tokens)
-        await self.records.ask(principal, lambda catalog: catalog.usage.record([used]))
+        if has_budget:  # which the next pass is checked by
+            await self.records.ask(principal, lambda catalog: catalog.usage.record([used]))
+        else:
+            self.charge(used)
         return told
 
     async def optim_step(self, principal: Principal, asked: OptimStepRequest) -> dict[str, Any]:
@@ -218,20 +223,9 @@ class Training:
         assert checkpoint.folder is not None
         return await self.submit(model, asked.seq_id, LoadState(model.id, checkpoint.folder, asked.optimizer))
 
-    async def result(self, principal: Principal, request_id: RequestId) -> Answer | None:
-        """Wait for the result of a trainer's operation; None: it has not come yet. Raises what it has failed with."""
-        model = await self.records.model(principal, request_id.of)
-        if request_id.seq == 0:
-            future = self._start_beginning(principal, model, request_id)
-            return await future.wait(POLL_S)
-        result = await self.trainers.ask(model.base, "result", model.id, request_id.seq, POLL_S)
-        if result is None:
-            return None
-        if isinstance(result, LossOutput):
-            return await asyncio.to_thread(pass_bytes, result)
-        if result.keys() == {"step"}:
-            return {"type": "load_weights", "model_id": model.id}
-        return {"type": "optim_step", "metrics": {key: float(value) for key, value in result.items()}}
+    async def begun(self, principal: Principal, model: TinkerModel, request_id: RequestId) -> Answer | None:
+        """Wait for a model's beginning; None: it has not come yet."""
+        return await self._start_beginning(principal, model, request_id).wait(POLL_S)
 
     async def info(self, principal: Principal, model_id: str) -> dict[str, Any]:
         model = await self.records.model(principal, model_id)
@@ -243,6 +237,15 @@ class Training:
         await self.trainers.ask(model.base, "remove", model.id)
         await self.records.ask_all(lambda catalog: catalog.tinker.end_model(model.id))
         self.records.put(replace(model, is_live=False))
+
+
+async def answer(model_id: str, result: LossOutput | Mapping[str, Any]) -> Answer:
+    """Make the answer to a pass, a step, or a load, from what the trainer has returned."""
+    if isinstance(result, LossOutput):
+        return await asyncio.to_thread(pass_bytes, result)
+    if result.keys() == {"step"}:
+        return {"type": "load_weights", "model_id": model_id}
+    return {"type": "optim_step", "metrics": {key: float(value) for key, value in result.items()}}
 
 
 def _check_budget(catalog: Catalog, principal: Principal) -> None:
