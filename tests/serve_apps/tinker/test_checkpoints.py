@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 
@@ -56,6 +57,34 @@ async def test_names_are_taken_once_unless_they_are_overwritten(front: Unigram) 
         assert response.status_code == 400
         client.seq -= 1
         await client.done("save_weights", client.next(path="one", overwrite=True))
+
+
+async def test_what_was_saved_is_written_down_by_another_front(front: Unigram) -> None:
+    """The one that was asked to save has gone before the trainer was done."""
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async with asking(front) as client:
+        await trained(client)
+        answered = front.trainer.result
+        front.trainer.result = never  # type: ignore[method-assign, assignment]
+        request = await client.ask("save_weights", client.next(path="one"))
+        front.front.futures.close()
+        front.trainer.result = answered  # type: ignore[method-assign]
+    rows = front.catalog.view(Principal(tenant="acme")).tinker
+    assert rows.checkpoints(limit=9) == ([], 0)
+    async with asking(front.restarted()) as client:
+        path = f"tinker://{request['model_id']}/weights/one"
+        assert (await client.result(request)).json() == {"type": "save_weights", "path": path}
+        (saved,), _ = rows.checkpoints(limit=9)
+        assert saved.folder in front.trainer.folders
+        step = await client.result({"request_id": f"{request['model_id']}#2"})
+        assert step.json()["type"] == "optim_step"
+        rows.delete_checkpoint(request["model_id"], "training", "one")
+    async with asking(front.restarted()) as client:
+        gone = await client.result(request)
+        assert (gone.status_code, "not there any more" in gone.json()["detail"]) == (404, True)
 
 
 async def test_sampler_weights_are_the_next_version_of_a_name(front: Unigram) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import zstandard
 
+from loray.catalog import Catalog
 from loray.schemas.tinker.proto import ForwardBackwardOutput
 from loray.spec import Limits, Principal
+from serve_apps.accounting.usage import UsageWriter
 from serve_apps.tinker.training import MAX_MODELS
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.tinker import Unigram, pass_body
 from tests.serve_apps.tinker.asking import JSON, PROTOBUF, ROW, asking
 
@@ -148,6 +152,17 @@ async def test_tokens_are_charged_once_and_a_budget_ends(front: Unigram) -> None
             response = await client.post("forward_backward", body)
         assert response.status_code == 403  # and never 429, which would be tried again
         assert "budget of 5 tokens in 30d" in response.json()["detail"]
+        (used,) = front.catalog.usage.sums(["key"], tenant="acme")
+        assert (used.key_id, used.num_prompt_tokens, used.num_requests) == ("key-1", 5, 1)
+
+
+async def test_usage_is_written_when_the_front_ends(front: Unigram, tmp_path: Path) -> None:
+    usage = UsageWriter(lambda: Catalog(sqlite_catalog(tmp_path)), tmp_path)
+    of = front.restarted(usage)
+    async with asking(of) as client:
+        await client.begin()
+        await client.forward_backward()
+        await of.front.close()
         (used,) = front.catalog.usage.sums(["key"], tenant="acme")
         assert (used.key_id, used.num_prompt_tokens, used.num_requests) == ("key-1", 5, 1)
 
