@@ -77,6 +77,14 @@ class Snapshot(NamedTuple):
     results: Mapping[int, Result]
 
 
+class _Written(NamedTuple):
+    """An operation in the journal: its digest, its bytes, and those of its entry."""
+
+    sha256: str
+    num_op_bytes: int
+    num_journal_bytes: int
+
+
 @dataclass
 class _Kept:
     """A result, the time of the day at which it came, and until when it is kept once it was fetched."""
@@ -88,7 +96,8 @@ class _Kept:
 
 @dataclass(eq=False)
 class TrainedModel:
-    """Owns a model's queue and results, and its folder. Used from the actor's event loop, but for `write` and `read`.
+    """Owns a model's queue and results, and its folder. Used from the actor's event loop, but for `write`, `read` and
+    `_write_down`.
 
     next_seq   number of the operation that is done next
     resident   it has a slot of the bank
@@ -137,23 +146,27 @@ class TrainedModel:
 
         Raises ConflictError where another operation has the number, and Overloaded where too much waits.
         """
-        data = await asyncio.to_thread(op_to_bytes, op)
-        sha256 = hashlib.sha256(data).hexdigest()
         async with self._writing:
-            known = self._known.get(seq)
-            if known is not None and known != sha256:
-                raise ConflictError(f"operation {seq} of {self.name} was another one; number operations one by one")
-            if known is not None or seq < self.next_seq:
+            written = await asyncio.to_thread(self._write_down, seq, op)
+            if written is None:
                 return 0
-            if seq != self.next_seq and self._num_waiting_bytes + len(data) > _MAX_WAITING:
-                raise Overloaded(
-                    f"{self._num_waiting_bytes:,} bytes of operations of {self.name} wait; send them later"
-                )
-            nbytes = await asyncio.to_thread(self.journal.append, 0, seq, data)
-            self._known[seq] = sha256
-            self._queue(seq, op, len(data))
+            self._known[seq] = written.sha256
+            self._queue(seq, op, written.num_op_bytes)
         self.used_at = time.monotonic()
-        return nbytes
+        return written.num_journal_bytes
+
+    def _write_down(self, seq: int, op: Op) -> _Written | None:
+        """Append an operation to the journal; None where it was accepted before. Raises as `accept`."""
+        data = op_to_bytes(op)
+        sha256 = hashlib.sha256(data).hexdigest()
+        known = self._known.get(seq)
+        if known is not None and known != sha256:
+            raise ConflictError(f"operation {seq} of {self.name} was another one; number operations one by one")
+        if known is not None or seq < self.next_seq:
+            return None
+        if seq != self.next_seq and self._num_waiting_bytes + len(data) > _MAX_WAITING:
+            raise Overloaded(f"{self._num_waiting_bytes:,} bytes of operations of {self.name} wait; send them later")
+        return _Written(sha256, len(data), self.journal.append(0, seq, data))
 
     def _queue(self, seq: int, op: Op, nbytes: int) -> None:
         self._waiting[seq] = (op, nbytes)

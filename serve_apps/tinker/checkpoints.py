@@ -127,7 +127,7 @@ class Checkpoints:
             if found is None:
                 return None
             if not _is_saved(found):
-                return await answer(model.id, found)
+                return answer(model.id, found)
         except TrainerAway:
             raise
         except LorayError as e:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -239,10 +238,10 @@ class Training:
         self.records.put(replace(model, is_live=False))
 
 
-async def answer(model_id: str, result: LossOutput | Mapping[str, Any]) -> Answer:
+def answer(model_id: str, result: LossOutput | Mapping[str, Any]) -> Answer:
     """Make the answer to a pass, a step, or a load, from what the trainer has returned."""
     if isinstance(result, LossOutput):
-        return await asyncio.to_thread(pass_bytes, result)
+        return pass_bytes(result)
     if result.keys() == {"step"}:
         return {"type": "load_weights", "model_id": model_id}
     return {"type": "optim_step", "metrics": {key: float(value) for key, value in result.items()}}
