@@ -40,7 +40,7 @@ class Publisher(Protocol):
 
 @dataclass
 class Checkpoints:
-    """What models save, and the lists of it."""
+    """Saves what models have learnt, and lists it."""
 
     training: Training
     publish: Publisher
@@ -117,7 +117,7 @@ class Checkpoints:
         records, trainers = self.training.records, self.training.trainers
         model = await records.model(principal, request_id.of)
         if request_id.seq == 0:
-            return await self.training.begun(principal, model, request_id)
+            return await self.training.start_beginning(principal, model, request_id).wait(POLL_S)
         future = self.training.futures.find(str(request_id), principal.tenant)
         if future is not None:
             return await future.wait(POLL_S)

@@ -35,7 +35,7 @@ from loray.spec import (
 )
 from loray.spec.datums import ForwardBackward, LoadState, LossOutput, OptimStep
 from loray.spec.tinker import TinkerModel
-from serve_apps.tinker.futures import POLL_S, Answer, Future, Futures
+from serve_apps.tinker.futures import Answer, Future, Futures
 from serve_apps.tinker.sessions import Records, ServedName, ServedNames, now
 from serve_apps.tinker.trainers import Trainers
 
@@ -135,10 +135,12 @@ class Training:
             raise RequestError(f"model {model.id} was begun before with other settings", "model_seq_id")
         self.records.put(known)
         request_id = RequestId(model.id, True, 0)
-        self._start_beginning(principal, known, request_id)
+        self.start_beginning(principal, known, request_id)
         return {"request_id": str(request_id), "model_id": model.id}
 
-    def _start_beginning(self, principal: Principal, model: TinkerModel, request_id: RequestId) -> Future:
+    def start_beginning(self, principal: Principal, model: TinkerModel, request_id: RequestId) -> Future:
+        """Ask the model's trainer to create it, unless this process does so already."""
+
         async def work(future: Future) -> Answer:
             initial, folder = await self._initial(principal, model)
             spec = model.adapter.model_dump(mode="json")
@@ -222,10 +224,6 @@ class Training:
         assert checkpoint.folder is not None
         return await self.submit(model, asked.seq_id, LoadState(model.id, checkpoint.folder, asked.optimizer))
 
-    async def begun(self, principal: Principal, model: TinkerModel, request_id: RequestId) -> Answer | None:
-        """Wait for a model's beginning; None: it has not come yet."""
-        return await self._start_beginning(principal, model, request_id).wait(POLL_S)
-
     async def info(self, principal: Principal, model_id: str) -> dict[str, Any]:
         model = await self.records.model(principal, model_id)
         served = await self.names.find(model.base_model)
@@ -261,7 +259,7 @@ def _check_budget(catalog: Catalog, principal: Principal) -> None:
 
 
 def _used(principal: Principal, model: TinkerModel, request_id: str, num_tokens: int) -> UsageEvent:
-    """What a pass uses: its tokens, once, however often it is sent."""
+    """Describe what a pass uses: its tokens, once, however often it is sent."""
     return UsageEvent(
         request_id=request_id,
         tenant=principal.tenant,
@@ -279,7 +277,7 @@ def _used(principal: Principal, model: TinkerModel, request_id: str, num_tokens:
 
 
 def _asked(model: TinkerModel) -> object:
-    """What a client has asked for, by which the same request is known."""
+    """Return what a client has asked for, by which the same request is known."""
     return (model.base, model.adapter, model.initial, model.with_optimizer, dict(model.metadata), model.name)
 
 
