@@ -21,7 +21,7 @@ from tinker import types
 
 RANKS = (8, 8, 16, 16, 32, 32, 64, 64)
 NUM_TOKENS = 32
-PASSES = 50
+PASSES = 100
 PUBLISHES = 20
 RATE = 1e-4
 Turn = AbstractContextManager[Any]

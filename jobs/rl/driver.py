@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import click
 import ray
-from ray.exceptions import RayTaskError
 from transformers import AutoTokenizer
 
 from jobs.driver.publication import already_published, driver_of, keep_published
@@ -28,13 +27,13 @@ from jobs.rl.steps import BEST, Steps, Told, kept_version
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.sampling import Sampler
 from jobs.trackers import TrackedRun, check_installed, tensorboard, tracked
-from jobs.trainer import trainer_of
+from jobs.trainer import TrainerClient, trainer_of
 from jobs.workers.reporting import TrainingGauges
 from loray.adapters.manifest import check_recipe
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.cli.recipes import RecipeSource, recipe_options
-from loray.errors import GateRefused, LorayError, NotFoundError, SpecError
+from loray.errors import GateRefused, NotFoundError, SpecError
 from loray.fetching import fetched
 from loray.planning.run import count_base, count_trained
 from loray.publishing import Destination, import_folder
@@ -153,26 +152,6 @@ def prepare(recipe: Recipe, settings: Settings, catalog: Catalog, tenant: str, s
     return Prepared(spec, objective, base, speech, prompts, max_length, num_steps, initial)
 
 
-class _Calls:
-    """An actor's methods as coroutines, which raise its own errors without Ray's traceback."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._actor, name)
-
-        async def call(*args: Any) -> Any:
-            try:
-                return await method.remote(*args)
-            except RayTaskError as e:
-                if isinstance(e.cause, LorayError):
-                    raise e.cause from None
-                raise
-
-        return call
-
-
 def _run(
     prepared: Prepared,
     recipe: Recipe,
@@ -235,7 +214,7 @@ async def _train(
 ) -> None:
     spec, base = prepared.spec, prepared.base
     stages("starting the trainer")
-    trainer = _Calls(trainer_of(base.name, spec.dtype))
+    trainer = TrainerClient(trainer_of(base.name, spec.dtype))
     model = f"{tenant}.{spec.name}.{run.name}"
     made: Mapping[str, Any] = await trainer.create(
         model, spec.adapter.model_dump(mode="json"), spec.seed, prepared.initial

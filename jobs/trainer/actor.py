@@ -22,6 +22,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.runs.folders import RunFolder, open_runs
+from jobs.trainer.calls import CallServer
 from jobs.trainer.models import ModelRecord, Published, Result, Snapshot, TrainedModel
 from jobs.trainer.publishing import Versions
 from jobs.trainer.states import SavedState, as_folder, delete_state, load_state, save_state
@@ -97,6 +98,7 @@ class Trainer:
         for folder in self._runs.make(f"{base}/{_MODELS}").folders():
             self._recover(folder)
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=None if on_gpu else compute_in_background)
+        self._calls = CallServer(self)
         self._changing = asyncio.Lock()  # what the thread computes, and which models there are
         self._wake = asyncio.Event()
         self._wake.set()
@@ -104,6 +106,10 @@ class Trainer:
         self._used_at = time.monotonic()
 
     # -- methods of the actor -----------------------------------------------------------------------------------------
+
+    async def listen(self) -> str:
+        """Return the name of the socket over which processes of this node may call the other methods."""
+        return await self._calls.start()
 
     async def create(self, model: str, spec: dict[str, Any], seed: int, initial: str | None = None) -> dict[str, Any]:
         """Begin a model: with new weights from `seed`, those of a published adapter (its digest), or those of a saved

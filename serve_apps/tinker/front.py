@@ -15,7 +15,7 @@ from loray.policy.auth import check
 from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
 from loray.settings import Settings
-from loray.spec import Principal, UsageEvent
+from loray.spec import AnyDType, Principal, UsageEvent
 from loray.spec.tinker import TinkerSession
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
@@ -164,7 +164,7 @@ def _note(models: Mapping[str, Any], catalog: Catalog) -> None:
 def open_front(settings: Settings) -> Front:
     """Open the front of the deployment in this Ray cluster, on its catalog and store."""
     from jobs.sampling import Sampler
-    from jobs.trainer import trainer_of
+    from jobs.trainer import TrainerClient, trainer_of
 
     catalog = Catalog.of(settings, actor="tinker")
     store, sampler = AdapterStore(open_store(settings.store)), Sampler()
@@ -174,6 +174,9 @@ def open_front(settings: Settings) -> Front:
     ) -> tuple[str, str, int]:
         return publish_files(Destination(name, store, catalog.view(principal)), served, files)
 
+    def find(base: str, dtype: AnyDType) -> TrainerClient:
+        return TrainerClient(trainer_of(base, dtype))
+
     names = ServedNames(sampler.bases, partial(get_base, settings.home), settings.tinker_names)
     usage = UsageWriter.of(settings)
-    return Front(names, Records(catalog), Trainers(names, trainer_of), sampler, publish, usage)
+    return Front(names, Records(catalog), Trainers(names, find), sampler, publish, usage)

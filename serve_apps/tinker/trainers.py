@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
-from loray.errors import ClusterError, LorayError, Overloaded
+from loray.errors import ClusterError, Overloaded
 from loray.spec import AnyDType
 from serve_apps.tinker.futures import POLL_S, Future
 from serve_apps.tinker.sessions import ServedNames
@@ -22,35 +22,30 @@ class TrainerAway(ClusterError):
 
 
 class Trainers:
-    """Asks the trainer of a base, and passes on the LorayErrors that it raises."""
+    """Asks the trainer of a base, which is there or is started."""
 
     def __init__(self, names: ServedNames, find: Callable[[str, AnyDType], Any]) -> None:
-        """`find` returns the actor of a base by its name, and starts it where there is none, with the engine's dtype.
-        It may block.
+        """`find` returns the client of a base's trainer by the base's name, and starts the trainer where there is none,
+        with the engine's dtype. It may block.
         """
         self._names, self._find = names, find
-        self._actors: dict[str, Any] = {}
+        self._trainers: dict[str, Any] = {}
 
     @property
     def bases(self) -> tuple[str, ...]:
         """Those whose trainers have been asked for anything."""
-        return tuple(self._actors)
+        return tuple(self._trainers)
 
     async def ask(self, base: str, method: str, *arguments: Any) -> Any:
-        """Return what the method of the base's trainer returns. Raises TrainerAway."""
+        """Return what the method of the base's trainer returns. Raises what it raises, and TrainerAway."""
         try:
-            actor = self._actors.get(base)
-            if actor is None:
+            trainer = self._trainers.get(base)
+            if trainer is None:
                 dtype = (await self._names.find(base)).dtype
-                actor = self._actors[base] = await asyncio.to_thread(self._find, base, dtype)
-            return await getattr(actor, method).remote(*arguments)
-        except RayTaskError as e:
-            cause = e.cause if isinstance(getattr(e, "cause", None), LorayError) else None
-            if cause is None:
-                raise
-            raise cause from None
+                trainer = self._trainers[base] = await asyncio.to_thread(self._find, base, dtype)
+            return await getattr(trainer, method)(*arguments)
         except RayActorError as e:
-            self._actors.pop(base, None)
+            self._trainers.pop(base, None)
             raise TrainerAway(f"the trainer of {base} is starting again; ask in a moment") from e
 
     async def insist(self, future: Future, base: str, method: str, *arguments: Any) -> Any:
