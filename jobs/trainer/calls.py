@@ -19,12 +19,12 @@ from itertools import count
 from typing import Any
 
 from loray.errors import LorayError
+from loray.sockets import abstract, peer_user
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
 _LENGTH = struct.Struct("<Q")
-_CREDENTIALS = struct.Struct("3i")  # of the process at the other end: its id, user and group
 
 
 class CallServer:
@@ -42,7 +42,7 @@ class CallServer:
         async with self._starting:
             if self._server is None:
                 listening = _unix_socket()
-                listening.bind(f"\0{self._name}")
+                listening.bind(abstract(self._name))
                 self._server = await asyncio.start_unix_server(self._serve, sock=listening)
         return self._name
 
@@ -53,7 +53,7 @@ class CallServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if _user(writer.get_extra_info("socket")) != os.getuid():
+            if peer_user(writer.get_extra_info("socket")) != os.getuid():
                 return
             while True:
                 task = asyncio.create_task(self._answer(writer, *await _read(reader)))
@@ -130,10 +130,14 @@ class Calls:
 
 
 async def connect(name: str) -> Calls:
-    """Connect to the CallServer whose socket has this name. Raises OSError where it is not on this node."""
+    """Connect to the CallServer whose socket has this name. Raises OSError where it is not on this node, or another
+    user's, who would not listen.
+    """
     sock = _unix_socket()
     try:
-        await asyncio.get_running_loop().sock_connect(sock, f"\0{name}")
+        await asyncio.get_running_loop().sock_connect(sock, abstract(name))
+        if peer_user(sock) != os.getuid():
+            raise PermissionError("the socket is another user's")
     except BaseException:
         sock.close()
         raise
@@ -144,11 +148,6 @@ def _unix_socket() -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     return sock
-
-
-def _user(sock: socket.socket) -> int:
-    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(user)
 
 
 async def _read(reader: asyncio.StreamReader) -> Any:

@@ -39,7 +39,7 @@ class TrainerClient:
         return await self._ask_by_ray(method, *arguments)
 
     async def _connected(self) -> Calls | None:
-        """Return the connection that stands, or a new one; None: the trainer is on another node."""
+        """Return the connection that stands, or a new one; None: the trainer is on another node, or another user's."""
         async with self._connecting:
             if not self._is_elsewhere and (self._calls is None or not self._calls.is_open):
                 name = await self._ask_by_ray("listen")

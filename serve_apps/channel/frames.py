@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import msgpack
 
 from loray.policy.routing import KEY_DIGITS, RoutingDelta
+from loray.sockets import abstract
 from loray.spec import FinishReason, TokenLogprobs
 
 HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT, LOAD, EMBEDDED = range(12)
@@ -201,11 +202,6 @@ async def dial(address: ChannelAddress, node: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def abstract(name: str) -> str:
-    """Return the address of a socket in the abstract namespace."""
-    return f"\0{name}"
 
 
 class Heartbeat:

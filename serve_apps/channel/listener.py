@@ -9,7 +9,6 @@ import os
 import secrets
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 from loray.errors import ReplicaLost
 from loray.policy.routing import RoutingDelta, RoutingReports
+from loray.sockets import abstract, peer_user
 from loray.telemetry import get_logger
 from serve_apps.channel.frames import (
     AGAIN,
@@ -36,7 +36,6 @@ from serve_apps.channel.frames import (
     FrameError,
     FrameReader,
     Heartbeat,
-    abstract,
     frame,
     unpack_delta,
     unpack_embedding,
@@ -295,7 +294,7 @@ class _Peer(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if not self._listener.joined(self):
             self.abort("too many strangers")
-        elif sock.family == socket.AF_UNIX and _user(sock) != os.getuid():
+        elif sock.family == socket.AF_UNIX and peer_user(sock) != os.getuid():
             self.abort("it is another user's")
 
     def data_received(self, data: bytes) -> None:
@@ -340,9 +339,3 @@ class _Peer(asyncio.Protocol):
 def _fail(inboxes: list[Inbox], replica: str | None) -> None:
     for inbox in inboxes:
         inbox.fail(ReplicaLost(_LOST, replica))
-
-
-def _user(sock: socket.socket) -> int:
-    """The user of the process at the other end of a Unix socket."""
-    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(user)

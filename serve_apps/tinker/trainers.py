@@ -33,7 +33,7 @@ class Trainers:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """Those whose trainers have been asked for anything."""
+        """Return those whose trainers have been asked for anything."""
         return tuple(self._trainers)
 
     async def ask(self, base: str, method: str, *arguments: Any) -> Any:

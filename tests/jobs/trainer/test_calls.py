@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.trainer import calls as module
 from jobs.trainer.calls import Calls, CallServer, connect
 from loray.errors import ConflictError, Overloaded
 from loray.spec.datums import Datum, ForwardBackward, LossOutput
@@ -50,11 +52,13 @@ class Unreadable:
 @asynccontextmanager
 async def connected(target: Target) -> AsyncIterator[tuple[CallServer, Calls]]:
     server = CallServer(target)
-    calls = await connect(await server.start())
+    calls: Calls | None = None
     try:
+        calls = await connect(await server.start())
         yield server, calls
     finally:
-        calls.close()
+        if calls is not None:
+            calls.close()
         server.close()
         target.may_end.set()
         while len(asyncio.all_tasks()) > 1:  # the other end sees it
@@ -140,11 +144,25 @@ def test_calls_end_with_their_connection() -> None:
 
 def test_another_user_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        user = os.getuid()
-        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        def user(sock: socket.socket) -> int:  # of what the server has accepted another one
+            return os.getuid() + bool(sock.getsockname())
+
+        monkeypatch.setattr(module, "peer_user", user)
         async with connected(Target()) as (_, calls):
             with pytest.raises(ConnectionError):
                 await calls.ask("echo", 1)
+
+    asyncio.run(run())
+
+
+def test_a_socket_of_another_user_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a client would connect again and again: that user does not listen to it."""
+    monkeypatch.setattr(module, "peer_user", lambda _: os.getuid() + 1)
+
+    async def run() -> None:
+        with pytest.raises(PermissionError, match="another user's"):
+            async with connected(Target()):
+                pass
 
     asyncio.run(run())
 

@@ -18,10 +18,11 @@ import pytest
 
 from loray.encryption import client_context, server_context
 from loray.errors import ReplicaUnavailable
+from loray.sockets import abstract
 from loray.spec import TokenDelta, TokenLogprobs
 from serve_apps.channel import connection, listener
 from serve_apps.channel.connection import Connection, Connections, connect
-from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, abstract, dial, frame, pack, parts
+from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, dial, frame, pack, parts
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
 from tests.fixtures.authority import Authority
