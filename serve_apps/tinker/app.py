@@ -155,14 +155,15 @@ def _routes(front: Front) -> APIRouter:
     @router.post("/create_model")
     @may("train")
     async def create_model(request: Request) -> Response:
-        return _answer(await training.create(principal_of(request), await _body(request, requests.CreateModelRequest)))
+        asked = await _body(request, requests.CreateModelRequest)
+        return _answer(await front.begin_model(principal_of(request), asked))
 
     @router.post("/load_weights")
     @may("train")
     async def load_weights(request: Request) -> Response:
         asked = await _body(request, requests.LoadWeightsRequest)
-        begin = training.create_from if asked.model_id is None else training.load
-        return _answer(await begin(principal_of(request), asked))
+        load = front.begin_model if asked.model_id is None else training.load
+        return _answer(await load(principal_of(request), asked))
 
     @router.post("/get_info")
     @may("train")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
-from loray.errors import LorayError, NotFoundError, RequestError
+from loray.errors import LimitExceeded, LorayError, NotFoundError, RequestError
 from loray.policy.auth import check
 from loray.publishing.publish import Destination
 from loray.schemas.tinker.paths import RequestId
+from loray.schemas.tinker.requests import CreateModelRequest, LoadWeightsRequest
 from loray.settings import Settings
 from loray.spec import AnyDType, Principal, UsageEvent
 from loray.spec.tinker import TinkerSession
@@ -23,7 +24,7 @@ from serve_apps.accounting.usage import UsageWriter
 from serve_apps.tinker.checkpoints import Checkpoints, Publisher, publish_files
 from serve_apps.tinker.futures import POLL_S, Answer, Futures
 from serve_apps.tinker.sampling import Gateways, Sampling
-from serve_apps.tinker.sessions import Records, ServedName, ServedNames, Sessions
+from serve_apps.tinker.sessions import SESSION_IDLE_S, SOON_IDLE_S, Records, ServedName, ServedNames, Sessions
 from serve_apps.tinker.trainers import TrainerAway, Trainers
 from serve_apps.tinker.training import Training
 
@@ -92,6 +93,25 @@ class Front:
             "display_name": session.display_name,
         }
 
+    async def begin_model(self, principal: Principal, asked: CreateModelRequest | LoadWeightsRequest) -> dict[str, Any]:
+        """Begin a model, as `Training.create` and `create_from` do. Where the tenant has as many as it may, those of
+        clients that are not heard of any more end before.
+        """
+
+        async def begin() -> dict[str, Any]:
+            if isinstance(asked, CreateModelRequest):
+                return await self.training.create(principal, asked)
+            return await self.training.create_from(principal, asked)
+
+        try:
+            return await begin()
+        except LimitExceeded:
+            left = await self.sessions.idle(SOON_IDLE_S, training_of=principal.tenant)
+            if not left:
+                raise
+            await self._end_idle(left)
+            return await begin()
+
     async def end_session(self, principal: Principal, session_id: str, end: str) -> None:
         """End a session: its models give back their slots, and are saved before unless the client is content."""
         session = await self.records.session(principal, session_id)
@@ -100,6 +120,10 @@ class Front:
         await self.sessions.end(principal, session, end)
         await self._end_left_models()
         await self._forget(principal, session_id)
+
+    async def _end_idle(self, idle: Sequence[TinkerSession]) -> None:
+        for session in idle:
+            await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
 
     async def _forget(self, principal: Principal, session_id: str) -> None:
         await self.sampling.retire(principal, session_id)
@@ -139,9 +163,7 @@ class Front:
             with suppress(TrainerAway, RequestError):  # RequestError: it is not served any more
                 status: Mapping[str, Any] = await self.trainers.ask(base, "status")
                 await self.records.ask_all(partial(_note, status["models"]))
-        idle: list[TinkerSession] = list(await self.sessions.flush())
-        for session in idle:
-            await self.end_session(Principal(tenant=session.tenant), session.id, "idle")
+        await self._end_idle(await self.sessions.idle(SESSION_IDLE_S))
         await self._end_left_models()
         open_ids = self.records.open_sessions()
         for session in await self.records.ask_all(lambda catalog: catalog.tinker.ended_sessions(open_ids)):

@@ -20,6 +20,7 @@ from loray.spec import ROLLOUT_PRIORITY, AnyDType, Principal, SampledBase
 from loray.spec.tinker import TinkerModel, TinkerSampler, TinkerSession
 
 SESSION_IDLE_S = 600.0
+SOON_IDLE_S = 60.0  # the same where its tenant wants another model and has as many as it may
 _REFRESH_S = 10.0
 _HUB = "hf:"
 R = TypeVar("R")
@@ -177,7 +178,10 @@ class Sessions:
 
     records: Records
     clock: Callable[[], datetime] = now
-    _seen: dict[str, datetime] = field(default_factory=dict)  # since the catalog was told
+    _seen: dict[str, datetime] = field(default_factory=dict)  # what the catalog was not told yet
+
+    def __post_init__(self) -> None:
+        self._began_at = self.clock()
 
     async def create(self, principal: Principal, asked: CreateSessionRequest) -> dict[str, Any]:
         """Raises RequestError for an SDK that is too old."""
@@ -215,13 +219,21 @@ class Sessions:
             raise SessionGone(f"session {session_id} has ended ({session.end})")
         self._seen[session_id] = self.clock()
 
-    async def flush(self) -> Sequence[TinkerSession]:
-        """Tell the catalog which sessions were heard of, and return those that go on but were not for too long."""
-        seen, self._seen = self._seen, {}
+    async def idle(self, idle_s: float, *, training_of: str | None = None) -> Sequence[TinkerSession]:
+        """Tell the catalog which sessions were heard of, and return those that go on but were not for so long: of all
+        tenants, or those of one that have live models.
+        """
+        seen = dict(self._seen)
         if seen:
             await self.records.ask_all(lambda catalog: catalog.tinker.note_seen(seen))
-        before = self.clock() - timedelta(seconds=SESSION_IDLE_S)
-        idle: Sequence[TinkerSession] = await self.records.ask_all(lambda catalog: catalog.tinker.idle_sessions(before))
+            self._seen = {of: at for of, at in self._seen.items() if at != seen.get(of)}
+        at = self.clock()
+        if at - self._began_at < timedelta(seconds=SOON_IDLE_S):
+            return ()  # the clients of the front before this one are still to be heard of
+        before = at - timedelta(seconds=idle_s)
+        idle: Sequence[TinkerSession] = await self.records.ask_all(
+            lambda catalog: catalog.tinker.idle_sessions(before, training_of=training_of)
+        )
         return idle
 
     async def end(self, principal: Principal, session: TinkerSession, end: str) -> None:

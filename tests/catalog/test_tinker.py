@@ -126,6 +126,10 @@ def test_progress_is_recorded(catalog: Catalog, acme: Catalog) -> None:
 def test_sessions_are_idle_from_when_they_were_last_seen(catalog: Catalog, acme: Catalog) -> None:
     later = NOW + timedelta(minutes=10)
     assert catalog.tinker.idle_sessions(later) == [SESSION]
+    assert catalog.tinker.idle_sessions(later, training_of=SESSION.tenant) == [SESSION]
+    assert catalog.tinker.idle_sessions(later, training_of="globex") == []
+    catalog.tinker.end_model(MODEL.id)
+    assert catalog.tinker.idle_sessions(later, training_of=SESSION.tenant) == []
     catalog.tinker.note_seen({SESSION.id: later})
     assert catalog.tinker.idle_sessions(later) == []
     acme.tinker.end_session(SESSION.id, "success")

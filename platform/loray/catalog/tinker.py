@@ -88,11 +88,17 @@ class Tinker:
             for session_id, at in seen.items():
                 c.execute(sa.update(tinker_sessions).where(tinker_sessions.c.id == session_id).values(seen_at=at))
 
-    def idle_sessions(self, before: datetime) -> list[TinkerSession]:
-        """The sessions of all tenants that go on, and whose clients were last heard of before."""
-        table = tinker_sessions
+    def idle_sessions(self, before: datetime, *, training_of: str | None = None) -> list[TinkerSession]:
+        """The sessions of all tenants that go on, and whose clients were last heard of before. Of one tenant, those
+        alone that have live models.
+        """
+        table, models = tinker_sessions, tinker_models
+        query = sa.select(table).where(table.c.end.is_(None), table.c.seen_at < before)
+        if training_of is not None:
+            live = sa.select(models.c.session_id).where(models.c.is_live)
+            query = query.where(table.c.tenant == training_of, table.c.id.in_(live))
         with self.db.reading() as c:
-            return _rows(c, TinkerSession, sa.select(table).where(table.c.end.is_(None), table.c.seen_at < before))
+            return _rows(c, TinkerSession, query)
 
     def ended_sessions(self, ids: Collection[str]) -> list[TinkerSession]:
         """Those among these sessions, of any tenants, that have ended."""

@@ -52,10 +52,14 @@ class Client:
         found: dict[str, Any] = response.json()
         return found
 
-    async def begin(self, **fields: Any) -> None:
-        """Begin a session with a model."""
+    async def open(self) -> None:
+        """Begin a session."""
         made = await self.ask("create_session", {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"})
         self.session = made["session_id"]
+
+    async def begin(self, **fields: Any) -> None:
+        """Begin a session with a model."""
+        await self.open()
         self.model = (await self.create(0, **fields))["model_id"]
 
     async def create(self, number: int, **fields: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from loray.errors import ClusterError
 from loray.spec import Limits, Principal
-from serve_apps.tinker.sessions import SESSION_IDLE_S, now
+from serve_apps.tinker.sessions import SESSION_IDLE_S, SOON_IDLE_S, now
 from tests.fixtures.tinker import Unigram
 from tests.serve_apps.tinker.asking import TOKENS, Client, asking
 
@@ -170,6 +170,43 @@ async def test_an_idle_session_is_saved_and_gives_back_its_slots(front: Unigram)
             "prompt": {"chunks": [{"tokens": TOKENS}]},
         }
         assert (await client.post("asample", body)).status_code == 400
+
+
+async def test_models_of_clients_that_have_gone_make_room_for_another(front: Unigram) -> None:
+    """A script that ends without a word leaves its session behind, and the next one is not refused for it."""
+    own = Principal(tenant="acme", key_id="key-1", limits=Limits(max_jobs=2))
+    async with asking(front, own) as gone, asking(front, own) as here, asking(front, own) as another:
+        await trained(gone)
+        await here.begin()
+        await another.open()
+        body = {"session_id": another.session, "model_seq_id": 0, "base_model": "base"}
+        assert (await another.post("create_model", body)).status_code == 403
+        ahead = now() + timedelta(seconds=SOON_IDLE_S + 1)
+        front.front.sessions.clock = lambda: ahead
+        for client in (here, another):
+            await client.post("session_heartbeat", {"session_id": client.session})
+        await another.done("create_model", body)
+        assert set(front.trainer.models) == {here.model, f"{another.session}:train:0"}
+        rows = front.catalog.view(Principal(tenant="acme")).tinker
+        assert [row.name for row in rows.checkpoints(limit=9)[0]] == ["autosave-1"]
+        assert (await gone.post("session_heartbeat", {"session_id": gone.session})).status_code == 410
+        body["model_seq_id"] = 1
+        assert (await another.post("create_model", body)).status_code == 403
+
+
+async def test_a_front_that_begins_waits_for_heartbeats_before_it_ends_a_session(front: Unigram) -> None:
+    own = Principal(tenant="acme", key_id="key-1", limits=Limits(max_jobs=1))
+    async with asking(front, own) as client:
+        await trained(client)
+    long_ago = {client.session: now() - timedelta(seconds=SESSION_IDLE_S + 1)}
+    front.catalog.tinker.note_seen(long_ago)
+    later = front.restarted()
+    async with asking(later, own) as another:
+        await another.open()
+        await later.front.look()
+        body = {"session_id": another.session, "model_seq_id": 0, "base_model": "base"}
+        assert (await another.post("create_model", body)).status_code == 403
+        assert list(front.trainer.models) == [client.model]
 
 
 async def test_a_slot_that_could_not_be_given_back_is_tried_again(front: Unigram) -> None:
