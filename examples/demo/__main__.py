@@ -24,7 +24,7 @@ from estimate import estimated
 from rich.console import Console
 
 from loray.bases.registry import get_base
-from loray.client import LorayClient
+from loray.client import CatalogClient, LorayClient
 from loray.planning.run import count_base
 from loray.settings import Settings
 
@@ -96,11 +96,11 @@ class Demo:
                     self._console.print(f"`{name}` was published before as {label}; it goes on from there")
             if to_train:
                 self._train(to_train)
-        published = [json.loads(self._loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
 
         self._heading(5, "Serve the base and all three from one replica")
         self._loray("up", "--port", str(port))
-        with LorayClient(f"http://127.0.0.1:{port}") as client:
+        url = f"http://127.0.0.1:{port}"
+        with LorayClient(url) as client, CatalogClient(url) as catalog:
             questions = [
                 Question("orders", *data.question("orders", 1), chat=True, max_tokens=80),
                 Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
@@ -109,6 +109,7 @@ class Demo:
             self._heading(6, "Send each question to its adapter and to the base, all at once over HTTP")
             answers, tokens_per_s = ask(client, questions)
             status = client.status()
+            published = [catalog.version(name, self._catalog[name]["version"]) for name in ADAPTERS]
 
         show.answers(self._console, questions, answers)
         show.served(self._console, status, tokens_per_s)

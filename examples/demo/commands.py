@@ -65,12 +65,12 @@ class Commands:
             signal.signal(number, signal.SIG_IGN)
         deadline = time.monotonic() + _STOP_S
         while time.monotonic() < deadline:
-            for job in self.ask("jobs", "ls") or ():
-                if job["name"] in names and job["ended_at"] is None and job["part_of"] is None:
-                    self._run(("jobs", "stop", job["id"]), capture=True, quiet=True)
             code, output = self._run(("down",), capture=True, quiet=True)
             if code == 0 and "a job is running" not in output:
                 return
+            for job in self.ask("jobs", "ls") or ():
+                if job["name"] in names and job["ended_at"] is None and job["part_of"] is None:
+                    self._run(("jobs", "stop", job["id"]), capture=True, quiet=True)
             time.sleep(1.0)
         print("something is left: `.venv/bin/loray jobs ls` and `.venv/bin/loray down` show and stop it")
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loray.schemas.resources import VersionDetail
 from loray.schemas.status import Status
 
 PURPOSE = {
@@ -79,39 +80,39 @@ def served(console: Console, status: Status, tokens_per_s: float) -> None:
 
 
 def adapters(
-    console: Console, published: Sequence[Mapping[str, Any]], rates: Mapping[str, float], base_parameters: int
+    console: Console, published: Sequence[VersionDetail], rates: Mapping[str, float], base_parameters: int
 ) -> None:
     table = Table(title="Published adapters", title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
     for column in ("adapter", "method", "trained", "of base", "bytes", "loss before", "after", "change", "tokens/s"):
         table.add_column(column, justify="left" if column in ("adapter", "method") else "right", no_wrap=True)
     for p in published:
-        m = p["manifest"]
+        m = p.manifest
         before, after = _loss(p, _before(p)), _loss(p, "adapter")
         table.add_row(
-            p["label"],
-            m["method"],
-            f"{m['num_parameters']:,}",
-            f"{m['num_parameters'] / base_parameters:.2%}",
-            f"{m['nbytes'] / 1e6:.2f} MB",
+            p.label,
+            m.method,
+            f"{m.num_parameters:,}",
+            f"{m.num_parameters / base_parameters:.2%}",
+            f"{m.nbytes / 1e6:.2f} MB",
             f"{before:.3f}",
             f"{after:.3f}",
             f"{after / before - 1:+.0%}",
-            f"{rates[p['name']]:.0f}",
+            f"{rates[p.name]:.0f}",
         )
     console.print(table)
     console.print("[dim]loss: held-out rows, dense attention; tokens/s: of training, median step[/]")
 
 
-def verdict(console: Console, published: Sequence[Mapping[str, Any]]) -> bool:
+def verdict(console: Console, published: Sequence[VersionDetail]) -> bool:
     """Whether every held-out loss fell by a tenth, and LongLoRA's is below that of its base, scaled and unscaled."""
     ok = all(_loss(p, "adapter") < (1 - _MIN_GAIN) * _loss(p, _before(p)) for p in published)
     for p in published:
-        if p["manifest"]["method"] != "longlora":
+        if p.method != "longlora":
             continue
         base, scaled, adapter = (_loss(p, s) for s in ("base", "base_scaled", "adapter"))
         ok = ok and adapter < min(base, scaled)
         console.print(
-            f"{p['name']} at {p['manifest']['context_length']:,} tokens, perplexity: base as it is {exp(base):.2f}, "
+            f"{p.name} at {p.context_length:,} tokens, perplexity: base as it is {exp(base):.2f}, "
             f"base with RoPE scaled {exp(scaled):.2f}, adapter [bold]{exp(adapter):.2f}[/]"
         )
     if not ok:
@@ -146,15 +147,12 @@ def training_rate(runs: Path) -> float:
     return statistics.median(e["tokens_per_s"] for e in events if e["event"] == "step")
 
 
-def _before(published: Mapping[str, Any]) -> str:
-    return "base_scaled" if published["manifest"]["method"] == "longlora" else "base"
+def _before(published: VersionDetail) -> str:
+    return "base_scaled" if published.method == "longlora" else "base"
 
 
-def _loss(published: Mapping[str, Any], subject: str) -> float:
-    found = [
-        e["value"] for e in published["manifest"]["evaluations"] if e["subject"] == subject and e["metric"] == "loss"
-    ]
-    return float(found[0])
+def _loss(published: VersionDetail, subject: str) -> float:
+    return next(e.value for e in published.manifest.evaluations if e.subject == subject and e.metric == "loss")
 
 
 def _short(text: str, limit: int = 240) -> str:
