@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import io
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import httpx
@@ -24,6 +27,7 @@ PIECE_BYTES = 64 << 10
 _ALL_LINES = -1  # as Ray says it
 _MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
 _AGENT_RETRY_S = 1.0
+_END_LOOK_S = 1.0  # between two looks whether a job that is followed has ended
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
 
 
@@ -136,9 +140,41 @@ class RayJobServer:
             return _end_of(chunks).decode(errors="replace")
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
-        """Yields the log in pieces, until the job ends."""
-        async for lines in self._client.tail_job_logs(job_id):
-            yield lines
+        """Yields the log in pieces, until the job ends. Ray's stream notices the end up to four seconds late, so that
+        the job is looked at here, and the rest of its log read.
+        """
+        num_chars = 0
+        async with aclosing(self._client.tail_job_logs(job_id)) as stream:
+            piece = asyncio.ensure_future(anext(stream, None))
+            try:
+                while True:
+                    await asyncio.wait([piece], timeout=_END_LOOK_S)
+                    if piece.done():
+                        if (lines := piece.result()) is None:
+                            return
+                        num_chars += len(lines)
+                        yield lines
+                        piece = asyncio.ensure_future(anext(stream, None))
+                    elif await asyncio.to_thread(self._has_ended, job_id):
+                        break
+            finally:
+                piece.cancel()
+                await asyncio.gather(piece, return_exceptions=True)
+        if rest := await asyncio.to_thread(self._log_after, job_id, num_chars):
+            yield rest
+
+    def _has_ended(self, job_id: str) -> bool:
+        known = self.find(job_id)
+        return known is not None and known.has_ended
+
+    def _log_after(self, job_id: str, num_chars: int) -> str:
+        """Returns the log but for its first characters, counted with line ends as Ray's stream has them."""
+        line_ends, rest = io.IncrementalNewlineDecoder(None, translate=True), []
+        for piece in chain(self.logs(job_id), [""]):
+            text = line_ends.decode(piece, final=not piece)
+            rest.append(text[num_chars:])
+            num_chars = max(0, num_chars - len(text))
+        return "".join(rest)
 
     @contextmanager
     def _log(self, job_id: str, num_lines: int) -> Iterator[Iterator[bytes]]:

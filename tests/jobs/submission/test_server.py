@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,3 +92,58 @@ def test_a_log_comes_in_pieces_or_its_end_does(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ClusterError, match="gone"):
         server.logs("lost")
     client.close()
+
+
+def test_a_job_that_is_followed_ends_with_all_its_lines_although_rays_stream_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the lines end with: the stream makes each a newline, and the log of bytes has them as they are."""
+    log = "first\r\nsecond\rthird\nlast\r\n"
+    closed, looks = [], iter(["RUNNING", "RUNNING", "SUCCEEDED"])
+
+    async def stream(job_id: str) -> AsyncIterator[str]:
+        try:
+            yield "first\nsecond\n"
+            await asyncio.Event().wait()
+        finally:
+            closed.append(job_id)
+
+    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=log.encode())))
+    monkeypatch.setattr(module.httpx, "stream", client.stream)
+    monkeypatch.setattr(module, "_END_LOOK_S", 0.0)
+    job = SimpleNamespace(driver_node_id="node", message=None)
+    server = server_of(
+        _headers={},
+        get_address=lambda: "http://ray",
+        get_job_info=lambda _: SimpleNamespace(**vars(job), status=SimpleNamespace(value=next(looks, "SUCCEEDED"))),
+        tail_job_logs=stream,
+    )
+
+    async def follow() -> list[str]:
+        return [piece async for piece in server.follow("job")]
+
+    assert asyncio.run(follow()) == ["first\nsecond\n", "third\nlast\n"]
+    assert closed == ["job"]
+    client.close()
+
+
+@pytest.mark.parametrize("error", [None, "the connection was lost"])
+def test_what_rays_stream_says_while_a_job_runs_is_passed_on(error: str | None) -> None:
+    async def stream(job_id: str) -> AsyncIterator[str]:
+        yield "a line\n"
+        if error is not None:
+            raise RuntimeError(error)
+
+    server = server_of(tail_job_logs=stream)
+    pieces = []
+
+    async def follow() -> None:
+        async for piece in server.follow("job"):
+            pieces.append(piece)
+
+    if error is None:
+        asyncio.run(follow())
+    else:
+        with pytest.raises(RuntimeError, match=error):
+            asyncio.run(follow())
+    assert pieces == ["a line\n"]
