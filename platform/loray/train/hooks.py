@@ -3,8 +3,9 @@
 Model classes do not change; `attn_implementation` is `ATTENTION`, whose G is `config.s2_group_size`, or `DENSE`. The
 mask function finds padding (a 2D attention mask) and packing (position ids that restart), once a batch, and returns
 segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
-sharded batch. A layer with a sliding window that is shorter than the rows keeps it, also beside layers with S2-Attn;
-windows are left to transformers, and so are, in dense attention, a cache and dropout on attention weights.
+sharded batch, inside `along_paths` those of trees. A layer with a sliding window that is shorter than the rows keeps
+it, also beside layers with S2-Attn; windows are left to transformers, and so are, in dense attention, a cache and
+dropout on attention weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from loray.errors import UnsupportedError
 from loray.train.attention.attend import attend, attend_heads
+from loray.train.attention.prefixes import PathSegments, active_paths, attend_paths
 from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
 from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulysses_attention
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
@@ -28,7 +30,7 @@ from loray.train.sequence.shard import active_shard
 
 ATTENTION, DENSE = "s2_attn", "loray_dense"
 
-Segments = BatchSegments | ShardSegments | AttentionSegments | GatheredSegments
+Segments = BatchSegments | ShardSegments | AttentionSegments | GatheredSegments | PathSegments
 
 
 def segments_mask(
@@ -46,7 +48,8 @@ def segments_mask(
 ) -> Segments | Tensor | None:
     """Find the segments of a batch, in place of its mask; transformers' own mask where attention is transformers', too.
 
-    Raises UnsupportedError for a cache or left padding with S2-Attn, and for a cache or dropout over a sequence group.
+    Raises UnsupportedError for a cache or left padding with S2-Attn, for a cache or dropout over a sequence group, and
+    for whatever is not plain dense attention along paths.
     """
     is_s2 = config._attn_implementation == ATTENTION
     is_whole = q_length == kv_length and not q_offset
@@ -66,6 +69,12 @@ def segments_mask(
         return segment_gathered(ids_BN, group)
     has_window = local_size is not None and local_size < kv_length
     has_cap = getattr(config, "attn_logit_softcapping", None) is not None
+    if (paths := active_paths()) is not None:
+        if not takes_paths(config) or not is_whole:
+            raise UnsupportedError(
+                "along paths there is plain dense attention alone, to whole rows; compute rows apart"
+            )
+        return paths
     if has_window or has_cap or (not is_s2 and (not is_whole or config.attention_dropout or others.get("use_vmap"))):
         if has_cap:
             others["allow_is_causal_skip"] = False
@@ -87,6 +96,12 @@ def segments_mask(
     if attention_mask is not None and bool(((ids_BT[:, 1:] >= 0) & (ids_BT[:, :-1] < 0)).any()):
         raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
     return segment_batch(batch_size, q_length, config.s2_group_size, document_ids_BT=ids_BT)
+
+
+def takes_paths(config: Any) -> bool:
+    """Return whether the model of this configuration has plain dense attention in each layer."""
+    has_other = (getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
+    return config._attn_implementation == DENSE and not config.attention_dropout and not any(has_other)
 
 
 def find_documents(
@@ -169,6 +184,8 @@ def attention_forward(
             return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
         case GatheredSegments():
             return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
+        case PathSegments():
+            return attend_paths(query, key, value, attention_mask, scale=scaling), None
         case AttentionSegments():
             repeats = query.shape[1] // key.shape[1]
             return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None

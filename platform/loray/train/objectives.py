@@ -12,12 +12,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loray.planning.devices import loss_chunks
 from loray.spec import DistillSpec, DpoSpec, KtoSpec, ObjectiveSpec, ObjectiveType, OrpoSpec, SimpoSpec, TrainSpec
+from loray.train.attention.prefixes import PathSegments, PrefixTree, along_paths
 from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.divergence import cap_slopes, divergence, head_logits, needs_gradient
 from loray.train.sequence import group_size, sum_over_group
@@ -102,6 +105,28 @@ def labelled_states(model: Any, batch: TrainBatch) -> LabelledStates:
     learned_BT = labels_BT != IGNORED
     head_VD = model.get_output_embeddings().weight
     return LabelledStates(hidden_BTD[learned_BT], head_VD, labels_BT[learned_BT], soft_cap_of(model), learned_BT)
+
+
+def tree_losses(model: Any, trees: Sequence[PrefixTree], targets: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Compute the losses of the targets of all sequences of trees, one after the other (N,), in fp32 or better.
+
+    Each sequence has a target for each token. A target that sequences share from the same prefix is computed once.
+    """
+    device = next(model.parameters()).device
+    length = max(map(len, trees))
+    ids_BT, positions_BT = (
+        torch.tensor([values + [0] * (length - len(values)) for values in of_trees], device=device)
+        for of_trees in ([tree.token_ids for tree in trees], [tree.positions for tree in trees])
+    )
+    nodes_N = np.concatenate([np.array(nodes) + b * length for b, tree in enumerate(trees) for nodes in tree.nodes])
+    head_VD = model.get_output_embeddings().weight
+    pairs_L, of_N = np.unique(nodes_N * len(head_VD) + np.concatenate(targets), return_inverse=True)
+    nodes_L, labels_L = (torch.from_numpy(ids_L).to(device) for ids_L in divmod(pairs_L, len(head_VD)))
+    with along_paths(PathSegments.of(trees, length, device)):
+        hidden_BTD = model.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+    hidden_LD = hidden_BTD.flatten(0, 1).index_select(0, nodes_L)
+    losses_L = cross_entropy(hidden_LD, head_VD, labels_L, soft_cap_of(model))
+    return losses_L.index_select(0, torch.from_numpy(of_N).to(device))
 
 
 def batch_loss(model: Any, batch: TrainBatch) -> Tensor:
