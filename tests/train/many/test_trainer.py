@@ -16,7 +16,7 @@ from loray.spec import LoraSpec
 from loray.spec.datums import AdamParams, Datum, ForwardBackward, LossOutput, OptimStep, TokenLoss
 from loray.train.many import trainer as trainer_module
 from loray.train.many.trainer import BankTrainer
-from tests.fixtures.bank import SPECS, alone, distance, make_bank, plain
+from tests.fixtures.bank import SPECS, alone, distance, make_bank, norm_in_fp64, plain
 
 BaseFactory = Callable[..., BaseModel]
 MODELS = ("one", "eight", "vera", "twin", "other")
@@ -29,9 +29,11 @@ LOSSES = {
 }
 
 
-def datum(seed: int, length: int) -> Datum:
+def datum(seed: int, length: int, prompt: int = 0) -> Datum:
+    """Draw a sequence that begins with the first tokens of a prompt that all have in common."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, 256, length + 1)
+    ids[:prompt] = np.random.default_rng(0).integers(0, 256, length + 1)[:prompt]
     return Datum(
         token_ids=ids[:-1],
         target_ids=ids[1:],
@@ -41,12 +43,18 @@ def datum(seed: int, length: int) -> Datum:
     )
 
 
-def operation(model: str, loss: TokenLoss, lengths: Sequence[int] = (3, 17, 8), **fields: bool) -> ForwardBackward:
-    return ForwardBackward(model, tuple(datum(10 * i + len(model), n) for i, n in enumerate(lengths)), loss, **fields)
+def operation(
+    model: str, loss: TokenLoss, lengths: Sequence[int] = (3, 17, 8), prompt: int = 0, **fields: bool
+) -> ForwardBackward:
+    datums = tuple(datum(10 * i + len(model), n, prompt) for i, n in enumerate(lengths))
+    return ForwardBackward(model, datums, loss, **fields)
 
 
-def operations() -> list[ForwardBackward]:
-    return [operation(model, loss) for model, loss in LOSSES.items()]
+def operations(lengths: Sequence[int] = (3, 17, 8), prompt: int = 0) -> list[ForwardBackward]:
+    return [operation(model, loss, lengths, prompt) for model, loss in LOSSES.items()]
+
+
+ANSWERS = (14, 30, 12, 14, 21, 26, 11, 13)  # lengths with a prompt of 11, which need two trees of 60 nodes
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +102,13 @@ def plain_loss(loss: TokenLoss, lp: Tensor, reference: Tensor, row: Datum) -> Te
     return (losses * w).sum() / loss.divisor
 
 
-def test_joined_passes_are_a_plain_loop_with_peft(base: BaseModel) -> None:
+@pytest.mark.parametrize("ops", [operations(), operations(ANSWERS, 11)], ids=["rows", "trees"])
+def test_joined_passes_are_a_plain_loop_with_peft(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, ops: list[ForwardBackward]
+) -> None:
     """In fp64: five models of different methods, ranks and losses; passes mix them, and cut operations apart."""
+    norm_in_fp64(monkeypatch)
     trainer = make_trainer(base)
-    ops = operations()
     outputs = computed(trainer.forward_backward(ops))
     untouched = plain(base, torch.float64)
     for op, output in zip(ops, outputs, strict=True):
@@ -128,6 +139,30 @@ def test_each_operation_of_a_mixed_pass_is_as_alone(base: BaseModel) -> None:
         for ours, theirs in zip(found.logprobs, output.logprobs, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12)
         assert distance(single.bank.gradients(op.model), gradients(together, op.model).items()) < 1e-11
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_what_datums_begin_with_in_common_is_computed_once(base: BaseModel, forward_only: bool) -> None:
+    trainer = make_trainer(base, tokens_per_pass=256)
+    seen = []
+    trainer.bank.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    prompts = [operation(name, LOSSES[name], ANSWERS, 11, forward_only=forward_only) for name in ("one", "twin")]
+    computed(trainer.forward_backward(prompts))
+    num_nodes = 11 + sum(length - 11 for length in ANSWERS)
+    assert seen == [(2, num_nodes)]  # for 2 · 141 tokens
+    seen.clear()
+    computed(trainer.forward_backward([operation("one", TokenLoss(), (12, 12), 1, forward_only=forward_only)]))
+    assert seen == [(2, 12)]  # too little for a tree
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "attention_dropout"])
+def test_a_base_of_other_attention_has_rows_alone(base: BaseModel, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    trainer = make_trainer(base, tokens_per_pass=256)
+    seen = []
+    trainer.bank.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    monkeypatch.setattr(trainer.bank.model.config, field, 0.5, raising=False)
+    computed(trainer.forward_backward([operation("one", TokenLoss(), (14, 14), 11, forward_only=True)]))
+    assert seen == [(2, 14)]
 
 
 def test_gradients_add_up_until_a_step_and_forwards_add_none(base: BaseModel) -> None:

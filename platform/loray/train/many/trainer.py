@@ -21,26 +21,35 @@ from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterSpec, DType, OptimizerSpec
 from loray.spec.datums import Array, Datum, ForwardBackward, LossOutput, OptimStep
 from loray.telemetry import get_logger
+from loray.train.attention.prefixes import PrefixTree, plant
 from loray.train.data.batches import IGNORED, TrainBatch
+from loray.train.hooks import takes_paths
 from loray.train.many.bank import AdapterBank
 from loray.train.many.optimizer import Update, update
 from loray.train.many.passes import grouped
-from loray.train.objectives import labelled_states
+from loray.train.objectives import labelled_states, tree_losses
 from loray.train.optimizer import OptimizerState
 from loray.train.rl.losses import FlatDatums, token_losses
 
 log = get_logger(__name__)
 
+_WORTH = 0.8  # of the datums' tokens, the most that a tree computes: with more, rows of their own are as fast
+_PATHS = 8  # tokens of a tree's datums, as a multiple of a pass's: attention holds those of one layer at a time
+
 
 class _Row(NamedTuple):
-    """A datum of an operation, by their numbers."""
+    """Datums of an operation, by their numbers: one, or those of a tree."""
 
     model: str
     op: int
-    number: int
+    numbers: Sequence[int]
     length: int
+    tree: PrefixTree | None = None
     num_rows: int = 1
-    is_packed: bool = False
+
+    @property
+    def is_packed(self) -> bool:
+        return self.tree is not None
 
 
 class _Output:
@@ -56,7 +65,8 @@ class BankTrainer:
     """Computes the operations of many models, each an adapter of a bank.
 
     Operations given together share passes, whatever their models, ranks and losses; each has what it has alone. One
-    that fails leaves the gradients of its model as they were, and concerns no other.
+    that fails leaves the gradients of its model as they were, and concerns no other. What datums of an operation begin
+    with in common is computed once.
     """
 
     def __init__(self, bank: AdapterBank, tokens_per_pass: int) -> None:
@@ -174,33 +184,37 @@ class BankTrainer:
     def _compute(self, ops: Sequence[ForwardBackward]) -> list[LossOutput]:
         outputs = [_Output(len(op.datums)) for op in ops]
         for forward_only in (False, True):
-            rows = [
-                _Row(op.model, i, number, len(datum))
-                for i, op in enumerate(ops)
-                for number, datum in enumerate(op.datums)
-                if op.forward_only == forward_only
-            ]
+            rows = [row for i, op in enumerate(ops) if op.forward_only == forward_only for row in self._rows(i, op)]
             for group in grouped(rows, self._tokens_per_pass):
                 places = {model: place for place, model in enumerate(self.bank.order({row.model for row in group}))}
-                ordered = sorted(group, key=lambda row: (places[row.model], row.op, row.number))
+                ordered = sorted(group, key=lambda row: (places[row.model], row.op, row.numbers[0]))
                 with torch.no_grad() if forward_only else nullcontext():
                     self._pass(ops, ordered, outputs, with_gradients=not forward_only)
         return [LossOutput(tuple(o.logprobs), o.loss, o.metrics) for o in outputs]  # type: ignore[arg-type]
+
+    def _rows(self, i: int, op: ForwardBackward) -> list[_Row]:
+        """Make trees of the datums where these have a good deal in common, else a row of each."""
+        if len(op.datums) > 1 and takes_paths(self.bank.model.config):
+            sequences = [datum.token_ids for datum in op.datums]
+            trees = plant(sequences, self._tokens_per_pass, _PATHS * self._tokens_per_pass)
+            if sum(map(len, trees)) <= _WORTH * sum(map(len, sequences)):
+                numbers = iter(range(len(sequences)))
+                return [_Row(op.model, i, [next(numbers) for _ in tree.nodes], len(tree), tree) for tree in trees]
+        return [_Row(op.model, i, [number], len(datum)) for number, datum in enumerate(op.datums)]
 
     def _pass(
         self, ops: Sequence[ForwardBackward], rows: Sequence[_Row], outputs: Sequence[_Output], *, with_gradients: bool
     ) -> None:
         """Compute rows of one pass, whose order is the bank's."""
         model, device = self.bank.model, self.bank.model.get_input_embeddings().weight.device
-        datums = [ops[row.op].datums[row.number] for row in rows]
-        batch = _batch(datums)
-        reference_N = self._reference(ops, rows, datums)
+        datums = _datums(ops, rows)
+        reference_N = self._reference(ops, rows)
         if model.training != with_gradients:
             model.train(with_gradients)  # for dropout
-        with self.bank.rows([row.model for row in rows], batch.input_ids_BT.shape[1]):
-            logprobs_N = -labelled_states(model, batch).losses()
+        with self.bank.rows([row.model for row in rows], max(row.length for row in rows)):
+            logprobs_N = self._logprobs(ops, rows)
             total = logprobs_N.new_zeros((), dtype=torch.float64)
-            for i, part, place in _parts(rows):
+            for i, part, place in _parts(ops, rows):
                 own = FlatDatums.of(datums[part], device, None if reference_N is None else reference_N[place])
                 loss, told = token_losses(ops[i].loss, logprobs_N[place], own)
                 total = total + loss
@@ -211,22 +225,28 @@ class BankTrainer:
             if with_gradients:
                 total.backward()  # type: ignore[no-untyped-call]
         values_N = logprobs_N.detach().cpu().numpy()
-        ends = np.cumsum([row.length for row in rows])
-        for row, end in zip(rows, ends, strict=True):
-            outputs[row.op].logprobs[row.number] = values_N[end - row.length : end].copy()
+        owners = [(row.op, number) for row in rows for number in row.numbers]
+        ends = np.cumsum([len(datum) for datum in datums])
+        for (op, number), datum, end in zip(owners, datums, ends, strict=True):
+            outputs[op].logprobs[number] = values_N[end - len(datum) : end].copy()
 
-    def _reference(
-        self, ops: Sequence[ForwardBackward], rows: Sequence[_Row], datums: Sequence[Datum]
-    ) -> Tensor | None:
+    def _logprobs(self, ops: Sequence[ForwardBackward], rows: Sequence[_Row]) -> Tensor:
+        """Compute the log-probabilities of the targets of the rows' datums, (N,)."""
+        datums, trees = _datums(ops, rows), [row.tree for row in rows if row.tree is not None]
+        if trees:
+            return -tree_losses(self.bank.model, trees, [datum.target_ids for datum in datums])
+        return -labelled_states(self.bank.model, _batch(datums)).losses()
+
+    def _reference(self, ops: Sequence[ForwardBackward], rows: Sequence[_Row]) -> Tensor | None:
         """Compute the base's log-probabilities (N,) of the rows whose loss has a divergence from it; 0 of others."""
-        asking = [bool(ops[row.op].loss.kl) for row in rows]
-        if not any(asking):
+        asking = [row for row in rows if ops[row.op].loss.kl]
+        if not asking:
             return None
         self.bank.model.eval()
-        batch = _batch([datum for datum, asks in zip(datums, asking, strict=True) if asks])
         with torch.no_grad(), self.bank.without_adapters():
-            found_N = -labelled_states(self.bank.model, batch).losses()
-        asks_N = torch.tensor(np.repeat(asking, [len(datum) for datum in datums]), device=found_N.device)
+            found_N = self._logprobs(ops, asking)
+        asks = [bool(ops[row.op].loss.kl) for row in rows for _ in row.numbers]
+        asks_N = torch.tensor(np.repeat(asks, [len(datum) for datum in _datums(ops, rows)]), device=found_N.device)
         return found_N.new_zeros(len(asks_N)).masked_scatter(asks_N, found_N)
 
     def _failed(
@@ -245,11 +265,15 @@ class BankTrainer:
         return bucket.memory.gradient[slot]
 
 
-def _parts(rows: Sequence[_Row]) -> Iterator[tuple[int, slice, slice]]:
-    """Yield an operation's number, its rows, and their positions of the pass's N."""
+def _datums(ops: Sequence[ForwardBackward], rows: Sequence[_Row]) -> list[Datum]:
+    return [ops[row.op].datums[number] for row in rows for number in row.numbers]
+
+
+def _parts(ops: Sequence[ForwardBackward], rows: Sequence[_Row]) -> Iterator[tuple[int, slice, slice]]:
+    """Yield an operation's number, its datums, and their positions of the pass's N."""
     first = at = 0
     for op, own in groupby(rows, lambda row: row.op):
-        lengths = [row.length for row in own]
+        lengths = [len(datum) for datum in _datums(ops, list(own))]
         yield op, slice(first, first + len(lengths)), slice(at, at + sum(lengths))
         first, at = first + len(lengths), at + sum(lengths)
 
