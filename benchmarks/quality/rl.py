@@ -1,15 +1,15 @@
 """Whether reinforcement learning learns: SmolLM2 says which of two numbers is larger, and is rewarded.
 
-    python -m benchmarks.quality.rl                      three seeds and the control, 120 steps each: most of an hour
+    python -m benchmarks.quality.rl                      three seeds and a control for each, 120 steps: most of an hour
     python -m benchmarks.quality.rl --steps 20 --seeds 0 --no-control --held-out 50
     python -m benchmarks.quality.rl --digits 3           where two digits are too easy
     python -m benchmarks.quality.rl --shots 0            the question alone, which the base hardly ever answers as asked
 
 "Which number is larger, 47 or 83? Answer with the number only.", after --shots such questions with answers. The
 reward is 1 where the first number of the answer is the larger one and nothing but a full stop follows, else 0
-(`builtin: number`). No pair of the 400 rows that are trained is among the 200 that are held out. The control gets a
-coin as its reward. All answer the held-out rows greedily over HTTP, the base before and each published version
-afterwards, so that one judge judges all.
+(`builtin: number`). No pair of the 400 rows that are trained is among the 200 that are held out. A control gets a
+coin as its reward; its steps have no direction and stray, so that there is one for each seed. All answer the held-out
+rows greedily over HTTP, the base before and each published version afterwards, so that one judge judges all.
 
 A cluster of its own runs in --home, with `loray up` and a `loray train` for each run.
 """
@@ -153,7 +153,7 @@ def recipe(args: argparse.Namespace, seed: int, *, is_control: bool) -> dict[str
     """Make the recipe of a run."""
     reward = {"function": "coin:reward"} if is_control else {"builtin": "number", "field": "answer"}
     return {
-        "name": f"larger-{'coin' if is_control else seed}",
+        "name": f"larger-{'coin-' if is_control else ''}{seed}",
         "base": BASE,
         "objective": {
             "type": "rl",
@@ -198,14 +198,17 @@ def row(run: Run, base: float, trained: float) -> list[Any]:
 
 
 def verdicts(gains: Mapping[str, float]) -> list[str]:
-    """Say which bounds hold: a mean gain of 20 points, 10 for each seed, and none beyond 7 for the control."""
+    """Say which bounds hold: a mean gain of 20 points, 10 for each seed, and none beyond 7 for the controls."""
     seeds = {name: gain for name, gain in gains.items() if "coin" not in name}
     lines = [
         f"mean gain {fmean(seeds.values()):+.1f} points, at least +20: {_said(fmean(seeds.values()) >= 20)}",
         f"least gain of a seed {min(seeds.values()):+.1f}, at least +10: {_said(min(seeds.values()) >= 10)}",
     ]
     coins = [gain for name, gain in gains.items() if "coin" in name]
-    return lines + [f"control {gain:+.1f}, within ± 7: {_said(abs(gain) <= 7)}" for gain in coins]
+    lines += [f"control {gain:+.1f}, within ± 7: {_said(abs(gain) <= 7)}" for gain in coins]
+    if len(coins) > 1:
+        lines.append(f"mean of the controls {fmean(coins):+.1f}, within ± 7: {_said(abs(fmean(coins)) <= 7)}")
+    return lines
 
 
 def _said(holds: bool) -> str:
@@ -232,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         click.echo(f"{BASE} answers {base:.1%} of the held-out rows right")
         if not 0.05 <= base <= 0.75:
             click.echo("that is outside of 5 to 75 %: --digits and --shots make other tasks")
-        runs = [*((seed, False) for seed in args.seeds), *([] if args.no_control else [(0, True)])]
+        kinds = [False] if args.no_control else [False, True]
+        runs = [(seed, is_control) for is_control in kinds for seed in args.seeds]
         for seed, is_control in runs:
             began = time.monotonic()
             run = deployment.train(recipe(args, seed, is_control=is_control), folder)
@@ -262,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=8)
     add("--max-staleness", type=int, default=1)
     add("--learning-rate", type=float, default=3e-4)
-    add("--no-control", action="store_true", help="without the run whose reward is a coin")
+    add("--no-control", action="store_true", help="without the runs whose reward is a coin")
     add("--home", type=Path, help="of the cluster; default: a new folder")
     add("--json", type=Path, help="write everything there too")
     return parser

@@ -58,3 +58,8 @@ def test_what_is_said_of_runs() -> None:
         "least gain of a seed +12.0, at least +10: yes",
         "control -8.0, within ± 7: NO",
     ]
+    assert rl.verdicts({"larger-0": 30.0, "larger-coin-0": -8.0, "larger-coin-1": 3.0})[2:] == [
+        "control -8.0, within ± 7: NO",
+        "control +3.0, within ± 7: yes",
+        "mean of the controls -2.5, within ± 7: yes",
+    ]
