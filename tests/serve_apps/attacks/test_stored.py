@@ -66,7 +66,7 @@ def test_a_manifest_that_is_too_large_is_published_by_no_way(
 def test_a_manifest_that_was_published_before_stays_readable(api: Api) -> None:
     api.catalog.adapters.register("tone", digest(1), manifest(1))
     large = manifest(1).model_copy(update={"description": "x" * (15 << 20)})
-    with sa.create_engine(api.settings.catalog).begin() as c:
+    with api.catalog._db.engine.begin() as c:
         c.execute(versions.update().values(manifest=manifest_json(large).decode()))
     assert api.http.get("/adapters/tone/versions/1").json()["manifest"]["description"] == large.description
     assert [v.version for v in CatalogClient("http://test", transport=api.transport).versions("tone")] == [1]
