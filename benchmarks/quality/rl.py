@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--interval", type=int, default=20, help="steps between two evaluations")
     add("--max-tokens", type=int, default=8)
     add("--max-staleness", type=int, default=1)
-    add("--learning-rate", type=float, default=3e-4)
+    add("--learning-rate", type=float, default=1e-4)
     add("--no-control", action="store_true", help="without the runs whose reward is a coin")
     add("--home", type=Path, help="of the cluster; default: a new folder")
     add("--json", type=Path, help="write everything there too")
