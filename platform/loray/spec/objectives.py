@@ -459,7 +459,9 @@ class RlSpec(_ObjectiveSpec):
         "evaluation.keep_best": Default("the version with the highest held-out reward, where it is measured"),
         "evaluation.interval_steps": Default("before and after training; the engine answers held-out rows greedily"),
         "optimizer.schedule": Default("no end is known in advance", "constant"),
-        "optimizer.learning_rate": Default("low: at 3e-4 some runs end on one answer, whatever is asked", 1e-4),
+        "optimizer.learning_rate": Default(
+            "low: at 3e-4 a run may soon give a prompt one answer, and learn no more", 1e-4
+        ),
     }
 
     type: Literal["rl"] = "rl"
